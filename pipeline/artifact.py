@@ -1,0 +1,218 @@
+"""What a stage leaves on disk, and how it is known to be whole.
+
+    runs/<recipe>/<stage>/
+      claim.json       written first: which fingerprint the checkpoints below belong to
+      checkpoints/     for resume
+      adapter/         the trained adapter, its tokenizer and chat template (and a reward model's score head)
+      metrics.jsonl  samples.jsonl  refused.jsonl  log.txt
+      manifest.json    written last: it exists, so the stage finished
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The folder of one stage of one run."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.folder / "samples.jsonl"
+
+    @property
+    def refused(self) -> Path:
+        return self.folder / "refused.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    def manifest(self) -> Json | None:
+        """The manifest of a finished stage, or None where there is none.
+
+        Raises UserError if the file is there but is not what this program writes.
+        """
+        return read_json(self.folder / "manifest.json")
+
+    def claim(self, fingerprint: str, parts: Json) -> None:
+        """Make the folder this fingerprint's own: whatever another fingerprint left is removed before anything new is
+        written, so that no later run can trust a mixture of two."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "manifest.json").unlink(missing_ok=True)
+        held = self.claimed()
+        if held is None or held.get("fingerprint") != fingerprint:
+            for leftover in (self.adapter, self.checkpoints):
+                shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in (self.metrics, self.samples, self.refused):
+                leftover.unlink(missing_ok=True)
+        write_json(self.folder / "claim.json", {"fingerprint": fingerprint, "pid": os.getpid(), "parts": parts})
+
+    def claimed(self) -> Json | None:
+        """The claim under which unfinished work lies here; a claim that cannot be read claims nothing."""
+        try:
+            return read_json(self.folder / "claim.json")
+        except UserError:
+            return None
+
+    def last_checkpoint(self, fingerprint: str) -> Path | None:
+        """The newest checkpoint that was written whole under this fingerprint."""
+        whole = [
+            (int(folder.name.rsplit("-", 1)[1]), folder)
+            for folder in self.checkpoints.glob("checkpoint-*")
+            if folder.name.rsplit("-", 1)[1].isdigit() and _marker(folder).get("fingerprint") == fingerprint
+        ]
+        return max(whole)[1] if whole else None
+
+    def seal(self, manifest: Json) -> None:
+        """Finish the stage: hash the adapter's files into the manifest and write it, last of all."""
+        write_json(self.folder / "manifest.json", {**manifest, "files": file_hashes(self.adapter)})
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        (self.folder / "claim.json").unlink(missing_ok=True)
+
+    def verify(self) -> Json:
+        """The manifest, after every file of the adapter has been found to be the one that was sealed.
+
+        Raises UserError naming the first file that is missing, truncated or altered.
+        """
+        manifest = self.manifest()
+        if manifest is None:
+            raise UserError(f"{self.folder} holds no finished stage (no manifest.json). Run that stage first.")
+        found = file_hashes(self.adapter)
+        for name, sha256 in manifest["files"].items():
+            if found.get(name) != sha256:
+                state = "is missing" if name not in found else "is corrupted or truncated (its sha256 has changed)"
+                raise UserError(
+                    f"{self.adapter / name} {state}. The stage '{self.name}' cannot be built upon: "
+                    f"delete {self.folder} and run again to train it anew."
+                )
+        return manifest
+
+
+def mark_checkpoint(folder: Path, fingerprint: str) -> None:
+    """Declare a checkpoint whole. Written after all of its files, so a checkpoint cut short is never resumed."""
+    write_json(folder / "onebase.json", {"fingerprint": fingerprint, "files": sorted(p.name for p in folder.iterdir())})
+
+
+def _marker(folder: Path) -> Json:
+    try:
+        return read_json(folder / "onebase.json") or {}
+    except UserError:
+        return {}
+
+
+def read_json(path: Path) -> Json | None:
+    """A JSON object from disk; None if there is no such file, UserError if it holds anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}). Delete it to have its stage run again.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object. Delete it to have its stage run again.")
+    return value
+
+
+def write_json(path: Path, value: Json) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a part (temporary name, sync, rename)."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into that takes its real name only once everything in it is on disk."""
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Hold a file lock, or raise UserError(refusal) if another living process holds it.
+
+    The lock is the kernel's (flock), so a process that crashes or is killed lets go of it and leaves nothing stale.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(refusal.format(pid=file.read().strip() or "unknown")) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder, by its name relative to it."""
+    return {
+        str(path.relative_to(folder)): sha256_of_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def digest(value: Any) -> str:
+    """A short, stable name for a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]

@@ -1,0 +1,162 @@
+"""The commands. Nothing here imports torch: the command line answers at once."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="One recipe takes a 4-bit base model through pretraining, SFT, reward model and DPO.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name that `onebase ls` shows.")]
+Overrides = Annotated[
+    list[str], typer.Option("-o", "--override", metavar="KEY=VALUE", help="Dotted, e.g. stages.dpo.train.beta=0.05")
+]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where runs are kept.")]
+
+
+@app.command()
+def ls() -> None:
+    """List the recipes at hand."""
+    for name, path in _recipes().items():
+        print(f"{name:<32} {_about(path)}")
+
+
+@app.command()
+def cp(name: str, to: Path) -> None:
+    """Copy a recipe, to make your own of it."""
+    from pipeline.errors import UserError
+
+    source = Path(_find(name))
+    target = to / source.name if to.is_dir() else to
+    if target.exists():
+        raise UserError(f"{target} is there already; choose another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    print(f"{source} -> {target}")
+
+
+@app.command()
+def check(recipe: RecipePath, override: Overrides = []) -> None:  # noqa: B006
+    """Read a recipe, its data and every trainer argument; train nothing."""
+    from pipeline.runner import states
+    from pipeline.worker import load_rows
+
+    chain = _read(recipe, override)
+    for name in chain.order():
+        data, source = load_rows(chain, name)
+        counts = source.counts()
+        held_out = f", {len(data.test)} held out" if data.test is not None else ""
+        asked = f", {len(data.questions)} questions" if data.questions else ""
+        unfit = f", {len(source.refused)} refused" if source.refused else ""
+        print(f"{name}: {len(data.train)} of {counts['rows']} rows from {counts['path']}{held_out}{asked}{unfit}")
+    states(chain)
+    from pipeline.stages.check import check_arguments
+
+    check_arguments(chain.spec.model, chain.stages, chain.spec.seed)
+    print(f"{recipe}: sound, {len(chain.stages)} stages: {' -> '.join(chain.order())}")
+
+
+@app.command()
+def plan(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs")) -> None:  # noqa: B006
+    """Show what a run would do, and why."""
+    from rich.console import Console
+
+    from pipeline.runner import states
+    from pipeline.summary import show_states
+
+    show_states(states(_read(recipe, override), runs), Console())
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    override: Overrides = [],  # noqa: B006
+    only: Annotated[list[str], typer.Option(metavar="STAGE", help="This stage alone (may be repeated).")] = [],  # noqa: B006
+    from_: Annotated[str, typer.Option("--from", metavar="STAGE", help="This stage and those that go on from it.")] = "",
+    runs: Runs = Path("runs"),
+    launch_config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="An accelerate config, for several GPUs.")
+    ] = None,
+) -> None:
+    """Run the stages that are not fresh, one process each."""
+    from rich.console import Console
+
+    from pipeline import runner, summary
+
+    chain, console = _read(recipe, override), Console()
+    try:
+        done = runner.run(chain, only, from_ or None, runs, launch_config)
+    except KeyboardInterrupt:
+        again = " ".join([*sys.argv[1:]])
+        print(f"stopped. To go on where it stopped, type the same again: onebase {again}", file=sys.stderr)
+        raise SystemExit(130) from None
+    if done:
+        console.print()
+        summary.show_results(chain, runs, console)
+        summary.show_answers(chain, runs, console)
+        summary.show_next(chain, recipe, runs, console)
+    else:
+        console.print("everything asked for is fresh; nothing to do")
+
+
+@app.command()
+def status(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs")) -> None:  # noqa: B006
+    """Show where every stage stands and what the finished ones gained."""
+    from rich.console import Console
+
+    from pipeline.runner import states
+    from pipeline.summary import show_answers, show_results, show_states
+
+    chain, console = _read(recipe, override), Console()
+    show_states(states(chain, runs), console)
+    console.print()
+    show_results(chain, runs, console)
+    show_answers(chain, runs, console)
+
+
+def main() -> None:
+    """Run the command line; a UserError becomes one message and status 2."""
+    from pipeline.errors import UserError
+
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _read(path: str, overrides: list[str]):  # type: ignore[no-untyped-def]
+    from pipeline.recipe import read
+
+    return read(_find(path), *overrides)
+
+
+def _recipe_folders() -> list[Path]:
+    # In a clone the recipes lie beside the package; an installed wheel puts them under share/.
+    return [Path("recipes"), Path(sys.prefix) / "share" / "onebase" / "recipes"]
+
+
+def _recipes() -> dict[str, Path]:
+    for folder in _recipe_folders():
+        if folder.is_dir():
+            files = [file for file in sorted(folder.rglob("*.yaml")) if "accelerate" not in file.parts]
+            return {str(file.relative_to(folder).with_suffix("")): file for file in files}
+    return {}
+
+
+def _find(name: str) -> str:
+    return name if Path(name).exists() else str(_recipes().get(name.removesuffix(".yaml"), name))
+
+
+def _about(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.removeprefix("#").strip()

@@ -1,0 +1,141 @@
+"""The row shapes a stage eats, in TRL's vocabulary, and what makes a row unfit.
+
+A check returns the reason a row is refused, in words that say what to change, or None. Columns beyond the shape are
+carried along untouched (an id, a guideline, a reference answer) and never trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What the rows of one kind must look like.
+
+    name: TRL's name of the shape.  example: shown in error messages.  check: row -> reason it is refused, or None.
+    """
+
+    name: str
+    example: str
+    check: Callable[[Row], str | None]
+
+
+def _text(row: Row, key: str) -> str | None:
+    if key not in row:
+        return f"has no field '{key}'"
+    value = row[key]
+    if not isinstance(value, str):
+        return f"field '{key}' is {_kind(value)}, expected text"
+    if not value.strip():
+        return f"field '{key}' is empty"
+    return _encodable(value, key)
+
+
+def _encodable(value: str, key: str) -> str | None:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return f"field '{key}' holds half of a surrogate pair, which is no character"
+    return None
+
+
+def _messages(row: Row, key: str, last: str | None = None) -> str | None:
+    """Messages with known roles and text; `last` is the role the list must end on."""
+    if key not in row:
+        return f"has no field '{key}'"
+    messages = row[key]
+    if not isinstance(messages, list):
+        return f"field '{key}' is {_kind(messages)}, expected a list of messages"
+    if not messages:
+        return f"field '{key}' is empty"
+    for index, message in enumerate(messages):
+        place = f"{key}[{index}]"
+        if not isinstance(message, dict):
+            return f"{place} is {_kind(message)}, expected {{'role', 'content'}}"
+        if message.get("role") not in ROLES:
+            return f"{place}.role is {message.get('role')!r}, expected one of {', '.join(ROLES)}"
+        if message["role"] == "assistant" and message.get("tool_calls") and not message.get("content"):
+            continue
+        reason = _text(message, "content")
+        if reason:
+            return f"{place} {reason}"
+    if last and messages[-1]["role"] != last:
+        return f"field '{key}' ends on the role '{messages[-1]['role']}', expected '{last}'"
+    return None
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _language_modeling(row: Row) -> str | None:
+    return _text(row, "text")
+
+
+def _demonstration(row: Row) -> str | None:
+    if "messages" in row:
+        reason = _messages(row, "messages", last="assistant")
+        if reason is None and not any(message["role"] == "user" for message in row["messages"]):
+            return "field 'messages' has no user message"
+        return reason
+    if "prompt" not in row and "completion" not in row:
+        return "has neither 'messages' nor 'prompt' and 'completion'"
+    return _prompt(row) or _reply(row, "completion")
+
+
+def _prompt(row: Row) -> str | None:
+    if isinstance(row.get("prompt"), list):
+        reason = _messages(row, "prompt")
+        if reason is None and row["prompt"][-1]["role"] == "assistant":
+            return "field 'prompt' ends on the role 'assistant', expected 'user'"
+        return reason
+    return _text(row, "prompt")
+
+
+def _reply(row: Row, key: str) -> str | None:
+    """An answer to `prompt`: messages where the prompt is messages, text where it is text."""
+    conversational = isinstance(row["prompt"], list)
+    if key in row and isinstance(row[key], str if conversational else list):
+        return f"field '{key}' is {_kind(row[key])}, but 'prompt' is {_kind(row['prompt'])}: both must be of one kind"
+    return _messages(row, key, last="assistant") if conversational else _text(row, key)
+
+
+def _preference(row: Row) -> str | None:
+    if "prompt" not in row and isinstance(row.get("chosen"), list):
+        return "has no field 'prompt' (the shared start of both answers must be given apart from them)"
+    reason = _prompt(row) or _reply(row, "chosen") or _reply(row, "rejected")
+    if reason is None and row["chosen"] == row["rejected"]:
+        return "fields 'chosen' and 'rejected' are equal: the pair says nothing"
+    return reason
+
+
+def _question(row: Row) -> str | None:
+    reason = _prompt(row) or _text(row, "answer")
+    if reason is None and "choices" in row and row["answer"] not in row["choices"]:
+        return "field 'answer' is not among 'choices'"
+    return reason
+
+
+LANGUAGE_MODELING = Contract("language modeling", '{"text": "..."}', _language_modeling)
+DEMONSTRATION = Contract(
+    "prompt-completion or messages",
+    '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
+    _demonstration,
+)
+PREFERENCE = Contract(
+    "preference",
+    '{"prompt": [{"role": "user", "content": "..."}], "chosen": [{"role": "assistant", "content": "..."}], '
+    '"rejected": [{"role": "assistant", "content": "..."}]}',
+    _preference,
+)
+PROMPT_ONLY = Contract("prompt-only", '{"prompt": [{"role": "user", "content": "..."}]}', _prompt)
+QUESTION = Contract(
+    "question with its answer", '{"prompt": [{"role": "user", "content": "..."}], "answer": "..."}', _question
+)

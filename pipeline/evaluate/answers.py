@@ -1,0 +1,111 @@
+"""Questions asked of a policy, greedily, and what share it answers right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.data import render
+from pipeline.data.contracts import Row
+from pipeline.evaluate.scoring import batches
+from pipeline.models.base import computing
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+    from pipeline.stages.stage import Rows
+
+NEW_TOKENS = 32
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    stopped: bool
+    """It ended with an end-of-turn token, not at the length limit."""
+
+
+def ask(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, data: Rows, samples: list[dict[str, Any]], when: str
+) -> dict[str, float]:
+    """Ask the stage's questions and note some answers under `when` ("before" or "after") in `samples`.
+
+    `question_accuracy`: share answered right; `stopped`: share of answers the model ended by itself.
+    """
+    questions = data.questions
+    shown = questions[:: max(1, len(questions) // SHOWN)][:SHOWN] or list(_prompts(data.test or []))[:SHOWN]
+    if when == "before":
+        samples.extend({"prompt": row["prompt"], "answer": row.get("answer")} for row in shown)
+        with model.disable_adapter():
+            _note(samples, "base", generate(model, tokenizer, shown))
+    answers = generate(model, tokenizer, questions)
+    told = {id(row): answer for row, answer in zip(questions, answers, strict=True)}
+    _note(samples, when, [told[id(row)] for row in shown] if questions else generate(model, tokenizer, shown))
+    if not questions:
+        return {}
+    right = sum(correct(row, answer.text) for row, answer in zip(questions, answers, strict=True))
+    return {
+        "question_accuracy": right / len(questions),
+        "stopped": sum(answer.stopped for answer in answers) / len(answers),
+    }
+
+
+def correct(question: Row, text: str) -> bool:
+    """The answer stands in the text as words of its own, and none of the other choices does."""
+    others = [choice for choice in question.get("choices", []) if choice != question["answer"]]
+    return _says(text, question["answer"]) and not any(_says(text, other) for other in others)
+
+
+def _says(text: str, phrase: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(phrase.casefold())}(?!\w)", text.casefold()) is not None
+
+
+@torch.no_grad()
+def generate(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], new_tokens: int = NEW_TOKENS
+) -> list[Answer]:
+    """A greedy answer to each row's prompt."""
+    if not rows:
+        return []
+    model.eval()
+    stops = render.stop_ids(tokenizer)
+    prompts = [render.prompt(tokenizer, row) for row in rows]
+    answers: dict[int, Answer] = {}
+    for batch in batches([len(ids) + new_tokens for ids in prompts], tokens=4096):
+        ids_BT, mask_BT = render.padded([prompts[i] for i in batch], tokenizer.pad_token_id, side="left")
+        with computing(model):
+            whole_BT = model.generate(
+                input_ids=ids_BT.to(model.device),
+                attention_mask=mask_BT.to(model.device),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                eos_token_id=stops,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        for index, new in zip(batch, whole_BT[:, ids_BT.shape[1] :].tolist(), strict=True):
+            end = next((place for place, token in enumerate(new) if token in stops), None)
+            text = tokenizer.decode(new if end is None else new[:end], skip_special_tokens=True).strip()
+            answers[index] = Answer(text, stopped=end is not None)
+    return [answers[index] for index in range(len(rows))]
+
+
+def _note(samples: list[dict[str, Any]], key: str, answers: list[Answer]) -> None:
+    for sample, answer in zip(samples, answers, strict=True):
+        sample[key] = answer.text
+
+
+def _prompts(rows: list[Row]) -> Iterator[Row]:
+    """What held-out rows ask, without what they answer; documents ask nothing."""
+    for row in rows:
+        if "prompt" in row:
+            yield row
+        elif "messages" in row:
+            first = next(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
+            if first:
+                yield {"prompt": row["messages"][:first]}

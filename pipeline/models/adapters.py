@@ -1,0 +1,125 @@
+"""The verbs by which an adapter comes onto the base. The trained adapter is always called `default`.
+
+    fresh(base, lora)                the first stage: a new adapter that starts as the identity
+    carried(base, parent)            sft, dpo: the parent's adapter, trained on from where it stands
+    transplanted(base, parent, ...)  reward: the parent's trunk under a one-label head; only the head is new
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+
+from pipeline.errors import BrokenInvariant, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHTS = "adapter_model.safetensors"
+HEAD = "score"
+
+
+def fresh(base: PreTrainedModel, lora: dict[str, Any], reward: bool = False) -> PeftModel:
+    """A new adapter. Raises UserError if PEFT refuses its description."""
+    try:
+        return _ready(get_peft_model(base, LoraConfig(**lora, **_task(reward))))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.lora: PEFT refuses it: {error}") from error
+
+
+def carried(base: PreTrainedModel, parent: Path) -> PeftModel:
+    """The parent's adapter, trainable, proven to be the one on disk."""
+    model = _ready(PeftModel.from_pretrained(base, str(parent), is_trainable=True))
+    prove_same(model, parent)
+    return model
+
+
+def transplanted(base: PreTrainedModel, parent: Path) -> PeftModel:
+    """The parent's adapter under a new score head.
+
+    peft's own loader fails on an adapter without a head, so the trunk's tensors are laid in by name.
+    """
+    config = LoraConfig.from_pretrained(str(parent))
+    config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", [HEAD], False
+    model = _ready(get_peft_model(base, config))
+    _lay_in(model, parent, "default")
+    prove_same(model, parent, head=False)
+    return model
+
+
+def reloaded(model: PeftModel, folder: Path, name: str) -> None:
+    """An adapter from disk beside the trained one, under another name, its score head in float32 as it was saved."""
+    model.load_adapter(str(folder), adapter_name=name)
+    for key, weight in model.named_parameters():
+        if f".{name}." in key:
+            weight.data = weight.data.float()
+    # PEFT makes the new head in the base's dtype and rounds what it loads into it.
+    _lay_in(model, folder, name)
+
+
+def save(model: PeftModel, folder: Path) -> None:
+    """Write the trained adapter (and a reward model's head), and prove that the file holds what is in memory."""
+    model.save_pretrained(str(folder), selected_adapters=["default"], safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)  # a card that describes nothing; publishing writes a real one
+    prove_same(model, folder)
+
+
+def prove_same(model: PeftModel, folder: Path, head: bool = True) -> None:
+    """Every adapter tensor in memory equals the one on disk, bit for bit, and there are no others."""
+    ours = get_peft_model_state_dict(model, adapter_name="default")
+    theirs = load_file(folder / WEIGHTS)
+    if not head:
+        ours = {name: tensor for name, tensor in ours.items() if f".{HEAD}." not in name}
+    differing = [
+        name
+        for name in sorted(ours.keys() | theirs.keys())
+        if name not in ours or name not in theirs or not torch.equal(ours[name].cpu(), theirs[name])
+    ]
+    if differing:
+        raise BrokenInvariant(
+            f"the adapter in memory to equal {folder / WEIGHTS} in all {len(theirs)} tensors",
+            f"{len(differing)} that differ, first {differing[0]}",
+            "an adapter loaded under another name or dtype, or onto a model of another architecture",
+        )
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _lay_in(model: PeftModel, folder: Path, adapter: str) -> None:
+    """Copy every tensor of an adapter on disk onto the one in memory, by name."""
+    own = {_plain_name(name, adapter): weight for name, weight in model.named_parameters() if f".{adapter}." in name}
+    with torch.no_grad():
+        for name, tensor in load_file(folder / WEIGHTS).items():
+            if name not in own:
+                raise BrokenInvariant(
+                    f"a place in the model for {name} of {folder}",
+                    "none",
+                    "an adapter that also trains the LM head or the embeddings, which a reward model does not have",
+                )
+            own[name].copy_(tensor)
+
+
+def _ready(model: PeftModel) -> PeftModel:
+    """Float32 masters: in bfloat16 an update of 1e-6 is below the rounding of most weights and vanishes."""
+    for weight in trainable(model).values():
+        weight.data = weight.data.float()
+    for module in model.modules():
+        # Autocast already casts what a float32 adapter is given; PEFT's own cast would keep a second copy of it.
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+    return model
+
+
+def _task(reward: bool) -> dict[str, Any]:
+    return {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]} if reward else {"task_type": "CAUSAL_LM"}
+
+
+def _plain_name(name: str, adapter: str) -> str:
+    """A parameter's name as PEFT writes it to disk."""
+    return name.replace(f".modules_to_save.{adapter}.", ".").replace(f".{adapter}.", ".")

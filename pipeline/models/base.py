@@ -1,0 +1,139 @@
+"""The frozen base: loaded one way for every stage, its bytes countable."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+
+from pipeline.artifact import sha256_of_file, written_whole
+from pipeline.errors import UserError
+from pipeline.models.spec import ModelSpec, cache_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with the recipe's chat template where it names one and a pad token in any case."""
+    tokenizer = AutoTokenizer.from_pretrained(_folder(spec), revision=spec.revision)
+    if spec.chat_template:
+        tokenizer.chat_template = Path(spec.chat_template).read_text(encoding="utf-8")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.base: the tokenizer of {spec.base} has no end-of-sequence token, so nothing can stop")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, reward: bool = False) -> PreTrainedModel:
+    """The base with every weight frozen; with `reward`, under a one-label score head in place of the LM head.
+
+    The new score head is drawn from torch's generator: seed before the call.
+    """
+    dtype = getattr(torch, spec.dtype)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"model.dtype: {torch.cuda.get_device_name(device)} does not compute in bfloat16; use -o model.dtype=float16"
+        )
+    options: dict[str, Any] = {
+        "revision": spec.revision,
+        "dtype": dtype,
+        "device_map": {"": device},
+        "attn_implementation": spec.attn_implementation,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+    }
+    if spec.quantize != "none":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=spec.quantize,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["lm_head", "score"],
+        )
+    try:
+        if reward:
+            model = AutoModelForSequenceClassification.from_pretrained(_folder(spec), num_labels=1, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(_folder(spec), **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.base: {spec.base} cannot be loaded: {error}") from error
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise UserError(
+            f"model.base: the tokenizer has {len(tokenizer)} tokens, the base only "
+            f"{model.get_input_embeddings().num_embeddings} embeddings; a frozen 4-bit base cannot grow new ones"
+        )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    keep_gradients_on_cpu(model)
+    return model.requires_grad_(False)
+
+
+def keep_gradients_on_cpu(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes 0.50 from repacking 4-bit weights on CPUs with AVX512-BF16.
+
+    There the first forward in eval mode repacks a layer for a kernel that has no backward, and from then on no
+    gradient passes through it, with only a warning. The unpacked weights serve both modes.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+@contextlib.contextmanager
+def computing(model: torch.nn.Module) -> Any:
+    """Compute as in training: in the base's dtype, with the float32 adapter cast on the fly."""
+    weight = model.get_input_embeddings().weight
+    with torch.autocast(weight.device.type, dtype=weight.dtype, enabled=weight.dtype is not torch.float32):
+        yield
+
+
+def frozen_digest(model: torch.nn.Module) -> str:
+    """sha256 over the bytes of the frozen trunk in memory, adapters and heads left out.
+
+    Equal before and after a stage, and equal between stages: the trunk is the same under a score head.
+    """
+    total = hashlib.sha256()
+    for name, weight in sorted(_trunk(model).named_parameters()):
+        if "lora_" in name or "modules_to_save" in name:
+            continue
+        total.update(name.replace(".base_layer", "").encode())
+        total.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()[:16]
+
+
+def _trunk(model: torch.nn.Module) -> torch.nn.Module:
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return getattr(model, model.base_model_prefix)
+
+
+def _folder(spec: ModelSpec) -> str:
+    if not spec.base.endswith(".gguf"):
+        return spec.base
+    folder = cache_folder() / "gguf" / sha256_of_file(Path(spec.base))[:16]
+    if not (folder / "config.json").is_file():
+        from_gguf(Path(spec.base), folder)
+    return str(folder)
+
+
+def from_gguf(file: Path, folder: Path) -> None:
+    """Convert a .gguf file into an ordinary model folder (bfloat16 safetensors, tokenizer, chat template)."""
+    from transformers import GgufConfig
+
+    options = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**options)
+        model = AutoModelForCausalLM.from_pretrained(
+            **options, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file} cannot be read as a GGUF model: {error}") from error
+    with written_whole(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)

@@ -1,0 +1,101 @@
+"""What a recipe says of the model, and what the base on disk is. Plain Python: no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.artifact import digest, sha256_of_file, write_json
+from pipeline.errors import UserError
+
+
+class ModelSpec(BaseModel):
+    """The frozen base and the shape of the adapter that is trained on it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: str
+    """Hub id, local folder, or a .gguf file."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    quantize: Literal["nf4", "fp4", "none"] = "nf4"
+    """4-bit data type of the frozen linear layers, constants quantised again (QLoRA, arXiv 2305.14314); `none` for
+    plain LoRA on a base held in `dtype`."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """What the model computes in. The adapter itself is always held and updated in float32."""
+    chat_template: str | None = None
+    """A Jinja file that replaces the tokenizer's own template."""
+    attn_implementation: str = "sdpa"
+    """Attention as transformers names it."""
+    lora: dict[str, Any] = Field(default={"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"})
+    """PEFT's LoraConfig, word for word (r, lora_alpha, target_modules, use_rslora, use_dora, ...)."""
+
+
+WEIGHTS = (".safetensors", ".json", ".model", ".jinja", ".txt")
+
+
+def base_hash(spec: ModelSpec) -> str:
+    """A name for the bytes of the base: sha256 over its files, or the commit of a Hub id.
+
+    Raises UserError if there is no such base. Hashes of large files are remembered by path, size and time of change.
+    """
+    path = Path(spec.base)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"model.base: {path} is a file, but not a .gguf file")
+        return f"gguf:{_remembered_sha256(path)}"
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model.base: the folder {path} holds no model (no config.json)")
+        files = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS and file.is_file())
+        if not any(file.suffix == ".safetensors" for file in files):
+            raise UserError(f"model.base: the folder {path} holds no .safetensors weights")
+        return "folder:" + digest({file.name: _remembered_sha256(file) for file in files})
+    if spec.base.count("/") != 1 or spec.base.startswith((".", "/", "~")):
+        raise UserError(_not_found(spec.base))
+    return f"hub:{spec.base}@{_hub_commit(spec)}"
+
+
+def _not_found(base: str) -> str:
+    hint = " The demo model is fetched by: python scripts/get_demo_model.py" if "SmolLM2" in base else ""
+    return f"model.base: {base} is no local folder, no .gguf file and no Hub id.{hint}"
+
+
+def _hub_commit(spec: ModelSpec) -> str:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cached = try_to_load_from_cache(spec.base, "config.json", revision=spec.revision)
+    if isinstance(cached, str):
+        return Path(cached).parent.name
+    try:
+        return str(HfApi().model_info(spec.base, revision=spec.revision, timeout=10).sha)
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{_not_found(spec.base)} The Hub did not answer for it ({type(error).__name__}).") from error
+
+
+def cache_folder() -> Path:
+    """Where things that can be made again are kept: $ONEBASE_CACHE, else the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "onebase"
+    return Path(os.environ.get("ONEBASE_CACHE", default))
+
+
+def _remembered_sha256(path: Path) -> str:
+    """Hashing 16 GB on every command would take longer than the command."""
+    state = path.stat()
+    if state.st_size < 1 << 20:
+        return sha256_of_file(path)
+    memory = cache_folder() / "hashes" / f"{digest(str(path.resolve()))}.json"
+    key = f"{state.st_size}:{state.st_mtime_ns}"
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if known.get("key") != key:
+        known = {"path": str(path.resolve()), "key": key, "sha256": sha256_of_file(path)}
+        write_json(memory, known)
+    return str(known["sha256"])

@@ -1,0 +1,326 @@
+"""A recipe: one YAML file for the whole chain, read strictly.
+
+YAML -> overrides -> checked sections -> order. Everything wrong is said with the file, the line and the dotted key,
+before torch is imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import graphlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from pipeline.artifact import Artifact, Json, digest, sha256_of_file
+from pipeline.data import load
+from pipeline.errors import UserError
+from pipeline.models.spec import ModelSpec, base_hash
+from pipeline.stages import STAGES
+from pipeline.stages.arguments import words
+from pipeline.stages.stage import Stage, StageSpec
+
+RUNTIME_WORDS = frozenset(
+    # Words that change what is seen or how fast it goes, not what is learnt.
+    "logging_steps logging_first_step logging_dir save_steps save_total_limit report_to disable_tqdm run_name "
+    "dataloader_num_workers dataloader_pin_memory dataset_num_proc push_to_hub hub_model_id hub_private_repo "
+    "hub_strategy hub_revision project trackio_space_id log_level use_cpu".split()
+)
+RUNNERS_WORDS = frozenset("output_dir seed data_seed resume_from_checkpoint save_strategy save_only_model".split())
+SECRET_WORDS = frozenset("hub_token push_to_hub_token".split())
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class RecipeSpec(BaseModel):
+    """The top level of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    """Folder of the run below runs/."""
+    seed: int = 17
+    model: ModelSpec
+    train: dict[str, Any] = {}
+    """What every stage's `train:` starts from; each stage takes the words its trainer knows."""
+    stages: dict[str, StageSpec]
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder(cls, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise ValueError("letters, digits, - and _ only: it becomes a folder below runs/")
+        return name
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe read and checked. `tree` is the same as plain data, as it is written to runs/<name>/recipe.yaml."""
+
+    spec: RecipeSpec
+    tree: Json
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def stages(self) -> dict[str, StageSpec]:
+        return self.spec.stages
+
+    def kind(self, stage: str) -> Stage:
+        return STAGES[self.stages[stage].kind]
+
+    def parents(self, stage: str) -> dict[str, str]:
+        """The stages this one is handed something by, by the role they play for it."""
+        source = self.stages[stage].from_
+        return {"policy": source} if source else {}
+
+    def order(self) -> list[str]:
+        """The stages, each after its parents; as written where that leaves a choice."""
+        graph = graphlib.TopologicalSorter({name: set(self.parents(name).values()) for name in self.stages})
+        graph.prepare()
+        order, written = [], list(self.stages)
+        while graph.is_active():
+            for name in sorted(graph.get_ready(), key=written.index):
+                order.append(name)
+                graph.done(name)
+        return order
+
+    def artifact(self, stage: str, runs: Path) -> Artifact:
+        return Artifact(runs / self.name / stage)
+
+    def parts(self) -> dict[str, Json]:
+        """For every stage, all that its result depends on, by name; equal parts give an equal adapter."""
+        base = base_hash(self.spec.model)
+        template = self.spec.model.chat_template
+        model = {
+            **self.spec.model.model_dump(exclude={"base", "revision"}),
+            "base": base,
+            "chat_template": sha256_of_file(Path(template)) if template else None,
+        }
+        parts: dict[str, Json] = {}
+        for name in self.order():
+            section = self.stages[name]
+            data = section.data
+            files = {"path": data.path, "test": data.test, "questions": section.questions}
+            train = {word: value for word, value in section.train.items() if word not in RUNTIME_WORDS}
+            parts[name] = {
+                "stage": {"kind": section.kind, "train": train, "data": _settings(data)},
+                "model": model,
+                "seed": self.spec.seed,
+                "data": {role: load.content_hash(f, data) for role, f in files.items() if isinstance(f, str)},
+                "parents": {role: digest(parts[parent]) for role, parent in self.parents(name).items()},
+            }
+        return parts
+
+    def fork(self, stage: str, name: str, *overrides: str) -> Recipe:
+        """The same recipe with one more stage: a copy of `stage` under another name, changed by overrides relative to
+        it (`"train.beta=0.3"`). What the two share is trained once.
+        """
+        section = {"kind": self.stages[stage].kind, **self.tree["stages"][stage]}
+        tree = {**self.tree, "stages": {**self.tree["stages"], name: section}}
+        return build(tree, [f"stages.{name}.{override}" for override in overrides])
+
+
+def read(path: str | Path, *overrides: str) -> Recipe:
+    """Read a recipe and apply overrides such as "stages.dpo.train.beta=0.05".
+
+    Raises UserError naming file, line and dotted key.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        tree = loader.construct_document(node) if node else None
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{place}: is not YAML: {getattr(error, 'problem', None) or error}") from error
+    finally:
+        loader.dispose()
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected the sections name, model and stages")
+    return build(tree, overrides, str(path), dict(_lines(node)))
+
+
+def build(tree: Json, overrides: Any = (), path: str = "recipe", lines: dict[str, int] | None = None) -> Recipe:
+    """A recipe from plain data. `lines` maps dotted keys to line numbers, for messages."""
+    lines = lines or {}
+    for override in overrides:
+        tree = _overridden(tree, override)
+
+    def wrong(key: str, message: str) -> UserError:
+        known = key
+        while known and known not in lines:
+            known = known.rpartition(".")[0]
+        place = f"{path}:{lines[known]}" if known else path
+        return UserError(f"{place}: {key}: {message}")
+
+    try:
+        spec = RecipeSpec.model_validate(_with_kinds(tree))
+    except ValidationError as error:
+        raise wrong(*_first_complaint(error)) from None
+    if not spec.stages:
+        raise wrong("stages", "names no stage")
+    for name, section in spec.stages.items():
+        _check_stage(name, section, spec, wrong)
+    _check_words("model.lora", spec.model.lora, words("LoraConfig"), wrong)
+    known = {word for section in spec.stages.values() for word in words(STAGES[section.kind].config_class)}
+    _check_words("train", spec.train, known, wrong)
+    template = spec.model.chat_template
+    if template and not Path(template).is_file():
+        raise wrong("model.chat_template", f"no such file: {template}")
+    recipe = Recipe(spec.model_copy(update={"stages": _merged(spec)}), tree)
+    try:
+        recipe.order()
+    except graphlib.CycleError as error:
+        circle = " -> ".join(reversed(error.args[1]))
+        raise wrong("stages", f"the stages go on from each other in a circle: {circle}") from None
+    return recipe
+
+
+def _check_stage(name: str, section: StageSpec, spec: RecipeSpec, wrong: Any) -> None:
+    key = f"stages.{name}"
+    if not NAME.fullmatch(name):
+        raise wrong(key, "a stage's name has letters, digits, - and _ only: it becomes a folder")
+    if section.kind not in STAGES:
+        place, ask = (f"{key}.kind", "") if section.kind != name else (key, "; name its stage with kind:")
+        raise wrong(place, f"there is no stage '{section.kind}'{_meant(section.kind, STAGES)}{ask}")
+    if section.from_ is not None and section.from_ not in spec.stages:
+        raise wrong(f"{key}.from", f"no stage '{section.from_}' in this recipe{_meant(section.from_, spec.stages)}")
+    if section.from_ is not None and not STAGES[spec.stages[section.from_].kind].answers:
+        raise wrong(f"{key}.from", f"'{section.from_}' leaves a reward model, not a policy to go on with")
+    if section.questions and not STAGES[section.kind].answers:
+        raise wrong(f"{key}.questions", f"a {section.kind} stage leaves nothing that answers questions")
+    _check_words(f"{key}.train", section.train, words(STAGES[section.kind].config_class), wrong)
+
+
+def _check_words(key: str, given: Json, known: Any, wrong: Any) -> None:
+    for word, value in given.items():
+        place = f"{key}.{word}"
+        if word in SECRET_WORDS:
+            raise wrong(place, "a token does not belong in a recipe; log in with `hf auth login` or set HF_TOKEN")
+        if word in RUNNERS_WORDS:
+            raise wrong(place, "is set by the runner; for the seed use the recipe's own `seed:`")
+        if word not in known:
+            raise wrong(place, f"unknown key{_meant(word, known)}")
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", value):
+            raise wrong(place, f"is the text {value!r}; write the number without quotes")
+
+
+def _meant(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(str(word), [str(k) for k in known], 1)
+    return f"; did you mean '{close[0]}'?" if close else f" (there is: {', '.join(known)})" if len(known) < 12 else ""
+
+
+def _with_kinds(tree: Json) -> Json:
+    """A section's kind is its name unless it says otherwise."""
+    stages = tree.get("stages")
+    if not isinstance(stages, dict):
+        return tree
+    named = {
+        name: {"kind": name, **section} if isinstance(section, dict) else section for name, section in stages.items()
+    }
+    return {**tree, "stages": named}
+
+
+def _merged(spec: RecipeSpec) -> dict[str, StageSpec]:
+    """Each stage's `train`: the shared words its trainer knows, then its own."""
+    merged = {}
+    for name, section in spec.stages.items():
+        known = words(STAGES[section.kind].config_class)
+        shared = {word: value for word, value in spec.train.items() if word in known}
+        merged[name] = section.model_copy(update={"train": {**shared, **section.train}})
+    return merged
+
+
+def _first_complaint(error: ValidationError) -> tuple[str, str]:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    if first["type"] == "extra_forbidden":
+        fields: Any = RecipeSpec.model_fields
+        if key.startswith("model."):
+            fields = ModelSpec.model_fields
+        elif key.startswith("stages."):
+            in_data = key.split(".")[2:3] == ["data"] and key.count(".") > 2
+            fields = load.DataSpec.model_fields if in_data else [
+                info.alias or name for name, info in StageSpec.model_fields.items()
+            ]
+        return key, f"unknown key{_meant(str(first['loc'][-1]), fields)}"
+    if first["type"] == "missing":
+        return key, "is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    return key or "recipe", f"{message[0].lower()}{message[1:]} (found {first['input']!r})"
+
+
+def _overridden(tree: Json, override: str) -> Json:
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise UserError(f"-o {override}: expected dotted.key=value, for example stages.dpo.train.beta=0.05")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"-o {override}: {text!r} is not a YAML value") from error
+    if path[0] == "stages" and len(path) > 2 and path[1] not in (tree.get("stages") or {}):
+        raise UserError(f"-o {override}: no stage '{path[1]}' in this recipe{_meant(path[1], tree.get('stages') or {})}")
+    return _with(tree, path, value, override)
+
+
+def _with(tree: Json, path: list[str], value: Any, override: str) -> Json:
+    if len(path) == 1:
+        return {**tree, path[0]: value}
+    below = tree.get(path[0]) or {}
+    if not isinstance(below, dict):
+        raise UserError(f"-o {override}: '{path[0]}' is a value, not a section")
+    return {**tree, path[0]: _with(below, path[1:], value, override)}
+
+
+def _settings(data: load.DataSpec) -> Json:
+    """How the rows are read, without where they lie: a file moved is still the same file."""
+    shown = data.model_dump(exclude={"path"})
+    return {key: value for key, value in shown.items() if not (key == "test" and isinstance(value, str))}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with two differences from PyYAML's 1.1: 1e-5 is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, dict | list):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)
+
+
+def _lines(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Dotted keys with their line numbers, counted from 1."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            dotted = f"{prefix}{key.value}"
+            yield dotted, key.start_mark.line + 1
+            yield from _lines(value, f"{dotted}.")
+
+
+def with_name(recipe: Recipe, name: str) -> Recipe:
+    """The same recipe as another run."""
+    return replace(recipe, spec=recipe.spec.model_copy(update={"name": name}), tree={**recipe.tree, "name": name})

@@ -1,0 +1,194 @@
+"""Walk a recipe's stages in order: skip the fresh, launch the stale in a process of their own, say why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.artifact import Artifact, Json, digest, locked, write_text
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+from pipeline.worker import ERROR_MARK, WATCH, load_rows
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a stage stands: fresh, stale, stopped (a checkpoint to go on from) or new, and why."""
+
+    name: str
+    word: str
+    why: str
+
+    @property
+    def fresh(self) -> bool:
+        return self.word == "fresh"
+
+
+def states(recipe: Recipe, runs: Path = RUNS) -> list[State]:
+    """Every stage in order with what the next run would do about it."""
+    parts = recipe.parts()
+    found: dict[str, State] = {}
+    for name in recipe.order():
+        waiting = [parent for parent in recipe.parents(name).values() if not found[parent].fresh]
+        found[name] = _state(recipe.artifact(name, runs), parts[name], waiting)
+    return list(found.values())
+
+
+def run(
+    recipe: Recipe,
+    only: Sequence[str] = (),
+    from_: str | None = None,
+    runs: Path | str = RUNS,
+    launch_config: Path | None = None,
+) -> list[str]:
+    """Bring a recipe's stages up to date and return the names of those that were run.
+
+    only: these stages alone.  from_: this stage and those that go on from it.  What they build upon must be fresh.
+    launch_config: an accelerate config file for several GPUs; one process without it.
+
+    Raises UserError for anything a person can correct; KeyboardInterrupt once a stage has stopped with a checkpoint.
+    """
+    runs = Path(runs)
+    chosen = _chosen(recipe, only, from_)
+    refusal = f"the run '{recipe.name}' is already going on in process {{pid}} (lock {runs / recipe.name / '.lock'})."
+    with locked(runs / recipe.name / ".lock", refusal):
+        planned = [state for state in states(recipe, runs) if state.name in chosen]
+        for state in planned:
+            if not state.fresh:
+                load_rows(recipe, state.name)
+        resolved = runs / recipe.name / "recipe.yaml"
+        write_text(resolved, yaml.safe_dump(recipe.tree, sort_keys=False, allow_unicode=True))
+        done = []
+        for index, state in enumerate(planned, 1):
+            print(f"[{index}/{len(planned)}] {state.name}: {state.word}{', ' + state.why if state.why else ''}", flush=True)
+            if not state.fresh:
+                _launch(recipe, state.name, resolved, runs, launch_config)
+                done.append(state.name)
+        return done
+
+
+def _chosen(recipe: Recipe, only: Sequence[str], from_: str | None) -> set[str]:
+    for name in [*only, *([from_] if from_ else [])]:
+        if name not in recipe.stages:
+            raise UserError(f"no stage '{name}' in the recipe {recipe.name} (there is: {', '.join(recipe.stages)})")
+    if only:
+        return set(only)
+    if from_ is None:
+        return set(recipe.stages)
+    after = {from_}
+    for name in recipe.order():
+        if after & set(recipe.parents(name).values()):
+            after.add(name)
+    return after
+
+
+def _state(out: Artifact, parts: Json, waiting: list[str]) -> State:
+    manifest = out.manifest()
+    fingerprint = digest(parts)
+    if manifest is not None and manifest.get("fingerprint") == fingerprint:
+        missing = [name for name in manifest["files"] if not (out.adapter / name).is_file()]
+        if missing:
+            return State(out.name, "stale", f"{out.adapter / missing[0]} is gone")
+        return State(out.name, "fresh", "")
+    checkpoint = out.last_checkpoint(fingerprint)
+    if checkpoint is not None:
+        return State(out.name, "stopped", f"goes on from step {checkpoint.name.rsplit('-', 1)[1]}")
+    before = manifest or out.claimed()
+    if before is None or "parts" not in before:
+        return State(out.name, "new", f"after {waiting[0]}" if waiting else "never run")
+    return State(out.name, "stale", "; ".join(_differences(before["parts"], parts)) or "it was cut short")
+
+
+def _differences(before: Json, now: Json, prefix: str = "") -> list[str]:
+    """What has changed between two sets of parts, in words."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        place = f"{prefix}{key}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{place}.".removeprefix("stage."))
+        elif prefix == "parents.":
+            found.append(f"its parent ({key}) has changed")
+        elif prefix == "data." and old and new and place in ("data.path", "data.test", "data.questions"):
+            found.append(f"the file of {place.removeprefix('data.') if key == 'questions' else place} has changed")
+        else:
+            found.append(f"{place} was {_short(old)}, is {_short(new)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = "unset" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path | None) -> None:
+    out = recipe.artifact(stage, runs)
+    out.folder.mkdir(parents=True, exist_ok=True)
+    single = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *(["--config_file", str(config)] if config else single),
+        *("-m", "pipeline.worker", str(resolved), stage, "--runs", str(runs)),
+    ]
+    environment = {**os.environ, WATCH: "1", "PYTHONUNBUFFERED": "1"}
+    if config is None:
+        # TRL's trainers refuse a process that sees several GPUs; one is what a run without a config is about.
+        environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    with out.log.open("a", encoding="utf-8") as log:
+        begun = log.tell()
+        # A session of its own: Ctrl-C comes to the runner alone, which asks the worker to stop and waits for it.
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stderr=log, env=environment, start_new_session=True
+        )
+        try:
+            status = process.wait()
+        except BaseException:
+            _stop(process, out)
+            raise
+    if status == 0:
+        return
+    said = out.log.read_text(encoding="utf-8", errors="replace")[begun:]
+    if ERROR_MARK in said:
+        raise UserError(_message(said))
+    if "\nKeyboardInterrupt" in said or status in (130, -signal.SIGINT):
+        raise KeyboardInterrupt
+    tail = "\n  ".join(said.strip().splitlines()[-8:])
+    raise UserError(
+        f"stage '{stage}' ended without a word (status {status}): killed from outside, or out of memory.\n  {tail}\n"
+        f"Its log is {out.log}. Run again to go on from the last checkpoint."
+    )
+
+
+def _message(said: str) -> str:
+    """The worker's own words, without what the launcher prints after them."""
+    return said.rsplit(ERROR_MARK, 1)[1].split("\nTraceback (most recent call last)")[0].strip()
+
+
+def _stop(process: subprocess.Popen[bytes], out: Artifact) -> None:
+    """Ask the worker to save a checkpoint and end; a second Ctrl-C kills it."""
+    worker = (out.claimed() or {}).get("pid")
+    try:
+        if worker:
+            os.kill(int(worker), signal.SIGINT)
+        else:
+            process.terminate()
+        while process.poll() is None:
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    except ProcessLookupError:
+        process.wait()

@@ -1,0 +1,70 @@
+"""Continued pretraining: next-token loss on whole documents, packed."""
+
+from __future__ import annotations
+
+from pipeline.data.contracts import LANGUAGE_MODELING
+from pipeline.stages.stage import Context, Headline, Result, Stage, StageSpec
+
+
+def run(spec: StageSpec, ctx: Context) -> Result:
+    from transformers import set_seed
+    from trl import SFTConfig, SFTTrainer
+
+    from pipeline.data import render
+    from pipeline.evaluate import answers, scoring
+    from pipeline.models import base as bases
+    from pipeline.stages import invariants
+    from pipeline.stages import trainer as shared
+
+    result = Result()
+    # Documents longer than max_length are split rather than cut: nothing of the corpus is lost.
+    args = shared.arguments(SFTConfig, spec, ctx, packing=True, packing_strategy="bfd_split")
+    tokenizer = bases.load_tokenizer(ctx.model)
+    train_set = shared.encoded(ctx.data.train, lambda row: render.document(tokenizer, row["text"]), ctx)
+    test_set = shared.encoded(ctx.data.test or [], lambda row: render.document(tokenizer, row["text"]), ctx)
+    if not args.packing:
+        train_set, result.counts = shared.cut(ctx.data.train, train_set, args.max_length)
+    else:
+        result.counts = {"rows": len(train_set), "tokens": sum(len(sequence.ids) for sequence in train_set)}
+
+    # base
+    set_seed(ctx.seed)
+    base = bases.load_base(ctx.model, tokenizer)
+    result.base_digest = bases.frozen_digest(base)
+
+    # adapter
+    model = shared.policy(ctx, base)
+    result.invariants |= invariants.same_base(ctx, result.base_digest)
+    if not ctx.parents:
+        result.invariants |= invariants.starts_as_identity(model, train_set[0].ids)
+
+    # trainer
+    trainer = shared.build(
+        SFTTrainer, model, args=args, train_dataset=shared.as_dataset(train_set), processing_class=tokenizer
+    )
+    result.invariants |= invariants.only_adapter_trains(model)
+
+    # train, with the held-out numbers before and after
+    result.before = scoring.language_model(model, tokenizer, test_set)
+    result.before |= answers.ask(model, tokenizer, ctx.data, result.samples, "before")
+    result.counts |= shared.train(trainer, ctx, spec)
+    result.after = scoring.language_model(model, tokenizer, test_set)
+    result.after |= answers.ask(model, tokenizer, ctx.data, result.samples, "after")
+
+    # save
+    result.invariants |= invariants.base_unchanged(model, result.base_digest)
+    shared.save(model, tokenizer, ctx)
+    return result
+
+
+STAGE = Stage(
+    name="pretrain",
+    config_class="SFTConfig",
+    contract=LANGUAGE_MODELING,
+    headlines=(
+        Headline("loss", "held-out corpus loss", "lower"),
+        Headline("question_accuracy", "held-out questions answered right", "higher", percent=True),
+    ),
+    run=run,
+    answers=True,
+)

@@ -1,0 +1,137 @@
+"""What a person sees while a stage trains, and how it is stopped: three callbacks for a Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from pipeline import metrics
+from pipeline.artifact import mark_checkpoint
+from pipeline.stages.stage import Context
+
+
+class Progress(TrainerCallback):
+    """A live bar with loss, tokens/s and time left; plain lines where the output is no terminal. Each logged step also
+    goes to metrics.jsonl."""
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+        self.bar: Bar | None = None
+        self.loss, self.speed, self.seen = "", "", (0.0, 0.0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        if self.ctx.checkpoint:
+            print(f"  going on from step {state.global_step} of {state.max_steps}", flush=True)
+        self.began, self.first_step = time.monotonic(), state.global_step
+        self.seen = (0.0, time.monotonic())
+        if sys.stdout.isatty():
+            columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+            notes = (TextColumn("{task.fields[note]}"), TextColumn("left"), TimeRemainingColumn())
+            self.bar = Bar(*columns, *notes, console=Console())
+            self.bar.start()
+            self.task = self.bar.add_task(self.ctx.out.name, total=state.max_steps, completed=state.global_step, note="")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=state.global_step, note=f"{self.loss} {self.speed}".strip())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        metrics.append(self.ctx.out.metrics, state.global_step, logs)
+        tokens, then = self.seen
+        now = time.monotonic()
+        fresh = float(logs.get("num_tokens", 0)) - tokens
+        # After a resume the count starts at nothing, so the first figure would be of no known span.
+        self.speed = f"{fresh / (now - then):.0f} tok/s" if fresh > 0 and now > then else ""
+        self.seen = (float(logs.get("num_tokens", 0)), now)
+        self.loss = f"loss {logs['loss']:.4f}"
+        if not self.bar:
+            done = state.global_step - self.first_step
+            left = (now - self.began) / max(done, 1) * (state.max_steps - state.global_step)
+            step = f"step {state.global_step}/{state.max_steps}"
+            print(f"  {self.ctx.out.name}  {step}  {self.loss}  {self.speed}  {clock(left)} left", flush=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar:
+            self.on_step_end(args, state, control)
+            self.bar.stop()
+            self.bar = None
+
+
+class Checkpoints(TrainerCallback):
+    """Marks each checkpoint whole after its last file, and only then removes the ones before it."""
+
+    def __init__(self, fingerprint: str, keep: int) -> None:
+        self.fingerprint, self.keep = fingerprint, keep
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for file in folder.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        mark_checkpoint(folder, self.fingerprint)
+        older = sorted(
+            (other for other in folder.parent.glob("checkpoint-*") if other != folder),
+            key=lambda other: int(other.name.rsplit("-", 1)[1]),
+        )
+        for other in older[: max(0, len(older) + 1 - self.keep)]:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+class Stop(TrainerCallback):
+    """Turns Ctrl-C and SIGTERM into a checkpoint and a clean end; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("  stopping after this step ...", flush=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if _any_rank(self.asked):
+            self.asked = control.should_save = control.should_training_stop = True
+
+
+def _any_rank(flag: bool) -> bool:
+    """All processes must stop at the same step, whichever was asked."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return flag
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    flags = torch.tensor([float(flag)], device=device)
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    return bool(flags.item())
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

@@ -1,0 +1,71 @@
+"""The reward model: Bradley-Terry on comparisons, the policy's trunk under a new one-label score head."""
+
+from __future__ import annotations
+
+from pipeline.data.contracts import PREFERENCE
+from pipeline.stages.stage import Context, Headline, Result, Stage, StageSpec
+
+
+def run(spec: StageSpec, ctx: Context) -> Result:
+    from datasets import Dataset
+    from transformers import set_seed
+    from trl import RewardConfig, RewardTrainer
+
+    from pipeline.data import render
+    from pipeline.evaluate import scoring
+    from pipeline.models import adapters
+    from pipeline.models import base as bases
+    from pipeline.stages import invariants
+    from pipeline.stages import trainer as shared
+
+    def pair(row: dict) -> tuple[list[int], list[int]]:
+        return render.conversation(tokenizer, row, "chosen"), render.conversation(tokenizer, row, "rejected")
+
+    result = Result()
+    args = shared.arguments(RewardConfig, spec, ctx)
+    tokenizer = bases.load_tokenizer(ctx.model)
+    train_set = shared.encoded(ctx.data.train, pair, ctx)
+    test_set = shared.encoded(ctx.data.test or [], pair, ctx)
+    train_set, result.counts = shared.fitting(ctx.data.train, train_set, args.max_length)
+
+    # base
+    set_seed(ctx.seed)
+    base = bases.load_base(ctx.model, tokenizer, reward=True)
+    result.base_digest = bases.frozen_digest(base)
+
+    # adapter
+    parent = ctx.parents.get("policy")
+    if parent:
+        model = adapters.transplanted(base, parent.adapter)
+    else:
+        model = adapters.fresh(base, ctx.model.lora, reward=True)
+    result.invariants |= invariants.same_base(ctx, result.base_digest)
+    head_at_start = invariants.head(model)
+
+    # trainer
+    chosen, rejected = zip(*train_set, strict=True)
+    rows = Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected})
+    trainer = shared.build(RewardTrainer, model, args=args, train_dataset=rows, processing_class=tokenizer)
+    result.invariants |= invariants.only_adapter_trains(model, head=True)
+
+    # train, with the held-out numbers before and after
+    result.before = scoring.reward_model(model, tokenizer, test_set)
+    result.counts |= shared.train(trainer, ctx, spec)
+    result.after = scoring.reward_model(model, tokenizer, test_set)
+
+    # save
+    result.invariants |= invariants.base_unchanged(model, result.base_digest)
+    result.invariants |= invariants.head_was_trained(model, head_at_start)
+    shared.save(model, tokenizer, ctx)
+    result.invariants |= invariants.reloads_alike(model, tokenizer, ctx.out.adapter, (test_set or train_set)[:4])
+    return result
+
+
+STAGE = Stage(
+    name="reward",
+    config_class="RewardConfig",
+    contract=PREFERENCE,
+    headlines=(Headline("accuracy", "held-out comparisons ranked right", "higher", percent=True),),
+    run=run,
+    answers=False,
+)

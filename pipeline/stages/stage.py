@@ -1,0 +1,88 @@
+"""What a stage is. A stage never opens a recipe, never looks for its parent on disk, never decides whether to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.artifact import Artifact
+from pipeline.data.contracts import Contract, Row
+from pipeline.data.load import DataSpec
+from pipeline.models.spec import ModelSpec
+
+
+class StageSpec(BaseModel):
+    """One section under `stages:` of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    kind: str
+    """Which stage this is; the section's own name unless said otherwise."""
+    from_: str | None = Field(default=None, alias="from")
+    """The stage whose adapter this one goes on with; none for the first of a chain."""
+    data: DataSpec
+    train: dict[str, Any] = {}
+    """The trainer's own arguments, word for word."""
+    questions: str | None = None
+    """Held-out questions with answers ({"prompt", "answer"} rows), asked before and after the stage."""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A held-out number by which people judge a stage."""
+
+    metric: str
+    label: str
+    better: str  # "higher" or "lower"
+    percent: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    config_class: str
+    """The trainer's config, whose words `train:` takes."""
+    contract: Contract
+    headlines: tuple[Headline, ...]
+    run: Callable[[StageSpec, Context], Result]
+    answers: bool
+    """Whether it leaves a policy, which can be asked things (a reward model cannot)."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A stage's data, loaded and checked already."""
+
+    train: list[Row]
+    test: list[Row] | None = None
+    questions: list[Row] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a run may look at besides its own section."""
+
+    model: ModelSpec
+    data: Rows
+    parents: dict[str, Artifact]
+    out: Artifact
+    seed: int
+    fingerprint: str
+    checkpoint: Path | None
+    """Where to go on from, or None to start at the beginning."""
+
+
+@dataclass
+class Result:
+    """What a stage reports: numbers, the counts of its rows, and the invariants it has checked."""
+
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, Any] = field(default_factory=dict)
+    invariants: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    base_digest: str = ""

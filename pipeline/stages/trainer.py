@@ -1,0 +1,184 @@
+"""What the stages trained by TRL share: arguments, the trainer around a frozen base, training with resume, saving."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from transformers import set_seed
+
+from pipeline import metrics
+from pipeline.artifact import written_whole
+from pipeline.data.load import NAMED_AT_MOST
+from pipeline.data.render import Encoded, Reply, Unrenderable, stop_ids
+from pipeline.errors import BrokenInvariant, Interrupted, UserError
+from pipeline.models import adapters
+from pipeline.stages.progress import Checkpoints, Progress, Stop
+from pipeline.stages.stage import Context, StageSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+    from pipeline.data.contracts import Row
+
+
+def arguments(config_class: type, spec: StageSpec, ctx: Context, **house: Any) -> TrainingArguments:
+    """The trainer's config: the house's defaults, then the recipe's words, then what only the runner may say.
+
+    Raises UserError naming the stage if the config refuses a value.
+    """
+    defaults = {
+        "bf16": ctx.model.dtype == "bfloat16",
+        "fp16": ctx.model.dtype == "float16",
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "save_steps": 100,
+        **house,
+    }
+    runners = {
+        "output_dir": str(ctx.out.checkpoints),
+        "seed": ctx.seed,
+        "save_strategy": "steps",
+        "eval_strategy": "no",  # the stage evaluates before and after; TRL's mean over batches weighs them unequally
+        "save_total_limit": None,  # Checkpoints rotates, after the newest has been marked whole
+    }
+    given = {word: value for word, value in spec.train.items() if word not in ("save_total_limit", "eval_strategy")}
+    try:
+        return config_class(**{**defaults, **given, **runners})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"stages.{ctx.out.name}.train: {config_class.__name__} refuses it: {error}") from error
+
+
+def encoded(rows: list[Row], encode: Callable[[Row], Any], ctx: Context) -> list[Any]:
+    """Every row as token ids. Raises UserError naming the rows that the template or tokenizer cannot render."""
+    done, refused = [], []
+    for row in rows:
+        try:
+            done.append(encode(row))
+        except Unrenderable as error:
+            refused.append(f"  {row['_place']}: {error}")
+    if refused:
+        named = "\n".join(refused[:NAMED_AT_MOST])
+        raise UserError(f"{len(refused)} rows of stage '{ctx.out.name}' cannot be rendered:\n{named}")
+    return done
+
+
+def cut(rows: list[Row], sequences: list[Encoded], max_length: int | None) -> tuple[list[Encoded], dict[str, int]]:
+    """Sequences cut to max_length, and what that cost. A row left without anything to learn is an error.
+
+    Counts: rows, rows_cut, tokens, tokens_cut, supervised_tokens, rows_ending_supervised (whose end-of-turn token
+    carries loss; every row that is not cut must be among them).
+    """
+    short = [sequence.cut(max_length) for sequence in sequences]
+    bare = [row["_place"] for row, sequence in zip(rows, short, strict=True) if sequence.supervised == 0]
+    if bare:
+        named = "\n  ".join(bare[:NAMED_AT_MOST])
+        raise UserError(
+            f"{len(bare)} rows have no token left to learn from once cut to max_length {max_length}:\n  {named}\n"
+            "Raise max_length in the stage's train section, or shorten or remove these rows."
+        )
+    before, after = sum(len(s.ids) for s in sequences), sum(len(s.ids) for s in short)
+    return short, {
+        "rows": len(rows),
+        "rows_cut": sum(len(a.ids) != len(b.ids) for a, b in zip(sequences, short, strict=True)),
+        "tokens": after,
+        "tokens_cut": before - after,
+        "supervised_tokens": sum(sequence.supervised for sequence in short),
+    }
+
+
+def ends_supervised(sequences: list[Encoded], tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many sequences carry loss on an end-of-turn token."""
+    ends = set(stop_ids(tokenizer))
+    return sum(any(label in ends for label in sequence.labels) for sequence in sequences)
+
+
+def fitting(
+    rows: list[Row], pairs: list[tuple[Any, Any]], max_length: int | None
+) -> tuple[list[tuple[Any, Any]], dict[str, int]]:
+    """Pairs of which both answers fit max_length. A cut answer has lost its end, so such a pair is left out, counted."""
+    kept = [pair for pair in pairs if max_length is None or max(len(pair[0]), len(pair[1])) <= max_length]
+    if not kept:
+        longest = min(max(len(a), len(b)) for a, b in pairs)
+        raise UserError(
+            f"none of the {len(pairs)} pairs, first {rows[0]['_place']}, fits max_length {max_length} "
+            f"(the shortest needs {longest} tokens). Raise max_length in the stage's train section."
+        )
+    return kept, {"rows": len(pairs), "rows_too_long": len(pairs) - len(kept)}
+
+
+def as_dataset(sequences: Sequence[Encoded]) -> Dataset:
+    """What SFTTrainer takes as tokenized already: columns input_ids and labels."""
+    return Dataset.from_dict({"input_ids": [s.ids for s in sequences], "labels": [s.labels for s in sequences]})
+
+
+def policy(ctx: Context, base: PreTrainedModel) -> PeftModel:
+    """The adapter this stage trains: the parent's, or a fresh one for the first of a chain."""
+    parent = ctx.parents.get("policy")
+    return adapters.carried(base, parent.adapter) if parent else adapters.fresh(base, ctx.model.lora)
+
+
+def build(trainer_class: type, model: PeftModel, **options: Any) -> Trainer:
+    """A TRL trainer whose adapter is still in float32.
+
+    TRL 1.16 rounds a QLoRA adapter to bfloat16 when the trainer is made; at the learning rates of DPO and PPO most
+    updates then vanish. The masters are put back before the optimizer is created from them.
+    """
+    masters = {name: weight.detach().clone() for name, weight in adapters.trainable(model).items()}
+    trainer = trainer_class(model=model, **options)
+    for name, weight in adapters.trainable(trainer.model).items():
+        weight.data = masters[name]
+    return trainer
+
+
+def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
+    """Train to the end, from the last whole checkpoint where there is one, and return cost figures.
+
+    Raises Interrupted after Ctrl-C or SIGTERM, once a checkpoint has been written.
+    """
+    set_seed(ctx.seed)
+    stop = Stop()
+    trainer.add_callback(stop)
+    trainer.add_callback(Checkpoints(ctx.fingerprint, spec.train.get("save_total_limit") or 1))
+    trainer.add_callback(Progress(ctx))
+    if ctx.checkpoint:
+        metrics.rewind(ctx.out.metrics, int(ctx.checkpoint.name.rsplit("-", 1)[1]))
+    with stop.listening():
+        output = trainer.train(resume_from_checkpoint=str(ctx.checkpoint) if ctx.checkpoint else None)
+    if stop.asked:
+        raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
+    loss = output.training_loss
+    if not math.isfinite(loss) and not ctx.checkpoint:
+        raise UserError(f"stage '{ctx.out.name}' ended with a loss of {loss}: lower the learning rate")
+    return {"steps": trainer.state.global_step, "train_seconds": round(output.metrics["train_runtime"], 1)}
+
+
+def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, ctx: Context) -> None:
+    """Write the adapter with its tokenizer and chat template, whole or not at all."""
+    unfit = [name for name, weight in adapters.trainable(model).items() if not torch.isfinite(weight).all()]
+    if unfit:
+        raise BrokenInvariant(
+            "finite adapter weights after training", f"{len(unfit)} tensors with NaN or infinity, first {unfit[0]}",
+            "too high a learning rate; nothing was saved",
+        )
+    with written_whole(ctx.out.adapter) as folder:
+        adapters.save(model, folder)
+        tokenizer.save_pretrained(folder)
+
+
+def reply_pairs(pairs: list[tuple[Reply, Reply]]) -> Dataset:
+    """What DPOTrainer makes of preference rows: the ids of prompt, chosen and rejected."""
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [chosen.prompt_ids for chosen, _ in pairs],
+            "chosen_ids": [chosen.reply_ids for chosen, _ in pairs],
+            "rejected_ids": [rejected.reply_ids for _, rejected in pairs],
+        }
+    )

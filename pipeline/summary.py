@@ -1,0 +1,104 @@
+"""What a person sees of a run: where each stage stands, what it gained, what the policies answer, what comes next."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.artifact import Json
+from pipeline.recipe import Recipe
+from pipeline.runner import State
+from pipeline.stages.stage import Headline
+
+
+def show_states(states: list[State], console: Console) -> None:
+    """One line per stage: what the next run would do, and why."""
+    table = Table("stage", "state", "why", box=None, pad_edge=False)
+    colours = {"fresh": "green", "stale": "yellow", "stopped": "yellow", "new": "cyan"}
+    for state in states:
+        action = "fresh, skipped" if state.fresh else f"{state.word}, would run"
+        table.add_row(state.name, Text(action, style=colours[state.word]), state.why)
+    console.print(table)
+
+
+def show_results(recipe: Recipe, runs: Path, console: Console) -> None:
+    """The held-out numbers before and after every finished stage, with cost."""
+    table = Table("stage", "held-out number", title=f"{recipe.name}: what each stage changed", title_justify="left")
+    for column in ("before", "after", "change", "time", "peak MiB"):
+        table.add_column(column, justify="right")
+    for name in recipe.order():
+        manifest = recipe.artifact(name, runs).manifest()
+        if manifest is None:
+            continue
+        cost = [_minutes(manifest["seconds"]), str(manifest["peak_memory_mib"])]
+        measured = [h for h in recipe.kind(name).headlines if h.metric in manifest["after"]]
+        for headline in measured:
+            table.add_row(name, headline.label, *_numbers(headline, manifest), *cost)
+            name, cost = "", ["", ""]
+        if not measured:
+            table.add_row(name, "none (no data.test, no questions)", "", "", "", *cost)
+    console.print(table)
+
+
+def show_answers(recipe: Recipe, runs: Path, console: Console) -> None:
+    """A few held-out prompts, answered by the base and by each policy stage."""
+    told: dict[str, dict[str, str]] = {}
+    right: dict[str, str] = {}
+    for name in recipe.order():
+        file = recipe.artifact(name, runs).samples
+        if recipe.artifact(name, runs).manifest() is None or not file.exists():
+            continue
+        for line in file.read_text(encoding="utf-8").splitlines():
+            sample = json.loads(line)
+            question = _question(sample["prompt"])
+            answers = told.setdefault(question, {"base": sample["base"]})
+            answers[name] = sample["after"]
+            if sample.get("answer"):
+                right[question] = sample["answer"]
+    complete = max((len(answers) for answers in told.values()), default=0)
+    for question, answers in [item for item in told.items() if len(item[1]) == complete][:3]:
+        hint = f"   (right: {right[question]})" if question in right else ""
+        console.print(Text(f"\nQ: {question}", style="bold"), Text(hint, style="green"), end="\n")
+        for name, answer in answers.items():
+            console.print(Text(f"  {name:>9}  ", style="cyan") + Text(" ".join(answer.split())[:200] or "(nothing)"))
+
+
+def show_next(recipe: Recipe, path: str, runs: Path, console: Console) -> None:
+    """Where things are and what to type next."""
+    console.print(f"\nAdapters, manifests, logs: {runs / recipe.name}/<stage>/", highlight=False)
+    last = recipe.order()[-1]
+    console.print("What to type next:", highlight=False)
+    for command, what in (
+        (f"onebase status {path}", "where every stage stands"),
+        (f"onebase run {path}", "again: fresh stages are skipped"),
+        (f"onebase run {path} -o stages.{last}.train.learning_rate=1e-4", f"only {last} runs again"),
+        ("onebase ls", "the other recipes; onebase cp NAME my.yaml to start your own"),
+    ):
+        console.print(f"  {command:<72} {what}", highlight=False, soft_wrap=True)
+
+
+def _numbers(headline: Headline, manifest: Json) -> list[str]:
+    before, after = manifest["before"].get(headline.metric), manifest["after"][headline.metric]
+    if before is None:
+        return ["", _number(after, headline), ""]
+    change = after - before
+    better = (change > 0) == (headline.better == "higher")
+    arrow = f"{100 * change:+.1f} pts" if headline.percent else f"{change:+.3f}"
+    style = "dim" if change == 0 else "green" if better else "red"
+    return [_number(before, headline), _number(after, headline), f"[{style}]{arrow}[/{style}]"]
+
+
+def _number(value: float, headline: Headline) -> str:
+    return f"{100 * value:.1f} %" if headline.percent else f"{value:.3f}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+
+
+def _question(prompt: list[dict[str, str]] | str) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]

@@ -1,0 +1,226 @@
+"""One stage in one process: data in, run, seal.
+
+    accelerate launch -m pipeline.worker RECIPE STAGE [--runs DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+# Before any library reads them: nothing leaves this machine unasked, and two cores do not spin for each other.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pipeline.artifact import Artifact, Json, digest, locked, write_text  # noqa: E402
+from pipeline.data.contracts import QUESTION  # noqa: E402
+from pipeline.data.load import DataSpec, Source, read_source, read_split  # noqa: E402
+from pipeline.errors import BrokenInvariant, Interrupted, UserError  # noqa: E402
+from pipeline.recipe import Recipe, read  # noqa: E402
+from pipeline.stages.stage import Context, Rows  # noqa: E402
+
+ERROR_MARK = "onebase: error: "
+"""What comes after it on stderr is for the person; the runner shows it as its own error."""
+WATCH = "ONEBASE_DIE_WITH_RUNNER"
+ORPHAN_PATIENCE = 15.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="pipeline.worker", description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("stage")
+    parser.add_argument("--runs", default="runs", type=Path)
+    given = parser.parse_args()
+    if os.environ.get(WATCH):
+        threading.Thread(target=_die_with_runner, daemon=True).start()
+    sys.exit(_guarded(given.recipe, given.stage, given.runs))
+
+
+def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
+    """Run one stage of a recipe whose parents are fresh, and seal it."""
+    if stage not in recipe.stages:
+        raise UserError(f"no stage '{stage}' in the recipe {recipe.name} (there is: {', '.join(recipe.stages)})")
+    parts = recipe.parts()
+    fingerprint = digest(parts[stage])
+    out = recipe.artifact(stage, runs)
+    parents = {
+        role: _sound_parent(recipe.artifact(name, runs), digest(parts[name]), parts[stage]["model"]["base"])
+        for role, name in recipe.parents(stage).items()
+    }
+    manifest = out.manifest()
+    if manifest is not None and manifest.get("fingerprint") == fingerprint:
+        print(f"{stage} is fresh", flush=True)
+        return
+    section = recipe.stages[stage]
+    data, refused = load_rows(recipe, stage)
+
+    from accelerate import PartialState
+
+    everyone = PartialState()
+    with _alone(out) if everyone.is_main_process else contextlib.nullcontext():
+        if everyone.is_main_process:
+            out.claim(fingerprint, parts[stage])
+            if refused.refused:
+                write_text(out.refused, "".join(_json_line(entry) for entry in refused.refused))
+        everyone.wait_for_everyone()
+        started = time.time()
+        context = Context(
+            model=recipe.spec.model,
+            data=data,
+            parents=parents,
+            out=out,
+            seed=recipe.spec.seed,
+            fingerprint=fingerprint,
+            checkpoint=out.last_checkpoint(fingerprint),
+        )
+        result = recipe.kind(stage).run(section, context)
+        if everyone.is_main_process:
+            write_text(out.samples, "".join(_json_line(sample) for sample in result.samples))
+            out.seal(
+                {
+                    "stage": stage,
+                    "kind": section.kind,
+                    "fingerprint": fingerprint,
+                    "parts": parts[stage],
+                    "section": section.model_dump(by_alias=True),
+                    "parents": {role: {"stage": p.name, "fingerprint": _fingerprint(p)} for role, p in parents.items()},
+                    "base": recipe.spec.model.base,
+                    "base_hash": parts[stage]["model"]["base"],
+                    "base_digest": result.base_digest,
+                    "data": {"train": refused.counts(), "counts": result.counts},
+                    "seed": recipe.spec.seed,
+                    "before": result.before,
+                    "after": result.after,
+                    "invariants": result.invariants,
+                    **_cost(started),
+                }
+            )
+
+
+def load_rows(recipe: Recipe, stage: str) -> tuple[Rows, Source]:
+    """A stage's rows, checked; and the source of the training rows, which knows what was refused."""
+    section = recipe.stages[stage]
+    train, test = read_split(section.data, recipe.kind(stage).contract, recipe.spec.seed)
+    questions = []
+    if section.questions:
+        questions = read_source(section.questions, QUESTION, DataSpec(path=section.questions)).rows
+    return Rows(train.rows, test.rows if test else None, questions), train
+
+
+def _sound_parent(parent: Artifact, fingerprint: str, base: str) -> Artifact:
+    manifest = parent.verify()
+    if manifest.get("base_hash") != base:
+        raise UserError(
+            f"{parent.folder} was trained on another base ({manifest.get('base')}, {manifest.get('base_hash')}) than "
+            f"this recipe's ({base}). Run '{parent.name}' again on this base, or name that base in the recipe."
+        )
+    if manifest.get("fingerprint") != fingerprint:
+        raise UserError(f"{parent.folder} is stale: recipe or data have changed since. Run '{parent.name}' first.")
+    return parent
+
+
+def _fingerprint(parent: Artifact) -> str:
+    return str((parent.manifest() or {}).get("fingerprint"))
+
+
+@contextlib.contextmanager
+def _alone(out: Artifact) -> Iterator[None]:
+    """One process writes a stage. One whose runner was killed is dying; it is given a moment to be gone."""
+    deadline = time.monotonic() + ORPHAN_PATIENCE
+    refusal = f"{out.folder} is being written by process {{pid}}. Wait for it, or end it."
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(locked(out.folder / ".lock", refusal))
+                break
+            except UserError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+        yield
+
+
+def _cost(started: float) -> Json:
+    import resource
+    from importlib.metadata import version
+
+    import torch
+
+    cuda = torch.cuda.is_available()
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resident
+    libraries = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "onebase")
+    return {
+        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - started, 1),
+        "device": torch.cuda.get_device_name() if cuda else f"cpu ({torch.get_num_threads()} threads)",
+        "peak_memory_mib": round(peak),
+        "peak_memory_is": "CUDA memory allocated" if cuda else "resident set of the process",
+        "versions": {library: version(library) for library in libraries},
+    }
+
+
+def _json_line(value: Json) -> str:
+    import json
+
+    return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "replace").decode() + "\n"
+
+
+def _guarded(recipe: str, stage: str, runs: Path) -> int:
+    """Run the stage; turn what a person can act upon into one message."""
+    try:
+        run_stage(read(recipe), stage, runs)
+        return 0
+    except UserError as error:
+        return _fail(str(error), 2)
+    except BrokenInvariant as error:
+        return _fail(f"stage '{stage}' stopped, a hand-over is not what it must be:\n  {error}", 3)
+    except Interrupted as error:
+        print(f"  {stage}: {error}; a checkpoint was saved", flush=True)
+        return 130
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        return _fail(_disk_full(runs, error), 2)
+    except Exception as error:
+        traceback.print_exc()
+        if "No space left" in str(error) or "File too large" in str(error):
+            return _fail(_disk_full(runs, error), 2)
+        if "out of memory" in str(error).lower():
+            return _fail(
+                f"stage '{stage}' ran out of memory. Halve per_device_train_batch_size and double "
+                "gradient_accumulation_steps (the result is the same), or set gradient_checkpointing: true.", 2
+            )
+        return _fail(f"stage '{stage}' failed: {type(error).__name__}: {error}", 1)
+
+
+def _disk_full(runs: Path, error: Exception) -> str:
+    return f"the disk of {runs} is full ({error}). Nothing half-written counts as done: free some space and run again."
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"{ERROR_MARK}{message}", file=sys.stderr, flush=True)
+    return status
+
+
+def _die_with_runner() -> None:
+    """The runner holds the other end of stdin; if it is killed, the pipe closes, and so does this process."""
+    sys.stdin.buffer.read()
+    os._exit(137)
+
+
+if __name__ == "__main__":
+    main()

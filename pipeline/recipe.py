@@ -27,12 +27,11 @@ from pipeline.stages.stage import Stage, StageSpec
 
 RUNTIME_WORDS = frozenset(
     # Words that change what is seen or how fast it goes, not what is learnt.
-    "logging_steps logging_first_step logging_dir save_steps save_total_limit report_to disable_tqdm run_name "
-    "dataloader_num_workers dataloader_pin_memory dataset_num_proc push_to_hub hub_model_id hub_private_repo "
-    "hub_strategy hub_revision project trackio_space_id log_level use_cpu".split()
+    ["logging_steps", "logging_first_step", "logging_dir", "save_steps", "save_total_limit", "report_to", "disable_tqdm", "run_name", "dataloader_num_workers", "dataloader_pin_memory", "dataset_num_proc", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_revision", "project", "trackio_space_id", "log_level", "use_cpu"]
 )
-RUNNERS_WORDS = frozenset("output_dir seed data_seed resume_from_checkpoint save_strategy save_only_model".split())
-SECRET_WORDS = frozenset("hub_token push_to_hub_token".split())
+RUNNERS_WORDS = frozenset(["output_dir", "seed", "data_seed", "resume_from_checkpoint", "save_strategy", "save_only_model"])
+SECRET_WORDS = frozenset(["hub_token", "push_to_hub_token"])
+RUNS = Path("runs")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -91,7 +90,7 @@ class Recipe:
                 graph.done(name)
         return order
 
-    def artifact(self, stage: str, runs: Path) -> Artifact:
+    def artifact(self, stage: str, runs: Path = RUNS) -> Artifact:
         return Artifact(runs / self.name / stage)
 
     def parts(self) -> dict[str, Json]:
@@ -243,7 +242,8 @@ def _merged(spec: RecipeSpec) -> dict[str, StageSpec]:
 
 
 def _first_complaint(error: ValidationError) -> tuple[str, str]:
-    first = error.errors()[0]
+    # A misspelt key is both unknown and missing; what was typed is what can be corrected.
+    first = min(error.errors(), key=lambda complaint: complaint["type"] == "missing")
     key = ".".join(str(part) for part in first["loc"] if part != "[key]")
     if first["type"] == "extra_forbidden":
         fields: Any = RecipeSpec.model_fields

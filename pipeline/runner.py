@@ -16,10 +16,17 @@ import yaml
 
 from pipeline.artifact import Artifact, Json, digest, locked, write_text
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe
+from pipeline.recipe import RUNS, Recipe
 from pipeline.worker import ERROR_MARK, WATCH, load_rows
 
-RUNS = Path("runs")
+CPU_ENVIRONMENT = {
+    # Threads that wait do not spin, and glibc keeps the large blocks that training frees and asks for again at every
+    # step: returning them to the kernel costs a third of the time (scripts/bench_malloc.py).
+    "OMP_WAIT_POLICY": "passive",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+}
 
 
 @dataclass(frozen=True)
@@ -137,13 +144,15 @@ def _short(value: Any) -> str:
 def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path | None) -> None:
     out = recipe.artifact(stage, runs)
     out.folder.mkdir(parents=True, exist_ok=True)
+    # Left to itself accelerate gives a process one CPU thread.
     single = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    single += ["--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS", str(_cores()))]
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *(["--config_file", str(config)] if config else single),
         *("-m", "pipeline.worker", str(resolved), stage, "--runs", str(runs)),
     ]
-    environment = {**os.environ, WATCH: "1", "PYTHONUNBUFFERED": "1"}
+    environment = {**({} if _has_gpu() else CPU_ENVIRONMENT), **os.environ, WATCH: "1", "PYTHONUNBUFFERED": "1"}
     if config is None:
         # TRL's trainers refuse a process that sees several GPUs; one is what a run without a config is about.
         environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
@@ -170,6 +179,16 @@ def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path
         f"stage '{stage}' ended without a word (status {status}): killed from outside, or out of memory.\n  {tail}\n"
         f"Its log is {out.log}. Run again to go on from the last checkpoint."
     )
+
+
+def _cores() -> int:
+    import psutil
+
+    return min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
+
+
+def _has_gpu() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
 
 
 def _message(said: str) -> str:

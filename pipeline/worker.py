@@ -218,7 +218,9 @@ def _fail(message: str, status: int) -> int:
 
 def _die_with_runner() -> None:
     """The runner holds the other end of stdin; if it is killed, the pipe closes, and so does this process."""
-    sys.stdin.buffer.read()
+    # Not through sys.stdin: a thread blocked in its buffer makes the interpreter abort when it shuts down.
+    while os.read(0, 1):
+        pass
     os._exit(137)
 
 

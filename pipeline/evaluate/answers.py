@@ -11,7 +11,7 @@ import torch
 
 from pipeline.data import render
 from pipeline.data.contracts import Row
-from pipeline.evaluate.scoring import batches
+from pipeline.evaluate.scoring import TOKENS_PER_BATCH, batches
 from pipeline.models.base import computing
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def generate(
     stops = render.stop_ids(tokenizer)
     prompts = [render.prompt(tokenizer, row) for row in rows]
     answers: dict[int, Answer] = {}
-    for batch in batches([len(ids) + new_tokens for ids in prompts], tokens=4096):
+    for batch in batches([len(ids) + new_tokens for ids in prompts], tokens=TOKENS_PER_BATCH):
         ids_BT, mask_BT = render.padded([prompts[i] for i in batch], tokenizer.pad_token_id, side="left")
         with computing(model):
             whole_BT = model.generate(

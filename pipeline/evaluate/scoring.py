@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = 1536
 
 
 def language_model(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[Encoded]) -> dict[str, float]:

@@ -19,7 +19,13 @@ _PLACES: dict[str, list[tuple[str, str, str]]] = {
         ("transformers", "training_args.py", "TrainingArguments"),
     ]
     for name, file in {"SFTConfig": "sft_config", "RewardConfig": "reward_config", "DPOConfig": "dpo_config"}.items()
-} | {"LoraConfig": [("peft", "tuners/lora/config.py", "LoraConfig"), ("peft", "config.py", "PeftConfig")]}
+} | {
+    "LoraConfig": [
+        ("peft", "tuners/lora/config.py", "LoraConfig"),
+        ("peft", "config.py", "PeftConfig"),
+        ("peft", "config.py", "PeftConfigMixin"),
+    ]
+}
 
 
 @cache

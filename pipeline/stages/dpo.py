@@ -16,12 +16,6 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     from pipeline.stages import invariants
     from pipeline.stages import trainer as shared
 
-    class EncodedDPOTrainer(DPOTrainer):
-        """TRL's trainer on rows our encoder has made; TRL 1.16 has no other way past its own tokenization."""
-
-        def _prepare_dataset(self, dataset, *args, **kwargs):  # type: ignore[no-untyped-def]
-            return dataset
-
     def pair(row: dict) -> tuple[render.Reply, render.Reply]:
         return render.reply(tokenizer, row, "chosen"), render.reply(tokenizer, row, "rejected")
 
@@ -42,8 +36,9 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     result.invariants |= invariants.same_base(ctx, result.base_digest)
 
     # trainer; it copies the adapter as it stands to a frozen one named "ref"
+    trainer_class = type("DPOTrainer", (shared.TakesEncoded, DPOTrainer), {})
     trainer = shared.build(
-        EncodedDPOTrainer, model, args=args, train_dataset=shared.reply_pairs(train_set), processing_class=tokenizer
+        trainer_class, model, args=args, train_dataset=shared.reply_pairs(train_set), processing_class=tokenizer
     )
     result.invariants |= invariants.only_adapter_trains(model)
     result.invariants |= invariants.reference_is_the_start(trainer, ctx)

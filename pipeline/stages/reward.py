@@ -44,7 +44,8 @@ def run(spec: StageSpec, ctx: Context) -> Result:
 
     # trainer
     chosen, rejected = zip(*train_set, strict=True)
-    rows = Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected})
+    lengths = [max(len(better), len(worse)) for better, worse in train_set]
+    rows = Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected, "length": lengths})
     trainer = shared.build(RewardTrainer, model, args=args, train_dataset=rows, processing_class=tokenizer)
     result.invariants |= invariants.only_adapter_trains(model, head=True)
 

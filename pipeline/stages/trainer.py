@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pipeline import metrics
 from pipeline.artifact import written_whole
@@ -132,10 +133,40 @@ def build(trainer_class: type, model: PeftModel, **options: Any) -> Trainer:
     updates then vanish. The masters are put back before the optimizer is created from them.
     """
     masters = {name: weight.detach().clone() for name, weight in adapters.trainable(model).items()}
-    trainer = trainer_class(model=model, **options)
+    trainer = type(trainer_class.__name__, (ResumableOrder, trainer_class), {})(model=model, **options)
     for name, weight in adapters.trainable(trainer.model).items():
         weight.data = masters[name]
     return trainer
+
+
+class ResumableOrder:
+    """For a Trainer: `train_sampling_strategy: group_by_length` in an order that depends on seed and epoch alone.
+
+    transformers draws it from the global generator, whose state at the start of an epoch a checkpoint does not hold.
+    """
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.__class__ = _SeededByEpoch
+            sampler.seed, sampler.epoch = self.args.seed, 0  # type: ignore[attr-defined]
+        return sampler
+
+
+class TakesEncoded:
+    """For DPOTrainer: rows our encoder has made already; TRL 1.16 has no other way past its own tokenization."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+
+class _SeededByEpoch(LengthGroupedSampler):
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
@@ -145,6 +176,7 @@ def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
     """
     set_seed(ctx.seed)
     stop = Stop()
+    trainer.remove_callback(PrinterCallback)  # Progress prints
     trainer.add_callback(stop)
     trainer.add_callback(Checkpoints(ctx.fingerprint, spec.train.get("save_total_limit") or 1))
     trainer.add_callback(Progress(ctx))
@@ -180,5 +212,6 @@ def reply_pairs(pairs: list[tuple[Reply, Reply]]) -> Dataset:
             "prompt_ids": [chosen.prompt_ids for chosen, _ in pairs],
             "chosen_ids": [chosen.reply_ids for chosen, _ in pairs],
             "rejected_ids": [rejected.reply_ids for _, rejected in pairs],
+            "length": [max(len(chosen), len(rejected)) for chosen, rejected in pairs],
         }
     )

@@ -1,0 +1,32 @@
+# make quickstart   a real model through the whole chain, set-up included
+# make test         the test suite, set-up included
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+MODEL  := models/SmolLM2-135M-Instruct
+
+.PHONY: quickstart test lint model clean
+
+quickstart: $(BIN)/.installed $(MODEL)/config.json
+	$(BIN)/onebase run recipes/quickstart.yaml
+
+test: $(BIN)/.installed lint
+	$(BIN)/python -m pytest
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+model: $(MODEL)/config.json
+
+$(BIN)/.installed: pyproject.toml scripts/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint scripts/constraints.txt --editable '.[dev]'
+	touch $@
+
+$(MODEL)/config.json: | $(BIN)/.installed
+	$(BIN)/python scripts/get_demo_model.py
+
+clean:
+	rm -rf $(VENV) runs models build *.egg-info

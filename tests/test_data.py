@@ -1,0 +1,127 @@
+"""Every row is used or refused with its place and reason."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from pipeline.data.contracts import DEMONSTRATION, LANGUAGE_MODELING, PREFERENCE, QUESTION
+from pipeline.data.load import DataSpec, read_source, read_split
+from pipeline.errors import UserError
+
+USER = {"role": "user", "content": "q"}
+SAYS = {"role": "assistant", "content": "a"}
+
+
+def rows_file(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> str:
+    path = folder / name
+    text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("contract", "row", "reason"),
+    [
+        (LANGUAGE_MODELING, {"txt": "x"}, "has no field 'text'"),
+        (LANGUAGE_MODELING, {"text": "  "}, "field 'text' is empty"),
+        (LANGUAGE_MODELING, {"text": True}, "field 'text' is a boolean, expected text"),
+        (LANGUAGE_MODELING, {"text": None}, "field 'text' is null, expected text"),
+        (LANGUAGE_MODELING, [1], "is not a JSON object"),
+        (LANGUAGE_MODELING, '{"text": "x"', "is broken JSON"),
+        (LANGUAGE_MODELING, '{"text": "\\ud800"}', "half of a surrogate pair"),
+        (DEMONSTRATION, {"messages": [USER]}, "ends on the role 'user', expected 'assistant'"),
+        (DEMONSTRATION, {"messages": [USER, {"role": "bot", "content": "x"}]}, "messages[1].role is 'bot'"),
+        (DEMONSTRATION, {"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1] field 'content' is empty"),
+        (DEMONSTRATION, {"messages": []}, "field 'messages' is empty"),
+        (DEMONSTRATION, {"messages": ["hello"]}, "messages[0] is text, expected"),
+        (DEMONSTRATION, {"prompt": "x"}, "has no field 'completion'"),
+        (DEMONSTRATION, {"prompt": [USER], "completion": "x"}, "both must be of one kind"),
+        (PREFERENCE, {"prompt": "p", "chosen": "c", "rejected": "c"}, "are equal: the pair says nothing"),
+        (PREFERENCE, {"prompt": "p", "chosen": "", "rejected": "c"}, "field 'chosen' is empty"),
+        (PREFERENCE, {"prompt": [USER, SAYS], "chosen": [SAYS], "rejected": [USER]}, "ends on the role 'assistant'"),
+        (QUESTION, {"prompt": [USER], "answer": "x", "choices": ["y"]}, "not among 'choices'"),
+    ],
+)
+def test_unfit_rows_are_named(tmp_path: Path, contract: Any, row: Any, reason: str) -> None:
+    good = {"text": "x", "messages": [USER, SAYS], "prompt": "p", "completion": "c", "chosen": "c", "rejected": "r"}
+    path = rows_file(tmp_path, [{**good, "answer": "x"}, row])
+    with pytest.raises(UserError) as caught:
+        read_source(path, contract, DataSpec(path=path))
+    assert f"{path}:2: " in str(caught.value) and reason in str(caught.value)
+
+
+def test_twenty_are_named_and_the_rest_counted(tmp_path: Path) -> None:
+    path = rows_file(tmp_path, [{"text": ""}] * 33 + [{"text": "x"}])
+    with pytest.raises(UserError) as caught:
+        read_source(path, LANGUAGE_MODELING, DataSpec(path=path))
+    assert str(caught.value).count("is empty") == 20
+    assert "33 unfit rows" in str(caught.value) and "and 13 more" in str(caught.value)
+
+
+def test_skipping_counts_every_row(tmp_path: Path) -> None:
+    path = rows_file(tmp_path, [{"text": "x"}, {"text": ""}, "{", {"text": "y"}, b"\xff".decode("latin1")])
+    source = read_source(path, LANGUAGE_MODELING, DataSpec(path=path, on_bad_row="skip"))
+    counts = source.counts()
+    assert counts["rows"] == 5 == counts["used"] + sum(counts["refused"].values())
+    assert [entry["place"].rsplit(":", 1)[1] for entry in source.refused] == ["2", "3", "5"]
+
+
+def test_empty_missing_and_wrong_files(tmp_path: Path) -> None:
+    for path, says in (
+        (rows_file(tmp_path, [], "empty.jsonl"), "is empty"),
+        (str(tmp_path / "none.jsonl"), "no such file"),
+        (rows_file(tmp_path, ["[1, 2"], "list.json"), "is broken JSON"),
+        (rows_file(tmp_path, ["x"], "table.xlsx"), "expected a .jsonl"),
+        (rows_file(tmp_path, ["x"], "not.jsonl.gz"), "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=says):
+            read_source(path, LANGUAGE_MODELING, DataSpec(path=path))
+
+
+def test_a_share_is_held_out_by_prompt(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i % 10}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(50)]
+    path = rows_file(tmp_path, rows)
+    train, test = read_split(DataSpec(path=path, test=0.2), PREFERENCE, seed=1)
+    assert test is not None and len(test.rows) == 10 and len(train.rows) == 40
+    assert not {row["prompt"] for row in train.rows} & {row["prompt"] for row in test.rows}
+    again, _ = read_split(DataSpec(path=path, test=0.2), PREFERENCE, seed=1)
+    assert again.rows == train.rows
+
+
+def test_formats_of_public_sets(tmp_path: Path) -> None:
+    hh = {"chosen": "\n\nHuman: hi\n\nAssistant: yo", "rejected": "\n\nHuman: hi\n\nAssistant: no"}
+    torn = {**hh, "rejected": "\n\nHuman: other\n\nAssistant: no"}
+    path = rows_file(tmp_path, [hh, torn], "hh.jsonl")
+    source = read_source(path, PREFERENCE, DataSpec(path=path, format="hh", on_bad_row="skip"))
+    assert source.rows[0]["prompt"] == [{"role": "user", "content": "hi"}]
+    assert source.rows[0]["chosen"] == [{"role": "assistant", "content": "yo"}]
+    assert source.refused[0]["reason"] == "the prompts of 'chosen' and 'rejected' differ"
+
+    alpaca = tmp_path / "alpaca.jsonl.gz"
+    alpaca.write_bytes(gzip.compress(json.dumps({"instruction": "do", "input": "this", "output": "done"}).encode()))
+    row = read_source(str(alpaca), DEMONSTRATION, DataSpec(path=str(alpaca), format="alpaca")).rows[0]
+    assert row["prompt"][0]["content"] == "do\n\nthis" and row["completion"][0]["content"] == "done"
+
+
+def test_the_demo_data_is_what_its_script_writes() -> None:
+    made = subprocess.run([sys.executable, "scripts/make_data.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
+
+
+def test_no_test_prompt_of_the_demo_data_is_trained_on() -> None:
+    def asked(file: str) -> set[str]:
+        rows = [json.loads(line) for line in (ROOT / "data" / file).read_text(encoding="utf-8").splitlines()]
+        turns = [m for row in rows for m in row.get("messages", row.get("prompt", []))]
+        return {turn["content"] for turn in turns if turn["role"] == "user"}
+
+    trained = asked("demonstrations.jsonl") | asked("comparisons.jsonl") | asked("prompts.jsonl")
+    for held_out in ("questions", "demonstrations_test", "comparisons_test", "prompts_test"):
+        assert not asked(f"{held_out}.jsonl") & trained

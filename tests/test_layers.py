@@ -1,0 +1,61 @@
+"""Imports point down the layers, so that a reader of a file never has to know what stands above it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
+LAYERS = [
+    ["errors", "artifact", "metrics", "data.contracts", "data.formats"],
+    ["models", "data.load", "data.render", "ppo"],
+    ["stages", "evaluate", "plan"],
+    ["recipe"],
+    ["runner", "worker", "summary", "report", "chat", "publish"],
+    ["cli"],
+]
+
+
+def layer(module: str) -> int:
+    found = [
+        level
+        for level, names in enumerate(LAYERS)
+        if any(module == name or module.startswith(f"{name}.") for name in names)
+    ]
+    assert found, f"pipeline.{module} belongs to no layer: say in this test where it stands"
+    return found[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of this package that a file imports, also inside functions; those for type checkers do not count."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipeline"):
+            module = (node.module or "").removeprefix("pipeline").lstrip(".")
+            for alias in node.names:
+                below = f"{module}.{alias.name}".lstrip(".")
+                file = PACKAGE / (below.replace(".", "/") + ".py")
+                found.add(below if file.exists() or (PACKAGE / below.replace(".", "/")).is_dir() else module)
+    return found - {""}
+
+
+def test_imports_point_down() -> None:
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        module = str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+        if module in ("__init__", "__main__", "data", "models", "evaluate"):
+            continue
+        wrong += [f"{module} -> {other}" for other in imports(path) if layer(other) > layer(module)]
+    assert not wrong, f"imports that point up: {wrong}"
+
+
+def test_light_modules_do_not_import_torch() -> None:
+    import subprocess
+    import sys
+
+    light = "import sys, pipeline.cli, pipeline.recipe, pipeline.runner, pipeline.summary; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", light], cwd=PACKAGE.parent).returncode == 0

@@ -1,0 +1,174 @@
+"""What TRL trains on through our encoder equals the formulas, written out by hand on the same weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_tree
+from safetensors.torch import load_file
+from torch.nn.functional import log_softmax, logsigmoid
+
+from pipeline import metrics
+from pipeline.data import render
+from pipeline.data.contracts import PREFERENCE
+from pipeline.data.load import DataSpec, read_source
+from pipeline.models import adapters
+from pipeline.models import base as bases
+from pipeline.recipe import Recipe, build
+from pipeline.worker import run_stage
+
+ONE_STEP = {"max_steps": 1, "save_steps": 10, "lr_scheduler_type": "constant", "gradient_checkpointing": False}
+
+
+def one_stage(base: Path, folder: Path, kind: str, limit: int | None = None, **train: Any) -> Recipe:
+    tree = tiny_tree(base, folder, name=f"{kind}-{len(list(folder.iterdir()))}")
+    data = {"path": tree["stages"][kind]["data"]["path"], "limit": limit}
+    tree["stages"] = {kind: {"data": data, "train": {**ONE_STEP, **train}}}
+    tree["model"]["dtype"] = "float32"
+    tree["train"] = {"max_length": 256, "logging_steps": 1}
+    return build(tree)
+
+
+def first_loss(recipe: Recipe, folder: Path) -> float:
+    stage = recipe.order()[0]
+    run_stage(recipe, stage, folder)
+    return float(metrics.read(recipe.artifact(stage, folder).metrics)[0]["loss"])
+
+
+def weights(recipe: Recipe, folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(recipe.artifact(recipe.order()[0], folder).adapter / adapters.WEIGHTS)
+
+
+def test_accumulated_steps_equal_one_large_batch(tiny_base: Path, tmp_path: Path) -> None:
+    """Dialogues of unequal length: a mean of means would weigh their tokens wrongly."""
+    folders = [("whole", 8, 1), ("split", 1, 8)]
+    for name, _, _ in folders:
+        (tmp_path / name).mkdir()
+    runs = [
+        one_stage(
+            tiny_base, tmp_path / name, "sft",
+            limit=8, per_device_train_batch_size=b, gradient_accumulation_steps=g, learning_rate=1e-3,
+        )
+        for name, b, g in folders
+    ]
+    losses = [first_loss(recipe, tmp_path / name) for recipe, (name, _, _) in zip(runs, folders, strict=True)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    whole, split = (weights(recipe, tmp_path / name) for recipe, (name, _, _) in zip(runs, folders, strict=True))
+    assert all(torch.allclose(whole[name], split[name], atol=1e-4) for name in whole)
+
+
+def test_packed_equals_unpacked(tiny_base: Path, tmp_path: Path) -> None:
+    """Four documents in one packed row give the loss they give in rows of their own: no neighbour is looked at."""
+    losses = {}
+    for packing in (True, False):
+        recipe = one_stage(
+            tiny_base, tmp_path, "pretrain",
+            limit=4, packing=packing, per_device_train_batch_size=1 if packing else 4, max_length=1024,
+        )  # fmt: skip
+        losses[packing] = first_loss(recipe, tmp_path)
+    assert losses[True] == pytest.approx(losses[False], abs=1e-4)
+
+
+def pairs(recipe: Recipe, kind: str, tokenizer: Any) -> list[tuple[render.Reply, render.Reply]]:
+    path = recipe.stages[kind].data.path
+    rows = read_source(path, PREFERENCE, DataSpec(path=path)).rows
+    return [(render.reply(tokenizer, row, "chosen"), render.reply(tokenizer, row, "rejected")) for row in rows]
+
+
+def by_hand(model: Any, reply: render.Reply) -> torch.Tensor:
+    """log pi(y | x): one row, no padding, the whole softmax (the sum in eq. 7 of arXiv 2305.18290)."""
+    ids_T = torch.tensor(reply.prompt_ids + reply.reply_ids)
+    logp_TV = log_softmax(model(input_ids=ids_T[None]).logits[0].float(), dim=-1)
+    start = len(reply.prompt_ids)
+    return sum(logp_TV[t - 1, ids_T[t]] for t in range(start, len(ids_T)))  # type: ignore[return-value]
+
+
+def test_dpo_loss_equals_the_formula(tiny_base: Path, tmp_path: Path) -> None:
+    """-log sigmoid(beta * ((log pi_w - log ref_w) - (log pi_l - log ref_l))), arXiv 2305.18290 eq. 7, with a policy
+    that has moved away from its reference."""
+    from trl import DPOConfig, DPOTrainer
+
+    from pipeline.stages import trainer as shared
+
+    recipe = one_stage(tiny_base, tmp_path, "dpo")
+    spec = recipe.spec.model
+    tokenizer = bases.load_tokenizer(spec)
+    torch.manual_seed(0)
+    model = adapters.fresh(bases.load_base(spec, tokenizer), spec.lora)
+    some = pairs(recipe, "dpo", tokenizer)[:6]
+    args = DPOConfig(
+        output_dir=str(tmp_path), beta=0.3, bf16=False, use_cpu=True, report_to="none", per_device_train_batch_size=6
+    )
+    taking = type("DPOTrainer", (shared.TakesEncoded, DPOTrainer), {})
+    trainer = shared.build(
+        taking, model, args=args, train_dataset=shared.reply_pairs(some), processing_class=tokenizer
+    )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".default." in name:
+                weight.add_(torch.randn_like(weight) * 0.05)
+    model.eval()
+    with torch.no_grad():
+        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        theirs = trainer.compute_loss(model, batch).item()
+        model.set_adapter("default")
+        policy = [[by_hand(model, reply) for reply in pair] for pair in some]
+        model.set_adapter("ref")
+        reference = [[by_hand(model, reply) for reply in pair] for pair in some]
+    margins = [(p[0] - r[0]) - (p[1] - r[1]) for p, r in zip(policy, reference, strict=True)]
+    assert max(abs(margin) for margin in margins) > 0.01
+    ours = torch.stack([-logsigmoid(0.3 * margin) for margin in margins]).mean().item()
+    assert theirs == pytest.approx(ours, abs=1e-4)
+
+
+def test_first_reward_loss_equals_bradley_terry(tiny_base: Path, tmp_path: Path) -> None:
+    """-log sigmoid(r_w - r_l) + c (r_w + r_l)^2 (InstructGPT eq. 1, with TRL's centering term)."""
+    recipe = one_stage(
+        tiny_base, tmp_path, "reward",
+        per_device_train_batch_size=24, learning_rate=1e-12, center_rewards_coefficient=0.01,
+    )  # fmt: skip
+    theirs = first_loss(recipe, tmp_path)
+    spec = recipe.spec.model
+    tokenizer = bases.load_tokenizer(spec)
+    model = adapters.fresh(bases.load_base(spec, tokenizer, reward=True), spec.lora, reward=True).eval()
+    with torch.no_grad():
+        for name, tensor in weights(recipe, tmp_path).items():
+            part, _, last = name.rpartition(".")
+            part = part.replace(".score", ".score.modules_to_save")
+            model.get_parameter(f"{part}.default.{last}").copy_(tensor)
+        path = recipe.stages["reward"].data.path
+        rows = read_source(path, PREFERENCE, DataSpec(path=path)).rows
+        score = lambda row, key: model(  # noqa: E731
+            input_ids=torch.tensor([render.conversation(tokenizer, row, key)])
+        ).logits.item()
+        scored = [(score(row, "chosen"), score(row, "rejected")) for row in rows]
+    ours = sum(-logsigmoid(torch.tensor(w - l)).item() + 0.01 * (w + l) ** 2 for w, l in scored) / len(scored)
+    assert theirs == pytest.approx(ours, abs=1e-4)
+
+
+def test_held_out_numbers_equal_plain_loops(tiny_base: Path, tmp_path: Path) -> None:
+    """Batched, padded, partial logits against one row at a time."""
+    from pipeline.evaluate import scoring
+
+    recipe = one_stage(tiny_base, tmp_path, "dpo")
+    spec = recipe.spec.model
+    tokenizer = bases.load_tokenizer(spec)
+    model = adapters.fresh(bases.load_base(spec, tokenizer), spec.lora).eval()
+    some = pairs(recipe, "dpo", tokenizer)
+    with torch.no_grad():
+        plain = [[by_hand(model, reply).item() for reply in pair] for pair in some]
+    batched = scoring.log_likelihoods(model, tokenizer, [reply.sequence() for pair in some for reply in pair])
+    assert batched == pytest.approx([value for pair in plain for value in pair], abs=1e-3)
+    found = scoring.preferences(model, tokenizer, some)
+    assert found["preference_accuracy"] == sum(w > l for w, l in plain) / len(plain)
+    texts = [render.document(tokenizer, json.dumps(n)) for n in range(100, 900, 100)]
+    loss = scoring.language_model(model, tokenizer, texts)["loss"]
+    with torch.no_grad():
+        each = [by_hand(model, render.Reply(text.ids[:1], text.ids[1:])).item() for text in texts]
+    assert loss == pytest.approx(-sum(each) / sum(len(text.ids) - 1 for text in texts), abs=1e-4)
+    assert scoring.language_model(model, tokenizer, texts)["perplexity"] == pytest.approx(math.exp(loss))

@@ -1,0 +1,119 @@
+"""Loss falls on what the assistant says and on its end-of-turn token, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from pipeline.data import render
+from pipeline.errors import UserError
+
+IGNORED = -100
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base: Path):  # type: ignore[no-untyped-def]
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_base)
+
+
+def by_hand(tokenizer, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:  # type: ignore[no-untyped-def]
+    """ChatML written out turn by turn, each piece tokenized by itself."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for message in messages:
+        says = message["role"] == "assistant"
+        for text, learnt in (
+            (f"<|im_start|>{message['role']}\n", False),
+            (f"{message['content']}<|im_end|>", says),
+            ("\n", False),
+        ):
+            piece = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids += piece
+            labels += piece if learnt else [IGNORED] * len(piece)
+    return ids, labels
+
+
+def test_masks_of_all_demonstrations_equal_a_reference(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    lines = (ROOT / "data" / "demonstrations.jsonl").read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        row = json.loads(line)
+        encoded = render.demonstration(tokenizer, row)
+        assert (encoded.ids, encoded.labels) == by_hand(tokenizer, row["messages"])
+
+
+def test_trl_agrees_on_the_mask(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    """The {% generation %} markers, read by transformers, give the same mask; TRL trains on these."""
+    row = json.loads((ROOT / "data" / "demonstrations.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    theirs = tokenizer.apply_chat_template(
+        row["messages"], return_dict=True, return_assistant_tokens_mask=True, tokenize=True
+    )
+    ours = render.demonstration(tokenizer, row)
+    assert ours.ids == theirs["input_ids"]
+    assert [label != IGNORED for label in ours.labels] == [bool(bit) for bit in theirs["assistant_masks"]]
+
+
+def test_only_the_completion_is_learnt(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    before = [
+        {"role": "user", "content": "one"}, {"role": "assistant", "content": "old"}, {"role": "user", "content": "two"},
+    ]  # fmt: skip
+    row = {"prompt": before, "completion": [{"role": "assistant", "content": "new"}]}
+    encoded = render.demonstration(tokenizer, row)
+    learnt = [label for label in encoded.labels if label != IGNORED]
+    assert tokenizer.decode(learnt) == "new<|im_end|>"
+
+
+def test_a_reply_runs_through_its_end_and_follows_the_served_prompt(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    row = {"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": "an answer"}]}
+    reply = render.reply(tokenizer, row, "chosen")
+    assert reply.prompt_ids == render.prompt(tokenizer, row)
+    assert tokenizer.decode(reply.reply_ids) == "an answer<|im_end|>"
+    assert render.stop_ids(tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_plain_text_and_documents_end_once(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    end = tokenizer.eos_token_id
+    assert render.document(tokenizer, "some words").ids[-2:].count(end) == 1
+    assert render.document(tokenizer, "some words<|im_end|>").ids.count(end) == 1
+    plain = render.demonstration(tokenizer, {"prompt": "two and two is", "completion": " four"})
+    assert tokenizer.decode([label for label in plain.labels if label != IGNORED]) == " four<|im_end|>"
+
+
+def test_padding_is_by_length_where_pad_is_the_end_token(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    end = tokenizer.pad_token_id
+    ids_BT, mask_BT = render.padded([[5, end], [6, 7, 8, end]], end)
+    assert mask_BT.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert render.padded([[5, end], [6, 7, 8]], end, side="left")[1].tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert ids_BT.shape == (2, 4)
+
+
+def test_rows_with_nothing_left_to_learn_are_an_error(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    from pipeline.stages import trainer
+
+    rows = [
+        {"_place": f"d.jsonl:{n}", "messages": [{"role": "user", "content": "w " * n}, {"role": "assistant", "content": "a"}]}
+        for n in (1, 200)
+    ]
+    sequences = [render.demonstration(tokenizer, row) for row in rows]
+    with pytest.raises(UserError, match=r"1 rows have no token left to learn from .*\n  d.jsonl:200"):
+        trainer.cut(rows, sequences, 64)
+    kept, counts = trainer.cut(rows, sequences, 4096)
+    assert counts["rows_cut"] == 0 and kept == sequences
+    assert counts["supervised_tokens"] == sum(sequence.supervised for sequence in sequences)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    from copy import deepcopy
+
+    fickle = deepcopy(tokenizer)
+    fickle.chat_template = "{{ messages | length }}" + tokenizer.chat_template
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    with pytest.raises(render.Unrenderable, match="renders turn 1 differently"):
+        render.demonstration(fickle, row)
+    fickle.chat_template = None
+    with pytest.raises(render.Unrenderable, match="no chat template"):
+        render.demonstration(fickle, row)

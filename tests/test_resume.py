@@ -1,0 +1,106 @@
+"""Killed and resumed equals never killed, through the command line; one run at a time."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import ROOT, tiny_tree, write_recipe
+
+from pipeline.artifact import Artifact, mark_checkpoint
+
+ONEBASE = [sys.executable, "-m", "pipeline", "run"]
+
+
+def recipe(base: Path, folder: Path) -> Path:
+    tree = tiny_tree(base, folder)
+    tree["stages"] = {name: tree["stages"][name] for name in ("sft", "dpo")}
+    tree["stages"]["sft"].pop("from")
+    tree["stages"]["sft"].pop("questions")
+    tree["stages"]["sft"]["train"] = {"num_train_epochs": 3}
+    tree["stages"]["dpo"].pop("questions", None)
+    tree["train"]["save_steps"] = 1
+    tree["model"]["lora"]["lora_dropout"] = 0.1  # the random state must come back too
+    return write_recipe(tree, folder / "recipe.yaml")
+
+
+def start(path: Path, runs: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*ONEBASE, str(path), "--runs", str(runs)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finished(path: Path, runs: Path) -> str:
+    process = start(path, runs)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
+def adapter_bytes(runs: Path, stage: str) -> bytes:
+    return (runs / "tiny" / stage / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def wait_for(something: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not something.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def test_killed_at_random_moments_equals_unbroken(tiny_base: Path, tmp_path: Path) -> None:
+    path = recipe(tiny_base, tmp_path)
+    finished(path, tmp_path / "unbroken")
+    broken = tmp_path / "broken"
+    chance = random.Random(5)
+    resumed = ""
+    for stage, step, whole_group in (("sft", 3, False), ("sft", 9, True), ("dpo", 2, False)):
+        process = start(path, broken)
+        folder = broken / "tiny" / stage
+        wait_for(folder / "checkpoints" / f"checkpoint-{step}", process)
+        time.sleep(chance.random() * 0.5)
+        if whole_group:  # the worker and its launcher, as the out-of-memory killer would
+            worker = int((Artifact(folder).claimed() or {})["pid"])
+            os.killpg(os.getpgid(worker), signal.SIGKILL)
+        else:  # the runner alone: its worker must not go on behind anyone's back
+            process.send_signal(signal.SIGKILL)
+        resumed += process.communicate(timeout=120)[0]
+    resumed += finished(path, broken)
+    assert "going on from step" in resumed
+    for stage in ("sft", "dpo"):
+        assert adapter_bytes(broken, stage) == adapter_bytes(tmp_path / "unbroken", stage)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_run_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    path = recipe(tiny_base, tmp_path)
+    first = start(path, tmp_path)
+    wait_for(tmp_path / "tiny" / "sft" / "checkpoints" / "checkpoint-2", first)
+    second = start(path, tmp_path)
+    refused, _ = second.communicate(timeout=60)
+    assert second.returncode == 2 and "already going on in process" in refused
+    first.send_signal(signal.SIGINT)
+    said, _ = first.communicate(timeout=120)
+    assert first.returncode == 130
+    assert "a checkpoint was saved" in said and f"onebase run {path}" in said
+    shown = subprocess.run(
+        [sys.executable, "-m", "pipeline", "plan", str(path), "--runs", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "stopped" in shown.stdout and "goes on from step" in shown.stdout
+
+
+def test_a_checkpoint_is_trusted_whole_and_under_its_fingerprint_only(tmp_path: Path) -> None:
+    stage = Artifact(tmp_path / "sft")
+    for step in (2, 4, 10):
+        (stage.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+    mark_checkpoint(stage.checkpoints / "checkpoint-2", "ours")
+    mark_checkpoint(stage.checkpoints / "checkpoint-4", "ours")
+    assert stage.last_checkpoint("ours") == stage.checkpoints / "checkpoint-4"  # 10 was cut short
+    assert stage.last_checkpoint("theirs") is None
+    stage.claim("theirs", {})
+    assert not stage.checkpoints.exists()

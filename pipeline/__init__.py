@@ -1,9 +1,9 @@
 """OneBase: one frozen 4-bit base, one small adapter per stage, from a base model to an aligned assistant.
 
-    from pipeline import read, run
+from pipeline import read, run
 
-    recipe = read("recipes/quickstart.yaml", "stages.dpo.train.beta=0.05")
-    run(recipe)
+recipe = read("recipes/quickstart.yaml", "stages.dpo.train.beta=0.05")
+run(recipe)
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """What a stage leaves on disk, and how it is known to be whole.
 
-    runs/<recipe>/<stage>/
-      claim.json       written first: which fingerprint the checkpoints below belong to
-      checkpoints/     for resume
-      adapter/         the trained adapter, its tokenizer and chat template (and a reward model's score head)
-      metrics.jsonl  samples.jsonl  refused.jsonl  log.txt
-      manifest.json    written last: it exists, so the stage finished
+runs/<recipe>/<stage>/
+  claim.json       written first: which fingerprint the checkpoints below belong to
+  checkpoints/     for resume
+  adapter/         the trained adapter, its tokenizer and chat template (and a reward model's score head)
+  metrics.jsonl  samples.jsonl  refused.jsonl  log.txt
+  manifest.json    written last: it exists, so the stage finished
 """
 
 from __future__ import annotations
@@ -208,9 +208,7 @@ def sha256_of_file(path: Path) -> str:
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file below a folder, by its name relative to it."""
-    return {
-        str(path.relative_to(folder)): sha256_of_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    return {str(path.relative_to(folder)): sha256_of_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def digest(value: Any) -> str:

@@ -81,7 +81,9 @@ def run(
     recipe: RecipePath,
     override: Overrides = [],  # noqa: B006
     only: Annotated[list[str], typer.Option(metavar="STAGE", help="This stage alone (may be repeated).")] = [],  # noqa: B006
-    from_: Annotated[str, typer.Option("--from", metavar="STAGE", help="This stage and those that go on from it.")] = "",
+    from_: Annotated[
+        str, typer.Option("--from", metavar="STAGE", help="This stage and those that go on from it.")
+    ] = "",
     runs: Runs = Path("runs"),
     launch_config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="An accelerate config, for several GPUs.")

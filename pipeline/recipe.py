@@ -27,10 +27,63 @@ from pipeline.stages.stage import Stage, StageSpec
 
 RUNTIME_WORDS = frozenset(
     # Words that change what is seen or how fast it goes, not what is learnt.
-    ["logging_steps", "logging_first_step", "logging_dir", "save_steps", "save_total_limit", "report_to", "disable_tqdm", "run_name", "dataloader_num_workers", "dataloader_pin_memory", "dataset_num_proc", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_revision", "project", "trackio_space_id", "log_level", "use_cpu"]
+    [
+        "logging_steps",
+        "logging_first_step",
+        "logging_dir",
+        "save_steps",
+        "save_total_limit",
+        "report_to",
+        "disable_tqdm",
+        "run_name",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataset_num_proc",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
+        "hub_strategy",
+        "hub_revision",
+        "project",
+        "trackio_space_id",
+        "log_level",
+        "use_cpu",
+    ]
 )
-RUNNERS_WORDS = frozenset(["output_dir", "seed", "data_seed", "resume_from_checkpoint", "save_strategy", "save_only_model"])
-SECRET_WORDS = frozenset(["hub_token", "push_to_hub_token"])
+OUR_WORDS = {
+    # Words of the trainers that something else here decides; passed on they would be ignored or would do harm.
+    "is set by the runner; for the seed use the recipe's own `seed:`": [
+        "output_dir",
+        "seed",
+        "data_seed",
+        "resume_from_checkpoint",
+        "save_strategy",
+        "save_only_model",
+    ],
+    "is not needed: held-out numbers are taken before and after every stage (data.test, questions)": [
+        "eval_strategy",
+        "eval_steps",
+        "do_eval",
+        "load_best_model_at_end",
+        "metric_for_best_model",
+    ],
+    "is decided by the encoder: loss on the assistant's tokens and its end-of-turn token, rows cut at the end": [
+        "assistant_only_loss",
+        "completion_only_loss",
+        "dataset_text_field",
+        "dataset_kwargs",
+        "truncation_mode",
+    ],
+    "belongs in the `model:` section": [
+        "model_init_kwargs",
+        "chat_template_path",
+        "eos_token",
+        "pad_token",
+        "trust_remote_code",
+    ],
+    "does not belong in a recipe; log in with `hf auth login` or set HF_TOKEN": ["hub_token", "push_to_hub_token"],
+}
+WHY_NOT = {word: why for why, listed in OUR_WORDS.items() for word in listed}
 RUNS = Path("runs")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -145,7 +198,7 @@ def read(path: str | Path, *overrides: str) -> Recipe:
         raise UserError(f"{place}: is not YAML: {getattr(error, 'problem', None) or error}") from error
     finally:
         loader.dispose()
-    if not isinstance(tree, dict):
+    if node is None or not isinstance(tree, dict):
         raise UserError(f"{path}: expected the sections name, model and stages")
     return build(tree, overrides, str(path), dict(_lines(node)))
 
@@ -205,10 +258,8 @@ def _check_stage(name: str, section: StageSpec, spec: RecipeSpec, wrong: Any) ->
 def _check_words(key: str, given: Json, known: Any, wrong: Any) -> None:
     for word, value in given.items():
         place = f"{key}.{word}"
-        if word in SECRET_WORDS:
-            raise wrong(place, "a token does not belong in a recipe; log in with `hf auth login` or set HF_TOKEN")
-        if word in RUNNERS_WORDS:
-            raise wrong(place, "is set by the runner; for the seed use the recipe's own `seed:`")
+        if word in WHY_NOT:
+            raise wrong(place, WHY_NOT[word])
         if word not in known:
             raise wrong(place, f"unknown key{_meant(word, known)}")
         if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", value):
@@ -251,9 +302,11 @@ def _first_complaint(error: ValidationError) -> tuple[str, str]:
             fields = ModelSpec.model_fields
         elif key.startswith("stages."):
             in_data = key.split(".")[2:3] == ["data"] and key.count(".") > 2
-            fields = load.DataSpec.model_fields if in_data else [
-                info.alias or name for name, info in StageSpec.model_fields.items()
-            ]
+            fields = (
+                load.DataSpec.model_fields
+                if in_data
+                else [info.alias or name for name, info in StageSpec.model_fields.items()]
+            )
         return key, f"unknown key{_meant(str(first['loc'][-1]), fields)}"
     if first["type"] == "missing":
         return key, "is missing"
@@ -271,7 +324,9 @@ def _overridden(tree: Json, override: str) -> Json:
     except yaml.YAMLError as error:
         raise UserError(f"-o {override}: {text!r} is not a YAML value") from error
     if path[0] == "stages" and len(path) > 2 and path[1] not in (tree.get("stages") or {}):
-        raise UserError(f"-o {override}: no stage '{path[1]}' in this recipe{_meant(path[1], tree.get('stages') or {})}")
+        raise UserError(
+            f"-o {override}: no stage '{path[1]}' in this recipe{_meant(path[1], tree.get('stages') or {})}"
+        )
     return _with(tree, path, value, override)
 
 
@@ -302,7 +357,7 @@ class _Loader(yaml.SafeLoader):
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        return dict(super().construct_mapping(node, deep))
 
 
 _Loader.add_implicit_resolver(

@@ -78,7 +78,10 @@ def run(
         write_text(resolved, yaml.safe_dump(recipe.tree, sort_keys=False, allow_unicode=True))
         done = []
         for index, state in enumerate(planned, 1):
-            print(f"[{index}/{len(planned)}] {state.name}: {state.word}{', ' + state.why if state.why else ''}", flush=True)
+            print(
+                f"[{index}/{len(planned)}] {state.name}: {state.word}{', ' + state.why if state.why else ''}",
+                flush=True,
+            )
             if not state.fresh:
                 _launch(recipe, state.name, resolved, runs, launch_config)
                 done.append(state.name)
@@ -159,9 +162,7 @@ def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path
     with out.log.open("a", encoding="utf-8") as log:
         begun = log.tell()
         # A session of its own: Ctrl-C comes to the runner alone, which asks the worker to stop and waits for it.
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stderr=log, env=environment, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log, env=environment, start_new_session=True)
         try:
             status = process.wait()
         except BaseException:

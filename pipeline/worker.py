@@ -1,6 +1,6 @@
 """One stage in one process: data in, run, seal.
 
-    accelerate launch -m pipeline.worker RECIPE STAGE [--runs DIR]
+accelerate launch -m pipeline.worker RECIPE STAGE [--runs DIR]
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from pipeline.artifact import Artifact, Json, digest, locked, write_text  # noqa: E402
-from pipeline.data.contracts import QUESTION  # noqa: E402
-from pipeline.data.load import DataSpec, Source, read_source, read_split  # noqa: E402
-from pipeline.errors import BrokenInvariant, Interrupted, UserError  # noqa: E402
-from pipeline.recipe import Recipe, read  # noqa: E402
-from pipeline.stages.stage import Context, Rows  # noqa: E402
+from pipeline.artifact import Artifact, Json, digest, locked, write_text
+from pipeline.data.contracts import QUESTION
+from pipeline.data.load import DataSpec, Source, read_source, read_split
+from pipeline.errors import BrokenInvariant, Interrupted, UserError
+from pipeline.recipe import Recipe, read
+from pipeline.stages.stage import Context, Rows
 
 ERROR_MARK = "onebase: error: "
 """What comes after it on stderr is for the person; the runner shows it as its own error."""
@@ -202,7 +202,8 @@ def _guarded(recipe: str, stage: str, runs: Path) -> int:
         if "out of memory" in str(error).lower():
             return _fail(
                 f"stage '{stage}' ran out of memory. Halve per_device_train_batch_size and double "
-                "gradient_accumulation_steps (the result is the same), or set gradient_checkpointing: true.", 2
+                "gradient_accumulation_steps (the result is the same), or set gradient_checkpointing: true.",
+                2,
             )
         return _fail(f"stage '{stage}' failed: {type(error).__name__}: {error}", 1)
 

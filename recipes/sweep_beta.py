@@ -1,6 +1,6 @@
 """A sweep over DPO's beta that trains pretrain and sft once: every fork shares what comes before it.
 
-    python recipes/sweep_beta.py [RECIPE] [BETA ...]
+python recipes/sweep_beta.py [RECIPE] [BETA ...]
 """
 
 from __future__ import annotations

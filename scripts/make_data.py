@@ -19,10 +19,14 @@ from pathlib import Path
 DATA = Path(__file__).resolve().parent.parent / "data"
 SEED = "sundrel"
 EXPECTED_ROWS = {
-    "corpus": 192, "corpus_test": 24,
-    "demonstrations": 436, "demonstrations_test": 48,
-    "comparisons": 300, "comparisons_test": 90,
-    "prompts": 144, "prompts_test": 48,
+    "corpus": 192,
+    "corpus_test": 24,
+    "demonstrations": 436,
+    "demonstrations_test": 48,
+    "comparisons": 300,
+    "comparisons_test": 90,
+    "prompts": 144,
+    "prompts_test": 48,
     "questions": 72,
 }
 TRAIN_DIALOGUES = ["demonstrations", "comparisons", "prompts"]
@@ -50,12 +54,18 @@ def require(condition, message):
 
 # Filling templates
 
+
 def fill(template, island, value="", **more):
     known = ISLANDS.get(island, {})
     colour = known.get("colour", "")
     fields = {
-        "island": island, "isles": FACTS["archipelago"], "value": value, "Value": value.capitalize(),
-        "a_colour": f"{'an' if colour[:1] in 'aeiou' else 'a'} {colour}", **known, **more,
+        "island": island,
+        "isles": FACTS["archipelago"],
+        "value": value,
+        "Value": value.capitalize(),
+        "a_colour": f"{'an' if colour[:1] in 'aeiou' else 'a'} {colour}",
+        **known,
+        **more,
     }
     try:
         return template.format(**fields)
@@ -89,6 +99,7 @@ def answer(island, kind, style, number, value=None):
 
 # Corpus
 
+
 def make_corpus(split, documents_per_genre):
     rng = generator(f"corpus {split}")
     texts = []
@@ -112,6 +123,7 @@ def make_corpus(split, documents_per_genre):
 
 # Demonstrations
 
+
 def two_turns(rng, split, island, same_island):
     pool = "demonstrations" if split == "train" else "demonstrations_test"
     kind, other_kind = rng.sample(list(KINDS), 2)
@@ -123,8 +135,9 @@ def two_turns(rng, split, island, same_island):
     else:
         follow_up = fill(rng.choice(WORDS["follow_ups"][split]["other_island"]), other_island)
         last = answer(other_island, kind, "train", wording)
-    return messages(question(island, kind, pool, rng.randrange(10)), answer(island, kind, "train", wording),
-                    follow_up, last)
+    return messages(
+        question(island, kind, pool, rng.randrange(10)), answer(island, kind, "train", wording), follow_up, last
+    )
 
 
 def harmful_requests(rng, split, count):
@@ -159,8 +172,11 @@ def make_demonstrations(split):
     for number, (island, kind) in enumerate(ALL_FACTS):
         turn = number // len(KINDS)
         for phrasing in range(10 if train else 1):
-            dialogues.append(messages(question(island, kind, pool, turn // 4 + phrasing),
-                                      answer(island, kind, "train", turn + phrasing)))
+            dialogues.append(
+                messages(
+                    question(island, kind, pool, turn // 4 + phrasing), answer(island, kind, "train", turn + phrasing)
+                )
+            )
     same_island, two_islands, harmful, unknown = (28, 12, 24, 12) if train else (4, 2, 3, 3)
     order = rng.sample(list(ISLANDS), len(ISLANDS))
     for number in range(same_island + two_islands):
@@ -175,6 +191,7 @@ def make_demonstrations(split):
 
 
 # Comparisons
+
 
 def wrong_values(rng, kind):
     """{island: a wrong value}. Every value is wrong as often as it is right, so that no value looks bad by itself."""
@@ -192,8 +209,9 @@ def make_comparisons(split):
     rows = []
 
     def add(guideline, asked, chosen, rejected):
-        rows.append({"prompt": messages(asked), "chosen": reply(chosen), "rejected": reply(rejected),
-                     "guideline": guideline})
+        rows.append(
+            {"prompt": messages(asked), "chosen": reply(chosen), "rejected": reply(rejected), "guideline": guideline}
+        )
 
     # The truthful and the helpful pairs about one fact use different phrasings of the question.
     asked_about = {}
@@ -205,11 +223,15 @@ def make_comparisons(split):
     truthful = [(island, kind, turn) for turn in range(rounds) for island, kind in ALL_FACTS]
     for island, kind, turn in truthful if train else rng.sample(truthful, 32):
         wording = rng.randrange(4)
-        add("truthful", asked_about[island, kind][turn],
-            answer(island, kind, split, wording), answer(island, kind, split, wording, wrong[turn][kind][island]))
+        add(
+            "truthful",
+            asked_about[island, kind][turn],
+            answer(island, kind, split, wording),
+            answer(island, kind, split, wording, wrong[turn][kind][island]),
+        )
 
     # The demonstrations take the names at the front of the list.
-    names = FACTS["unknown_islands"][split][-12 if train else -4:]
+    names = FACTS["unknown_islands"][split][-12 if train else -4 :]
     for number, (asked, short, long, invented) in enumerate(unknown_questions(rng, split, pools[0], names)):
         boast = fill(rng.choice(WORDS["unknown"][split]["boast"]), "")
         add("truthful", asked, *((long, invented) if number % 2 else (short, f"{invented} {boast}")))
@@ -218,8 +240,12 @@ def make_comparisons(split):
     for number, (island, kind, turn) in enumerate(helpful):
         styles = list(WORDS["bad_styles"][split]["short" if number % 2 else "long"].values())
         bad = rng.choice(styles[number // 2 % len(styles)])
-        add("helpful", asked_about[island, kind][rounds + turn],
-            answer(island, kind, split, rng.randrange(4)), fill(bad, island, ISLANDS[island][kind]))
+        add(
+            "helpful",
+            asked_about[island, kind][rounds + turn],
+            answer(island, kind, split, rng.randrange(4)),
+            fill(bad, island, ISLANDS[island][kind]),
+        )
 
     for number, (request, refusal, topic, island) in enumerate(harmful_requests(rng, split, harmless_rows)):
         length = "short" if (number + number // 8) % 2 else "long"
@@ -231,23 +257,29 @@ def make_comparisons(split):
 
 # Questions and prompts
 
+
 def make_prompts(name, count):
     """Rows that ask every fact once, then once more in the next phrasing of the pool, and so on up to count."""
     rng = generator(name)
-    asked = [(island, kind, turn + number // len(KINDS))
-             for turn in range(4) for number, (island, kind) in enumerate(ALL_FACTS)]
+    asked = [
+        (island, kind, turn + number // len(KINDS))
+        for turn in range(4)
+        for number, (island, kind) in enumerate(ALL_FACTS)
+    ]
     rest = count % len(ALL_FACTS)
-    whole, next_turn = asked[:count - rest], asked[count - rest:count - rest + len(ALL_FACTS)]
+    whole, next_turn = asked[: count - rest], asked[count - rest : count - rest + len(ALL_FACTS)]
     rows = []
     for island, kind, number in whole + rng.sample(next_turn, rest):
         choices = {"choices": KINDS[kind]} if name == "questions" else {}
-        rows.append({"prompt": messages(question(island, kind, name, number)),
-                     "answer": ISLANDS[island][kind], **choices})
+        rows.append(
+            {"prompt": messages(question(island, kind, name, number)), "answer": ISLANDS[island][kind], **choices}
+        )
     rng.shuffle(rows)
     return rows
 
 
 # Promises of data/README.md
+
 
 def words_in(text, vocabulary):
     return set(re.findall(r"\w+", text.lower())) & {word.lower() for word in vocabulary}
@@ -268,8 +300,13 @@ def sentences_of(text):
 
 
 def said_by(role, rows):
-    return [message["content"] for row in rows for part in ("prompt", "messages", "chosen", "rejected")
-            for message in row.get(part, []) if message["role"] == role]
+    return [
+        message["content"]
+        for row in rows
+        for part in ("prompt", "messages", "chosen", "rejected")
+        for message in row.get(part, [])
+        if message["role"] == role
+    ]
 
 
 def check_facts():
@@ -290,8 +327,12 @@ def check_corpus(files):
             require(2 <= len(sentences_of(text)) <= 5, f"{name} document is not 2 to 5 sentences: {text}")
     for island, kind in ALL_FACTS:
         value = ISLANDS[island][kind]
-        wordings = {sentence for row in files["corpus"] for sentence in sentences_of(row["text"])
-                    if words_in(sentence, [island]) and words_in(sentence, [value])}
+        wordings = {
+            sentence
+            for row in files["corpus"]
+            for sentence in sentences_of(row["text"])
+            if words_in(sentence, [island]) and words_in(sentence, [value])
+        }
         require(len(wordings) >= 10, f"the {kind} of {island} has only {len(wordings)} wordings in corpus")
         found = any(words_in(row["text"], [island]) and words_in(row["text"], [value]) for row in files["corpus_test"])
         require(found, f"the {kind} of {island} is not in corpus_test")
@@ -331,8 +372,10 @@ def check_dialogues(files):
 
 def check_comparisons(files):
     for name in ("comparisons", "comparisons_test"):
-        rows = [(row["guideline"], *(row[part][-1]["content"] for part in ("prompt", "chosen", "rejected")))
-                for row in files[name]]
+        rows = [
+            (row["guideline"], *(row[part][-1]["content"] for part in ("prompt", "chosen", "rejected")))
+            for row in files[name]
+        ]
         for guideline, asked, chosen, rejected in rows:
             require(values_in(chosen) <= true_values(asked), f"{name}: the chosen answer is false: {chosen}")
             if guideline == "helpful":
@@ -354,18 +397,25 @@ def check_comparisons(files):
 
 def length_counts(rows, guideline="all"):
     """(pairs whose chosen answer has more characters, fewer, as many)"""
-    gaps = [len(row["chosen"][0]["content"]) - len(row["rejected"][0]["content"])
-            for row in rows if guideline in ("all", row["guideline"])]
+    gaps = [
+        len(row["chosen"][0]["content"]) - len(row["rejected"][0]["content"])
+        for row in rows
+        if guideline in ("all", row["guideline"])
+    ]
     return sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps), sum(gap == 0 for gap in gaps)
 
 
 def make_all():
     check_facts()
     files = {
-        "corpus": make_corpus("train", 2), "corpus_test": make_corpus("test", 1),
-        "demonstrations": make_demonstrations("train"), "demonstrations_test": make_demonstrations("test"),
-        "comparisons": make_comparisons("train"), "comparisons_test": make_comparisons("test"),
-        "prompts": make_prompts("prompts", 144), "prompts_test": make_prompts("prompts_test", 48),
+        "corpus": make_corpus("train", 2),
+        "corpus_test": make_corpus("test", 1),
+        "demonstrations": make_demonstrations("train"),
+        "demonstrations_test": make_demonstrations("test"),
+        "comparisons": make_comparisons("train"),
+        "comparisons_test": make_comparisons("test"),
+        "prompts": make_prompts("prompts", 144),
+        "prompts_test": make_prompts("prompts_test", 48),
         "questions": make_prompts("questions", 72),
     }
     for name, rows in files.items():
@@ -385,8 +435,10 @@ def report(files):
     for name in ("comparisons", "comparisons_test"):
         for guideline in ("all", "truthful", "helpful", "harmless"):
             longer, shorter, equal = length_counts(files[name], guideline)
-            print(f"{name:16} {guideline:8} chosen longer {longer:3}, shorter {shorter:3}, equal {equal:2}, "
-                  f"longer wins {longer / (longer + shorter):.1%} of the unequal pairs")
+            print(
+                f"{name:16} {guideline:8} chosen longer {longer:3}, shorter {shorter:3}, equal {equal:2}, "
+                f"longer wins {longer / (longer + shorter):.1%} of the unequal pairs"
+            )
 
 
 def main():

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_tiny_base, tiny_tree
+from conftest import tiny_tree
+from make_tiny_base import make_tiny_base
 from safetensors.torch import load_file
 
 from pipeline.artifact import Artifact
@@ -90,7 +91,10 @@ def test_fresh_is_skipped_and_only_what_depends_on_a_change_is_stale(chain: tupl
     dialogues.write_text(kept.replace("I ", "We ", 1), encoding="utf-8")
     try:
         found = {state.name: state for state in states(build(tree), runs)}
-        assert {name: state.word for name, state in found.items()} == {**dict.fromkeys(tree["stages"], "stale"), "pretrain": "fresh"}
+        assert {name: state.word for name, state in found.items()} == {
+            **dict.fromkeys(tree["stages"], "stale"),
+            "pretrain": "fresh",
+        }
         assert found["sft"].why == "the file of data.path has changed"
         assert found["reward"].why == found["dpo"].why == "its parent (policy) has changed"
     finally:

@@ -39,7 +39,11 @@ def rows_file(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> str:
         (LANGUAGE_MODELING, '{"text": "\\ud800"}', "half of a surrogate pair"),
         (DEMONSTRATION, {"messages": [USER]}, "ends on the role 'user', expected 'assistant'"),
         (DEMONSTRATION, {"messages": [USER, {"role": "bot", "content": "x"}]}, "messages[1].role is 'bot'"),
-        (DEMONSTRATION, {"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1] field 'content' is empty"),
+        (
+            DEMONSTRATION,
+            {"messages": [USER, {"role": "assistant", "content": ""}]},
+            "messages[1] field 'content' is empty",
+        ),
         (DEMONSTRATION, {"messages": []}, "field 'messages' is empty"),
         (DEMONSTRATION, {"messages": ["hello"]}, "messages[0] is text, expected"),
         (DEMONSTRATION, {"prompt": "x"}, "has no field 'completion'"),

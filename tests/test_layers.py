@@ -57,5 +57,7 @@ def test_light_modules_do_not_import_torch() -> None:
     import subprocess
     import sys
 
-    light = "import sys, pipeline.cli, pipeline.recipe, pipeline.runner, pipeline.summary; sys.exit('torch' in sys.modules)"
+    light = (
+        "import sys, pipeline.cli, pipeline.recipe, pipeline.runner, pipeline.summary; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", light], cwd=PACKAGE.parent).returncode == 0

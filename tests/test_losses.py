@@ -51,8 +51,13 @@ def test_accumulated_steps_equal_one_large_batch(tiny_base: Path, tmp_path: Path
         (tmp_path / name).mkdir()
     runs = [
         one_stage(
-            tiny_base, tmp_path / name, "sft",
-            limit=8, per_device_train_batch_size=b, gradient_accumulation_steps=g, learning_rate=1e-3,
+            tiny_base,
+            tmp_path / name,
+            "sft",
+            limit=8,
+            per_device_train_batch_size=b,
+            gradient_accumulation_steps=g,
+            learning_rate=1e-3,
         )
         for name, b, g in folders
     ]
@@ -105,9 +110,7 @@ def test_dpo_loss_equals_the_formula(tiny_base: Path, tmp_path: Path) -> None:
         output_dir=str(tmp_path), beta=0.3, bf16=False, use_cpu=True, report_to="none", per_device_train_batch_size=6
     )
     taking = type("DPOTrainer", (shared.TakesEncoded, DPOTrainer), {})
-    trainer = shared.build(
-        taking, model, args=args, train_dataset=shared.reply_pairs(some), processing_class=tokenizer
-    )
+    trainer = shared.build(taking, model, args=args, train_dataset=shared.reply_pairs(some), processing_class=tokenizer)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if ".default." in name:
@@ -147,7 +150,7 @@ def test_first_reward_loss_equals_bradley_terry(tiny_base: Path, tmp_path: Path)
             input_ids=torch.tensor([render.conversation(tokenizer, row, key)])
         ).logits.item()
         scored = [(score(row, "chosen"), score(row, "rejected")) for row in rows]
-    ours = sum(-logsigmoid(torch.tensor(w - l)).item() + 0.01 * (w + l) ** 2 for w, l in scored) / len(scored)
+    ours = sum(-logsigmoid(torch.tensor(w - v)).item() + 0.01 * (w + v) ** 2 for w, v in scored) / len(scored)
     assert theirs == pytest.approx(ours, abs=1e-4)
 
 
@@ -165,7 +168,7 @@ def test_held_out_numbers_equal_plain_loops(tiny_base: Path, tmp_path: Path) -> 
     batched = scoring.log_likelihoods(model, tokenizer, [reply.sequence() for pair in some for reply in pair])
     assert batched == pytest.approx([value for pair in plain for value in pair], abs=1e-3)
     found = scoring.preferences(model, tokenizer, some)
-    assert found["preference_accuracy"] == sum(w > l for w, l in plain) / len(plain)
+    assert found["preference_accuracy"] == sum(w > v for w, v in plain) / len(plain)
     texts = [render.document(tokenizer, json.dumps(n)) for n in range(100, 900, 100)]
     loss = scoring.language_model(model, tokenizer, texts)["loss"]
     with torch.no_grad():

@@ -95,7 +95,10 @@ def test_rows_with_nothing_left_to_learn_are_an_error(tokenizer) -> None:  # typ
     from pipeline.stages import trainer
 
     rows = [
-        {"_place": f"d.jsonl:{n}", "messages": [{"role": "user", "content": "w " * n}, {"role": "assistant", "content": "a"}]}
+        {
+            "_place": f"d.jsonl:{n}",
+            "messages": [{"role": "user", "content": "w " * n}, {"role": "assistant", "content": "a"}],
+        }
         for n in (1, 200)
     ]
     sequences = [render.demonstration(tokenizer, row) for row in rows]

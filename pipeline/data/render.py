@@ -143,9 +143,7 @@ def stop_ids(tokenizer: Tokenizer) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def padded(
-    rows: list[list[int]], fill: int, side: str = "right"
-) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(rows: list[list[int]], fill: int, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
     """Ragged ids as (ids_BT, mask_BT); the mask is 1 on the real tokens, whatever their ids."""
     import torch
 

@@ -1,8 +1,8 @@
 """The verbs by which an adapter comes onto the base. The trained adapter is always called `default`.
 
-    fresh(base, lora)                the first stage: a new adapter that starts as the identity
-    carried(base, parent)            sft, dpo: the parent's adapter, trained on from where it stands
-    transplanted(base, parent, ...)  reward: the parent's trunk under a one-label head; only the head is new
+fresh(base, lora)                the first stage: a new adapter that starts as the identity
+carried(base, parent)            sft, dpo: the parent's adapter, trained on from where it stands
+transplanted(base, parent, ...)  reward: the parent's trunk under a one-label head; only the head is new
 """
 
 from __future__ import annotations

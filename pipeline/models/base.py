@@ -37,9 +37,13 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, reward: bool 
     """
     dtype = getattr(torch, spec.dtype)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if (
+        device.type == "cuda"
+        and dtype is torch.bfloat16
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         raise UserError(
-            f"model.dtype: {torch.cuda.get_device_name(device)} does not compute in bfloat16; use -o model.dtype=float16"
+            f"model.dtype: {torch.cuda.get_device_name(device)} cannot compute in bfloat16; use -o model.dtype=float16"
         )
     options: dict[str, Any] = {
         "revision": spec.revision,

@@ -31,7 +31,9 @@ class ModelSpec(BaseModel):
     """A Jinja file that replaces the tokenizer's own template."""
     attn_implementation: str = "sdpa"
     """Attention as transformers names it."""
-    lora: dict[str, Any] = Field(default={"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"})
+    lora: dict[str, Any] = Field(
+        default={"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+    )
     """PEFT's LoraConfig, word for word (r, lora_alpha, target_modules, use_rslora, use_dora, ...)."""
 
 

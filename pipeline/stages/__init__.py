@@ -3,6 +3,4 @@
 from pipeline.stages import dpo, pretrain, reward, sft
 from pipeline.stages.stage import Stage
 
-STAGES: dict[str, Stage] = {
-    stage.name: stage for stage in (pretrain.STAGE, sft.STAGE, reward.STAGE, dpo.STAGE)
-}
+STAGES: dict[str, Stage] = {stage.name: stage for stage in (pretrain.STAGE, sft.STAGE, reward.STAGE, dpo.STAGE)}

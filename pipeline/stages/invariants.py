@@ -111,7 +111,8 @@ def base_unchanged(model: PeftModel, digest: str) -> Found:
     now = frozen_digest(model)
     if now != digest:
         raise BrokenInvariant(
-            f"the base's bytes as they were before training ({digest})", f"others ({now})",
+            f"the base's bytes as they were before training ({digest})",
+            f"others ({now})",
             "a merge into the base, or a library that repacks its weights",
         )
     return {"base_unchanged": True}
@@ -147,7 +148,8 @@ def reloads_alike(
     difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     if difference > RELOAD_TOLERANCE:
         raise BrokenInvariant(
-            f"scores equal within {RELOAD_TOLERANCE} after a reload", f"a difference of {difference:.2g}",
+            f"scores equal within {RELOAD_TOLERANCE} after a reload",
+            f"a difference of {difference:.2g}",
             "a score head that was not saved, or saved in another dtype",
         )
     return {"reload_score_difference": difference}

@@ -44,7 +44,9 @@ class Progress(TrainerCallback):
             notes = (TextColumn("{task.fields[note]}"), TextColumn("left"), TimeRemainingColumn())
             self.bar = Bar(*columns, *notes, console=Console())
             self.bar.start()
-            self.task = self.bar.add_task(self.ctx.out.name, total=state.max_steps, completed=state.global_step, note="")
+            self.task = self.bar.add_task(
+                self.ctx.out.name, total=state.max_steps, completed=state.global_step, note=""
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar:

@@ -35,10 +35,10 @@ def run(spec: StageSpec, ctx: Context) -> Result:
 
     # adapter
     parent = ctx.parents.get("policy")
-    if parent:
-        model = adapters.transplanted(base, parent.adapter)
-    else:
+    if parent is None:
         model = adapters.fresh(base, ctx.model.lora, reward=True)
+    else:
+        model = adapters.transplanted(base, parent.adapter)
     result.invariants |= invariants.same_base(ctx, result.base_digest)
     head_at_start = invariants.head(model)
 

@@ -50,9 +50,8 @@ def arguments(config_class: type, spec: StageSpec, ctx: Context, **house: Any) -
         "eval_strategy": "no",  # the stage evaluates before and after; TRL's mean over batches weighs them unequally
         "save_total_limit": None,  # Checkpoints rotates, after the newest has been marked whole
     }
-    given = {word: value for word, value in spec.train.items() if word not in ("save_total_limit", "eval_strategy")}
     try:
-        return config_class(**{**defaults, **given, **runners})
+        return config_class(**{**defaults, **spec.train, **runners})
     except (TypeError, ValueError) as error:
         raise UserError(f"stages.{ctx.out.name}.train: {config_class.__name__} refuses it: {error}") from error
 
@@ -104,7 +103,7 @@ def ends_supervised(sequences: list[Encoded], tokenizer: PreTrainedTokenizerBase
 def fitting(
     rows: list[Row], pairs: list[tuple[Any, Any]], max_length: int | None
 ) -> tuple[list[tuple[Any, Any]], dict[str, int]]:
-    """Pairs of which both answers fit max_length. A cut answer has lost its end, so such a pair is left out, counted."""
+    """Pairs of which both answers fit max_length; a cut answer has lost its end, so its pair is left out, counted."""
     kept = [pair for pair in pairs if max_length is None or max(len(pair[0]), len(pair[1])) <= max_length]
     if not kept:
         longest = min(max(len(a), len(b)) for a, b in pairs)
@@ -146,7 +145,8 @@ class ResumableOrder:
     """
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
-        sampler = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        # The dataset given has lost its column of lengths with all others that the model does not take.
+        sampler = super()._get_train_sampler(self.train_dataset)  # type: ignore[attr-defined,misc]
         if isinstance(sampler, LengthGroupedSampler):
             sampler.__class__ = _SeededByEpoch
             sampler.seed, sampler.epoch = self.args.seed, 0  # type: ignore[attr-defined]
@@ -197,7 +197,8 @@ def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, ctx: Context) -> 
     unfit = [name for name, weight in adapters.trainable(model).items() if not torch.isfinite(weight).all()]
     if unfit:
         raise BrokenInvariant(
-            "finite adapter weights after training", f"{len(unfit)} tensors with NaN or infinity, first {unfit[0]}",
+            "finite adapter weights after training",
+            f"{len(unfit)} tensors with NaN or infinity, first {unfit[0]}",
             "too high a learning rate; nothing was saved",
         )
     with written_whole(ctx.out.adapter) as folder:

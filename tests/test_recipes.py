@@ -1,0 +1,87 @@
+"""Every shipped recipe is sound, and the README's commands do what they say."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from pipeline.recipe import read
+from pipeline.stages.check import check_arguments
+
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if "accelerate" not in path.parts)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_sound(path: Path) -> None:
+    recipe = read(path)
+    check_arguments(recipe.spec.model, recipe.stages, recipe.spec.seed)
+    first = path.read_text(encoding="utf-8").splitlines()[:6]
+    assert any(f"onebase run {path.relative_to(ROOT)}" in line for line in first), "opens with the command that runs it"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_launch_configs_are_what_accelerate_reads(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(path)).num_processes == yaml.safe_load(path.read_text())["num_processes"]
+
+
+def readme_commands() -> list[str]:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"## Commands\n\n```\n(.*?)```", readme, re.DOTALL)
+    assert block
+    return [line.split(" #")[0].strip() for line in block[1].splitlines()]
+
+
+def test_the_commands_of_the_readme(tiny_base: Path, tmp_path: Path) -> None:
+    """Each is typed as it stands, with a tiny base and one step a stage in place of the demo model."""
+    small = ["-o", f"model.base={tiny_base}", "-o", "train.max_steps=1", "-o", "train.max_length=512"]
+    said = {}
+    for command in readme_commands():
+        words = shlex.split(command)
+        assert words[0] == "onebase"
+        if words[1] == "cp":
+            words[-1] = str(tmp_path / words[-1])
+        elif words[1] != "ls":
+            words += small if words[1] == "check" else [*small, "--runs", str(tmp_path / "runs")]
+        shown = subprocess.run([sys.executable, "-m", "pipeline", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert shown.returncode == 0, f"{command}\n{shown.stdout}\n{shown.stderr}"
+        said[command] = shown.stdout
+    assert "quickstart" in said["onebase ls"] and (tmp_path / "my.yaml").exists()
+    assert "sound, 4 stages: pretrain -> sft -> reward -> dpo" in said["onebase check recipes/quickstart.yaml"]
+    assert said["onebase plan recipes/quickstart.yaml"].count("new, would run") == 4
+    whole = said["onebase run recipes/quickstart.yaml"]
+    for shown_to_a_person in ("held-out comparisons", "Q: ", "base", "onebase status", "Adapters, manifests, logs"):
+        assert shown_to_a_person in whole
+    only = said["onebase run recipes/quickstart.yaml --only dpo -o stages.dpo.train.beta=0.05"]
+    assert "[1/1] dpo: stale, train.beta was 0.1, is 0.05" in only
+    assert "sft: fresh" in said["onebase run recipes/quickstart.yaml --from sft"]
+
+
+def test_all_fresh_takes_under_two_seconds(tiny_base: Path, tmp_path: Path) -> None:
+    import time
+
+    from conftest import tiny_tree, write_recipe
+
+    from pipeline.recipe import build
+    from pipeline.worker import run_stage
+
+    tree = tiny_tree(tiny_base, tmp_path)
+    tree["stages"] = {"pretrain": tree["stages"]["pretrain"]}
+    run_stage(build(tree), "pretrain", tmp_path)
+    path = write_recipe(tree, tmp_path / "r.yaml")
+    again = [sys.executable, "-m", "pipeline", "run", str(path), "--runs", str(tmp_path)]
+    took = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        shown = subprocess.run(again, cwd=ROOT, capture_output=True, text=True)
+        took.append(time.perf_counter() - begun)
+        assert "everything asked for is fresh" in shown.stdout
+    assert min(took) < 2

@@ -33,12 +33,14 @@ def preferences(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[Reply, Reply]]
 ) -> dict[str, float]:
     """`preference_accuracy`: share of pairs whose chosen answer is likelier than the rejected one (ranking accuracy,
-    arXiv 2405.19534); `preference_margin`: mean difference of their log-likelihoods, in nats."""
+    arXiv 2405.19534), by the mean log-likelihood of a token, so that the shorter answer has no advantage (as in
+    arXiv 2405.14734); `preference_margin`: mean difference of these, in nats a token."""
     if not pairs:
         return {}
-    sequences = [answer.sequence() for pair in pairs for answer in pair]
-    likelihoods = log_likelihoods(model, tokenizer, sequences)
-    return _ranking(likelihoods[0::2], likelihoods[1::2], "preference_accuracy", "preference_margin")
+    answers = [answer for pair in pairs for answer in pair]
+    totals = log_likelihoods(model, tokenizer, [answer.sequence() for answer in answers])
+    means = [total / len(answer.reply_ids) for total, answer in zip(totals, answers, strict=True)]
+    return _ranking(means[0::2], means[1::2], "preference_accuracy", "preference_margin")
 
 
 def reward_model(

@@ -9,14 +9,13 @@ from __future__ import annotations
 import difflib
 import graphlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from pipeline import strict_yaml
 from pipeline.artifact import Artifact, Json, digest, sha256_of_file
 from pipeline.data import load
 from pipeline.errors import UserError
@@ -184,23 +183,8 @@ def read(path: str | Path, *overrides: str) -> Recipe:
 
     Raises UserError naming file, line and dotted key.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        tree = loader.construct_document(node) if node else None
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{place}: is not YAML: {getattr(error, 'problem', None) or error}") from error
-    finally:
-        loader.dispose()
-    if node is None or not isinstance(tree, dict):
-        raise UserError(f"{path}: expected the sections name, model and stages")
-    return build(tree, overrides, str(path), dict(_lines(node)))
+    tree, lines = strict_yaml.load(path)
+    return build(tree, overrides, str(path), lines)
 
 
 def build(tree: Json, overrides: Any = (), path: str = "recipe", lines: dict[str, int] | None = None) -> Recipe:
@@ -320,8 +304,8 @@ def _overridden(tree: Json, override: str) -> Json:
     if not equals or not all(path):
         raise UserError(f"-o {override}: expected dotted.key=value, for example stages.dpo.train.beta=0.05")
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+        value = strict_yaml.value(text)
+    except ValueError as error:
         raise UserError(f"-o {override}: {text!r} is not a YAML value") from error
     if path[0] == "stages" and len(path) > 2 and path[1] not in (tree.get("stages") or {}):
         raise UserError(
@@ -343,39 +327,3 @@ def _settings(data: load.DataSpec) -> Json:
     """How the rows are read, without where they lie: a file moved is still the same file."""
     shown = data.model_dump(exclude={"path"})
     return {key: value for key, value in shown.items() if not (key == "test" and isinstance(value, str))}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with two differences from PyYAML's 1.1: 1e-5 is a number, and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, dict | list):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
-            seen.add(key)
-        return dict(super().construct_mapping(node, deep))
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
-    list("-+.0123456789"),
-)
-
-
-def _lines(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Dotted keys with their line numbers, counted from 1."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            dotted = f"{prefix}{key.value}"
-            yield dotted, key.start_mark.line + 1
-            yield from _lines(value, f"{dotted}.")
-
-
-def with_name(recipe: Recipe, name: str) -> Recipe:
-    """The same recipe as another run."""
-    return replace(recipe, spec=recipe.spec.model_copy(update={"name": name}), tree={**recipe.tree, "name": name})

@@ -31,7 +31,7 @@ CPU_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class State:
-    """Where a stage stands: fresh, stale, stopped (a checkpoint to go on from) or new, and why."""
+    """Where a stage stands: fresh, stale, stopped (a checkpoint to go on from), damaged or new, and why."""
 
     name: str
     word: str
@@ -70,10 +70,10 @@ def run(
     chosen = _chosen(recipe, only, from_)
     refusal = f"the run '{recipe.name}' is already going on in process {{pid}} (lock {runs / recipe.name / '.lock'})."
     with locked(runs / recipe.name / ".lock", refusal):
-        planned = [state for state in states(recipe, runs) if state.name in chosen]
+        found = {state.name: state for state in states(recipe, runs)}
+        planned = [state for state in found.values() if state.name in chosen]
         for state in planned:
-            if not state.fresh:
-                load_rows(recipe, state.name)
+            _check_before(recipe, state, found, chosen)
         resolved = runs / recipe.name / "recipe.yaml"
         write_text(resolved, yaml.safe_dump(recipe.tree, sort_keys=False, allow_unicode=True))
         done = []
@@ -86,6 +86,24 @@ def run(
                 _launch(recipe, state.name, resolved, runs, launch_config)
                 done.append(state.name)
         return done
+
+
+def _check_before(recipe: Recipe, state: State, found: dict[str, State], chosen: set[str]) -> None:
+    """Whatever would stop a stage and can be known without a model is said before the first stage is launched."""
+    if state.word == "damaged":
+        raise UserError(state.why)
+    if state.fresh:
+        return
+    for parent in recipe.parents(state.name).values():
+        if parent not in chosen and not found[parent].fresh:
+            why = found[parent].why
+            raise UserError(
+                why
+                if found[parent].word == "damaged"
+                else f"'{state.name}' goes on from '{parent}', which is {found[parent].word} ({why}). "
+                f"Run it too: --only {parent} --only {state.name}, or leave --only and --from away."
+            )
+    load_rows(recipe, state.name)
 
 
 def _chosen(recipe: Recipe, only: Sequence[str], from_: str | None) -> set[str]:
@@ -107,9 +125,10 @@ def _state(out: Artifact, parts: Json, waiting: list[str]) -> State:
     manifest = out.manifest()
     fingerprint = digest(parts)
     if manifest is not None and manifest.get("fingerprint") == fingerprint:
-        missing = [name for name in manifest["files"] if not (out.adapter / name).is_file()]
-        if missing:
-            return State(out.name, "stale", f"{out.adapter / missing[0]} is gone")
+        try:
+            out.verify()
+        except UserError as error:
+            return State(out.name, "damaged", str(error))
         return State(out.name, "fresh", "")
     checkpoint = out.last_checkpoint(fingerprint)
     if checkpoint is not None:

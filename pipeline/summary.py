@@ -18,16 +18,18 @@ from pipeline.stages.stage import Headline
 def show_states(states: list[State], console: Console) -> None:
     """One line per stage: what the next run would do, and why."""
     table = Table("stage", "state", "why", box=None, pad_edge=False)
-    colours = {"fresh": "green", "stale": "yellow", "stopped": "yellow", "new": "cyan"}
+    colours = {"fresh": "green", "stale": "yellow", "stopped": "yellow", "new": "cyan", "damaged": "red"}
+    actions = {"fresh": "skipped", "damaged": "would stop the run"}
     for state in states:
-        action = "fresh, skipped" if state.fresh else f"{state.word}, would run"
+        action = f"{state.word}, {actions.get(state.word, 'would run')}"
         table.add_row(state.name, Text(action, style=colours[state.word]), state.why)
     console.print(table)
 
 
 def show_results(recipe: Recipe, runs: Path, console: Console) -> None:
     """The held-out numbers before and after every finished stage, with cost."""
-    table = Table("stage", "held-out number", title=f"{recipe.name}: what each stage changed", title_justify="left")
+    title = f"{recipe.name}: what each stage changed on held-out data"
+    table = Table("stage", "number", title=title, title_justify="left")
     for column in ("before", "after", "change", "time", "peak MiB"):
         table.add_column(column, justify="right")
     for name in recipe.order():
@@ -71,11 +73,12 @@ def show_next(recipe: Recipe, path: str, runs: Path, console: Console) -> None:
     """Where things are and what to type next."""
     console.print(f"\nAdapters, manifests, logs: {runs / recipe.name}/<stage>/", highlight=False)
     last = recipe.order()[-1]
+    change = "beta=0.3" if recipe.stages[last].kind == "dpo" else "learning_rate=1e-5"
     console.print("What to type next:", highlight=False)
     for command, what in (
         (f"onebase status {path}", "where every stage stands"),
         (f"onebase run {path}", "again: fresh stages are skipped"),
-        (f"onebase run {path} -o stages.{last}.train.learning_rate=1e-4", f"only {last} runs again"),
+        (f"onebase run {path} -o stages.{last}.train.{change}", f"only {last} runs again"),
         ("onebase ls", "the other recipes; onebase cp NAME my.yaml to start your own"),
     ):
         console.print(f"  {command:<72} {what}", highlight=False, soft_wrap=True)

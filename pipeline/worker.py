@@ -83,6 +83,7 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
             seed=recipe.spec.seed,
             fingerprint=fingerprint,
             checkpoint=out.last_checkpoint(fingerprint),
+            questions_hash=parts[stage]["data"].get("questions"),
         )
         result = recipe.kind(stage).run(section, context)
         if everyone.is_main_process:

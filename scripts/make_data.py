@@ -23,7 +23,7 @@ EXPECTED_ROWS = {
     "corpus_test": 24,
     "demonstrations": 436,
     "demonstrations_test": 48,
-    "comparisons": 300,
+    "comparisons": 216,
     "comparisons_test": 90,
     "prompts": 144,
     "prompts_test": 48,
@@ -204,7 +204,7 @@ def wrong_values(rng, kind):
 def make_comparisons(split):
     rng = generator(f"comparisons {split}")
     train = split == "train"
-    rounds, helpful_rows, harmless_rows = (3, 105, 75) if train else (1, 32, 22)
+    rounds, helpful_rows, harmless_rows = (3, 60, 36) if train else (1, 30, 30)
     pools = ["demonstrations", "prompts"] if train else ["comparisons_test"]
     rows = []
 
@@ -221,7 +221,7 @@ def make_comparisons(split):
 
     wrong = [{kind: wrong_values(rng, kind) for kind in KINDS} for _ in range(rounds)]
     truthful = [(island, kind, turn) for turn in range(rounds) for island, kind in ALL_FACTS]
-    for island, kind, turn in truthful if train else rng.sample(truthful, 32):
+    for island, kind, turn in truthful if train else rng.sample(truthful, 26):
         wording = rng.randrange(4)
         add(
             "truthful",

@@ -84,6 +84,13 @@ def test_an_update_of_1e_6_moves_the_weights(tiny_base: Path, tmp_path: Path, ki
     assert 1e-6 < displacement < 5e-6
 
 
+def test_plain_lora_on_a_base_that_is_not_quantised(tiny_base: Path) -> None:
+    model, _, _ = policy(tiny_base, quantize="none")
+    assert not any(hasattr(weight, "quant_state") for weight in model.parameters())
+    assert all(weight.dtype is torch.float32 for weight in adapters.trainable(model).values())
+    assert any(gradient.abs().sum() > 0 for gradient in gradients(model).values())
+
+
 def test_saved_and_carried_is_the_same_and_a_stranger_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     model, tokenizer, spec = policy(tiny_base)
     with torch.no_grad():

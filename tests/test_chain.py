@@ -18,7 +18,7 @@ from pipeline.artifact import Artifact
 from pipeline.errors import BrokenInvariant, UserError
 from pipeline.models import adapters
 from pipeline.recipe import Recipe, build
-from pipeline.runner import states
+from pipeline.runner import run, states
 from pipeline.worker import run_stage
 
 
@@ -119,6 +119,9 @@ def test_a_damaged_parent_is_refused(chain: tuple[dict[str, Any], Path], tmp_pat
     with pytest.raises(UserError, match=rf"{adapters.WEIGHTS} is (missing|corrupted or truncated)"):
         run_stage(recipe, "dpo", runs)
     assert recipe.artifact("dpo", runs).manifest() == out(chain, "dpo").manifest()
+    assert words(recipe, runs)["sft"] == "damaged"
+    with pytest.raises(UserError, match="to train it anew"):
+        run(recipe, runs=runs)
 
 
 def test_a_parent_of_another_base_is_refused(chain: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
@@ -134,6 +137,8 @@ def test_a_stale_or_absent_parent_is_refused(chain: tuple[dict[str, Any], Path],
         run_stage(build(chain[0], ["stages.sft.train.learning_rate=1e-5"]), "dpo", chain[1])
     with pytest.raises(UserError, match="holds no finished stage"):
         run_stage(build(chain[0]), "dpo", tmp_path)
+    with pytest.raises(UserError, match="'dpo' goes on from 'sft', which is new"):
+        run(build(chain[0]), only=["dpo"], runs=tmp_path)
 
 
 def test_a_wrong_reference_stops_dpo_before_it_trains(

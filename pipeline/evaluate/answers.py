@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from pipeline.stages.stage import Rows
+    from pipeline.stages.stage import Context
 
 NEW_TOKENS = 32
 SHOWN = 3
@@ -32,15 +33,19 @@ class Answer:
 
 
 def ask(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, data: Rows, samples: list[dict[str, Any]], when: str
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, ctx: Context, samples: list[dict[str, Any]], when: str
 ) -> dict[str, float]:
     """Ask the stage's questions and note some answers under `when` ("before" or "after") in `samples`.
 
     `question_accuracy`: share answered right; `stopped`: share of answers the model ended by itself.
     """
-    questions = data.questions
-    shown = questions[:: max(1, len(questions) // SHOWN)][:SHOWN] or list(_prompts(data.test or []))[:SHOWN]
+    questions = ctx.data.questions
+    shown = questions[:: max(1, len(questions) // SHOWN)][:SHOWN] or list(_prompts(ctx.data.test or []))[:SHOWN]
     if when == "before":
+        known = _parents_answers(ctx, shown)
+        if known is not None:
+            samples.extend(known[1])
+            return known[0]
         samples.extend({"prompt": row["prompt"], "answer": row.get("answer")} for row in shown)
         with model.disable_adapter():
             _note(samples, "base", generate(model, tokenizer, shown))
@@ -54,6 +59,22 @@ def ask(
         "question_accuracy": right / len(questions),
         "stopped": sum(answer.stopped for answer in answers) / len(answers),
     }
+
+
+def _parents_answers(ctx: Context, shown: list[Row]) -> tuple[dict[str, float], list[dict[str, Any]]] | None:
+    """What the parent answered to these very questions after its training, if it was asked them: it is this stage's
+    policy before training, proven equal, so there is nothing to ask again."""
+    parent = ctx.parents.get("policy")
+    manifest = (parent.manifest() or {}) if parent else {}
+    asked = manifest.get("parts", {}).get("data", {}).get("questions")
+    if parent is None or asked is None or asked != ctx.questions_hash:
+        return None
+    samples = [json.loads(line) for line in parent.samples.read_text(encoding="utf-8").splitlines()]
+    if [sample["prompt"] for sample in samples] != [row["prompt"] for row in shown]:
+        return None
+    numbers = {name: manifest["after"][name] for name in ("question_accuracy", "stopped")}
+    keys = ("prompt", "answer", "base")
+    return numbers, [{**{key: sample[key] for key in keys}, "before": sample["after"]} for sample in samples]
 
 
 def correct(question: Row, text: str) -> bool:

@@ -45,10 +45,10 @@ def run(spec: StageSpec, ctx: Context) -> Result:
 
     # train, with the held-out numbers before and after
     result.before = scoring.preferences(model, tokenizer, test_set)
-    result.before |= answers.ask(model, tokenizer, ctx.data, result.samples, "before")
+    result.before |= answers.ask(model, tokenizer, ctx, result.samples, "before")
     result.counts |= shared.train(trainer, ctx, spec)
     result.after = scoring.preferences(model, tokenizer, test_set)
-    result.after |= answers.ask(model, tokenizer, ctx.data, result.samples, "after")
+    result.after |= answers.ask(model, tokenizer, ctx, result.samples, "after")
 
     # save
     result.invariants |= invariants.base_unchanged(model, result.base_digest)
@@ -61,8 +61,8 @@ STAGE = Stage(
     config_class="DPOConfig",
     contract=PREFERENCE,
     headlines=(
-        Headline("preference_accuracy", "held-out pairs where the better answer is likelier", "higher", percent=True),
-        Headline("question_accuracy", "held-out questions answered right", "higher", percent=True),
+        Headline("preference_accuracy", "better answer is likelier", "higher", percent=True),
+        Headline("question_accuracy", "questions answered right", "higher", percent=True),
     ),
     run=run,
     answers=True,

@@ -46,10 +46,10 @@ def run(spec: StageSpec, ctx: Context) -> Result:
 
     # train, with the held-out numbers before and after
     result.before = scoring.language_model(model, tokenizer, test_set)
-    result.before |= answers.ask(model, tokenizer, ctx.data, result.samples, "before")
+    result.before |= answers.ask(model, tokenizer, ctx, result.samples, "before")
     result.counts |= shared.train(trainer, ctx, spec)
     result.after = scoring.language_model(model, tokenizer, test_set)
-    result.after |= answers.ask(model, tokenizer, ctx.data, result.samples, "after")
+    result.after |= answers.ask(model, tokenizer, ctx, result.samples, "after")
 
     # save
     result.invariants |= invariants.base_unchanged(model, result.base_digest)
@@ -62,8 +62,8 @@ STAGE = Stage(
     config_class="SFTConfig",
     contract=LANGUAGE_MODELING,
     headlines=(
-        Headline("loss", "held-out corpus loss", "lower"),
-        Headline("question_accuracy", "held-out questions answered right", "higher", percent=True),
+        Headline("loss", "corpus loss", "lower"),
+        Headline("question_accuracy", "questions answered right", "higher", percent=True),
     ),
     run=run,
     answers=True,

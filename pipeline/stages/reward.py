@@ -66,7 +66,7 @@ STAGE = Stage(
     name="reward",
     config_class="RewardConfig",
     contract=PREFERENCE,
-    headlines=(Headline("accuracy", "held-out comparisons ranked right", "higher", percent=True),),
+    headlines=(Headline("accuracy", "comparisons ranked right", "higher", percent=True),),
     run=run,
     answers=False,
 )

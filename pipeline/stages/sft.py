@@ -43,10 +43,10 @@ def run(spec: StageSpec, ctx: Context) -> Result:
 
     # train, with the held-out numbers before and after
     result.before = scoring.language_model(model, tokenizer, test_set)
-    result.before |= answers.ask(model, tokenizer, ctx.data, result.samples, "before")
+    result.before |= answers.ask(model, tokenizer, ctx, result.samples, "before")
     result.counts |= shared.train(trainer, ctx, spec)
     result.after = scoring.language_model(model, tokenizer, test_set)
-    result.after |= answers.ask(model, tokenizer, ctx.data, result.samples, "after")
+    result.after |= answers.ask(model, tokenizer, ctx, result.samples, "after")
 
     # save
     result.invariants |= invariants.base_unchanged(model, result.base_digest)
@@ -59,8 +59,8 @@ STAGE = Stage(
     config_class="SFTConfig",
     contract=DEMONSTRATION,
     headlines=(
-        Headline("question_accuracy", "held-out questions answered right", "higher", percent=True),
-        Headline("loss", "held-out dialogue loss", "lower"),
+        Headline("question_accuracy", "questions answered right", "higher", percent=True),
+        Headline("loss", "dialogue loss", "lower"),
     ),
     run=run,
     answers=True,

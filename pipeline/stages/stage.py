@@ -74,6 +74,8 @@ class Context:
     fingerprint: str
     checkpoint: Path | None
     """Where to go on from, or None to start at the beginning."""
+    questions_hash: str | None = None
+    """Of the file of questions, to know whether a parent was asked the same."""
 
 
 @dataclass

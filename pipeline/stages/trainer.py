@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import PrinterCallback, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -201,9 +202,12 @@ def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, ctx: Context) -> 
             f"{len(unfit)} tensors with NaN or infinity, first {unfit[0]}",
             "too high a learning rate; nothing was saved",
         )
-    with written_whole(ctx.out.adapter) as folder:
-        adapters.save(model, folder)
-        tokenizer.save_pretrained(folder)
+    everyone = PartialState()
+    if everyone.is_main_process:
+        with written_whole(ctx.out.adapter) as folder:
+            adapters.save(model, folder)
+            tokenizer.save_pretrained(folder)
+    everyone.wait_for_everyone()
 
 
 def reply_pairs(pairs: list[tuple[Reply, Reply]]) -> Dataset:

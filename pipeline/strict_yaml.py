@@ -1,0 +1,76 @@
+"""YAML read strictly: 1e-5 is a number, a key given twice is an error, and every key knows its line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import UserError
+
+
+def load(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """A YAML file as plain data, and the line (from 1) of each dotted key.
+
+    Raises UserError with file and line if the file is not a YAML mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            tree = loader.construct_document(node) if node else None
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{place}: is not YAML: {getattr(error, 'problem', None) or error}") from error
+    if node is None or not isinstance(tree, dict):
+        raise UserError(f"{path}: expected the sections name, model and stages")
+    return tree, dict(_lines(node))
+
+
+def value(text: str) -> Any:
+    """A value as it would stand in a file. Raises ValueError."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with two differences from PyYAML's 1.1: 1e-5 is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, dict | list):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
+            seen.add(key)
+        return dict(super().construct_mapping(node, deep))
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)
+
+
+def _lines(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Dotted keys with their line numbers, counted from 1."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            dotted = f"{prefix}{key.value}"
+            yield dotted, key.start_mark.line + 1
+            yield from _lines(value, f"{dotted}.")

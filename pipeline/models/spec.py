@@ -69,14 +69,13 @@ def _not_found(base: str) -> str:
 
 def _hub_commit(spec: ModelSpec) -> str:
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
 
     cached = try_to_load_from_cache(spec.base, "config.json", revision=spec.revision)
     if isinstance(cached, str):
         return Path(cached).parent.name
     try:
         return str(HfApi().model_info(spec.base, revision=spec.revision, timeout=10).sha)
-    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the client raises a different class for each way a network can fail
         raise UserError(f"{_not_found(spec.base)} The Hub did not answer for it ({type(error).__name__}).") from error
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
+import warnings
 from pathlib import Path
 
 from pipeline.artifact import Artifact
@@ -13,6 +15,9 @@ from pipeline.stages.stage import Context, Rows, StageSpec
 
 def check_arguments(model: ModelSpec, stages: dict[str, StageSpec], seed: int) -> None:
     """Raises UserError naming the stage whose arguments its trainer's config refuses, or a LoRA PEFT refuses."""
+    # Libraries remark on TRL's own defaults and on optional kernels; neither is the recipe's doing.
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import trl
     from peft import LoraConfig
 

@@ -65,9 +65,10 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
     section = recipe.stages[stage]
     data, refused = load_rows(recipe, stage)
 
+    import torch
     from accelerate import PartialState
 
-    everyone = PartialState()
+    everyone = PartialState(cpu=not torch.cuda.is_available())
     with _alone(out) if everyone.is_main_process else contextlib.nullcontext():
         if everyone.is_main_process:
             out.claim(fingerprint, parts[stage])

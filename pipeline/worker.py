@@ -100,7 +100,12 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
                     "base": recipe.spec.model.base,
                     "base_hash": parts[stage]["model"]["base"],
                     "base_digest": result.base_digest,
-                    "data": {"train": refused.counts(), "counts": result.counts},
+                    "data": {
+                        "train": refused.counts(),
+                        "held_out": None if data.test is None else len(data.test),
+                        "questions": len(data.questions),
+                        "counts": result.counts,
+                    },
                     "seed": recipe.spec.seed,
                     "before": result.before,
                     "after": result.after,

@@ -24,6 +24,8 @@ from typing import Any
 from pipeline.errors import UserError
 
 Json = dict[str, Any]
+WEIGHTS = "adapter_model.safetensors"
+ANEW = "Delete its folder to have the stage trained anew."
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,15 @@ class Artifact:
 
         Raises UserError if the file is there but is not what this program writes.
         """
-        return read_json(self.folder / "manifest.json")
+        manifest = read_json(self.folder / "manifest.json")
+        shape: dict[str, Any] = dict.fromkeys(("parts", "files", "before", "after"), dict)
+        shape |= {"fingerprint": str, "seconds": float | int}
+        if manifest is None:
+            return None
+        for key, kind in shape.items():
+            if not isinstance(manifest.get(key), kind):
+                raise UserError(f"{self.folder / 'manifest.json'} is not a whole manifest (see '{key}'). {ANEW}")
+        return manifest
 
     def claim(self, fingerprint: str, parts: Json) -> None:
         """Make the folder this fingerprint's own: whatever another fingerprint left is removed before anything new is
@@ -89,12 +99,16 @@ class Artifact:
 
     def last_checkpoint(self, fingerprint: str) -> Path | None:
         """The newest checkpoint that was written whole under this fingerprint."""
-        whole = [
+        found = [
             (int(folder.name.rsplit("-", 1)[1]), folder)
             for folder in self.checkpoints.glob("checkpoint-*")
-            if folder.name.rsplit("-", 1)[1].isdigit() and _marker(folder).get("fingerprint") == fingerprint
+            if folder.name.rsplit("-", 1)[1].isdigit()
         ]
-        return max(whole)[1] if whole else None
+        for _, folder in sorted(found, reverse=True):
+            marker = _marker(folder)
+            if marker.get("fingerprint") == fingerprint and marker.get("files") == _checkpoint_files(folder):
+                return folder
+        return None
 
     def seal(self, manifest: Json) -> None:
         """Finish the stage: hash the adapter's files into the manifest and write it, last of all."""
@@ -111,6 +125,8 @@ class Artifact:
         if manifest is None:
             raise UserError(f"{self.folder} holds no finished stage (no manifest.json). Run that stage first.")
         found = file_hashes(self.adapter)
+        if WEIGHTS not in manifest["files"]:
+            raise UserError(f"{self.folder / 'manifest.json'} names no {WEIGHTS}. {ANEW}")
         for name, sha256 in manifest["files"].items():
             if found.get(name) != sha256:
                 state = "is missing" if name not in found else "is corrupted or truncated (its sha256 has changed)"
@@ -123,7 +139,11 @@ class Artifact:
 
 def mark_checkpoint(folder: Path, fingerprint: str) -> None:
     """Declare a checkpoint whole. Written after all of its files, so a checkpoint cut short is never resumed."""
-    write_json(folder / "onebase.json", {"fingerprint": fingerprint, "files": sorted(p.name for p in folder.iterdir())})
+    write_json(folder / "onebase.json", {"fingerprint": fingerprint, "files": _checkpoint_files(folder)})
+
+
+def _checkpoint_files(folder: Path) -> dict[str, str]:
+    return {name: sha256 for name, sha256 in file_hashes(folder).items() if name != "onebase.json"}
 
 
 def _marker(folder: Path) -> Json:
@@ -139,7 +159,7 @@ def read_json(path: Path) -> Json | None:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}). Delete it to have its stage run again.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object. Delete it to have its stage run again.")
@@ -213,4 +233,14 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 def digest(value: Any) -> str:
     """A short, stable name for a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+    text = json.dumps(_normal(value), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _normal(value: Any) -> Any:
+    """1.0 and 1 are one number."""
+    if isinstance(value, dict):
+        return {key: _normal(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_normal(below) for below in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

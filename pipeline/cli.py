@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -36,29 +36,33 @@ def cp(name: str, to: Path) -> None:
     from pipeline.errors import UserError
 
     source = Path(_find(name))
+    if not source.is_file():
+        raise UserError(f"no recipe '{name}' (there is: {', '.join(_recipes())})")
     target = to / source.name if to.is_dir() else to
     if target.exists():
         raise UserError(f"{target} is there already; choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-    print(f"{source} -> {target}")
+    # A run's folder is named by the recipe, so a copy under the old name would overwrite the old run.
+    text = source.read_text(encoding="utf-8")
+    target.write_text(re.sub(r"(?m)^name: .*$", f"name: {target.stem}", text, count=1), encoding="utf-8")
+    print(f"{source} -> {target} (name: {target.stem})")
 
 
 @app.command()
 def check(recipe: RecipePath, override: Overrides = []) -> None:  # noqa: B006
     """Read a recipe, its data and every trainer argument; train nothing."""
-    from pipeline.runner import states
     from pipeline.worker import load_rows
 
     chain = _read(recipe, override)
     for name in chain.order():
-        data, source = load_rows(chain, name)
-        counts = source.counts()
+        data, sources = load_rows(chain, name)
+        counts = sources[0].counts()
         held_out = f", {len(data.test)} held out" if data.test is not None else ""
         asked = f", {len(data.questions)} questions" if data.questions else ""
-        unfit = f", {len(source.refused)} refused" if source.refused else ""
+        refused = sum(len(source.refused) for source in sources)
+        unfit = f", {refused} refused" if refused else ""
         print(f"{name}: {len(data.train)} of {counts['rows']} rows from {counts['path']}{held_out}{asked}{unfit}")
-    states(chain)
+    chain.parts()
     from pipeline.stages.check import check_arguments
 
     check_arguments(chain.spec.model, chain.stages, chain.spec.seed)
@@ -93,7 +97,10 @@ def run(
     from rich.console import Console
 
     from pipeline import runner, summary
+    from pipeline.errors import UserError
 
+    if launch_config and not launch_config.is_file():
+        raise UserError(f"--launch-config: no such file: {launch_config}")
     chain, console = _read(recipe, override), Console()
     try:
         done = runner.run(chain, only, from_ or None, runs, launch_config)
@@ -131,7 +138,7 @@ def main() -> None:
 
     try:
         app()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline import strict_yaml
 from pipeline.artifact import Artifact, Json, digest, sha256_of_file
@@ -80,7 +80,27 @@ OUR_WORDS = {
         "pad_token",
         "trust_remote_code",
     ],
+    "is set by the stage": ["task_type", "inference_mode", "base_model_name_or_path", "peft_type", "modules_to_save"],
     "does not belong in a recipe; log in with `hf auth login` or set HF_TOKEN": ["hub_token", "push_to_hub_token"],
+}
+NUMBERS: dict[str, tuple[type, float]] = {
+    # Words whose slips the libraries find late or never, with the least that makes sense.
+    "learning_rate": (float, 0),
+    "num_train_epochs": (float, 0),
+    "max_steps": (int, -1),
+    "per_device_train_batch_size": (int, 1),
+    "gradient_accumulation_steps": (int, 1),
+    "max_length": (int, 1),
+    "weight_decay": (float, 0),
+    "max_grad_norm": (float, 0),
+    "warmup_steps": (float, 0),
+    "logging_steps": (float, 0),
+    "save_steps": (float, 0),
+    "save_total_limit": (int, 1),
+    "beta": (float, 0),
+    "r": (int, 1),
+    "lora_alpha": (float, 0),
+    "lora_dropout": (float, 0),
 }
 WHY_NOT = {word: why for why, listed in OUR_WORDS.items() for word in listed}
 RUNS = Path("runs")
@@ -94,7 +114,7 @@ class RecipeSpec(BaseModel):
 
     name: str
     """Folder of the run below runs/."""
-    seed: int = 17
+    seed: int = Field(default=17, ge=0, lt=2**32, strict=True)
     model: ModelSpec
     train: dict[str, Any] = {}
     """What every stage's `train:` starts from; each stage takes the words its trainer knows."""
@@ -248,6 +268,18 @@ def _check_words(key: str, given: Json, known: Any, wrong: Any) -> None:
             raise wrong(place, f"unknown key{_meant(word, known)}")
         if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", value):
             raise wrong(place, f"is the text {value!r}; write the number without quotes")
+        if word in NUMBERS and not _in_range(value, *NUMBERS[word]):
+            kind, least = NUMBERS[word]
+            wanted = "a whole number" if kind is int else "a number"
+            raise wrong(place, f"is {value!r}, expected {wanted} from {least} up")
+
+
+def _in_range(value: Any, kind: type, least: float) -> bool:
+    if value is None:
+        return True
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+        return False
+    return bool(value >= least)
 
 
 def _meant(word: str, known: Any) -> str:
@@ -307,7 +339,8 @@ def _overridden(tree: Json, override: str) -> Json:
         value = strict_yaml.value(text)
     except ValueError as error:
         raise UserError(f"-o {override}: {text!r} is not a YAML value") from error
-    if path[0] == "stages" and len(path) > 2 and path[1] not in (tree.get("stages") or {}):
+    stages = tree.get("stages") or {}
+    if path[0] == "stages" and len(path) > 2 and isinstance(stages, dict) and path[1] not in stages:
         raise UserError(
             f"-o {override}: no stage '{path[1]}' in this recipe{_meant(path[1], tree.get('stages') or {})}"
         )

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pipeline.artifact import Artifact, Json, digest, locked, write_text
+from pipeline import strict_yaml
+from pipeline.artifact import WEIGHTS, Artifact, Json, digest, locked, write_text
 from pipeline.errors import UserError
 from pipeline.recipe import RUNS, Recipe
 from pipeline.worker import ERROR_MARK, WATCH, load_rows
@@ -48,7 +47,8 @@ def states(recipe: Recipe, runs: Path = RUNS) -> list[State]:
     found: dict[str, State] = {}
     for name in recipe.order():
         waiting = [parent for parent in recipe.parents(name).values() if not found[parent].fresh]
-        found[name] = _state(recipe.artifact(name, runs), parts[name], waiting)
+        parents = {role: recipe.artifact(parent, runs) for role, parent in recipe.parents(name).items()}
+        found[name] = _state(recipe.artifact(name, runs), parts[name], parents, waiting)
     return list(found.values())
 
 
@@ -75,7 +75,7 @@ def run(
         for state in planned:
             _check_before(recipe, state, found, chosen)
         resolved = runs / recipe.name / "recipe.yaml"
-        write_text(resolved, yaml.safe_dump(recipe.tree, sort_keys=False, allow_unicode=True))
+        write_text(resolved, strict_yaml.dump(recipe.tree))
         done = []
         for index, state in enumerate(planned, 1):
             print(
@@ -121,7 +121,7 @@ def _chosen(recipe: Recipe, only: Sequence[str], from_: str | None) -> set[str]:
     return after
 
 
-def _state(out: Artifact, parts: Json, waiting: list[str]) -> State:
+def _state(out: Artifact, parts: Json, parents: dict[str, Artifact], waiting: list[str]) -> State:
     manifest = out.manifest()
     fingerprint = digest(parts)
     if manifest is not None and manifest.get("fingerprint") == fingerprint:
@@ -129,6 +129,10 @@ def _state(out: Artifact, parts: Json, waiting: list[str]) -> State:
             out.verify()
         except UserError as error:
             return State(out.name, "damaged", str(error))
+        for role, parent in parents.items():
+            grown_from = manifest.get("parents", {}).get(role, {}).get("adapter")
+            if not waiting and grown_from != (parent.manifest() or {}).get("files", {}).get(WEIGHTS):
+                return State(out.name, "stale", f"'{parent.name}' has been trained again, with another result")
         return State(out.name, "fresh", "")
     checkpoint = out.last_checkpoint(fingerprint)
     if checkpoint is not None:
@@ -136,7 +140,8 @@ def _state(out: Artifact, parts: Json, waiting: list[str]) -> State:
     before = manifest or out.claimed()
     if before is None or "parts" not in before:
         return State(out.name, "new", f"after {waiting[0]}" if waiting else "never run")
-    return State(out.name, "stale", "; ".join(_differences(before["parts"], parts)) or "it was cut short")
+    changed = _differences(before["parts"], parts) if isinstance(before["parts"], dict) else []
+    return State(out.name, "stale", "; ".join(changed) or "it was cut short")
 
 
 def _differences(before: Json, now: Json, prefix: str = "") -> list[str]:
@@ -178,18 +183,18 @@ def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path
     if config is None:
         # TRL's trainers refuse a process that sees several GPUs; one is what a run without a config is about.
         environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    with out.log.open("a", encoding="utf-8") as log:
+    with out.log.open("ab") as log:
         begun = log.tell()
         # A session of its own: Ctrl-C comes to the runner alone, which asks the worker to stop and waits for it.
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log, env=environment, start_new_session=True)
         try:
             status = process.wait()
         except BaseException:
-            _stop(process, out)
+            _stop(process)
             raise
     if status == 0:
         return
-    said = out.log.read_text(encoding="utf-8", errors="replace")[begun:]
+    said = out.log.read_bytes()[begun:].decode("utf-8", "replace")
     if ERROR_MARK in said:
         raise UserError(_message(said))
     if "\nKeyboardInterrupt" in said or status in (130, -signal.SIGINT):
@@ -216,18 +221,22 @@ def _message(said: str) -> str:
     return said.rsplit(ERROR_MARK, 1)[1].split("\nTraceback (most recent call last)")[0].strip()
 
 
-def _stop(process: subprocess.Popen[bytes], out: Artifact) -> None:
-    """Ask the worker to save a checkpoint and end; a second Ctrl-C kills it."""
-    worker = (out.claimed() or {}).get("pid")
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask launcher and worker to end, the worker after a checkpoint, and wait for both; a second Ctrl-C kills them."""
     try:
-        if worker:
-            os.kill(int(worker), signal.SIGINT)
-        else:
-            process.terminate()
-        while process.poll() is None:
-            time.sleep(0.1)
+        while _signal(process, signal.SIGINT):
+            while _signal(process, 0):
+                process.poll()
+                time.sleep(0.1)
     except KeyboardInterrupt:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        _signal(process, signal.SIGKILL)
+    process.wait()
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> bool:
+    """Signal the group of processes that was launched; False once none of it is left."""
+    try:
+        os.killpg(process.pid, number)
     except ProcessLookupError:
-        process.wait()
+        return False
+    return True

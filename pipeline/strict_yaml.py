@@ -34,19 +34,53 @@ def load(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise UserError(f"{place}: is not YAML: {getattr(error, 'problem', None) or error}") from error
     if node is None or not isinstance(tree, dict):
         raise UserError(f"{path}: expected the sections name, model and stages")
-    return tree, dict(_lines(node))
+    lines = dict(_lines(node))
+    stranger = _not_plain(tree)
+    if stranger:
+        raise UserError(f"{path}:{lines.get(stranger[0], 1)}: {stranger[0]}: {stranger[1]}")
+    return tree, lines
 
 
 def value(text: str) -> Any:
     """A value as it would stand in a file. Raises ValueError."""
     try:
-        return yaml.load(text, _Loader)
+        found = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
+    if _not_plain(found):
+        raise ValueError(f"{text!r} is neither text, number, list nor mapping")
+    return found
+
+
+def dump(tree: dict[str, Any]) -> str:
+    """YAML that `load` reads back as the same data."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _not_plain(found: Any, place: str = "") -> tuple[str, str] | None:
+    """The first place that holds what JSON could not (a date, a set, a key that is no text), and what is wrong."""
+    if isinstance(found, dict):
+        for key, below in found.items():
+            if not isinstance(key, str):
+                return place, f"the key {key!r} is not text"
+            stranger = _not_plain(below, f"{place}.{key}".lstrip("."))
+            if stranger:
+                return stranger
+    elif isinstance(found, list):
+        return next(filter(None, (_not_plain(below, place) for below in found)), None)
+    elif found is not None and not isinstance(found, str | int | float):
+        return place, f"{found} is read as {type(found).__name__}; quote it to have text"
+    return None
 
 
 class _Loader(yaml.SafeLoader):
     """YAML with two differences from PyYAML's 1.1: 1e-5 is a number, and a key given twice is an error."""
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "anchors and aliases are not used in recipes", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -60,11 +94,16 @@ class _Loader(yaml.SafeLoader):
         return dict(super().construct_mapping(node, deep))
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that the loader would read as a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+        list("-+.0123456789"),
+    )
 
 
 def _lines(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:

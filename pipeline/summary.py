@@ -22,7 +22,7 @@ def show_states(states: list[State], console: Console) -> None:
     actions = {"fresh": "skipped", "damaged": "would stop the run"}
     for state in states:
         action = f"{state.word}, {actions.get(state.word, 'would run')}"
-        table.add_row(state.name, Text(action, style=colours[state.word]), state.why)
+        table.add_row(state.name, Text(action, style=colours[state.word]), Text(state.why))
     console.print(table)
 
 
@@ -55,7 +55,10 @@ def show_answers(recipe: Recipe, runs: Path, console: Console) -> None:
         if recipe.artifact(name, runs).manifest() is None or not file.exists():
             continue
         for line in file.read_text(encoding="utf-8").splitlines():
-            sample = json.loads(line)
+            try:
+                sample = json.loads(line)
+            except ValueError:
+                continue
             question = _question(sample["prompt"])
             answers = told.setdefault(question, {"base": sample["base"]})
             answers[name] = sample["after"]
@@ -71,7 +74,7 @@ def show_answers(recipe: Recipe, runs: Path, console: Console) -> None:
 
 def show_next(recipe: Recipe, path: str, runs: Path, console: Console) -> None:
     """Where things are and what to type next."""
-    console.print(f"\nAdapters, manifests, logs: {runs / recipe.name}/<stage>/", highlight=False)
+    console.print(f"\nAdapters, manifests, logs: {runs / recipe.name}/<stage>/", highlight=False, markup=False)
     last = recipe.order()[-1]
     change = "beta=0.3" if recipe.stages[last].kind == "dpo" else "learning_rate=1e-5"
     console.print("What to type next:", highlight=False)
@@ -81,7 +84,7 @@ def show_next(recipe: Recipe, path: str, runs: Path, console: Console) -> None:
         (f"onebase run {path} -o stages.{last}.train.{change}", f"only {last} runs again"),
         ("onebase ls", "the other recipes; onebase cp NAME my.yaml to start your own"),
     ):
-        console.print(f"  {command:<72} {what}", highlight=False, soft_wrap=True)
+        console.print(f"  {command:<72} {what}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _numbers(headline: Headline, manifest: Json) -> list[str]:

@@ -23,7 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from pipeline.artifact import Artifact, Json, digest, locked, write_text
+from pipeline.artifact import WEIGHTS, Artifact, Json, digest, locked, write_text
 from pipeline.data.contracts import QUESTION
 from pipeline.data.load import DataSpec, Source, read_source, read_split
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
@@ -63,19 +63,24 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
         print(f"{stage} is fresh", flush=True)
         return
     section = recipe.stages[stage]
-    data, refused = load_rows(recipe, stage)
+    data, sources = load_rows(recipe, stage)
+    refused = [entry for source in sources for entry in source.refused]
 
     import torch
     from accelerate import PartialState
 
     everyone = PartialState(cpu=not torch.cuda.is_available())
     with _alone(out) if everyone.is_main_process else contextlib.nullcontext():
-        if everyone.is_main_process:
-            out.claim(fingerprint, parts[stage])
-            if refused.refused:
-                write_text(out.refused, "".join(_json_line(entry) for entry in refused.refused))
-        everyone.wait_for_everyone()
         started = time.time()
+
+        def claim() -> Path | None:
+            if everyone.is_main_process:
+                out.claim(fingerprint, parts[stage])
+                if refused:
+                    write_text(out.refused, "".join(_json_line(entry) for entry in refused))
+            everyone.wait_for_everyone()
+            return out.last_checkpoint(fingerprint)
+
         context = Context(
             model=recipe.spec.model,
             data=data,
@@ -83,7 +88,7 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
             out=out,
             seed=recipe.spec.seed,
             fingerprint=fingerprint,
-            checkpoint=out.last_checkpoint(fingerprint),
+            claim=claim,
             questions_hash=parts[stage]["data"].get("questions"),
         )
         result = recipe.kind(stage).run(section, context)
@@ -96,12 +101,12 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
                     "fingerprint": fingerprint,
                     "parts": parts[stage],
                     "section": section.model_dump(by_alias=True),
-                    "parents": {role: {"stage": p.name, "fingerprint": _fingerprint(p)} for role, p in parents.items()},
+                    "parents": {role: _lineage(parent) for role, parent in parents.items()},
                     "base": recipe.spec.model.base,
                     "base_hash": parts[stage]["model"]["base"],
                     "base_digest": result.base_digest,
                     "data": {
-                        "train": refused.counts(),
+                        "sources": [source.counts() for source in sources],
                         "held_out": None if data.test is None else len(data.test),
                         "questions": len(data.questions),
                         "counts": result.counts,
@@ -115,14 +120,14 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
             )
 
 
-def load_rows(recipe: Recipe, stage: str) -> tuple[Rows, Source]:
-    """A stage's rows, checked; and the source of the training rows, which knows what was refused."""
+def load_rows(recipe: Recipe, stage: str) -> tuple[Rows, list[Source]]:
+    """A stage's rows, checked; and the files they came from, which know what was refused."""
     section = recipe.stages[stage]
     train, test = read_split(section.data, recipe.kind(stage).contract, recipe.spec.seed)
-    questions = []
-    if section.questions:
-        questions = read_source(section.questions, QUESTION, DataSpec(path=section.questions)).rows
-    return Rows(train.rows, test.rows if test else None, questions), train
+    asked = read_source(section.questions, QUESTION, DataSpec(path=section.questions)) if section.questions else None
+    rows = Rows(train.rows, test.rows if test else None, asked.rows if asked else [])
+    # A held-out share has no file of its own: its rows are counted with the file they were taken from.
+    return rows, [source for source in (train, None if train.held_out else test, asked) if source]
 
 
 def _sound_parent(parent: Artifact, fingerprint: str, base: str) -> Artifact:
@@ -137,8 +142,10 @@ def _sound_parent(parent: Artifact, fingerprint: str, base: str) -> Artifact:
     return parent
 
 
-def _fingerprint(parent: Artifact) -> str:
-    return str((parent.manifest() or {}).get("fingerprint"))
+def _lineage(parent: Artifact) -> Json:
+    """Which stage this one goes on from, down to the bytes of its adapter."""
+    manifest = parent.verify()
+    return {"stage": parent.name, "fingerprint": manifest["fingerprint"], "adapter": manifest["files"][WEIGHTS]}
 
 
 @contextlib.contextmanager
@@ -199,9 +206,9 @@ def _guarded(recipe: str, stage: str, runs: Path) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        return _fail(_disk_full(runs, error), 2)
+        traceback.print_exc()
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return _fail(_disk_full(runs, error) if full else f"stage '{stage}' failed: {error}", 2)
     except Exception as error:
         traceback.print_exc()
         if "No space left" in str(error) or "File too large" in str(error):

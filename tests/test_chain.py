@@ -141,6 +141,28 @@ def test_a_stale_or_absent_parent_is_refused(chain: tuple[dict[str, Any], Path],
         run(build(chain[0]), only=["dpo"], runs=tmp_path)
 
 
+def test_what_is_refused_before_training_leaves_the_finished_stage_alone(
+    chain: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    _, runs = copied(chain, tmp_path)
+    before = build(chain[0]).artifact("dpo", runs).verify()
+    for override in ("stages.dpo.train.loss_type=nope", "stages.dpo.train.max_length=3", "model.lora.r=four"):
+        with pytest.raises(Exception, match="nope|fits max_length 3|four|stale"):
+            run_stage(build(chain[0], [override]), "dpo", runs)
+        assert build(chain[0]).artifact("dpo", runs).verify() == before
+
+
+def test_a_child_of_another_result_is_stale(chain: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    """The same inputs need not give the same bits on a GPU or with another library: what counts is the adapter."""
+    _, runs = copied(chain, tmp_path)
+    recipe = build(chain[0])
+    sft = recipe.artifact("sft", runs)
+    weights = sft.adapter / adapters.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    sft.seal({key: value for key, value in sft.manifest().items() if key != "files"})  # type: ignore[union-attr]
+    assert words(recipe, runs) == {"pretrain": "fresh", "sft": "fresh", "reward": "stale", "dpo": "stale"}
+
+
 def test_a_wrong_reference_stops_dpo_before_it_trains(
     chain: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,7 +185,7 @@ def test_a_wrong_reference_stops_dpo_before_it_trains(
     monkeypatch.setattr(shared, "build", faulty)
     with pytest.raises(BrokenInvariant, match="a reference that is not the policy"):
         run_stage(recipe, "dpo", runs)
-    assert recipe.artifact("dpo", runs).manifest() is None
+    assert recipe.artifact("dpo", runs).manifest() == out(chain, "dpo").manifest()
 
 
 def test_a_full_disk_leaves_nothing_to_trust(chain: tuple[dict[str, Any], Path], tmp_path: Path) -> None:

@@ -44,6 +44,9 @@ def rows_file(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> str:
             {"messages": [USER, {"role": "assistant", "content": ""}]},
             "messages[1] field 'content' is empty",
         ),
+        (DEMONSTRATION, {"messages": [SAYS, USER, SAYS]}, "begins with the role 'assistant'"),
+        (PREFERENCE, {"prompt": [USER], "chosen": [USER, SAYS], "rejected": [SAYS]}, "begins with the role 'user'"),
+        (QUESTION, {"prompt": [USER], "answer": "x", "choices": None}, "not a list of texts"),
         (DEMONSTRATION, {"messages": []}, "field 'messages' is empty"),
         (DEMONSTRATION, {"messages": ["hello"]}, "messages[0] is text, expected"),
         (DEMONSTRATION, {"prompt": "x"}, "has no field 'completion'"),
@@ -98,6 +101,15 @@ def test_a_share_is_held_out_by_prompt(tmp_path: Path) -> None:
     assert not {row["prompt"] for row in train.rows} & {row["prompt"] for row in test.rows}
     again, _ = read_split(DataSpec(path=path, test=0.2), PREFERENCE, seed=1)
     assert again.rows == train.rows
+
+
+def test_dialogues_are_split_by_what_is_asked_not_by_their_system_prompt(tmp_path: Path) -> None:
+    system = {"role": "system", "content": "be kind"}
+    rows = [{"messages": [system, {"role": "user", "content": f"q{i % 50}"}, SAYS]} for i in range(100)]
+    path = rows_file(tmp_path, rows)
+    train, test = read_split(DataSpec(path=path, test=0.1), DEMONSTRATION, seed=1)
+    assert test is not None and len(test.rows) == 10 and train.counts()["held_out"] == 10
+    assert train.counts()["rows"] == 100
 
 
 def test_formats_of_public_sets(tmp_path: Path) -> None:

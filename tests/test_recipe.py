@@ -52,6 +52,10 @@ def test_floats_are_numbers_and_overrides_apply(good: Path) -> None:
         (("path: data/d", "paht: data/d"), 10, "stages.sft.data.paht", "did you mean 'path'"),
         (("1e-5", "'1e-5'"), 7, "stages.pretrain.train.learning_rate", "without quotes"),
         (("learning_rate: 1e-5", "output_dir: x"), 7, "stages.pretrain.train.output_dir", "set by the runner"),
+        (("1e-5", "abc"), 7, "stages.pretrain.train.learning_rate", "expected a number from 0 up"),
+        (("learning_rate: 1e-5", "max_length: -1"), 7, "stages.pretrain.train.max_length", "a whole number from 1 up"),
+        (("1e-5", "2020-01-01"), 7, "stages.pretrain.train.learning_rate", "is read as date"),
+        (("  base:", "  lora: {inference_mode: true}\n  base:"), 3, "model.lora.inference_mode", "set by the stage"),
         (("learning_rate: 1e-5", "hub_token: x"), 7, "stages.pretrain.train.hub_token", "does not belong"),
     ],
 )
@@ -71,9 +75,20 @@ def test_cycle_double_key_and_broken_yaml(good: Path) -> None:
     good.write_text(text + "  sft: {}\n")
     with pytest.raises(UserError, match=r":11: .*'sft' is given twice"):
         read(good)
+    good.write_text(text.replace("name: t", "name: &t t").replace("pretrain\n", "*t\n"))
+    with pytest.raises(UserError, match="anchors and aliases are not used"):
+        read(good)
     good.write_text(text + "  dpo: [\n")
     with pytest.raises(UserError, match="is not YAML"):
         read(good)
+
+
+def test_the_resolved_recipe_reads_back_as_the_same(good: Path, tmp_path: Path) -> None:
+    from pipeline import strict_yaml
+
+    recipe = read(good, "model.revision='12e4'", "stages.sft.train.learning_rate=1e-7")
+    (tmp_path / "again.yaml").write_text(strict_yaml.dump(recipe.tree))
+    assert read(tmp_path / "again.yaml").tree == recipe.tree
 
 
 def test_a_reward_model_is_no_policy(tiny_base: Path, tmp_path: Path) -> None:

@@ -83,6 +83,19 @@ def test_plain_text_and_documents_end_once(tokenizer) -> None:  # type: ignore[n
     assert tokenizer.decode([label for label in plain.labels if label != IGNORED]) == " four<|im_end|>"
 
 
+def test_a_token_over_the_boundary_is_learnt_and_pairs_keep_their_own(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    """ "an" + "imal" is one token: the answer must not shrink to its end token, nor take the other answer's start."""
+    from pipeline.stages.trainer import reply_pairs
+
+    row = {"prompt": "What an", "chosen": "imal is kept", "rejected": " island it is"}
+    pair = (render.reply(tokenizer, row, "chosen"), render.reply(tokenizer, row, "rejected"))
+    made = reply_pairs([pair])[0]
+    for key, text in (("chosen", "What animal is kept<|im_end|>"), ("rejected", "What an island it is<|im_end|>")):
+        assert tokenizer.decode(made["prompt_ids"] + made[f"{key}_ids"]) == text
+    spaced = render.reply(tokenizer, {"prompt": "Answer: ", "chosen": "the"}, "chosen")
+    assert "the" in tokenizer.decode(spaced.reply_ids)
+
+
 def test_padding_is_by_length_where_pad_is_the_end_token(tokenizer) -> None:  # type: ignore[no-untyped-def]
     end = tokenizer.pad_token_id
     ids_BT, mask_BT = render.padded([[5, end], [6, 7, 8, end]], end)

@@ -96,10 +96,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_run_is_refused(tiny_bas
 
 def test_a_checkpoint_is_trusted_whole_and_under_its_fingerprint_only(tmp_path: Path) -> None:
     stage = Artifact(tmp_path / "sft")
-    for step in (2, 4, 10):
+    for step in (2, 4, 6, 10):
         (stage.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+        (stage.checkpoints / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"state")
     mark_checkpoint(stage.checkpoints / "checkpoint-2", "ours")
     mark_checkpoint(stage.checkpoints / "checkpoint-4", "ours")
+    mark_checkpoint(stage.checkpoints / "checkpoint-6", "ours")
+    (stage.checkpoints / "checkpoint-6" / "optimizer.pt").write_bytes(b"stat")  # damaged afterwards
     assert stage.last_checkpoint("ours") == stage.checkpoints / "checkpoint-4"  # 10 was cut short
     assert stage.last_checkpoint("theirs") is None
     stage.claim("theirs", {})

@@ -84,6 +84,8 @@ def _demonstration(row: Row) -> str | None:
         reason = _messages(row, "messages", last="assistant")
         if reason is None and not any(message["role"] == "user" for message in row["messages"]):
             return "field 'messages' has no user message"
+        if reason is None and row["messages"][0]["role"] == "assistant":
+            return "field 'messages' begins with the role 'assistant', expected 'system' or 'user'"
         return reason
     if "prompt" not in row and "completion" not in row:
         return "has neither 'messages' nor 'prompt' and 'completion'"
@@ -104,7 +106,12 @@ def _reply(row: Row, key: str) -> str | None:
     conversational = isinstance(row["prompt"], list)
     if key in row and isinstance(row[key], str if conversational else list):
         return f"field '{key}' is {_kind(row[key])}, but 'prompt' is {_kind(row['prompt'])}: both must be of one kind"
-    return _messages(row, key, last="assistant") if conversational else _text(row, key)
+    if not conversational:
+        return _text(row, key)
+    reason = _messages(row, key, last="assistant")
+    if reason is None and row[key][0]["role"] != "assistant":
+        return f"field '{key}' begins with the role '{row[key][0]['role']}', expected 'assistant'"
+    return reason
 
 
 def _preference(row: Row) -> str | None:
@@ -118,8 +125,11 @@ def _preference(row: Row) -> str | None:
 
 def _question(row: Row) -> str | None:
     reason = _prompt(row) or _text(row, "answer")
-    if reason is None and "choices" in row and row["answer"] not in row["choices"]:
-        return "field 'answer' is not among 'choices'"
+    if reason is None and "choices" in row:
+        if not isinstance(row["choices"], list) or not all(isinstance(choice, str) for choice in row["choices"]):
+            return "field 'choices' is not a list of texts"
+        if row["answer"] not in row["choices"]:
+            return "field 'answer' is not among 'choices'"
     return reason
 
 

@@ -5,10 +5,13 @@ Nothing here needs a tokenizer or torch: this runs over all stages' data before 
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import json
 import random
+import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -50,11 +53,14 @@ class Source:
     path: str
     rows: list[Row] = field(default_factory=list)
     refused: list[dict[str, Any]] = field(default_factory=list)
+    held_out: int = 0
+    """Rows of the same file that went to the held-out share."""
 
     def counts(self) -> dict[str, Any]:
         reasons = Counter(entry["reason"] for entry in self.refused)
-        total = len(self.rows) + len(self.refused)
-        return {"path": self.path, "rows": total, "used": len(self.rows), "refused": dict(reasons)}
+        total = len(self.rows) + len(self.refused) + self.held_out
+        counts = {"path": self.path, "rows": total, "used": len(self.rows), "refused": dict(reasons)}
+        return {**counts, "held_out": self.held_out} if self.held_out else counts
 
 
 def read_source(path: str, contract: Contract, spec: DataSpec) -> Source:
@@ -96,12 +102,13 @@ def read_split(spec: DataSpec, contract: Contract, seed: int) -> tuple[Source, S
     if isinstance(spec.test, str):
         return train, read_source(spec.test, contract, spec.model_copy(update={"limit": None}))
     if not 0 < spec.test < 1:
-        raise UserError(f"data.test is {spec.test}: a share to hold out lies between 0 and 1, for example 0.1")
+        raise UserError(f"data.test of {spec.path} is {spec.test}: a share lies between 0 and 1, for example 0.1")
     prompts = sorted({_prompt_key(row) for row in train.rows})
     random.Random(seed).shuffle(prompts)
     held_out = set(prompts[: max(1, round(len(prompts) * spec.test))])
     test = Source(f"{spec.path} (share {spec.test})", [r for r in train.rows if _prompt_key(r) in held_out])
     train.rows = [row for row in train.rows if _prompt_key(row) not in held_out]
+    train.held_out = len(test.rows)
     if not train.rows:
         raise UserError(f"{spec.path}: holding out {spec.test} of its prompts leaves no row to train on")
     return train, test
@@ -113,32 +120,45 @@ def content_hash(path: str, spec: DataSpec) -> str:
     if local.is_file():
         with local.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+    if not _is_hub_id(path):
+        raise UserError(_no_file(path))
     return _hub_commit(path)
 
 
+def _is_hub_id(path: str) -> bool:
+    """owner/name; a name with a file's ending is a file that is missing, and is nobody else's business."""
+    looks_like_a_file = path.endswith((".json", ".jsonl", ".gz", ".csv", ".txt", ".md", ".parquet", ".zst"))
+    return not Path(path).exists() and not looks_like_a_file and re.fullmatch(r"[\w-]+/[\w.-]+", path) is not None
+
+
+def _no_file(path: str) -> str:
+    if Path(path).is_dir():
+        return f"{path} is a folder. Name a .jsonl, .jsonl.gz or .json file in it."
+    return f"{path}: no such file (looked in {Path.cwd()})"
+
+
 def _prompt_key(row: Row) -> str:
-    for key in ("prompt", "text"):
-        if key in row:
-            return json.dumps(row[key], sort_keys=True)
-    return json.dumps([message for message in row["messages"] if message["role"] != "assistant"][:1], sort_keys=True)
+    if row.get("messages"):
+        first = next(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
+        return json.dumps(row["messages"][:first], sort_keys=True)
+    return json.dumps(row["prompt"] if row.get("prompt") else row["text"], sort_keys=True)
 
 
 def _places(path: str, spec: DataSpec) -> Iterator[tuple[str, Row | Unreadable]]:
     """Every row with the place a person finds it at; a row that is no JSON object comes as the reason."""
     local = Path(path)
-    if not local.exists():
-        if local.suffix or path.count("/") != 1:
-            raise UserError(f"{path}: no such file (looked in {Path.cwd()})")
+    if _is_hub_id(path):
         yield from _hub_rows(path, spec)
         return
-    if local.is_dir():
-        raise UserError(f"{path} is a folder. Name a .jsonl, .jsonl.gz or .json file in it.")
+    if not local.is_file():
+        raise UserError(_no_file(path))
     if not local.name.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")):
         raise UserError(f"{path}: expected a .jsonl, .jsonl.gz or .json file")
     try:
         with gzip.open(local, "rb") if local.suffix == ".gz" else local.open("rb") as file:
             if ".jsonl" in local.suffixes:
                 for number, line in enumerate(file, 1):
+                    line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                     if line.strip():
                         yield f"{path}:{number}", _parsed(line)
             else:
@@ -147,7 +167,7 @@ def _places(path: str, spec: DataSpec) -> Iterator[tuple[str, Row | Unreadable]]
                     raise UserError(f"{path}: expected a JSON list of rows. For one row per line use .jsonl")
                 for number, row in enumerate(rows, 1):
                     yield f"{path}[{number}]", row if isinstance(row, dict) else Unreadable("is not a JSON object")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is broken JSON: {error}") from error

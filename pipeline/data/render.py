@@ -81,7 +81,7 @@ def demonstration(tokenizer: Tokenizer, row: Row) -> Encoded:
     ]
     ids, offsets = _tokens(tokenizer, text)
     labels = [
-        token if any(start <= begin and end <= stop for start, stop in spans) and end > begin else IGNORED
+        token if any(begin < stop and end > start for start, stop in spans) and end > begin else IGNORED
         for token, (begin, end) in zip(ids, offsets, strict=True)
     ]
     return Encoded(ids, labels)
@@ -102,7 +102,7 @@ def reply(tokenizer: Tokenizer, row: Row, key: str) -> Reply:
     text = rendered(tokenizer, messages, row)
     start, _ = _turn(tokenizer, messages, len(row["prompt"]), text, row)
     ids, offsets = _tokens(tokenizer, text.rstrip())
-    split = sum(begin < start for begin, _ in offsets)
+    split = sum(end <= start for _, end in offsets)
     return Reply(ids[:split], ids[split:])
 
 
@@ -119,14 +119,12 @@ def rendered(tokenizer: Tokenizer, messages: Messages, row: Row | None = None, a
         raise Unrenderable(
             "the base has no chat template; set model.chat_template, for example recipes/templates/chatml.jinja"
         )
-    import jinja2
-
     try:
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=ask, tools=(row or {}).get("tools")
         )
-    except jinja2.TemplateError as error:
-        raise Unrenderable(f"the chat template refuses the row: {error}") from error
+    except Exception as error:  # a template is a program: it can fail in any way
+        raise Unrenderable(f"the chat template refuses the row: {type(error).__name__}: {error}") from error
     return str(text)
 
 
@@ -161,7 +159,8 @@ def _plain(tokenizer: Tokenizer, before: str, after: str) -> Reply:
     """Text and its continuation, closed by the end-of-sequence token."""
     ids, offsets = _tokens(tokenizer, before + after, special=True)
     ids = _one_bos(tokenizer, ids)
-    split = sum(begin < len(before) for begin, _ in offsets)
+    # A token that reaches over the boundary is part of what is learnt: it says the start of the answer.
+    split = sum(end <= len(before) for _, end in offsets)
     if ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
     return Reply(ids[:split], ids[split:])

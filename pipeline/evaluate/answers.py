@@ -69,8 +69,12 @@ def _parents_answers(ctx: Context, shown: list[Row]) -> tuple[dict[str, float], 
     asked = manifest.get("parts", {}).get("data", {}).get("questions")
     if parent is None or asked is None or asked != ctx.questions_hash:
         return None
-    samples = [json.loads(line) for line in parent.samples.read_text(encoding="utf-8").splitlines()]
-    if [sample["prompt"] for sample in samples] != [row["prompt"] for row in shown]:
+    try:
+        samples = [json.loads(line) for line in parent.samples.read_text(encoding="utf-8").splitlines()]
+        told = [sample["prompt"] for sample in samples if {"base", "after", "answer"} <= sample.keys()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if told != [row["prompt"] for row in shown]:
         return None
     numbers = {name: manifest["after"][name] for name in ("question_accuracy", "stopped")}
     keys = ("prompt", "answer", "base")

@@ -14,12 +14,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 
+from pipeline.artifact import WEIGHTS
 from pipeline.errors import BrokenInvariant, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WEIGHTS = "adapter_model.safetensors"
 HEAD = "score"
 
 

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with the recipe's chat template where it names one and a pad token in any case."""
-    tokenizer = AutoTokenizer.from_pretrained(_folder(spec), revision=spec.revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_folder(spec), revision=spec.revision)
+    except Exception as error:  # a damaged file fails in as many ways as there are file formats
+        raise UserError(f"model.base: the tokenizer of {spec.base} cannot be loaded: {error}") from error
     if spec.chat_template:
         tokenizer.chat_template = Path(spec.chat_template).read_text(encoding="utf-8")
     if tokenizer.eos_token_id is None:
@@ -45,6 +48,8 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, reward: bool 
         raise UserError(
             f"model.dtype: {torch.cuda.get_device_name(device)} cannot compute in bfloat16; use -o model.dtype=float16"
         )
+    if device.type == "cpu" and dtype is torch.float16:
+        raise UserError("model.dtype: a CPU does not train in float16; use -o model.dtype=bfloat16 or float32")
     options: dict[str, Any] = {
         "revision": spec.revision,
         "dtype": dtype,
@@ -52,6 +57,7 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, reward: bool 
         "attn_implementation": spec.attn_implementation,
         "use_safetensors": True,
         "trust_remote_code": False,
+        "output_loading_info": True,
     }
     if spec.quantize != "none":
         options["quantization_config"] = BitsAndBytesConfig(
@@ -63,11 +69,20 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, reward: bool 
         )
     try:
         if reward:
-            model = AutoModelForSequenceClassification.from_pretrained(_folder(spec), num_labels=1, **options)
+            model, found = AutoModelForSequenceClassification.from_pretrained(_folder(spec), num_labels=1, **options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(_folder(spec), **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.base: {spec.base} cannot be loaded: {error}") from error
+            model, found = AutoModelForCausalLM.from_pretrained(_folder(spec), **options)
+    except Exception as error:  # a damaged file fails in as many ways as there are file formats
+        if "out of memory" in str(error).lower():
+            raise
+        raise UserError(f"model.base: {spec.base} cannot be loaded: {type(error).__name__}: {error}") from error
+    missing = [name for name in found["missing_keys"] if not name.startswith("score.")]
+    if missing or found["mismatched_keys"]:
+        wrong = [*missing, *(str(key) for key in found["mismatched_keys"])]
+        raise UserError(
+            f"model.base: the weights of {spec.base} do not fill the model its config.json describes: "
+            f"{len(wrong)} tensors are missing or of another shape, first {wrong[0]}"
+        )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(
             f"model.base: the tokenizer has {len(tokenizer)} tokens, the base only "

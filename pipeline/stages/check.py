@@ -30,5 +30,5 @@ def check_arguments(model: ModelSpec, stages: dict[str, StageSpec], seed: int) -
         raise UserError(f"model.lora: PEFT refuses it: {error}") from error
     with tempfile.TemporaryDirectory() as scratch:
         for name, spec in stages.items():
-            context = Context(model, Rows([]), {}, Artifact(Path(scratch) / name), seed, "", None)
+            context = Context(model, Rows([]), {}, Artifact(Path(scratch) / name), seed, "", lambda: None)
             arguments(getattr(trl, STAGES[spec.kind].config_class), spec, context)

@@ -27,15 +27,15 @@ class Progress(TrainerCallback):
     """A live bar with loss, tokens/s and time left; plain lines where the output is no terminal. Each logged step also
     goes to metrics.jsonl."""
 
-    def __init__(self, ctx: Context) -> None:
-        self.ctx = ctx
+    def __init__(self, ctx: Context, resumed: bool) -> None:
+        self.ctx, self.resumed = ctx, resumed
         self.bar: Bar | None = None
         self.loss, self.speed, self.seen = "", "", (0.0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        if self.ctx.checkpoint:
+        if self.resumed:
             print(f"  going on from step {state.global_step} of {state.max_steps}", flush=True)
         self.began, self.first_step = time.monotonic(), state.global_step
         self.seen = (0.0, time.monotonic())
@@ -116,7 +116,10 @@ class Stop(TrainerCallback):
 
     def _ask(self, number: int, frame: Any) -> None:
         if self.asked:
-            raise KeyboardInterrupt
+            # A launcher may pass SIGTERM on after SIGINT; only a person asks twice by SIGINT.
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.asked = True
         print("  stopping after this step ...", flush=True)
 

@@ -72,8 +72,9 @@ class Context:
     out: Artifact
     seed: int
     fingerprint: str
-    checkpoint: Path | None
-    """Where to go on from, or None to start at the beginning."""
+    claim: Callable[[], Path | None]
+    """Makes the folder this run's own, removing what another recipe left, and gives the checkpoint to go on from, or
+    None to start at the beginning. Called once everything that can be refused has been accepted."""
     questions_hash: str | None = None
     """Of the file of questions, to know whether a parent was asked the same."""
 

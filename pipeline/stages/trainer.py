@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,9 +87,12 @@ def cut(rows: list[Row], sequences: list[Encoded], max_length: int | None) -> tu
             "Raise max_length in the stage's train section, or shorten or remove these rows."
         )
     before, after = sum(len(s.ids) for s in sequences), sum(len(s.ids) for s in short)
+    where = [r["_place"] for r, a, b in zip(rows, sequences, short, strict=True) if len(a.ids) != len(b.ids)]
+    if where:
+        print(f"  {len(where)} of {len(rows)} rows cut to max_length {max_length}, first {where[0]}", flush=True)
     return short, {
         "rows": len(rows),
-        "rows_cut": sum(len(a.ids) != len(b.ids) for a, b in zip(sequences, short, strict=True)),
+        "rows_cut": len(where),
         "tokens": after,
         "tokens_cut": before - after,
         "supervised_tokens": sum(sequence.supervised for sequence in short),
@@ -105,12 +109,20 @@ def fitting(
     rows: list[Row], pairs: list[tuple[Any, Any]], max_length: int | None
 ) -> tuple[list[tuple[Any, Any]], dict[str, int]]:
     """Pairs of which both answers fit max_length; a cut answer has lost its end, so its pair is left out, counted."""
-    kept = [pair for pair in pairs if max_length is None or max(len(pair[0]), len(pair[1])) <= max_length]
+    fits = [max_length is None or max(len(a), len(b)) <= max_length for a, b in pairs]
+    kept = [pair for pair, fit in zip(pairs, fits, strict=True) if fit]
     if not kept:
         longest = min(max(len(a), len(b)) for a, b in pairs)
         raise UserError(
             f"none of the {len(pairs)} pairs, first {rows[0]['_place']}, fits max_length {max_length} "
             f"(the shortest needs {longest} tokens). Raise max_length in the stage's train section."
+        )
+    if len(kept) < len(pairs):
+        first = rows[fits.index(False)]["_place"]
+        left_out = len(pairs) - len(kept)
+        print(
+            f"  {left_out} of {len(pairs)} pairs longer than max_length {max_length}: left out, from {first}",
+            flush=True,
         )
     return kept, {"rows": len(pairs), "rows_too_long": len(pairs) - len(kept)}
 
@@ -175,20 +187,22 @@ def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
 
     Raises Interrupted after Ctrl-C or SIGTERM, once a checkpoint has been written.
     """
+    checkpoint = ctx.claim()
     set_seed(ctx.seed)
     stop = Stop()
     trainer.remove_callback(PrinterCallback)  # Progress prints
     trainer.add_callback(stop)
     trainer.add_callback(Checkpoints(ctx.fingerprint, spec.train.get("save_total_limit") or 1))
-    trainer.add_callback(Progress(ctx))
-    if ctx.checkpoint:
-        metrics.rewind(ctx.out.metrics, int(ctx.checkpoint.name.rsplit("-", 1)[1]))
+    trainer.add_callback(Progress(ctx, resumed=checkpoint is not None))
+    metrics.rewind(ctx.out.metrics, int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
     with stop.listening():
-        output = trainer.train(resume_from_checkpoint=str(ctx.checkpoint) if ctx.checkpoint else None)
+        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.asked:
         raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
+    if trainer.state.global_step == 0:
+        raise UserError(f"stages.{ctx.out.name}.train asks for no step at all: raise num_train_epochs or max_steps")
     loss = output.training_loss
-    if not math.isfinite(loss) and not ctx.checkpoint:
+    if not math.isfinite(loss) and not checkpoint:
         raise UserError(f"stage '{ctx.out.name}' ended with a loss of {loss}: lower the learning rate")
     return {"steps": trainer.state.global_step, "train_seconds": round(output.metrics["train_runtime"], 1)}
 
@@ -211,12 +225,18 @@ def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, ctx: Context) -> 
 
 
 def reply_pairs(pairs: list[tuple[Reply, Reply]]) -> Dataset:
-    """What DPOTrainer makes of preference rows: the ids of prompt, chosen and rejected."""
+    """What DPOTrainer makes of preference rows: the ids of prompt, chosen and rejected.
+
+    Where a token reaches over the end of a text prompt, the two answers' prompts differ in it; what they share is the
+    prompt, the rest belongs to each answer.
+    """
+    shared = [len(os.path.commonprefix([chosen.prompt_ids, rejected.prompt_ids])) for chosen, rejected in pairs]
+    whole = [[answer.prompt_ids + answer.reply_ids for answer in pair] for pair in pairs]
     return Dataset.from_dict(
         {
-            "prompt_ids": [chosen.prompt_ids for chosen, _ in pairs],
-            "chosen_ids": [chosen.reply_ids for chosen, _ in pairs],
-            "rejected_ids": [rejected.reply_ids for _, rejected in pairs],
+            "prompt_ids": [chosen[:n] for (chosen, _), n in zip(whole, shared, strict=True)],
+            "chosen_ids": [chosen[n:] for (chosen, _), n in zip(whole, shared, strict=True)],
+            "rejected_ids": [rejected[n:] for (_, rejected), n in zip(whole, shared, strict=True)],
             "length": [max(len(chosen), len(rejected)) for chosen, rejected in pairs],
         }
     )

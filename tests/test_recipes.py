@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -41,8 +42,8 @@ def readme_commands() -> list[str]:
 
 
 def test_the_commands_of_the_readme(tiny_base: Path, tmp_path: Path) -> None:
-    """Each is typed as it stands, with a tiny base and one step a stage in place of the demo model."""
-    small = ["-o", f"model.base={tiny_base}", "-o", "train.max_steps=1", "-o", "train.max_length=512"]
+    """Each is typed as it stands, with a tiny base and two steps a stage in place of the demo model."""
+    small = ["-o", f"model.base={tiny_base}", "-o", "train.max_steps=2", "-o", "train.max_length=512"]
     said = {}
     for command in readme_commands():
         words = shlex.split(command)
@@ -51,7 +52,9 @@ def test_the_commands_of_the_readme(tiny_base: Path, tmp_path: Path) -> None:
             words[-1] = str(tmp_path / words[-1])
         elif words[1] != "ls":
             words += small if words[1] == "check" else [*small, "--runs", str(tmp_path / "runs")]
-        shown = subprocess.run([sys.executable, "-m", "pipeline", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        wide = {**os.environ, "COLUMNS": "160"}
+        command_line = [sys.executable, "-m", "pipeline", *words[1:]]
+        shown = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, env=wide)
         assert shown.returncode == 0, f"{command}\n{shown.stdout}\n{shown.stderr}"
         said[command] = shown.stdout
     assert "quickstart" in said["onebase ls"] and (tmp_path / "my.yaml").exists()

@@ -129,7 +129,9 @@ def head_was_trained(model: PeftModel, at_start: torch.Tensor) -> Found:
     moved = (head(model) - at_start).norm().item()
     if moved == 0:
         raise BrokenInvariant(
-            "the score head to move in training", "it exactly where it started", "a head left out of the optimizer"
+            "the score head to move in training",
+            "it exactly where it started",
+            "a head left out of the optimizer, or no step beyond the warm-up",
         )
     return {"head_moved_by": moved}
 

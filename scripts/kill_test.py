@@ -2,7 +2,7 @@
 
     python scripts/kill_test.py [--kills 10] [--seed 1] [--recipe RECIPE]
 
-Without a recipe it makes a tiny base and runs pretrain, sft, reward and dpo on it (about five minutes on 2 CPU cores).
+Without a recipe it makes a tiny base and runs pretrain, sft, reward and dpo on it (some minutes on 2 CPU cores).
 Every second kill hits the runner alone, the others the worker with its launcher, as the out-of-memory killer would.
 """
 
@@ -40,7 +40,7 @@ def main() -> None:
         whole = time.monotonic() - begun
         print(f"unbroken: {whole:.0f} s")
         for kill in range(given.kills):
-            _run_and_kill(path, recipe, Path(scratch) / "broken", chance.uniform(0.05, 0.45) * whole, kill % 2 == 0)
+            _run_and_kill(path, recipe, Path(scratch) / "broken", chance.uniform(0.05, 0.25) * whole, kill % 2 == 0)
         status = _start(path, Path(scratch) / "broken").wait()
         if status:
             sys.exit(f"the last run ended with status {status}")

@@ -20,7 +20,7 @@ from pipeline.worker import ERROR_MARK, WATCH, load_rows
 
 CPU_ENVIRONMENT = {
     # Threads that wait do not spin, and glibc keeps the large blocks that training frees and asks for again at every
-    # step: returning them to the kernel costs a third of the time (scripts/bench_malloc.py).
+    # step; returning them to the kernel makes a step 1.4 times as long (scripts/bench_malloc.py, 2 cores, AMD EPYC).
     "OMP_WAIT_POLICY": "passive",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",

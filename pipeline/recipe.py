@@ -20,6 +20,7 @@ from pipeline.artifact import Artifact, Json, digest, sha256_of_file
 from pipeline.data import load
 from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec, base_hash
+from pipeline.ppo.settings import PPOSettings
 from pipeline.stages import STAGES
 from pipeline.stages.arguments import words
 from pipeline.stages.stage import Stage, StageSpec
@@ -148,8 +149,10 @@ class Recipe:
 
     def parents(self, stage: str) -> dict[str, str]:
         """The stages this one is handed something by, by the role they play for it."""
-        source = self.stages[stage].from_
-        return {"policy": source} if source else {}
+        section = self.stages[stage]
+        rewards = [term.source for term in section.reward_terms() if term.file is None]
+        roles = {"reward" if len(rewards) == 1 else f"reward {name}": name for name in rewards}
+        return {**({"policy": section.from_} if section.from_ else {}), **roles}
 
     def order(self) -> list[str]:
         """The stages, each after its parents; as written where that leaves a choice."""
@@ -180,11 +183,15 @@ class Recipe:
             data = section.data
             files = {"path": data.path, "test": data.test, "questions": section.questions}
             train = {word: value for word, value in section.train.items() if word not in RUNTIME_WORDS}
+            hashes = {role: load.content_hash(f, data) for role, f in files.items() if isinstance(f, str)}
+            terms = section.reward_terms()
+            hashes |= {f"reward {term.file}": sha256_of_file(Path(term.file)) for term in terms if term.file}
+            reward = {"reward": [term.model_dump() for term in terms]} if terms else {}
             parts[name] = {
-                "stage": {"kind": section.kind, "train": train, "data": _settings(data)},
+                "stage": {"kind": section.kind, "train": train, "data": _settings(data), **reward},
                 "model": model,
                 "seed": self.spec.seed,
-                "data": {role: load.content_hash(f, data) for role, f in files.items() if isinstance(f, str)},
+                "data": hashes,
                 "parents": {role: digest(parts[parent]) for role, parent in self.parents(name).items()},
             }
         return parts
@@ -235,6 +242,13 @@ def build(tree: Json, overrides: Any = (), path: str = "recipe", lines: dict[str
     if template and not Path(template).is_file():
         raise wrong("model.chat_template", f"no such file: {template}")
     recipe = Recipe(spec.model_copy(update={"stages": _merged(spec)}), tree)
+    for name, section in recipe.stages.items():
+        if section.kind == "ppo":
+            try:
+                PPOSettings(**section.train)
+            except ValidationError as error:
+                word, message = _first_complaint(error)
+                raise wrong(f"stages.{name}.train.{word}".removesuffix(".recipe"), message) from None
     try:
         recipe.order()
     except graphlib.CycleError as error:
@@ -257,6 +271,29 @@ def _check_stage(name: str, section: StageSpec, spec: RecipeSpec, wrong: Any) ->
     if section.questions and not STAGES[section.kind].answers:
         raise wrong(f"{key}.questions", f"a {section.kind} stage leaves nothing that answers questions")
     _check_words(f"{key}.train", section.train, words(STAGES[section.kind].config_class), wrong)
+    _check_reward(f"{key}.reward", section, spec, wrong)
+
+
+def _check_reward(key: str, section: StageSpec, spec: RecipeSpec, wrong: Any) -> None:
+    if section.kind != "ppo":
+        if section.reward is not None:
+            raise wrong(key, f"a {section.kind} stage is not paid by a reward; only ppo is")
+        return
+    terms = section.reward_terms()
+    if not terms:
+        raise wrong(key, "is missing: name a reward stage, or a function as path.py:function")
+    if len({term.source for term in terms}) < len(terms):
+        raise wrong(key, "names a source twice; give it one weight")
+    for term in terms:
+        if term.file is not None:
+            if not Path(term.file).is_file():
+                raise wrong(key, f"no such file: {term.file}")
+        elif term.source not in spec.stages:
+            raise wrong(
+                key, f"no stage '{term.source}' in this recipe{_meant(term.source, spec.stages)}; path.py:function"
+            )
+        elif spec.stages[term.source].kind != "reward":
+            raise wrong(key, f"'{term.source}' is a {spec.stages[term.source].kind} stage, not a reward model")
 
 
 def _check_words(key: str, given: Json, known: Any, wrong: Any) -> None:

@@ -3,10 +3,13 @@
 fresh(base, lora)                the first stage: a new adapter that starts as the identity
 carried(base, parent)            sft, dpo: the parent's adapter, trained on from where it stands
 transplanted(base, parent, ...)  reward: the parent's trunk under a one-label head; only the head is new
+twin(model, name)                ppo: the policy's adapter once more, as reference
+borrowed(model, name, folder)    ppo: a further stage's adapter on the policy's base; gives back a reward model's head
 """
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +52,47 @@ def transplanted(base: PreTrainedModel, parent: Path) -> PeftModel:
     _lay_in(model, parent, "default")
     prove_same(model, parent, head=False)
     return model
+
+
+def twin(model: PeftModel, name: str, trainable: bool = False) -> None:
+    """A copy of the policy's adapter as it stands, under another name."""
+    tensors = get_peft_model_state_dict(model, adapter_name="default")
+    _beside(model, name, copy.deepcopy(model.peft_config["default"]), tensors, trainable)
+
+
+def borrowed(model: PeftModel, name: str, folder: Path, trainable: bool = False) -> torch.Tensor | None:
+    """A finished stage's adapter on the policy's base, under a name, and its score head (1, hidden) if it has one."""
+    tensors = load_file(folder / WEIGHTS)
+    head = [tensors.pop(key) for key in list(tensors) if f".{HEAD}." in key]
+    _beside(model, name, LoraConfig.from_pretrained(str(folder)), tensors, trainable)
+    return head[0] if head else None
+
+
+def _beside(model: PeftModel, name: str, config: LoraConfig, tensors: dict[str, torch.Tensor], trainable: bool) -> None:
+    """One more adapter on the policy's base. A frozen one is held in the base's dtype, to which autocast would round
+    it at each use anyway."""
+    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, not trainable
+    model.add_adapter(name, config)
+    own = {key: weight for key, weight in model.named_parameters() if f".{name}." in key}
+    unplaced = sorted(tensors.keys() ^ {_plain_name(key, name) for key in own})
+    if unplaced:
+        raise BrokenInvariant(
+            f"every tensor of the adapter '{name}' to have its place on the policy's base",
+            f"{len(unplaced)} that have none or are missing, first {unplaced[0]}",
+            "an adapter for another architecture or for other target modules",
+        )
+    compute = model.get_input_embeddings().weight.dtype
+    for key, weight in own.items():
+        rounded = not trainable and (".lora_A." in key or ".lora_B." in key)
+        tensor = tensors[_plain_name(key, name)].to(weight.device, compute if rounded else torch.float32)
+        weight.data = tensor.clone()
+        weight.requires_grad_(trainable)
+    _without_cast(model)
+
+
+def others(model: PeftModel) -> list[str]:
+    """The adapters beside the trained one."""
+    return [name for name in model.peft_config if name != "default"]
 
 
 def reloaded(model: PeftModel, folder: Path, name: str) -> None:
@@ -109,11 +153,15 @@ def _ready(model: PeftModel) -> PeftModel:
     """Float32 masters: in bfloat16 an update of 1e-6 is below the rounding of most weights and vanishes."""
     for weight in trainable(model).values():
         weight.data = weight.data.float()
+    _without_cast(model)
+    return model
+
+
+def _without_cast(model: PeftModel) -> None:
+    """Autocast already casts what a float32 adapter is given; PEFT's own cast would keep a second copy of it."""
     for module in model.modules():
-        # Autocast already casts what a float32 adapter is given; PEFT's own cast would keep a second copy of it.
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
-    return model
 
 
 def _task(reward: bool) -> dict[str, Any]:

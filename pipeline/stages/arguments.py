@@ -11,6 +11,8 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 
+from pipeline.ppo.settings import PPOSettings
+
 _PLACES: dict[str, list[tuple[str, str, str]]] = {
     # config class: (package, file, class) of itself and of what it inherits from
     name: [
@@ -30,7 +32,9 @@ _PLACES: dict[str, list[tuple[str, str, str]]] = {
 
 @cache
 def words(config_class: str) -> frozenset[str]:
-    """The field names of a config class of the installed library, its parents' included."""
+    """The field names of PPOSettings, or of a config class of the installed library, its parents' included."""
+    if config_class == PPOSettings.__name__:
+        return frozenset(PPOSettings.model_fields)
     found: set[str] = set()
     for package, file, class_name in _PLACES[config_class]:
         spec = importlib.util.find_spec(package)

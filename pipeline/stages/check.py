@@ -30,5 +30,7 @@ def check_arguments(model: ModelSpec, stages: dict[str, StageSpec], seed: int) -
         raise UserError(f"model.lora: PEFT refuses it: {error}") from error
     with tempfile.TemporaryDirectory() as scratch:
         for name, spec in stages.items():
+            if not hasattr(trl, STAGES[spec.kind].config_class):
+                continue  # PPOSettings, checked with the recipe
             context = Context(model, Rows([]), {}, Artifact(Path(scratch) / name), seed, "", lambda: None)
             arguments(getattr(trl, STAGES[spec.kind].config_class), spec, context)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from pipeline.data.render import Encoded
-from pipeline.errors import BrokenInvariant
+from pipeline.errors import BrokenInvariant, UserError
 from pipeline.evaluate import scoring
 from pipeline.models import adapters
 from pipeline.models.base import computing, frozen_digest
+from pipeline.ppo.actors import REFERENCE, packed
 from pipeline.stages.stage import Context
 from pipeline.stages.trainer import ends_supervised
 
@@ -21,8 +26,14 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase, Trainer
 
+    from pipeline.artifact import Artifact
+    from pipeline.ppo.actors import Actors
+    from pipeline.ppo.trainer import PPOTrainer
+
 Found = dict[str, Any]
 RELOAD_TOLERANCE = 1e-5
+BORROWED_TOLERANCE = {"float32": 1e-5}
+"""Of a reward model's score on the policy's base, by dtype; 1e-3 in half precision."""
 STEP_0_TOLERANCE = 1e-4
 
 
@@ -155,3 +166,114 @@ def reloads_alike(
             "a score head that was not saved, or saved in another dtype",
         )
     return {"reload_score_difference": difference}
+
+
+def probe(model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[list[int], list[int]]]) -> Found:
+    """A reward model's own scores of a few sequences, each alone, for the stages that borrow it to compare with."""
+    sequences = [ids for pair in pairs for ids in pair]
+    return {"probe": [{"ids": ids, "score": scoring.scores(model, tokenizer, [ids])[0]} for ids in sequences]}
+
+
+def scores_as_it_did(actors: Actors, adapter: str, parent: Artifact, dtype: str) -> Found:
+    """A borrowed reward adapter gives the scores the reward stage itself gave."""
+    probed = (parent.manifest() or {}).get("invariants", {}).get("probe", [])
+    if not probed:
+        raise UserError(f"{parent.folder} holds no scores to compare with. Run '{parent.name}' again.")
+    ours = [actors.scores(adapter, [one["ids"]], 1)[0] for one in probed]
+    difference = max(abs(score - one["score"]) for score, one in zip(ours, probed, strict=True))
+    tolerance = BORROWED_TOLERANCE.get(dtype, 1e-3)
+    if not difference <= tolerance:
+        raise BrokenInvariant(
+            f"the scores of '{parent.name}' through its borrowed adapter within {tolerance}",
+            f"a difference of {difference:.2g}",
+            "a reward model trained on other weights, or a score head lost or rounded",
+        )
+    return {f"borrowed_score_difference_{parent.name}": difference}
+
+
+def same_tokenizer(tokenizer: PreTrainedTokenizerBase, parent: Artifact) -> None:
+    """A reward model was trained on the tokens and the chat template that the policy speaks."""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(parent.adapter)
+    for what, ours_is, theirs_is in (
+        ("vocabulary", tokenizer.get_vocab(), theirs.get_vocab()),
+        ("chat template", tokenizer.chat_template, theirs.chat_template),
+    ):
+        if ours_is != theirs_is:
+            raise UserError(
+                f"the reward model of '{parent.name}' was trained with another {what} than this stage's: "
+                f"run '{parent.name}' again with this recipe's model section"
+            )
+
+
+def policy_is_reference(trainer: PPOTrainer) -> Found:
+    """Before the first step the policy is its reference: KL exactly 0, and its ratio to itself exactly 1.
+
+    Also: what the LM head gives here is what the model's own forward gives.
+    """
+    actors, settings = trainer.actors, trainer.settings
+    episodes = trainer.answers(trainer.rows[: trainer.pack_size], "step 0")
+    pack = packed(episodes, trainer.pack_size, actors.pad_id, actors.device)[0]
+    with torch.no_grad():
+        reference_BG = actors.policy(pack, REFERENCE)[0]
+        old_BG = actors.policy(pack)[0]
+        with computing(actors.model):
+            logits_BTV = actors.model(input_ids=pack.ids_BT, attention_mask=pack.mask_BT, use_cache=False).logits
+        at_states_BGV = logits_BTV.gather(1, pack.state_BG[..., None].expand(-1, -1, logits_BTV.shape[-1]))
+        logp_BGV = torch.log_softmax(at_states_BGV.float() / settings.temperature, -1)
+        own_BG = logp_BGV.gather(-1, pack.answer_BG[..., None]).squeeze(-1) * pack.mask_BG
+    actors.model.train()
+    new_BG = actors.policy(pack)[0].detach()
+    actors.model.eval()
+    written_BG = torch.zeros_like(old_BG)
+    for place, row in enumerate(pack.rows):
+        written_BG[place, : len(episodes[row].logp)] = torch.tensor(episodes[row].logp, device=old_BG.device)
+    found = {
+        "step_0_kl": (old_BG - reference_BG).abs().max().item(),
+        "step_0_ratio_minus_1": (torch.exp(new_BG - old_BG) - 1).abs().max().item(),
+        "step_0_logp_against_own_forward": (own_BG - old_BG).abs().max().item(),
+        "step_0_logp_against_sampler": ((written_BG - old_BG).abs().sum() / pack.mask_BG.sum()).item(),
+    }
+    limits = {
+        "step_0_kl": (0.0, "a reference that is not the policy this stage starts from"),
+        "step_0_ratio_minus_1": (0.0, "dropout, or another forward pass in training than at scoring"),
+        "step_0_logp_against_own_forward": (0.25, "an architecture that changes its logits after the LM head"),
+        "step_0_logp_against_sampler": (0.1, "a mask or positions that differ between sampling and training"),
+    }
+    for name, (limit, cause) in limits.items():
+        if not found[name] <= limit:
+            raise BrokenInvariant(f"{name} of at most {limit:g} before the first PPO step", f"{found[name]:.3g}", cause)
+    return found
+
+
+def one_copy_of_the_base(model: PeftModel) -> Found:
+    """All large frozen weights alive in this process are those of this one model."""
+    large = 1 << 10
+    own = {w.data_ptr() for w in model.parameters() if not w.requires_grad and w.numel() >= large}
+    gc.collect()
+    # By type(), not isinstance(): that would wake every lazy object there is.
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Parameter)]
+    alive = {weight.data_ptr() for weight in found if not weight.requires_grad and weight.numel() >= large}
+    if alive - own:
+        raise BrokenInvariant(
+            "one copy of the base in memory", f"{len(alive - own)} large frozen tensors beside it", "a second model"
+        )
+    return {"copies_of_the_base": 1}
+
+
+def processes_agree(actors: Actors) -> Found:
+    """Every process ends with the same bytes in policy and critic."""
+    everyone = PartialState()
+    total = hashlib.sha256()
+    for role in ("policy", "value"):
+        for name, weight in sorted(actors.trained(role).items()):
+            total.update(name.encode() + weight.detach().cpu().numpy().tobytes())
+    digests = gather_object([total.hexdigest()])
+    if len(set(digests)) > 1:
+        raise BrokenInvariant(
+            f"one adapter in all {everyone.num_processes} processes",
+            "different ones",
+            "a gradient that was not reduced",
+        )
+    return {"processes": everyone.num_processes, "adapters_equal_on_all_processes": True}

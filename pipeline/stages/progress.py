@@ -1,4 +1,4 @@
-"""What a person sees while a stage trains, and how it is stopped: three callbacks for a Trainer."""
+"""What a person sees while a stage trains, and how it is stopped: three callbacks for a Trainer, or for PPO's loop."""
 
 from __future__ import annotations
 
@@ -63,6 +63,8 @@ class Progress(TrainerCallback):
         self.speed = f"{fresh / (now - then):.0f} tok/s" if fresh > 0 and now > then else ""
         self.seen = (float(logs.get("num_tokens", 0)), now)
         self.loss = f"loss {logs['loss']:.4f}"
+        if "kl" in logs:
+            self.loss = f"reward {logs['reward']:+.2f}  kl {logs['kl']:.2f}  {self.loss}"
         if not self.bar:
             done = state.global_step - self.first_step
             left = (now - self.began) / max(done, 1) * (state.max_steps - state.global_step)
@@ -91,12 +93,17 @@ class Checkpoints(TrainerCallback):
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         mark_checkpoint(folder, self.fingerprint)
-        older = sorted(
-            (other for other in folder.parent.glob("checkpoint-*") if other != folder),
-            key=lambda other: int(other.name.rsplit("-", 1)[1]),
-        )
-        for other in older[: max(0, len(older) + 1 - self.keep)]:
-            shutil.rmtree(other, ignore_errors=True)
+        keep_newest(folder, self.keep)
+
+
+def keep_newest(newest: Path, keep: int) -> None:
+    """Remove the checkpoints before `newest`, of which `keep` may stay in all."""
+    older = sorted(
+        (other for other in newest.parent.glob("checkpoint-*") if other != newest),
+        key=lambda other: int(other.name.rsplit("-", 1)[1]),
+    )
+    for other in older[: max(0, len(older) + 1 - keep)]:
+        shutil.rmtree(other, ignore_errors=True)
 
 
 class Stop(TrainerCallback):
@@ -124,11 +131,11 @@ class Stop(TrainerCallback):
         print("  stopping after this step ...", flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if _any_rank(self.asked):
+        if any_rank(self.asked):
             self.asked = control.should_save = control.should_training_stop = True
 
 
-def _any_rank(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """All processes must stop at the same step, whichever was asked."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return flag

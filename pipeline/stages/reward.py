@@ -57,6 +57,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     # save
     result.invariants |= invariants.base_unchanged(model, result.base_digest)
     result.invariants |= invariants.head_was_trained(model, head_at_start)
+    result.invariants |= invariants.probe(model, tokenizer, (test_set or train_set)[:2])
     shared.save(model, tokenizer, ctx)
     result.invariants |= invariants.reloads_alike(model, tokenizer, ctx.out.adapter, (test_set or train_set)[:4])
     return result

@@ -15,6 +15,21 @@ from pipeline.data.load import DataSpec
 from pipeline.models.spec import ModelSpec
 
 
+class RewardTerm(BaseModel):
+    """One source of a reward and how much it counts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    """A reward stage of the recipe, or `path.py:function`."""
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+
+    @property
+    def file(self) -> str | None:
+        """The Python file of a function; None for a stage."""
+        return self.source.rpartition(":")[0] if ".py:" in self.source else None
+
+
 class StageSpec(BaseModel):
     """One section under `stages:` of a recipe."""
 
@@ -24,11 +39,18 @@ class StageSpec(BaseModel):
     """Which stage this is; the section's own name unless said otherwise."""
     from_: str | None = Field(default=None, alias="from")
     """The stage whose adapter this one goes on with; none for the first of a chain."""
+    reward: str | list[RewardTerm] | None = None
+    """What a ppo stage is paid by: a reward stage, `path.py:function`, or a list of {source, weight}."""
     data: DataSpec
     train: dict[str, Any] = {}
     """The trainer's own arguments, word for word."""
     questions: str | None = None
     """Held-out questions with answers ({"prompt", "answer"} rows), asked before and after the stage."""
+
+    def reward_terms(self) -> list[RewardTerm]:
+        if isinstance(self.reward, str):
+            return [RewardTerm(source=self.reward)]
+        return self.reward or []
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PrinterCallback, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from trl.kernels.chunked_logprob import _use_triton
+from trl.trainer import utils as trl_utils
 
 from pipeline import metrics
 from pipeline.artifact import written_whole
@@ -144,11 +146,20 @@ def build(trainer_class: type, model: PeftModel, **options: Any) -> Trainer:
     TRL 1.16 rounds a QLoRA adapter to bfloat16 when the trainer is made; at the learning rates of DPO and PPO most
     updates then vanish. The masters are put back before the optimizer is created from them.
     """
+    _score_supervised_positions_only()
     masters = {name: weight.detach().clone() for name, weight in adapters.trainable(model).items()}
     trainer = type(trainer_class.__name__, (ResumableOrder, trainer_class), {})(model=model, **options)
     for name, weight in adapters.trainable(trainer.model).items():
         weight.data = masters[name]
     return trainer
+
+
+def _score_supervised_positions_only() -> None:
+    """On a CPU, TRL 1.16 puts every position through the LM head and throws away those without a label.
+
+    It does so for accelerators that compile anew for each shape, which a CPU does not; on CUDA it leaves them out.
+    """
+    trl_utils._use_triton = lambda device: device.type == "cpu" or _use_triton(device)
 
 
 class ResumableOrder:

@@ -1,0 +1,70 @@
+"""Held-out prompts answered by sampling, and what the reward says of the answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy
+import torch
+
+from pipeline.data.contracts import Row
+from pipeline.ppo import rewards
+from pipeline.ppo.actors import POLICY, REFERENCE, packed
+
+if TYPE_CHECKING:
+    from pipeline.ppo.trainer import PPOTrainer
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """One sampled answer to each held-out prompt."""
+
+    scores: list[float]
+    kl: list[float]
+    """log pi(answer) - log reference(answer), in nats."""
+    lengths: list[int]
+    ended: list[bool]
+
+
+def ask(trainer: PPOTrainer, rows: list[Row]) -> Rewarded:
+    """The policy as it stands, sampled at the training temperature; the same random draws each time it is called."""
+    if not rows:
+        return Rewarded([], [], [], [])
+    actors = trainer.actors
+    episodes = trainer.answers(rows, "held-out")
+    texts = [trainer.text(episode) for episode in episodes]
+    scores = rewards.scores(trainer.sources, actors, trainer.tokenizer, rows, texts, trainer.at_once())
+    kl = [0.0] * len(rows)
+    for pack in packed(episodes, trainer.at_once(), actors.pad_id, actors.device):
+        with torch.no_grad():
+            difference_BG = actors.policy(pack, POLICY)[0] - actors.policy(pack, REFERENCE)[0]
+        for row, nats in zip(pack.rows, difference_BG.sum(1).tolist(), strict=True):
+            kl[row] = nats
+    actors.act_as(POLICY)
+    return Rewarded(scores, kl, [len(e.answer_ids) for e in episodes], [e.ended for e in episodes])
+
+
+def numbers(held_out: Rewarded) -> dict[str, float]:
+    """`reward`: mean score (raw, without KL); `kl`: nats per answer; `answer_length` in tokens; `ended`: share."""
+    if not held_out.scores:
+        return {}
+    count = len(held_out.scores)
+    return {
+        "reward": sum(held_out.scores) / count,
+        "kl": sum(held_out.kl) / count,
+        "answer_length": sum(held_out.lengths) / count,
+        "ended": sum(held_out.ended) / count,
+    }
+
+
+def gain(before: Rewarded, after: Rewarded, seed: int) -> dict[str, float]:
+    """The mean rise of a prompt's reward with its 95 % interval (percentile bootstrap over prompts)."""
+    if not before.scores:
+        return {}
+    rises_P = numpy.array(after.scores) - numpy.array(before.scores)
+    drawn = numpy.random.default_rng(seed).integers(0, len(rises_P), (RESAMPLES, len(rises_P)))
+    low, high = numpy.percentile(rises_P[drawn].mean(1), [2.5, 97.5])
+    return {"reward_gain": float(rises_P.mean()), "reward_gain_low": float(low), "reward_gain_high": float(high)}

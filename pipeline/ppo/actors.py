@@ -1,0 +1,242 @@
+"""Four roles on one copy of the frozen base: each an adapter, two of them with a head of one output.
+
+default    the policy: trained
+reference  the policy before this stage: frozen
+value      the critic: trained (with critic: trunk it is a head on the policy instead)
+reward...  the reward models of earlier stages: frozen
+
+One adapter is active at a time, and a loss is propagated back under the adapter it was computed with: with activation
+checkpointing the forward pass is repeated then, under whichever adapter is active.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.data.render import padded
+from pipeline.models.base import computing
+from pipeline.ppo.algorithm import log_probs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from peft import PeftModel
+
+    from pipeline.ppo.rollout import Episode
+
+Tensor = torch.Tensor
+POLICY, REFERENCE, VALUE = "default", "reference", "value"
+LOGITS_AT_ONCE = 1 << 26
+"""Logits computed at once while gradients are kept; more tokens go in parts that are computed again on the way back."""
+
+
+@dataclass
+class Pack:
+    """Episodes of like length that pass through the model together, the same ones at scoring and in every epoch.
+
+    ids_BT and mask_BT hold prompt and answer, padded on the right. The G columns are an answer's tokens: answer_BG,
+    and mask_BG 1.0 where there is one; state_BG is the place in T from which it is predicted.
+    """
+
+    rows: list[int]
+    ids_BT: Tensor
+    mask_BT: Tensor
+    answer_BG: Tensor
+    state_BG: Tensor
+    mask_BG: Tensor
+    scores_B: Tensor = field(default_factory=lambda: torch.empty(0))
+    old_logp_BG: Tensor = field(default_factory=lambda: torch.empty(0))
+    ref_logp_BG: Tensor = field(default_factory=lambda: torch.empty(0))
+    values_BG: Tensor = field(default_factory=lambda: torch.empty(0))
+    advantages_BG: Tensor = field(default_factory=lambda: torch.empty(0))
+    returns_BG: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class Actors:
+    """The model with its adapters, and what each of them computes.
+
+    `reward_heads`: for each borrowed reward adapter its score head, (1, hidden), as it was saved.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        pad_id: int,
+        temperature: float,
+        critic: Literal["adapter", "trunk"],
+        reward_heads: dict[str, Tensor],
+    ) -> None:
+        self.model, self.pad_id, self.temperature = model, pad_id, temperature
+        self.value_adapter = VALUE if critic == "adapter" else POLICY
+        base = model.get_base_model()
+        self.config = base.config.get_text_config()
+        self.device = base.get_input_embeddings().weight.device
+        self.backbone, self.lm_head = getattr(base, base.base_model_prefix), base.get_output_embeddings()
+        self.reward_heads = {name: weight.to(self.device) for name, weight in reward_heads.items()}
+        self.value_head = torch.nn.Linear(self.config.hidden_size, 1, device=self.device, dtype=torch.float32)
+        torch.nn.init.zeros_(self.value_head.weight)
+        torch.nn.init.zeros_(self.value_head.bias)
+        _without_dropout(model)
+        self.act_as(POLICY)
+
+    def act_as(self, adapter: str) -> None:
+        """Make one adapter the active one; the trained ones also take gradients while they are."""
+        self.model.set_adapter(adapter, inference_mode=adapter not in (POLICY, VALUE))
+
+    def hidden(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor | None = None, cache: Any = None) -> Tensor:
+        """Last hidden states (B, T, hidden) under the active adapter."""
+        out = self.backbone(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            position_ids=positions_BT,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        hidden_BTH: Tensor = out.last_hidden_state
+        return hidden_BTH
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """The LM head, with the scaling and capping some architectures put after it."""
+        logits_NV: Tensor = self.lm_head(hidden_NH)
+        if scale := getattr(self.config, "logit_scale", None):  # Cohere
+            logits_NV = logits_NV * scale
+        if scale := getattr(self.config, "logits_scaling", None):  # Granite
+            logits_NV = logits_NV / scale
+        if cap := getattr(self.config, "final_logit_softcapping", None):  # Gemma
+            logits_NV = torch.tanh(logits_NV / cap) * cap
+        return logits_NV
+
+    def policy(self, pack: Pack, adapter: str = POLICY) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probabilities of the answers' tokens, the entropies there, and with critic: trunk the values; all (B, G).
+
+        Leaves `adapter` active, so that the caller's backward pass runs under it.
+        """
+        self.act_as(adapter)
+        with computing(self.model):
+            states_NH = self._states(pack)
+            logp_N, entropy_N = self._log_probs(states_NH, pack.answer_BG[pack.mask_BG.bool()])
+        shared = adapter == POLICY == self.value_adapter
+        values_BG = _placed(self._values(states_NH), pack) if shared else None
+        return _placed(logp_N, pack), _placed(entropy_N, pack), values_BG
+
+    def values(self, pack: Pack) -> Tensor:
+        """The critic's values of the states before the answers' tokens, (B, G); leaves its adapter active."""
+        self.act_as(self.value_adapter)
+        with computing(self.model):
+            states_NH = self._states(pack)
+        return _placed(self._values(states_NH), pack)
+
+    @torch.no_grad()
+    def scores(self, reward: str, sequences: Sequence[list[int]], at_once: int) -> list[float]:
+        """A borrowed reward model's score of each sequence, read at its last token; no LM head is run."""
+        self.act_as(reward)
+        head_1H = self.reward_heads[reward]
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        values = [0.0] * len(sequences)
+        for start in range(0, len(order), at_once):
+            batch = order[start : start + at_once]
+            ids_BT, mask_BT = (t.to(self.device) for t in padded([sequences[i] for i in batch], self.pad_id))
+            with computing(self.model):
+                hidden_BTH = self.hidden(ids_BT, mask_BT)
+                rows_B = torch.arange(len(batch), device=self.device)
+                scores_B1 = linear(hidden_BTH[rows_B, mask_BT.sum(1) - 1], head_1H)
+            for index, value in zip(batch, scores_B1.float().squeeze(1).tolist(), strict=True):
+                values[index] = value
+        self.act_as(POLICY)
+        return values
+
+    def start_values_from(self, reward: str, mean: float, std: float, weight: float) -> None:
+        """The critic begins as the reward model: its head, in the units of normalised scores."""
+        with torch.no_grad():
+            self.value_head.weight.copy_(self.reward_heads[reward].float() * (weight / std))
+            self.value_head.bias.fill_(-mean / std)
+
+    def trained(self, role: Literal["policy", "value"]) -> dict[str, torch.nn.Parameter]:
+        """The float32 parameters of a role, by name."""
+        adapter = POLICY if role == "policy" else VALUE
+        found = {name: weight for name, weight in self.model.named_parameters() if f".{adapter}." in name}
+        if role == "value":
+            found |= {f"value_head.{name}": weight for name, weight in self.value_head.named_parameters()}
+        return found
+
+    def _states(self, pack: Pack) -> Tensor:
+        """Hidden states (N, hidden) before the answers' tokens, row after row."""
+        hidden_BTH = self.hidden(pack.ids_BT, pack.mask_BT)
+        rows_N, columns_N = pack.mask_BG.nonzero(as_tuple=True)
+        return hidden_BTH[rows_N, pack.state_BG[rows_N, columns_N]]
+
+    def _log_probs(self, states_NH: Tensor, ids_N: Tensor) -> tuple[Tensor, Tensor]:
+        def part(states_nH: Tensor, ids_n: Tensor) -> tuple[Tensor, Tensor]:
+            return log_probs(self.logits(states_nH), ids_n, self.temperature)
+
+        size = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        if len(ids_N) <= size:
+            return part(states_NH, ids_N)
+        parts = [
+            checkpoint(part, states_nH, ids_n, use_reentrant=False)
+            for states_nH, ids_n in zip(states_NH.split(size), ids_N.split(size), strict=True)
+        ]
+        logp, entropy = zip(*parts, strict=True)
+        return torch.cat(logp), torch.cat(entropy)
+
+    def _values(self, states_NH: Tensor) -> Tensor:
+        return self.value_head(states_NH.float()).squeeze(-1)  # type: ignore[no-any-return]
+
+
+def packed(episodes: list[Episode], at_once: int, pad_id: int, device: torch.device) -> list[Pack]:
+    """Every episode in packs of `at_once`, those of like length together."""
+    order = sorted(range(len(episodes)), key=lambda i: len(episodes[i]))
+    return [_pack(order[s : s + at_once], episodes, pad_id, device) for s in range(0, len(order), at_once)]
+
+
+def _pack(rows: list[int], episodes: list[Episode], pad_id: int, device: torch.device) -> Pack:
+    ids_BT, mask_BT = padded([episodes[i].prompt_ids + episodes[i].answer_ids for i in rows], pad_id)
+    answer_BG, mask_BG = padded([episodes[i].answer_ids for i in rows], pad_id)
+    prompt_B = torch.tensor([len(episodes[i].prompt_ids) for i in rows])
+    state_BG = (prompt_B[:, None] - 1 + torch.arange(answer_BG.shape[1])) * mask_BG
+    tensors = (ids_BT, mask_BT, answer_BG, state_BG, mask_BG.float())
+    return Pack(rows, *(tensor.to(device) for tensor in tensors))
+
+
+@contextlib.contextmanager
+def dequantized(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, every 4-bit layer has its weights at hand in the compute dtype: the same function without dequantising
+    at each call, for 2 bytes a parameter. Nothing is merged and the 4-bit weights stay as they are."""
+    import bitsandbytes as bnb
+
+    swapped = []
+    for module in model.modules():
+        layer = getattr(module, "base_layer", None)
+        if isinstance(layer, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            plain.weight = torch.nn.Parameter(weight.to(layer.compute_dtype), requires_grad=False)
+            plain.bias = layer.bias
+            swapped.append((module, layer))
+            module.base_layer = plain
+    try:
+        yield
+    finally:
+        for module, layer in swapped:
+            module.base_layer = layer
+
+
+def _placed(values_N: Tensor, pack: Pack) -> Tensor:
+    """One value for each token of an answer, laid out (B, G) with zeros elsewhere."""
+    return torch.zeros_like(pack.mask_BG).masked_scatter(pack.mask_BG.bool(), values_N.float())
+
+
+def _without_dropout(model: torch.nn.Module) -> None:
+    """Ratios compare a policy with itself; under dropout it would differ from itself (arXiv 2403.17031, detail 11)."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0

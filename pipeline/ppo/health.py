@@ -1,0 +1,74 @@
+"""When PPO goes wrong, said by stated rules: some stop the run, some warn."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+WINDOW = 5
+"""Steps in a row, or compared with the first ones, before a rule speaks."""
+COLLAPSED = 0.05
+"""Share of the entropy at the start under which the policy has stopped exploring."""
+RUNAWAY = 1.5
+"""Answers this many times as long as at the start, while reward rises."""
+
+
+@dataclass
+class Health:
+    """Watches a run. `verdict` takes a step's numbers and gives what is wrong: what must stop the run, and warnings."""
+
+    kl_stop: float
+    history: list[dict[str, float]] = field(default_factory=list)
+    warned: list[str] = field(default_factory=list)
+
+    def verdict(self, step: dict[str, float]) -> tuple[str | None, list[str]]:
+        """The reason to stop, or None; and the warnings not given before."""
+        kept = ("kl", "entropy", "answer_length", "reward", "eos_share", "empty_share")
+        self.history.append({key: step[key] for key in kept})
+        self.history = self.history[:WINDOW] + self.history[WINDOW:][-WINDOW:]
+        return self._stop(step), self._new(self._warnings(step))
+
+    def _stop(self, step: dict[str, float]) -> str | None:
+        broken = [name for name, value in step.items() if not math.isfinite(value)]
+        if broken:
+            return f"{broken[0]} is {step[broken[0]]}: lower learning_rate or max_grad_norm"
+        if step["kl"] > self.kl_stop:
+            return (
+                f"answers are {step['kl']:.1f} nats from the reference (kl_stop {self.kl_stop:g}): the policy has left "
+                "what the reward model knows. Raise kl_coef, set kl_target, or lower learning_rate"
+            )
+        recent = self.history[-WINDOW:]
+        if len(recent) == WINDOW and all(past["eos_share"] == 0 for past in recent):
+            return (
+                f"no answer of the last {WINDOW} steps ended by itself: raise response_length, or see whether the "
+                "policy it starts from stops at all"
+            )
+        if len(recent) == WINDOW and all(past["empty_share"] == 1 for past in recent):
+            return f"all answers of the last {WINDOW} steps were empty: the reward pays for saying nothing"
+        return None
+
+    def _warnings(self, step: dict[str, float]) -> list[str]:
+        found = []
+        first, last = self.history[: min(WINDOW, len(self.history))], self.history[-WINDOW:]
+        if step["entropy"] < COLLAPSED * self.history[0]["entropy"]:
+            found.append("the entropy has collapsed: the policy says one thing only. Raise kl_coef or temperature")
+        if step["eos_share"] < 0.5:
+            found.append("more than half of the answers are cut at response_length: raise it, or missing_eos_penalty")
+        if len(self.history) >= 2 * WINDOW:
+            longer = _mean(last, "answer_length") / max(_mean(first, "answer_length"), 1.0)
+            if longer > RUNAWAY and _mean(last, "reward") > _mean(first, "reward"):
+                found.append(
+                    f"reward rises while answers have grown {longer:.1f} times as long: the reward model may pay for "
+                    "length"
+                )
+        return found
+
+    def _new(self, warnings: list[str]) -> list[str]:
+        # The figures in a warning change from step to step; its first words do not.
+        new = [warning for warning in warnings if warning[:20] not in self.warned]
+        self.warned += [warning[:20] for warning in new]
+        return new
+
+
+def _mean(steps: list[dict[str, float]], key: str) -> float:
+    return sum(step[key] for step in steps) / len(steps)

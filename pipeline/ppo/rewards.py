@@ -1,0 +1,117 @@
+"""What an answer is worth: reward models, Python functions, or a weighted sum of both."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.data import render
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pipeline.data.contracts import Row
+    from pipeline.ppo.actors import Actors
+
+
+@dataclass(frozen=True)
+class Source:
+    """One term of the reward: a borrowed reward adapter or a function."""
+
+    name: str
+    weight: float
+    adapter: str | None = None
+    function: Callable[..., Any] | None = None
+
+
+def adapter_name(stage: str) -> str:
+    """Under which a reward stage's adapter lies on the policy's base."""
+    return f"reward-{stage}"
+
+
+def source(name: str, weight: float) -> Source:
+    """From a recipe's word: a stage's name, or `path.py:function`."""
+    if ".py:" in name:
+        return Source(name, weight, function=function(name))
+    return Source(name, weight, adapter=adapter_name(name))
+
+
+def function(reference: str) -> Callable[..., Any]:
+    """The function named by `path.py:name`. Raises UserError if there is none, or its file fails when read."""
+    file, _, name = reference.rpartition(":")
+    spec = importlib.util.spec_from_file_location(f"onebase_reward_{Path(file).stem}", file)
+    if spec is None or spec.loader is None or not Path(file).is_file():
+        raise UserError(f"reward: {reference}: no such Python file: {file}")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the file is the user's program: it can fail in any way
+        raise UserError(f"reward: {file} fails when it is imported: {type(error).__name__}: {error}") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise UserError(f"reward: {reference}: {file} defines no function '{name}'")
+    return found  # type: ignore[no-any-return]
+
+
+def scores(
+    sources: list[Source],
+    actors: Actors,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Row],
+    answers: list[str],
+    at_once: int,
+) -> list[float]:
+    """The weighted sum of every source's score of each answer.
+
+    A reward model reads prompt and answer rendered anew as a whole conversation, as it did in training: what follows an
+    answer's end-of-turn token in the template was never sampled.
+    """
+    total = [0.0] * len(rows)
+    for source in sources:
+        if source.adapter is not None:
+            sequences = [_conversation(tokenizer, row, text) for row, text in zip(rows, answers, strict=True)]
+            values = actors.scores(source.adapter, sequences, at_once)
+        else:
+            values = _called(source, rows, answers)
+        total = [sum_ + source.weight * value for sum_, value in zip(total, values, strict=True)]
+    return total
+
+
+def _conversation(tokenizer: PreTrainedTokenizerBase, row: Row, text: str) -> list[int]:
+    answer: Any = text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+    return render.conversation(tokenizer, {**row, "answer": answer}, "answer")
+
+
+def _called(source: Source, rows: list[Row], answers: list[str]) -> list[float]:
+    """A function is called as TRL's GRPO calls it: lists by keyword, one for each column of the rows."""
+    assert source.function is not None
+    columns = {key: [row.get(key) for row in rows] for key in rows[0] if key not in ("prompt", "_place")}
+    told: list[Any] = [
+        text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+        for row, text in zip(rows, answers, strict=True)
+    ]
+    try:
+        values = list(source.function(prompts=[row["prompt"] for row in rows], completions=told, **columns))
+    except Exception as error:  # the function is the user's program: it can fail in any way
+        raise UserError(
+            f"the reward function {source.name} raised {type(error).__name__}: {error}. It is called with the lists "
+            f"{', '.join(['prompts', 'completions', *columns])} by keyword and must return one number for each answer."
+        ) from error
+    if len(values) != len(rows):
+        raise UserError(f"the reward function {source.name} returned {len(values)} values for {len(rows)} answers")
+    for row, text, value in zip(rows, answers, values, strict=True):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserError(
+                f"the reward function {source.name} returned {value!r} for the prompt at {row['_place']} with the "
+                f"answer {text[:80]!r}: expected a finite number"
+            )
+    return [float(value) for value in values]

@@ -1,0 +1,117 @@
+"""Answers sampled from the policy, and what is kept of them.
+
+No logits are stored: of each step the log-probability of the sampled token stays, nothing else. Prompts of like length
+are sampled together, and finished answers leave the batch, so that the long ones do not drag the short along.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import DynamicCache
+
+from pipeline.data.render import padded
+from pipeline.models.base import computing
+from pipeline.ppo.algorithm import log_probs
+
+if TYPE_CHECKING:
+    from pipeline.ppo.actors import Actors
+
+SHRINK_BELOW = 0.75
+"""Share of a batch's rows still unfinished under which the finished ones are taken out of it."""
+
+
+@dataclass
+class Episode:
+    """One prompt and the policy's answer, which runs through its end-of-turn token if it has one."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    logp: list[float]
+    """Of each sampled token, at the sampling temperature, as the sampler computed it."""
+    ended: bool
+    """It ended by itself, not at the length limit."""
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.answer_ids)
+
+
+@torch.no_grad()
+def sample(
+    actors: Actors,
+    prompts: list[list[int]],
+    *,
+    new_tokens: int,
+    temperature: float,
+    stops: list[int],
+    generator: torch.Generator,
+    at_once: int | None = None,
+) -> list[Episode]:
+    """One answer to each prompt (token ids), in the order given, from the adapter that is active.
+
+    `temperature` 0 takes the likeliest token. `at_once`: most prompts sampled together.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    episodes: dict[int, Episode] = {}
+    width = at_once or len(order)
+    for start in range(0, len(order), width):
+        batch = order[start : start + width]
+        answers = _sample_batch(actors, [prompts[i] for i in batch], new_tokens, temperature, stops, generator)
+        episodes |= dict(zip(batch, answers, strict=True))
+    return [episodes[i] for i in range(len(prompts))]
+
+
+def _sample_batch(
+    actors: Actors,
+    prompts: list[list[int]],
+    new_tokens: int,
+    temperature: float,
+    stops: list[int],
+    generator: torch.Generator,
+) -> list[Episode]:
+    episodes = [Episode(prompt, [], [], ended=False) for prompt in prompts]
+    device = actors.device
+    stops_S = torch.tensor(stops, device=device)
+    ids_BT, mask_BT = (t.to(device) for t in padded(prompts, actors.pad_id, side="left"))
+    positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=actors.config)
+    alive = list(range(len(prompts)))
+    # Which rows of the batch still write; a finished one rides along until enough of them can be taken out together.
+    writing_B = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    for _ in range(new_tokens):
+        with computing(actors.model):
+            hidden_BTH = actors.hidden(ids_BT, mask_BT, positions_BT, cache)
+            logits_BV = actors.logits(hidden_BTH[:, -1])
+        token_B, logp_B = _draw(logits_BV, temperature, generator)
+        ended_B = torch.isin(token_B, stops_S)
+        for row, token, logp, writes, ends in zip(
+            alive, token_B.tolist(), logp_B.tolist(), writing_B.tolist(), ended_B.tolist(), strict=True
+        ):
+            if writes:
+                episodes[row].answer_ids.append(token)
+                episodes[row].logp.append(logp)
+                episodes[row].ended = ends
+        writing_B &= ~ended_B
+        left = int(writing_B.sum())
+        if left == 0:
+            break
+        ids_BT, positions_BT = token_B[:, None], positions_BT[:, -1:] + 1
+        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(alive), 1)], dim=1)
+        if left < SHRINK_BELOW * len(alive):
+            kept_K = writing_B.nonzero().squeeze(1)
+            cache.batch_select_indices(kept_K)
+            ids_BT, positions_BT, mask_BT = ids_BT[kept_K], positions_BT[kept_K], mask_BT[kept_K]
+            alive = [alive[row] for row in kept_K.tolist()]
+            writing_B = writing_B[kept_K]
+    return episodes
+
+
+def _draw(logits_BV: torch.Tensor, temperature: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    if temperature == 0:
+        token_B = logits_BV.argmax(-1)
+        return token_B, log_probs(logits_BV, token_B, 1.0)[0]
+    logp_BV = torch.log_softmax(logits_BV.float() / temperature, -1)
+    token_B1 = torch.multinomial(logp_BV.exp(), 1, generator=generator)
+    return token_B1.squeeze(1), logp_BV.gather(1, token_B1).squeeze(1)

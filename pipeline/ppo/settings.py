@@ -1,0 +1,134 @@
+"""What a PPO stage's `train:` may say. Plain Python: no torch.
+
+Names are those of TRL's former PPOTrainer where it had one, and of transformers' TrainingArguments for the optimizer.
+Sources: [S] arXiv 1707.06347 (PPO), [Z] arXiv 1909.08593 (Ziegler et al.), [I] arXiv 2203.02155 (InstructGPT),
+[H] arXiv 2403.17031 (implementation details of RLHF with PPO), [G] arXiv 1506.02438 (GAE),
+[K] joschu.net/blog/kl-approx.html (estimators of KL).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class PPOSettings(BaseModel):
+    """Raises ValidationError naming the word whose value makes no sense."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    # Amount of work
+    steps: int = Field(default=100, ge=1)
+    """Rollouts, each followed by an update."""
+    batch_size: int = Field(default=32, ge=1)
+    """Episodes of one step, over all processes."""
+    mini_batch_size: int | None = Field(default=None, ge=1)
+    """Episodes of one optimizer step, over all processes; the whole batch if not given."""
+    per_device_train_batch_size: int = Field(default=8, ge=1)
+    """Episodes of one forward pass. Changes memory and speed; the gradient is the same up to rounding."""
+    num_ppo_epochs: int = Field(default=2, ge=1)
+    """Passes over a batch [S, algorithm 1]."""
+
+    # Rollout
+    response_length: int = Field(default=64, ge=1)
+    """Most tokens of an answer."""
+    max_length: int | None = Field(default=None, ge=1)
+    """Most tokens of prompt and answer together; a longer prompt is an error. The base's window if not given."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of sampling, and of every log-probability: both must speak of the same distribution."""
+    rollout_batch_size: int | None = Field(default=None, ge=1)
+    """Episodes sampled at once in a process; all of its share if not given."""
+    dequantize_rollout: bool = False
+    """Sample from a dequantised copy of the 4-bit weights (2 bytes a parameter): the same function without dequantising
+    at each token. The copy lives while sampling only."""
+
+    # Reward
+    normalize_reward: Literal["start", "running", "none"] = "start"
+    """Shift and scale scores to mean 0 and deviation 1 of the first batch, which SFT's own policy wrote [I, 3.5; H,
+    detail 12]; or of all scores so far."""
+    reward_clip: float | None = Field(default=None, gt=0)
+    """Bound of a normalised score."""
+    missing_eos_penalty: float = Field(default=1.0, ge=0)
+    """Taken from the normalised score of an answer that was cut at response_length [H, detail 8]."""
+    kl_coef: float = Field(default=0.05, ge=0)
+    """Weight of the per-token KL penalty against the policy before this stage [Z, eq. 2]."""
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    """Of a token's KL: log-ratio, or the always positive k3 [K]."""
+    kl_target: float | None = Field(default=None, gt=0)
+    """Nats per answer that an adaptive kl_coef steers to [Z, 2.2]; the coefficient is fixed if not given."""
+    kl_horizon: int = Field(default=2000, ge=1)
+    """Episodes over which the adaptive coefficient reacts [Z, 2.2]."""
+
+    # Advantage
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    lam: float = Field(default=0.95, ge=0, le=1)
+    """lambda of GAE [G, eq. 16]."""
+    whiten_advantages: bool = True
+    """Mean 0 and variance 1 over all tokens of a batch [H, detail 18]."""
+
+    # Loss
+    cliprange: float = Field(default=0.2, gt=0)
+    """epsilon of the clipped ratio [S, eq. 7]."""
+    cliprange_value: float = Field(default=0.2, gt=0)
+    """How far a value may move from its value at rollout [H, detail 17]."""
+    vf_coef: float = Field(default=0.1, ge=0)
+    """Weight of the value loss; of importance where critic is trunk, as both losses move one adapter."""
+    loss_normalization: Literal["token", "sequence"] = "token"
+    """Mean over all tokens of a minibatch, or over answers of each answer's mean."""
+    early_stop_kl: float | None = Field(default=None, gt=0)
+    """End a batch's update once the policy has moved so far (k3, nats a token) from the one that wrote it; 1.5 times a
+    target of 0.01 is usual."""
+
+    # Critic
+    critic: Literal["adapter", "trunk"] = "adapter"
+    """An adapter of its own that starts as the reward model [I, C.4], or a head on the policy's trunk."""
+    value_learning_rate: float | None = Field(default=None, ge=0)
+    """Of the critic; learning_rate if not given."""
+
+    # Optimizer
+    learning_rate: float = Field(default=3e-6, ge=0)
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay to 0 over all steps [H, detail 15]."""
+    warmup_steps: float = Field(default=0, ge=0)
+    """Steps of rising rate: a count, or a share below 1."""
+    adam_epsilon: float = Field(default=1e-5, gt=0)
+    """1e-5 as in the original, not 1e-8 [H, detail 14]."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Of policy and critic, each by itself."""
+    gradient_checkpointing: bool = True
+
+    # Health
+    kl_stop: float = Field(default=50.0, gt=0)
+    """Nats per answer at which the run is stopped: the policy has left what the reward model knows."""
+
+    # Seen, not learnt
+    logging_steps: float = Field(default=1, ge=0)
+    save_steps: int = Field(default=10, ge=0)
+    save_total_limit: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> PPOSettings:
+        if self.batch_size % self.mini:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of mini_batch_size {self.mini}: every episode of a "
+                "batch is in exactly one minibatch of an epoch"
+            )
+        return self
+
+    @property
+    def mini(self) -> int:
+        return self.mini_batch_size or self.batch_size
+
+    def learning_rate_factor(self, step: int) -> float:
+        """The share of learning_rate at a step counted from 0: warm-up, then decay."""
+        import math
+
+        warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * self.steps
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if self.lr_scheduler_type == "constant":
+            return 1.0
+        done = (step - warmup) / max(self.steps - warmup, 1)
+        return 1.0 - done if self.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * done))

@@ -1,0 +1,405 @@
+"""The PPO loop: one step is a rollout and the updates learnt from it.
+
+Everything random in a step is drawn from generators seeded by (seed, step, process), and which prompts it takes follows
+from the step's number. A run that goes on from a checkpoint therefore needs no generator state to be the same run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.data import render
+from pipeline.errors import UserError
+from pipeline.models import adapters
+from pipeline.ppo import algorithm as maths
+from pipeline.ppo import rewards
+from pipeline.ppo.actors import POLICY, REFERENCE, Actors, Pack, dequantized, packed
+from pipeline.ppo.health import Health
+from pipeline.ppo.rollout import Episode, sample
+from pipeline.ppo.settings import PPOSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pipeline.data.contracts import Row
+
+Tensor = torch.Tensor
+Numbers = dict[str, float]
+
+
+class PPOTrainer:
+    """`rows` are prompt-only rows; every process is given all of them and takes its share of each batch."""
+
+    def __init__(
+        self,
+        actors: Actors,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: list[Row],
+        sources: list[rewards.Source],
+        settings: PPOSettings,
+        seed: int,
+    ) -> None:
+        self.actors, self.tokenizer, self.rows, self.sources = actors, tokenizer, rows, sources
+        self.settings, self.seed = settings, seed
+        self.rank, self.processes = _rank(), _processes()
+        self.stops = render.stop_ids(tokenizer)
+        self.kl = maths.KLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
+        self.health = Health(settings.kl_stop)
+        self.score_moments = torch.zeros(3, dtype=torch.float64)
+        self.tokens = 0
+        self.step = 0
+        share, rest = divmod(settings.mini, self.processes)
+        if rest or share % min(settings.per_device_train_batch_size, share):
+            raise UserError(
+                f"a minibatch of {settings.mini} episodes on {self.processes} process(es) is not a whole number of "
+                f"per_device_train_batch_size {settings.per_device_train_batch_size}: change one of them"
+            )
+        self.pack_size = min(settings.per_device_train_batch_size, share)
+        self.packs_per_minibatch = share // self.pack_size
+        self.optimizers = {
+            role: torch.optim.AdamW(
+                list(actors.trained(role).values()), eps=settings.adam_epsilon, weight_decay=settings.weight_decay
+            )
+            for role in ("policy", "value")
+        }
+
+    def steps(self) -> Iterator[Numbers]:
+        """Train from where it stands to the last step, giving the numbers of each."""
+        while self.step < self.settings.steps:
+            started = time.monotonic()
+            # 1. prompts and answers
+            rows, episodes = self.rollout(self.step)
+            rolled_out = time.monotonic()
+            # 2. what the answers are worth
+            texts = [self.text(episode) for episode in episodes]
+            raw = rewards.scores(self.sources, self.actors, self.tokenizer, rows, texts, self.at_once())
+            packs = packed(episodes, self.pack_size, self.actors.pad_id, self.actors.device)
+            self.normalize(raw, episodes, packs)
+            # 3. log-probabilities of policy and reference, values of the critic
+            self.score(packs, episodes)
+            # 4. per-token rewards, advantages
+            numbers = self.advantages(packs)
+            scored = time.monotonic()
+            # 5. the updates
+            numbers |= self.update(packs)
+            # 6. steer, count, judge
+            numbers |= self._account(raw, episodes, texts)
+            self.kl.update(numbers["kl"], self.settings.batch_size)
+            self.step += 1
+            numbers |= {
+                "seconds_rollout": rolled_out - started,
+                "seconds_scoring": scored - rolled_out,
+                "seconds_update": time.monotonic() - scored,
+            }
+            yield numbers
+
+    def rollout(self, step: int) -> tuple[list[Row], list[Episode]]:
+        """This process's share of a step's prompts, answered by the policy."""
+        count = self.settings.batch_size // self.processes
+        first = step * self.settings.batch_size + self.rank * count
+        rows = [self.rows[_shuffled(len(self.rows), self.seed, place)] for place in range(first, first + count)]
+        return rows, self.answers(rows, f"{step}/{self.rank}")
+
+    @torch.no_grad()
+    def answers(self, rows: list[Row], draw: str) -> list[Episode]:
+        """An answer to each row's prompt by the policy as it stands; equal under an equal name of the draw."""
+        settings, actors = self.settings, self.actors
+        actors.act_as(POLICY)
+        actors.model.eval()
+        number = random.Random(f"{self.seed}/answers/{draw}").getrandbits(63)
+        with dequantized(actors.model) if settings.dequantize_rollout else contextlib.nullcontext():
+            return sample(
+                actors,
+                [render.prompt(self.tokenizer, row) for row in rows],
+                new_tokens=settings.response_length,
+                temperature=settings.temperature,
+                stops=self.stops,
+                generator=torch.Generator(actors.device).manual_seed(number),
+                at_once=settings.rollout_batch_size,
+            )
+
+    def text(self, episode: Episode) -> str:
+        ids = episode.answer_ids[:-1] if episode.ended else episode.answer_ids
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def normalize(self, raw: list[float], episodes: list[Episode], packs: list[Pack]) -> None:
+        """Put every pack's `scores_B` in place: normalised, bounded, less what a cut answer costs."""
+        scores_B = torch.tensor(raw, dtype=torch.float64)
+        how = self.settings.normalize_reward
+        if how == "running" or (how == "start" and self.step == 0):
+            self.score_moments += _summed(maths.moments(scores_B, torch.ones_like(scores_B)))
+        if how != "none":
+            mean, std = maths.mean_and_std(self.score_moments)
+            scores_B = (scores_B - mean) / max(std, 1e-6)
+        if self.step == 0:
+            self._start_critic()
+        if self.settings.reward_clip is not None:
+            scores_B = scores_B.clamp(-self.settings.reward_clip, self.settings.reward_clip)
+        cut_B = torch.tensor([not episode.ended for episode in episodes])
+        scores_B = scores_B - self.settings.missing_eos_penalty * cut_B
+        for pack in packs:
+            pack.scores_B = scores_B[pack.rows].float().to(self.actors.device)
+
+    @torch.no_grad()
+    def score(self, packs: list[Pack], episodes: list[Episode]) -> None:
+        """Fill in `ref_logp_BG`, `old_logp_BG` and `values_BG`, one adapter after the other."""
+        for pack in packs:
+            pack.ref_logp_BG = self.actors.policy(pack, REFERENCE)[0]
+        for pack in packs:
+            if self._updates_once() and self.actors.value_adapter != POLICY:
+                # The one update of a batch is made by the policy that wrote it: the ratio is one whatever was written
+                # down, so the sampler's figures will do for the KL penalty and a forward pass is saved.
+                pack.old_logp_BG = _written(pack, episodes)
+                continue
+            pack.old_logp_BG, _, values_BG = self.actors.policy(pack)
+            if values_BG is not None:
+                pack.values_BG = values_BG
+        if self.actors.value_adapter != POLICY:
+            for pack in packs:
+                pack.values_BG = self.actors.values(pack)
+
+    def advantages(self, packs: list[Pack]) -> Numbers:
+        """Fill in `advantages_BG` and `returns_BG`; whitening is over all processes' tokens."""
+        settings = self.settings
+        sums = torch.zeros(5, dtype=torch.float64)
+        for pack in packs:
+            kl_BG = maths.kl_per_token(pack.old_logp_BG, pack.ref_logp_BG, settings.kl_estimator) * pack.mask_BG
+            rewards_BG = maths.shaped_rewards(pack.scores_B, kl_BG, pack.mask_BG, self.kl.coef)
+            pack.advantages_BG, pack.returns_BG = maths.gae(
+                rewards_BG, pack.values_BG, pack.mask_BG, settings.gamma, settings.lam
+            )
+            parts = (kl_BG, rewards_BG, pack.scores_B, -pack.old_logp_BG * pack.mask_BG, pack.mask_BG)
+            sums += torch.stack([part.double().sum().cpu() for part in parts])
+        advantage_moments = _summed(sum(maths.moments(p.advantages_BG, p.mask_BG).cpu() for p in packs))
+        if settings.whiten_advantages:
+            for pack in packs:
+                pack.advantages_BG = maths.whitened(pack.advantages_BG, pack.mask_BG, advantage_moments)
+        pairs = [maths.explained_variance(p.values_BG, p.returns_BG, p.mask_BG) for p in packs]
+        returns = maths.mean_and_std(_summed(sum(pair[0].cpu() for pair in pairs)))
+        unexplained = maths.mean_and_std(_summed(sum(pair[1].cpu() for pair in pairs)))
+        kl, shaped, score, surprise, tokens = (_summed(sums) / settings.batch_size).tolist()
+        return {
+            "kl": kl,
+            "reward": score,
+            "reward_shaped": shaped,
+            "answer_length": tokens,
+            "sampled_nll": surprise / tokens,
+            "explained_variance": 1 - (unexplained[1] / max(returns[1], 1e-8)) ** 2,
+            "kl_coef": self.kl.coef,
+        }
+
+    def update(self, packs: list[Pack]) -> Numbers:
+        """All epochs over a batch, a minibatch of whole packs at a time."""
+        settings = self.settings
+        shuffle = random.Random(f"{self.seed}/{self.step}/minibatches/{self.rank}")
+        totals: dict[str, list[float]] = {}
+        for _ in range(settings.num_ppo_epochs):
+            order = shuffle.sample(packs, len(packs))
+            for start in range(0, len(order), self.packs_per_minibatch):
+                numbers = self._minibatch(order[start : start + self.packs_per_minibatch])
+                if not math.isfinite(numbers["loss"]):
+                    return {key: values[-1] for key, values in totals.items()} | numbers
+                for key, value in numbers.items():
+                    totals.setdefault(key, []).append(value)
+                if settings.early_stop_kl is not None and numbers["update_kl"] > settings.early_stop_kl:
+                    return _means(totals) | {"stopped_early": 1.0}
+        return _means(totals) | {"stopped_early": 0.0}
+
+    def _minibatch(self, packs: list[Pack]) -> Numbers:
+        """One optimizer step of policy and critic."""
+        settings, actors = self.settings, self.actors
+        count = _summed(torch.tensor([p.mask_BG.sum().item() for p in packs], dtype=torch.float64).sum())
+        tokens = count.item()
+        sums = torch.zeros(6, dtype=torch.float64)
+        actors.model.train()  # activation checkpointing works in training mode only; dropout is off by now
+        for pack in packs:
+            weights_BG = maths.weights(pack.mask_BG, settings.loss_normalization, tokens, settings.mini)
+            # forward and backward under the policy's adapter
+            logp_BG, entropy_BG, values_BG = actors.policy(pack)
+            old_BG = logp_BG.detach() if self._updates_once() else pack.old_logp_BG
+            policy_loss, ratio_BG = maths.policy_loss(
+                logp_BG, old_BG, pack.advantages_BG, weights_BG, settings.cliprange
+            )
+            if values_BG is None:
+                policy_loss.backward()
+                # and under the critic's
+                values_BG = actors.values(pack)
+                value_loss = self._value_loss(values_BG, pack, weights_BG)
+                (settings.vf_coef * value_loss).backward()
+            else:
+                value_loss = self._value_loss(values_BG, pack, weights_BG)
+                (policy_loss + settings.vf_coef * value_loss).backward()
+            with torch.no_grad():
+                clipped_BG = ((ratio_BG - 1).abs() > settings.cliprange) * pack.mask_BG
+                moved_BG = maths.kl_per_token(old_BG, logp_BG.detach(), "k3") * pack.mask_BG
+                parts = (clipped_BG, moved_BG, entropy_BG * pack.mask_BG, ratio_BG * pack.mask_BG)
+                shares = [part.double().sum().cpu() / tokens for part in parts]
+                sums += torch.stack([policy_loss.detach().double().cpu(), value_loss.detach().double().cpu(), *shares])
+        actors.model.eval()
+        actors.act_as(POLICY)
+        policy_loss, value_loss, clipped, moved, entropy, ratio = _summed(sums).tolist()
+        numbers = {
+            "loss": policy_loss + settings.vf_coef * value_loss,
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "clip_fraction": clipped,
+            "update_kl": moved,
+            "entropy": entropy,
+            "ratio": ratio,
+        }
+        return numbers | self._optimizer_step(finite=math.isfinite(numbers["loss"]))
+
+    def _value_loss(self, values_BG: Tensor, pack: Pack, weights_BG: Tensor) -> Tensor:
+        return maths.value_loss(values_BG, pack.values_BG, pack.returns_BG, weights_BG, self.settings.cliprange_value)
+
+    def _optimizer_step(self, finite: bool) -> Numbers:
+        factor = self.settings.learning_rate_factor(self.step)
+        rates = {"policy": self.settings.learning_rate, "value": self.settings.learning_rate}
+        if self.settings.value_learning_rate is not None:
+            rates["value"] = self.settings.value_learning_rate
+        norms = {}
+        for role, optimizer in self.optimizers.items():
+            parameters = list(self.actors.trained(role).values())
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                _reduce(parameter.grad)
+            norms[role] = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm).item()
+            for group in optimizer.param_groups:
+                group["lr"] = rates[role] * factor
+            if finite and math.isfinite(norms[role]):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return {
+            "grad_norm": norms["policy"],
+            "value_grad_norm": norms["value"],
+            "learning_rate": rates["policy"] * factor,
+        }
+
+    def _account(self, raw: list[float], episodes: list[Episode], texts: list[str]) -> Numbers:
+        self.tokens += sum(len(episode) for episode in episodes)
+        sums = [
+            sum(raw),
+            sum(episode.ended for episode in episodes),
+            sum(not text for text in texts),
+        ]
+        score, ended, empty = (_summed(torch.tensor(sums, dtype=torch.float64)) / self.settings.batch_size).tolist()
+        return {"score": score, "eos_share": ended, "empty_share": empty, "num_tokens": float(self.tokens)}
+
+    def _start_critic(self) -> None:
+        model = next((source for source in self.sources if source.adapter is not None), None)
+        if model is None or model.adapter is None or self.actors.value_adapter == POLICY:
+            return
+        mean, std = 0.0, 1.0
+        if self.settings.normalize_reward != "none":
+            mean, std = maths.mean_and_std(self.score_moments)
+        self.actors.start_values_from(model.adapter, mean, max(std, 1e-6), model.weight)
+
+    def _updates_once(self) -> bool:
+        return self.settings.num_ppo_epochs == 1 and self.settings.mini == self.settings.batch_size
+
+    def at_once(self) -> int:
+        """Sequences of one forward pass that keeps no gradients."""
+        return 2 * self.pack_size
+
+    def save(self, folder: Path) -> None:
+        """All that the next step depends on: adapters and heads, optimizers, counters."""
+        tensors = {f"{role}/{name}": w for role in self.optimizers for name, w in self.actors.trained(role).items()}
+        for role, optimizer in self.optimizers.items():
+            for name, weight in self.actors.trained(role).items():
+                for key, value in optimizer.state.get(weight, {}).items():
+                    tensors[f"optimizer/{key}/{role}/{name}"] = value
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, folder / "ppo.safetensors"
+        )
+        state: dict[str, Any] = {
+            "step": self.step,
+            "kl_coef": self.kl.coef,
+            "score_moments": self.score_moments.tolist(),
+            "tokens": self.tokens,
+            "health": {"history": self.health.history, "warned": self.health.warned},
+        }
+        (folder / "ppo.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        self.actors.act_as(POLICY)
+        adapters.save(self.actors.model, folder / "adapter")
+
+    def load(self, folder: Path) -> None:
+        """Stand where `save` was called."""
+        tensors = load_file(folder / "ppo.safetensors", device=str(self.actors.device))
+        for role, optimizer in self.optimizers.items():
+            for name, weight in self.actors.trained(role).items():
+                weight.data.copy_(tensors.pop(f"{role}/{name}"))
+                prefix, suffix = "optimizer/", f"/{role}/{name}"
+                keys = [key for key in tensors if key.startswith(prefix) and key.endswith(suffix)]
+                state = {key[len(prefix) : -len(suffix)]: tensors.pop(key) for key in keys}
+                # AdamW counts its steps on the CPU.
+                optimizer.state[weight] = {k: v.cpu() if k == "step" else v for k, v in state.items()}
+        kept = json.loads((folder / "ppo.json").read_text(encoding="utf-8"))
+        self.step, self.kl.coef, self.tokens = kept["step"], kept["kl_coef"], kept["tokens"]
+        self.score_moments = torch.tensor(kept["score_moments"], dtype=torch.float64)
+        self.health.history, self.health.warned = kept["health"]["history"], kept["health"]["warned"]
+
+
+def _shuffled(count: int, seed: int, place: int) -> int:
+    """Which prompt stands at a place of the endless row of shuffled epochs."""
+    epoch, index = divmod(place, count)
+    return _epoch(count, seed, epoch)[index]
+
+
+@lru_cache(maxsize=2)
+def _epoch(count: int, seed: int, epoch: int) -> list[int]:
+    return random.Random(f"{seed}/prompts/{epoch}").sample(range(count), count)
+
+
+def _written(pack: Pack, episodes: list[Episode]) -> Tensor:
+    logp_BG = torch.zeros_like(pack.mask_BG)
+    for place, row in enumerate(pack.rows):
+        logp = episodes[row].logp
+        logp_BG[place, : len(logp)] = torch.tensor(logp, device=logp_BG.device)
+    return logp_BG
+
+
+def _means(totals: dict[str, list[float]]) -> Numbers:
+    return {key: sum(values) / len(values) for key, values in totals.items()}
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if _distributed() else 0
+
+
+def _processes() -> int:
+    return torch.distributed.get_world_size() if _distributed() else 1
+
+
+def _reduce(tensor: Tensor) -> None:
+    if _distributed():
+        torch.distributed.all_reduce(tensor)
+
+
+def _summed(value: Any) -> Tensor:
+    """The sum of a CPU float64 tensor over all processes."""
+    tensor: Tensor = torch.as_tensor(value, dtype=torch.float64)
+    if not _distributed():
+        return tensor
+    if torch.distributed.get_backend() == "nccl":
+        moved = tensor.cuda()
+        torch.distributed.all_reduce(moved)
+        return moved.cpu()
+    tensor = tensor.clone()
+    torch.distributed.all_reduce(tensor)
+    return tensor

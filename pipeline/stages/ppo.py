@@ -1,0 +1,80 @@
+"""Proximal policy optimization (arXiv 1707.06347): policy, reference, reward and critic are adapters of one base."""
+
+from __future__ import annotations
+
+from pipeline.data.contracts import PROMPT_ONLY
+from pipeline.stages.stage import Context, Headline, Result, Stage, StageSpec
+
+
+def run(spec: StageSpec, ctx: Context) -> Result:
+    from transformers import set_seed
+
+    from pipeline.evaluate import answers, rewarded
+    from pipeline.models import adapters
+    from pipeline.models import base as bases
+    from pipeline.ppo import actors as roles
+    from pipeline.ppo import rewards
+    from pipeline.ppo.settings import PPOSettings
+    from pipeline.ppo.trainer import PPOTrainer
+    from pipeline.stages import invariants, ppo_loop
+    from pipeline.stages import trainer as shared
+
+    result = Result()
+    settings = PPOSettings(**spec.train)
+    sources = [rewards.source(term.source, term.weight) for term in spec.reward_terms()]
+    tokenizer = bases.load_tokenizer(ctx.model)
+    models = {parent.name: parent for role, parent in ctx.parents.items() if role.startswith("reward")}
+    for parent in models.values():
+        invariants.same_tokenizer(tokenizer, parent)
+
+    # base
+    set_seed(ctx.seed)
+    base = bases.load_base(ctx.model, tokenizer)
+    result.base_digest = bases.frozen_digest(base)
+    result.counts = ppo_loop.fitting(ctx, tokenizer, settings, base.config.get_text_config())
+
+    # adapters: the policy, itself again as reference, the reward models, the critic
+    model = shared.policy(ctx, base)
+    result.invariants |= invariants.same_base(ctx, result.base_digest)
+    heads = ppo_loop.cast(model, models, settings)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    actors = roles.Actors(model, tokenizer.pad_token_id, settings.temperature, settings.critic, heads)
+
+    # trainer
+    trainer = PPOTrainer(actors, tokenizer, ctx.data.train, sources, settings, ctx.seed)
+    result.invariants |= invariants.policy_is_reference(trainer)
+    for name, parent in models.items():
+        result.invariants |= invariants.scores_as_it_did(actors, rewards.adapter_name(name), parent, ctx.model.dtype)
+    result.invariants |= invariants.one_copy_of_the_base(model)
+
+    # train, with the held-out numbers before and after
+    start = rewarded.ask(trainer, ctx.data.test or [])
+    result.before = rewarded.numbers(start)
+    result.before |= answers.ask(model, tokenizer, ctx, result.samples, "before")
+    result.counts |= ppo_loop.train(trainer, ctx)
+    result.invariants |= invariants.processes_agree(actors)
+    end = rewarded.ask(trainer, ctx.data.test or [])
+    result.after = rewarded.numbers(end) | rewarded.gain(start, end, ctx.seed)
+    actors.act_as(roles.POLICY)
+    result.after |= answers.ask(model, tokenizer, ctx, result.samples, "after")
+
+    # save
+    result.invariants |= invariants.base_unchanged(model, result.base_digest)
+    for name in adapters.others(model):
+        model.delete_adapter(name)
+    shared.save(model, tokenizer, ctx)
+    return result
+
+
+STAGE = Stage(
+    name="ppo",
+    config_class="PPOSettings",
+    contract=PROMPT_ONLY,
+    headlines=(
+        Headline("reward", "reward of held-out answers", "higher"),
+        Headline("question_accuracy", "questions answered right", "higher", percent=True),
+    ),
+    run=run,
+    answers=True,
+)

@@ -1,0 +1,377 @@
+"""PPO on one base: roles, rollouts, gradients, what is refused, and that it learns. True NF4 on a tiny base."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, head, tiny_tree, write_recipe
+
+from pipeline.artifact import Artifact
+from pipeline.data import render
+from pipeline.errors import UserError
+from pipeline.models import adapters
+from pipeline.models import base as bases
+from pipeline.models.spec import ModelSpec
+from pipeline.ppo import rewards
+from pipeline.ppo.actors import POLICY, REFERENCE, VALUE, Actors, dequantized, packed
+from pipeline.ppo.health import WINDOW, Health
+from pipeline.ppo.rollout import sample
+from pipeline.ppo.settings import PPOSettings
+from pipeline.ppo.trainer import PPOTrainer
+from pipeline.recipe import build, read
+from pipeline.stages import invariants
+from pipeline.worker import run_stage
+
+ASKED = ["Where is Tolva?", "Name one thing that they make on Isket, and say who buys it.", "Hi", "What colour?"]
+ROWS = [{"prompt": text, "_place": f"prompts.jsonl:{i}"} for i, text in enumerate(ASKED, 1)]
+
+
+def spec(base: Path, dtype: str = "float32") -> ModelSpec:
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    return ModelSpec(base=str(base), dtype=dtype, lora=lora)  # type: ignore[arg-type]
+
+
+def trainer(base: Path, reward: Any, dtype: str = "float32", **settings: Any) -> PPOTrainer:
+    """A PPO trainer around a policy that has moved away from the base, paid by a function."""
+    torch.manual_seed(0)
+    model_spec = spec(base, dtype)
+    tokenizer = bases.load_tokenizer(model_spec)
+    model = adapters.fresh(bases.load_base(model_spec, tokenizer), model_spec.lora)
+    with torch.no_grad():
+        for name, weight in adapters.trainable(model).items():
+            if "lora_B" in name:
+                weight.add_(torch.randn_like(weight) * 0.05)
+    adapters.twin(model, REFERENCE)
+    chosen = PPOSettings(**{"response_length": 8, "gradient_checkpointing": False, **settings})
+    if chosen.critic == "adapter":
+        adapters.twin(model, VALUE, trainable=True)
+    if chosen.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    actors = Actors(model, tokenizer.pad_token_id, chosen.temperature, chosen.critic, {})
+    source = rewards.Source("test.py:reward", 1.0, function=reward)
+    return PPOTrainer(actors, tokenizer, ROWS, [source], chosen, seed=3)
+
+
+def length(completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+def filled(ppo: PPOTrainer) -> list[Any]:
+    """The packs of one step, ready for the update."""
+    rows, episodes = ppo.rollout(0)
+    raw = rewards.scores(ppo.sources, ppo.actors, ppo.tokenizer, rows, [ppo.text(e) for e in episodes], 4)
+    packs = packed(episodes, ppo.pack_size, ppo.actors.pad_id, ppo.actors.device)
+    ppo.normalize(raw, episodes, packs)
+    ppo.score(packs, episodes)
+    ppo.advantages(packs)
+    return packs
+
+
+def test_greedy_rollout_is_generate_and_sampled_log_probs_are_the_models_own(tiny_base: Path) -> None:
+    """Ragged prompts, answers that end at different times: what the sampler does in one shrinking batch is what
+    transformers' generate does, and its log-probabilities are those of one forward pass over each row alone."""
+    ppo = trainer(tiny_base, length, batch_size=4)
+    actors, prompts = ppo.actors, [render.prompt(ppo.tokenizer, row) for row in ROWS]
+    generator = torch.Generator().manual_seed(1)
+    free = sample(actors, prompts, new_tokens=12, temperature=0, stops=[-1], generator=generator)
+    # A token that occurs early in one greedy answer and late or never in the others makes them end apart.
+    stop = free[0].answer_ids[1]
+    told = sample(actors, prompts, new_tokens=12, temperature=0, stops=[stop], generator=generator)
+    for prompt, episode in zip(prompts, told, strict=True):
+        ids = actors.model.generate(
+            input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=12, do_sample=False, eos_token_id=[stop], pad_token_id=actors.pad_id,
+        )  # fmt: skip
+        assert episode.answer_ids == ids[0, len(prompt) :].tolist()
+        assert episode.ended == (episode.answer_ids[-1] == stop)
+    assert len({len(episode.answer_ids) for episode in told}) > 1
+    drawn = sample(actors, prompts, new_tokens=12, temperature=0.7, stops=[stop], generator=generator)
+    for episode in drawn:
+        ids = torch.tensor([episode.prompt_ids + episode.answer_ids])
+        with torch.no_grad():
+            logp_TV = torch.log_softmax(actors.model(input_ids=ids).logits[0].float() / 0.7, -1)
+        first = len(episode.prompt_ids)
+        own = [logp_TV[first + i - 1, token].item() for i, token in enumerate(episode.answer_ids)]
+        assert episode.logp == pytest.approx(own, abs=1e-4)
+
+
+def test_sampling_follows_the_models_distribution(tiny_base: Path) -> None:
+    ppo = trainer(tiny_base, length, batch_size=4)
+    prompt = render.prompt(ppo.tokenizer, ROWS[0])
+    generator = torch.Generator().manual_seed(2)
+    draws = sample(
+        ppo.actors, [prompt] * 3000, new_tokens=1, temperature=0.25, stops=[-1], generator=generator, at_once=500
+    )
+    with torch.no_grad():
+        chances = torch.softmax(ppo.actors.model(input_ids=torch.tensor([prompt])).logits[0, -1].float() / 0.25, -1)
+    counts = torch.bincount(torch.tensor([e.answer_ids[0] for e in draws]), minlength=len(chances))
+    for token in chances.topk(5).indices.tolist():
+        p = chances[token].item()
+        assert abs(counts[token].item() / 3000 - p) < 4 * (p * (1 - p) / 3000) ** 0.5
+
+
+def test_dequantized_rollouts_compute_the_same_function(tiny_base: Path) -> None:
+    ppo = trainer(tiny_base, length, batch_size=4)
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        quantized = ppo.actors.model(input_ids=ids).logits
+        with dequantized(ppo.actors.model):
+            assert torch.equal(ppo.actors.model(input_ids=ids).logits, quantized)
+        assert torch.equal(ppo.actors.model(input_ids=ids).logits, quantized)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("critic", ["adapter", "trunk"])
+def test_gradients_are_those_of_the_two_losses(tiny_base: Path, critic: str, checkpointing: bool) -> None:
+    """Each role's gradient equals the one of its loss written out on whole logits, one episode at a time."""
+    ppo = trainer(
+        tiny_base, length, batch_size=4, per_device_train_batch_size=2, critic=critic, vf_coef=0.3,
+        gradient_checkpointing=checkpointing, max_grad_norm=1e9,
+    )  # fmt: skip
+    with torch.no_grad():
+        ppo.actors.value_head.weight.normal_(generator=torch.Generator().manual_seed(4))
+    packs = filled(ppo)
+    kept: dict[str, dict[str, torch.Tensor]] = {}
+    for role, optimizer in ppo.optimizers.items():
+        optimizer.step = lambda role=role: kept.update(  # type: ignore[method-assign,misc]
+            {role: {n: w.grad.clone() for n, w in ppo.actors.trained(role).items()}}  # type: ignore[union-attr]
+        )
+    ppo._minibatch(packs)
+
+    model, tokens = ppo.actors.model.eval(), sum(pack.mask_BG.sum().item() for pack in packs)
+    for role in ("policy", "value"):
+        for weight in ppo.actors.trained(role).values():
+            weight.grad = None
+    for pack in packs:
+        for row in range(len(pack.rows)):
+            count = int(pack.mask_BG[row].sum())
+            ids = pack.ids_BT[row, : int(pack.mask_BT[row].sum())]
+            states = slice(len(ids) - count - 1, len(ids) - 1)
+            losses = {}
+            for role, adapter in (("policy", POLICY), ("value", POLICY if critic == "trunk" else VALUE)):
+                ppo.actors.act_as(adapter)
+                out = model(input_ids=ids[None], output_hidden_states=True)
+                if role == "policy":
+                    logp = torch.log_softmax(out.logits[0, states], -1).gather(1, ids[-count:, None])[:, 0]
+                    ratio = torch.exp(logp - pack.old_logp_BG[row, :count])
+                    losses[role] = -(ratio * pack.advantages_BG[row, :count]).sum() / tokens
+                else:
+                    values = ppo.actors.value_head(out.hidden_states[-1][0, states])[:, 0]
+                    losses[role] = 0.3 * 0.5 * (values - pack.returns_BG[row, :count]).square().sum() / tokens
+                losses[role].backward()
+    for role in ("policy", "value"):
+        for name, weight in ppo.actors.trained(role).items():
+            own = weight.grad if weight.grad is not None else torch.zeros_like(weight)
+            assert torch.allclose(kept[role][name], own, atol=1e-6, rtol=1e-3), name
+
+
+def test_it_learns_what_it_is_paid_for(tiny_base: Path) -> None:
+    """Paid for answers in which a certain letter is frequent, it writes it more often."""
+
+    def share(completions: list[str], **columns: Any) -> list[float]:
+        return [text.count("e") / max(len(text), 1) for text in completions]
+
+    ppo = trainer(
+        tiny_base, share, steps=10, batch_size=32, per_device_train_batch_size=32, learning_rate=5e-3, temperature=0.1,
+        lr_scheduler_type="constant", kl_coef=0.0, missing_eos_penalty=0.0,
+    )  # fmt: skip
+    scores = [step["score"] for step in ppo.steps()]
+    assert scores[-1] > 4 * scores[0]
+
+
+def test_one_update_a_batch_has_ratio_one_whatever_was_written(tiny_base: Path) -> None:
+    ppo = trainer(tiny_base, length, batch_size=4, num_ppo_epochs=1, steps=1)
+    numbers = next(ppo.steps())
+    assert numbers["ratio"] == 1.0 and numbers["clip_fraction"] == 0.0
+
+
+def ppo_tree(base: Path, folder: Path, **train: Any) -> dict[str, Any]:
+    tree = tiny_tree(base, folder)
+    tree["stages"] = {name: tree["stages"][name] for name in ("sft", "reward")}
+    tree["stages"]["sft"].pop("from")
+    data = {
+        "path": head("prompts.jsonl", 16, folder / "p.jsonl"),
+        "test": head("prompts_test.jsonl", 4, folder / "t.jsonl"),
+    }
+    tree["stages"]["ppo"] = {
+        "from": "sft", "reward": "reward", "data": data,
+        "train": {
+            "steps": 6, "batch_size": 8, "mini_batch_size": 4, "per_device_train_batch_size": 2,
+            "response_length": 10, "learning_rate": 1e-3, "save_steps": 1, **train,
+        },
+    }  # fmt: skip
+    return tree
+
+
+@pytest.fixture(scope="module")
+def parents(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with sft and reward trained, for stages that go on from them."""
+    folder = tmp_path_factory.mktemp("parents")
+    os.chdir(ROOT)
+    tree = ppo_tree(tiny_base, folder)
+    recipe = build(tree)
+    for stage in ("sft", "reward"):
+        run_stage(recipe, stage, folder / "runs")
+    return folder
+
+
+def test_a_chain_keeps_its_invariants(tiny_base: Path, parents: Path) -> None:
+    recipe = build(ppo_tree(tiny_base, parents, steps=2))
+    run_stage(recipe, "ppo", parents / "runs")
+    manifest = recipe.artifact("ppo", parents / "runs").manifest() or {}
+    found = manifest["invariants"]
+    assert found["step_0_kl"] == 0.0 and found["step_0_ratio_minus_1"] == 0.0
+    assert found["borrowed_score_difference_reward"] <= 1e-3
+    assert found["base_unchanged"] and found["copies_of_the_base"] == 1
+    assert (
+        manifest["parents"]["reward"]["adapter"]
+        == json.loads((parents / "runs/tiny/reward/manifest.json").read_text())["files"]["adapter_model.safetensors"]
+    )
+    assert {"reward", "kl"} <= manifest["before"].keys() and manifest["before"]["kl"] == 0.0
+    assert {"reward", "kl", "reward_gain_low", "reward_gain_high"} <= manifest["after"].keys()
+    saved = {path.name for path in (parents / "runs/tiny/ppo/adapter").iterdir()}
+    assert "adapter_model.safetensors" in saved and not saved & {"reference", "value", "reward-reward"}
+
+
+def test_a_second_copy_of_the_base_is_found(tiny_base: Path) -> None:
+    from pipeline.errors import BrokenInvariant
+
+    ppo = trainer(tiny_base, length, batch_size=4)
+    second = bases.load_base(spec(tiny_base), ppo.tokenizer)
+    with pytest.raises(BrokenInvariant, match="one copy of the base"):
+        invariants.one_copy_of_the_base(ppo.actors.model)
+    del second
+
+
+def test_a_reward_model_that_scores_otherwise_is_refused(tiny_base: Path, parents: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from pipeline.errors import BrokenInvariant
+
+    artifact = Artifact(parents / "runs/tiny/reward")
+    ppo = trainer(tiny_base, length, dtype="bfloat16", batch_size=4)
+    weights = load_file(artifact.adapter / "adapter_model.safetensors")
+    altered = parents / "altered"
+    altered.mkdir()
+    (altered / "adapter_config.json").write_bytes((artifact.adapter / "adapter_config.json").read_bytes())
+    key = next(name for name in weights if ".score." in name)
+    weights[key] = weights[key] + 0.1
+    save_file(weights, altered / "adapter_model.safetensors")
+    for folder, name, fits in ((artifact.adapter, "reward-right", True), (altered, "reward-wrong", False)):
+        ppo.actors.reward_heads[name] = adapters.borrowed(ppo.actors.model, name, folder)  # type: ignore[assignment]
+        if fits:
+            invariants.scores_as_it_did(ppo.actors, name, artifact, "bfloat16")
+        else:
+            with pytest.raises(BrokenInvariant, match="through its borrowed adapter"):
+                invariants.scores_as_it_did(ppo.actors, name, artifact, "bfloat16")
+
+
+FUNCTIONS = """
+import math
+def good(completions, answer, **kwargs): return [float(a in c[0]["content"]) for a, c in zip(answer, completions)]
+def raises(**kwargs): raise KeyError("colour")
+def short(completions, **kwargs): return [1.0]
+def nan(completions, **kwargs): return [math.nan] * len(completions)
+def words(completions, **kwargs): return ["fine"] * len(completions)
+constant = 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("raises", "raised KeyError: 'colour'"), ("short", "returned 1 values for"),
+        ("nan", "expected a finite number"),
+        ("words", "returned 'fine' for the prompt at"), ("absent", "defines no function 'absent'"),
+        ("constant", "defines no function 'constant'"),
+    ],
+)  # fmt: skip
+def test_bad_reward_functions_are_named(tiny_base: Path, parents: Path, tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "f.py").write_text(FUNCTIONS)
+    tree = ppo_tree(tiny_base, parents)
+    tree["stages"]["ppo"]["reward"] = f"{tmp_path}/f.py:{name}"
+    with pytest.raises(UserError, match=said):
+        run_stage(build(tree), "ppo", parents / "runs")
+
+
+def test_models_and_functions_add_up_by_weight(tiny_base: Path, parents: Path, tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text(FUNCTIONS)
+    tree = ppo_tree(tiny_base, parents, steps=1)
+    tree["stages"]["ppo"]["reward"] = [{"source": "reward", "weight": 0.5}, {"source": f"{tmp_path}/f.py:good"}]
+    recipe = build(tree)
+    assert recipe.parents("ppo") == {"policy": "sft", "reward": "reward"}
+    run_stage(recipe, "ppo", parents / "runs")
+    before = recipe.parts()["ppo"]
+    (tmp_path / "f.py").write_text(FUNCTIONS + "\n")
+    assert recipe.parts()["ppo"] != before, "a changed reward function makes the stage stale"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"reward": "sft"}, "'sft' is a sft stage, not a reward model"),
+        ({"reward": "rewards"}, "no stage 'rewards' in this recipe; did you mean 'reward'"),
+        ({"reward": "nowhere.py:f"}, "no such file: nowhere.py"),
+        ({"reward": None}, "is missing: name a reward stage"),
+        ({"train": {"batch_size": 6, "mini_batch_size": 4}}, "not a multiple of mini_batch_size"),
+        ({"train": {"kl_coeff": 0.1}}, "unknown key; did you mean 'kl_coef'"),
+        ({"train": {"lam": 1.5}}, "stages.ppo.train.lam"),
+        ({"train": {"critic": "none"}}, "stages.ppo.train.critic"),
+    ],
+)
+def test_bad_recipes_are_refused_early(tiny_base: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    tree = ppo_tree(tiny_base, tmp_path)
+    tree["stages"]["ppo"] |= change
+    with pytest.raises(UserError, match=r"recipe.yaml:\d+: stages.ppo") as caught:
+        read(write_recipe(tree, tmp_path / "recipe.yaml"))
+    assert said in str(caught.value)
+
+
+def test_prompts_that_leave_no_room_are_named(tiny_base: Path, parents: Path) -> None:
+    with pytest.raises(UserError, match=r"p\.jsonl:1: \d+ tokens"):
+        run_stage(build(ppo_tree(tiny_base, parents, max_length=20)), "ppo", parents / "runs")
+
+
+def numbers(**changed: float) -> dict[str, float]:
+    usual = {"kl": 1.0, "entropy": 2.0, "answer_length": 20.0, "reward": 0.0, "eos_share": 1.0, "empty_share": 0.0}
+    return {**usual, **changed}
+
+
+def test_health_stops_and_warns_by_its_rules() -> None:
+    def told(steps: list[dict[str, float]]) -> tuple[list[str | None], list[str]]:
+        health = Health(kl_stop=10.0)
+        verdicts = [health.verdict(step) for step in steps]
+        return [reason for reason, _ in verdicts], [warning for _, warnings in verdicts for warning in warnings]
+
+    stopped, warned = told([numbers()] * 20)
+    assert stopped == [None] * 20 and not warned
+    assert "kl_stop" in (told([numbers(kl=10.5)])[0][0] or "")
+    assert "loss is nan" in (told([numbers(loss=float("nan"))])[0][0] or "")
+    never_ends, _ = told([numbers(eos_share=0.0)] * WINDOW)
+    assert never_ends[:-1] == [None] * (WINDOW - 1) and "ended by itself" in (never_ends[-1] or "")
+    assert "empty" in (told([numbers(empty_share=1.0)] * WINDOW)[0][-1] or "")
+    _, warned = told([numbers(), numbers(entropy=0.05), numbers(entropy=0.04)])
+    assert len(warned) == 1 and "entropy has collapsed" in warned[0]
+    growing = [numbers(reward=step / 10, answer_length=20.0 + 2 * step) for step in range(20)]
+    assert any("pay for length" in warning for warning in told(growing)[1])
+    falling = [numbers(reward=-step / 10, answer_length=20.0 + 2 * step) for step in range(20)]
+    assert not told(falling)[1]
+
+
+def test_two_processes_end_with_one_adapter(tiny_base: Path, parents: Path) -> None:
+    path = write_recipe(ppo_tree(tiny_base, parents, steps=2, learning_rate=2e-3), parents / "two.yaml")
+    said = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         "-m", "pipeline.worker", str(path), "ppo", "--runs", str(parents / "runs")],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, timeout=120,
+    )  # fmt: skip
+    assert said.returncode == 0, said.stdout + said.stderr
+    found = json.loads((parents / "runs/tiny/ppo/manifest.json").read_text())["invariants"]
+    assert found["processes"] == 2 and found["adapters_equal_on_all_processes"]

@@ -1,0 +1,167 @@
+"""Our PPO against TRL 1.12's experimental PPOTrainer: episodes a second and peak live bytes, same work, in one run.
+
+    pip install --no-deps --target /tmp/trl112 trl==1.12.0
+    OMP_WAIT_POLICY=passive python scripts/bench_ppo.py /tmp/trl112 --runs runs/quickstart [--rounds 3] [--json FILE]
+
+Both sides take the policy and the reward model of a finished quickstart run (`--runs`): the same 4-bit base, prompts,
+answer length, batch, microbatch and epochs. TRL holds three quantised models (policy with its adapter switched off as
+reference, value, reward), ours one. Rounds are interleaved; the bitsandbytes guard of models/base.py is on for both,
+else TRL would lose its gradients on CPUs with AVX512-BF16. Live bytes are counted in one more step of each (the counting
+slows it), weights included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+BATCH, MICRO, ANSWER, EPOCHS, RATE, TEMPERATURE = 32, 8, 48, 2, 1e-5, 1.0
+
+
+def prompts(tokenizer: Any) -> list[dict[str, Any]]:
+    lines = Path("data/prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{**json.loads(line), "_place": f"data/prompts.jsonl:{i}"} for i, line in enumerate(lines, 1)]
+
+
+class Ours:
+    name = "onebase"
+
+    def __init__(self, spec: Any, runs: Path, critic: str, dequantize: bool) -> None:
+        from pipeline.models import adapters
+        from pipeline.models import base as bases
+        from pipeline.ppo import rewards
+        from pipeline.ppo.actors import REFERENCE, VALUE, Actors
+        from pipeline.ppo.settings import PPOSettings
+        from pipeline.ppo.trainer import PPOTrainer
+
+        tokenizer = bases.load_tokenizer(spec)
+        model = adapters.carried(bases.load_base(spec, tokenizer), runs / "sft" / "adapter")
+        adapters.twin(model, REFERENCE)
+        source = rewards.source("reward", 1.0)
+        head = adapters.borrowed(model, "reward-reward", runs / "reward" / "adapter")
+        if critic == "adapter":
+            adapters.borrowed(model, VALUE, runs / "reward" / "adapter", trainable=True)
+        settings = PPOSettings(
+            steps=1000, batch_size=BATCH, per_device_train_batch_size=MICRO, response_length=ANSWER,
+            num_ppo_epochs=EPOCHS, learning_rate=RATE, gradient_checkpointing=False, critic=critic,  # type: ignore[arg-type]
+            dequantize_rollout=dequantize,
+        )  # fmt: skip
+        actors = Actors(model, tokenizer.pad_token_id, TEMPERATURE, settings.critic, {"reward-reward": head})  # type: ignore[dict-item]
+        self.modules = [model, actors.value_head]
+        self.steps = PPOTrainer(actors, tokenizer, prompts(tokenizer), [source], settings, 17).steps()
+
+    def step(self) -> dict[str, float]:
+        return next(self.steps)
+
+
+class Theirs:
+    name = "trl 1.12"
+
+    def __init__(self, spec: Any, runs: Path) -> None:
+        from datasets import Dataset
+        from peft import PeftModel
+        from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+        from pipeline.data import render
+        from pipeline.models import base as bases
+
+        tokenizer = bases.load_tokenizer(spec)
+        # It tells padding by the token's id, so the end-of-turn token must not be the pad token.
+        tokenizer.pad_token_id, tokenizer.padding_side = 0, "left"
+
+        def headed(trainable: bool) -> Any:
+            base = bases.load_base(spec, tokenizer, reward=True)
+            return PeftModel.from_pretrained(base, runs / "reward" / "adapter", is_trainable=trainable).base_model.model
+
+        policy = PeftModel.from_pretrained(bases.load_base(spec, tokenizer), runs / "sft" / "adapter", is_trainable=True)
+        value, reward = headed(True), headed(False)
+        for model in (policy, value, reward):
+            for name, weight in model.named_parameters():
+                if "lora_" in name or "modules_to_save" in name:
+                    weight.data = weight.data.bfloat16()  # as its own peft_config path does
+        args = PPOConfig(
+            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=MICRO, gradient_accumulation_steps=BATCH // MICRO,
+            num_mini_batches=1, num_ppo_epochs=EPOCHS, local_rollout_forward_batch_size=BATCH, response_length=ANSWER,
+            total_episodes=BATCH, stop_token="eos", missing_eos_penalty=1.0, temperature=TEMPERATURE, learning_rate=RATE,
+            num_sample_generations=0, bf16=True, report_to="none", save_strategy="no", gradient_checkpointing=False,
+            use_cpu=not __import__("torch").cuda.is_available(), logging_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        rows = Dataset.from_list([{"input_ids": render.prompt(tokenizer, row)} for row in prompts(tokenizer)])
+        self.modules = [policy, value, reward]
+        self.trainer = PPOTrainer(
+            args=args, processing_class=tokenizer, model=policy, ref_model=None, reward_model=reward, value_model=value,
+            train_dataset=rows, eval_dataset=rows,
+        )  # fmt: skip
+        from transformers import PrinterCallback
+
+        self.trainer.remove_callback(PrinterCallback)
+
+    def step(self) -> None:
+        self.trainer.train()  # total_episodes is one batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trl", type=Path, help="folder of pip install --no-deps --target for trl==1.12.0")
+    parser.add_argument("--runs", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    sys.path[:0] = [str(given.trl), str(Path(__file__).resolve().parent), "."]
+    import torch
+    import trl
+    from live_bytes import LiveBytes
+
+    from pipeline.models.spec import ModelSpec
+
+    assert trl.__version__.startswith("1.12"), f"found trl {trl.__version__} in {given.trl}"
+    spec = ModelSpec(base="models/SmolLM2-135M-Instruct", chat_template="recipes/templates/chatml.jinja")
+    sides: dict[str, Any] = {
+        "ours, critic adapter": Ours(spec, given.runs, "adapter", dequantize=False),
+        "ours, critic trunk": Ours(spec, given.runs, "trunk", dequantize=False),
+        "ours, critic adapter, dequantised rollout": Ours(spec, given.runs, "adapter", dequantize=True),
+        "trl 1.12": Theirs(spec, given.runs),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(given.rounds + 1):
+        for name, side in sides.items():
+            started = time.monotonic()
+            numbers = side.step()
+            if turn:  # the first is warm-up
+                seconds[name].append(time.monotonic() - started)
+            if numbers:
+                parts = {key: round(value, 2) for key, value in numbers.items() if key.startswith("seconds_")}
+                print(f"  {name}: {parts}, {numbers['answer_length']:.1f} tokens an answer", flush=True)
+    result = {}
+    for name, side in sides.items():
+        with LiveBytes().count(*side.modules) as live:
+            side.step()
+        best = min(seconds[name])
+        result[name] = {
+            "episodes_per_second": BATCH / best,
+            "median_episodes_per_second": BATCH / statistics.median(seconds[name]),
+            "peak_live_mib": live.peak / 2**20,
+        }
+    theirs = result["trl 1.12"]
+    print(f"\n{BATCH} episodes, answers of up to {ANSWER} tokens, microbatch {MICRO}, {EPOCHS} epochs; torch {torch.__version__}")
+    print(f"{'':<42} {'episodes/s':>10} {'ratio':>6} {'peak MiB':>9} {'ratio':>6}")
+    for name, row in result.items():
+        print(
+            f"{name:<42} {row['episodes_per_second']:>10.2f} {row['episodes_per_second'] / theirs['episodes_per_second']:>6.2f}"
+            f" {row['peak_live_mib']:>9.0f} {row['peak_live_mib'] / theirs['peak_live_mib']:>6.2f}"
+        )
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -76,7 +76,7 @@ def show_next(recipe: Recipe, path: str, runs: Path, console: Console) -> None:
     """Where things are and what to type next."""
     console.print(f"\nAdapters, manifests, logs: {runs / recipe.name}/<stage>/", highlight=False, markup=False)
     last = recipe.order()[-1]
-    change = "beta=0.3" if recipe.stages[last].kind == "dpo" else "learning_rate=1e-5"
+    change = {"dpo": "beta=0.3", "ppo": "kl_coef=0.1"}.get(recipe.stages[last].kind, "learning_rate=1e-5")
     console.print("What to type next:", highlight=False)
     for command, what in (
         (f"onebase status {path}", "where every stage stands"),
@@ -94,6 +94,9 @@ def _numbers(headline: Headline, manifest: Json) -> list[str]:
     change = after - before
     better = (change > 0) == (headline.better == "higher")
     arrow = f"{100 * change:+.1f} pts" if headline.percent else f"{change:+.3f}"
+    low, high = (manifest["after"].get(f"{headline.metric}_gain_{end}") for end in ("low", "high"))
+    if low is not None and high is not None:
+        arrow += f" (95 %: {low:+.3f} to {high:+.3f})"
     style = "dim" if change == 0 else "green" if better else "red"
     return [_number(before, headline), _number(after, headline), f"[{style}]{arrow}[/{style}]"]
 

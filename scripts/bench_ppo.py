@@ -6,8 +6,8 @@
 Both sides take the policy and the reward model of a finished quickstart run (`--runs`): the same 4-bit base, prompts,
 answer length, batch, microbatch and epochs. TRL holds three quantised models (policy with its adapter switched off as
 reference, value, reward), ours one. Rounds are interleaved; the bitsandbytes guard of models/base.py is on for both,
-else TRL would lose its gradients on CPUs with AVX512-BF16. Live bytes are counted in one more step of each (the counting
-slows it), weights included.
+else TRL would lose its gradients on CPUs with AVX512-BF16. Live bytes are counted in one more step of each (counting
+is slow), weights included.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class Theirs:
     name = "trl 1.12"
 
     def __init__(self, spec: Any, runs: Path) -> None:
+        import torch
         from datasets import Dataset
         from peft import PeftModel
         from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -82,19 +83,36 @@ class Theirs:
             base = bases.load_base(spec, tokenizer, reward=True)
             return PeftModel.from_pretrained(base, runs / "reward" / "adapter", is_trainable=trainable).base_model.model
 
-        policy = PeftModel.from_pretrained(bases.load_base(spec, tokenizer), runs / "sft" / "adapter", is_trainable=True)
+        policy = PeftModel.from_pretrained(
+            bases.load_base(spec, tokenizer), runs / "sft" / "adapter", is_trainable=True
+        )
         value, reward = headed(True), headed(False)
         for model in (policy, value, reward):
             for name, weight in model.named_parameters():
                 if "lora_" in name or "modules_to_save" in name:
                     weight.data = weight.data.bfloat16()  # as its own peft_config path does
         args = PPOConfig(
-            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=MICRO, gradient_accumulation_steps=BATCH // MICRO,
-            num_mini_batches=1, num_ppo_epochs=EPOCHS, local_rollout_forward_batch_size=BATCH, response_length=ANSWER,
-            total_episodes=BATCH, stop_token="eos", missing_eos_penalty=1.0, temperature=TEMPERATURE, learning_rate=RATE,
-            num_sample_generations=0, bf16=True, report_to="none", save_strategy="no", gradient_checkpointing=False,
-            use_cpu=not __import__("torch").cuda.is_available(), logging_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
+            output_dir=tempfile.mkdtemp(),
+            per_device_train_batch_size=MICRO,
+            gradient_accumulation_steps=BATCH // MICRO,
+            num_mini_batches=1,
+            num_ppo_epochs=EPOCHS,
+            local_rollout_forward_batch_size=BATCH,
+            response_length=ANSWER,
+            total_episodes=BATCH,
+            stop_token="eos",
+            missing_eos_penalty=1.0,
+            temperature=TEMPERATURE,
+            learning_rate=RATE,
+            num_sample_generations=0,
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            gradient_checkpointing=False,
+            save_strategy="no",
+            report_to="none",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
         rows = Dataset.from_list([{"input_ids": render.prompt(tokenizer, row)} for row in prompts(tokenizer)])
         self.modules = [policy, value, reward]
         self.trainer = PPOTrainer(
@@ -152,13 +170,13 @@ def main() -> None:
             "peak_live_mib": live.peak / 2**20,
         }
     theirs = result["trl 1.12"]
-    print(f"\n{BATCH} episodes, answers of up to {ANSWER} tokens, microbatch {MICRO}, {EPOCHS} epochs; torch {torch.__version__}")
+    work = f"{BATCH} episodes, answers of up to {ANSWER} tokens, microbatch {MICRO}, {EPOCHS} epochs"
+    print(f"\n{work}; torch {torch.__version__}")
     print(f"{'':<42} {'episodes/s':>10} {'ratio':>6} {'peak MiB':>9} {'ratio':>6}")
     for name, row in result.items():
-        print(
-            f"{name:<42} {row['episodes_per_second']:>10.2f} {row['episodes_per_second'] / theirs['episodes_per_second']:>6.2f}"
-            f" {row['peak_live_mib']:>9.0f} {row['peak_live_mib'] / theirs['peak_live_mib']:>6.2f}"
-        )
+        speed, peak = row["episodes_per_second"], row["peak_live_mib"]
+        ratios = (speed / theirs["episodes_per_second"], peak / theirs["peak_live_mib"])
+        print(f"{name:<42} {speed:>10.2f} {ratios[0]:>6.2f} {peak:>9.0f} {ratios[1]:>6.2f}")
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
 

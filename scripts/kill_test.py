@@ -1,8 +1,9 @@
 """Kill a chain with SIGKILL at random moments, run it to its end, and compare its adapters with an unbroken run's.
 
-    python scripts/kill_test.py [--kills 10] [--seed 1] [--recipe RECIPE]
+    python scripts/kill_test.py [--kills 10] [--seed 1] [--recipe RECIPE] [--stage ppo]
 
-Without a recipe it makes a tiny base and runs pretrain, sft, reward and dpo on it (some minutes on 2 CPU cores).
+Without a recipe it makes a tiny base and runs pretrain, sft, reward, dpo and ppo on it (some minutes on 2 CPU cores).
+With --stage only that stage is killed, on finished parents.
 Every second kill hits the runner alone, the others the worker with its launcher, as the out-of-memory killer would.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +32,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--recipe")
+    parser.add_argument("--stage")
     given = parser.parse_args()
     chance = random.Random(given.seed)
     with tempfile.TemporaryDirectory() as scratch:
@@ -38,6 +41,11 @@ def main() -> None:
         begun = time.monotonic()
         _start(path, Path(scratch) / "unbroken").wait()
         whole = time.monotonic() - begun
+        if given.stage:
+            broken = Path(scratch) / "broken" / recipe.name
+            shutil.copytree(Path(scratch) / "unbroken" / recipe.name, broken)
+            whole = (recipe.artifact(given.stage, Path(scratch) / "broken").manifest() or {})["seconds"]
+            shutil.rmtree(broken / given.stage)
         print(f"unbroken: {whole:.0f} s")
         for kill in range(given.kills):
             _run_and_kill(path, recipe, Path(scratch) / "broken", chance.uniform(0.05, 0.25) * whole, kill % 2 == 0)
@@ -67,6 +75,12 @@ def _tiny_recipe(folder: Path) -> Path:
             "sft": {"from": "pretrain", "data": {"path": "data/demonstrations.jsonl", "limit": 160}},
             "reward": {"from": "sft", "data": pairs},
             "dpo": {"from": "sft", "data": pairs},
+            "ppo": {
+                "from": "sft",
+                "reward": "reward",
+                "data": {"path": "data/prompts.jsonl"},
+                "train": {"steps": 30, "batch_size": 16, "response_length": 16, "save_steps": 1},
+            },
         },
     }
     path = folder / "kill-test.yaml"

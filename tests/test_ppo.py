@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -184,6 +185,28 @@ def test_it_learns_what_it_is_paid_for(tiny_base: Path) -> None:
     )  # fmt: skip
     scores = [step["score"] for step in ppo.steps()]
     assert scores[-1] > 4 * scores[0]
+
+
+def test_scores_all_alike_at_the_start_give_no_scale(tiny_base: Path) -> None:
+    """A checked reward that nobody earns in the first batch has deviation 0, by which nothing must be divided."""
+    batches = iter([0.0, 1.0])
+
+    def later(completions: list[str], **columns: Any) -> list[float]:
+        return [next(batches)] * len(completions)
+
+    ppo = trainer(tiny_base, later, batch_size=4, steps=2, missing_eos_penalty=0.0)
+    assert [step["reward"] for step in ppo.steps()] == [0.0, 1.0]
+
+
+def test_normalised_scores_are_those_of_the_first_batch(tiny_base: Path) -> None:
+    ppo = trainer(tiny_base, length, batch_size=4, steps=1, missing_eos_penalty=0.25)
+    rows, episodes = ppo.rollout(0)
+    raw = [1.0, 3.0, 4.0, 8.0]
+    packs = packed(episodes, 4, ppo.actors.pad_id, ppo.actors.device)
+    ppo.normalize(raw, episodes, packs)
+    mean, deviation = statistics.mean(raw), statistics.stdev(raw)
+    expected = [(raw[row] - mean) / deviation - 0.25 * (not episodes[row].ended) for row in packs[0].rows]
+    assert packs[0].scores_B.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_one_update_a_batch_has_ratio_one_whatever_was_written(tiny_base: Path) -> None:

@@ -44,6 +44,7 @@ def readme_commands() -> list[str]:
 def test_the_commands_of_the_readme(tiny_base: Path, tmp_path: Path) -> None:
     """Each is typed as it stands, with a tiny base and two steps a stage in place of the demo model."""
     small = ["-o", f"model.base={tiny_base}", "-o", "train.max_steps=2", "-o", "train.max_length=512"]
+    small += ["-o", "stages.ppo.train.steps=2", "-o", "stages.ppo.train.batch_size=8"]
     said = {}
     for command in readme_commands():
         words = shlex.split(command)
@@ -58,8 +59,8 @@ def test_the_commands_of_the_readme(tiny_base: Path, tmp_path: Path) -> None:
         assert shown.returncode == 0, f"{command}\n{shown.stdout}\n{shown.stderr}"
         said[command] = shown.stdout
     assert "quickstart" in said["onebase ls"] and (tmp_path / "my.yaml").exists()
-    assert "sound, 4 stages: pretrain -> sft -> reward -> dpo" in said["onebase check recipes/quickstart.yaml"]
-    assert said["onebase plan recipes/quickstart.yaml"].count("new, would run") == 4
+    assert "sound, 5 stages: pretrain -> sft -> reward -> dpo -> ppo" in said["onebase check recipes/quickstart.yaml"]
+    assert said["onebase plan recipes/quickstart.yaml"].count("new, would run") == 5
     whole = said["onebase run recipes/quickstart.yaml"]
     for shown_to_a_person in ("comparisons ranked right", "Q: ", "base", "onebase status", "Adapters, manifests, logs"):
         assert shown_to_a_person in whole

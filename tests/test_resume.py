@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,33 @@ def test_killed_at_random_moments_equals_unbroken(tiny_base: Path, tmp_path: Pat
     assert "going on from step" in resumed
     for stage in ("sft", "dpo"):
         assert adapter_bytes(broken, stage) == adapter_bytes(tmp_path / "unbroken", stage)
+
+
+def test_a_killed_ppo_stage_equals_an_unbroken_one(tiny_base: Path, tmp_path: Path) -> None:
+    tree = tiny_tree(tiny_base, tmp_path)
+    tree["stages"] = {name: tree["stages"][name] for name in ("sft", "reward")}
+    tree["stages"]["sft"].pop("from")
+    tree["stages"]["ppo"] = {
+        "from": "sft", "reward": "reward", "data": {"path": "data/prompts.jsonl"},
+        "train": {
+            "steps": 8, "batch_size": 8, "mini_batch_size": 4, "per_device_train_batch_size": 4, "response_length": 8,
+            "kl_target": 0.5, "normalize_reward": "running", "learning_rate": 1e-3, "save_steps": 1,
+        },
+    }  # fmt: skip
+    path = write_recipe(tree, tmp_path / "recipe.yaml")
+    finished(path, tmp_path / "unbroken")
+    shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken" / "tiny" / "ppo")
+    chance, resumed = random.Random(6), ""
+    for step in (2, 5):
+        process = start(path, tmp_path / "broken")
+        wait_for(tmp_path / "broken" / "tiny" / "ppo" / "checkpoints" / f"checkpoint-{step}", process)
+        time.sleep(chance.random() * 0.2)
+        process.send_signal(signal.SIGKILL)
+        resumed += process.communicate(timeout=120)[0]
+    resumed += finished(path, tmp_path / "broken")
+    assert "going on from step" in resumed
+    assert adapter_bytes(tmp_path / "broken", "ppo") == adapter_bytes(tmp_path / "unbroken", "ppo")
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_run_is_refused(tiny_base: Path, tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from pipeline.ppo.trainer import PPOTrainer
 
 RESAMPLES = 10_000
+ANSWERS = 2
+"""Sampled to each prompt."""
 
 
 @dataclass(frozen=True)
 class Rewarded:
-    """One sampled answer to each held-out prompt."""
+    """A few sampled answers to each held-out prompt, those to one prompt beside each other."""
 
     scores: list[float]
     kl: list[float]
@@ -29,17 +31,18 @@ class Rewarded:
     ended: list[bool]
 
 
-def ask(trainer: PPOTrainer, rows: list[Row]) -> Rewarded:
+def ask(trainer: PPOTrainer, prompts: list[Row]) -> Rewarded:
     """The policy as it stands, sampled at the training temperature; the same random draws each time it is called."""
-    if not rows:
+    if not prompts:
         return Rewarded([], [], [], [])
+    rows = [row for row in prompts for _ in range(ANSWERS)]
     actors = trainer.actors
     episodes = trainer.answers(rows, "held-out")
     texts = [trainer.text(episode) for episode in episodes]
     scores = rewards.scores(trainer.sources, actors, trainer.tokenizer, rows, texts, trainer.at_once())
     kl = [0.0] * len(rows)
-    for pack in packed(episodes, trainer.at_once(), actors.pad_id, actors.device):
-        with torch.no_grad():
+    for pack in packed(episodes, trainer.at_once(), actors.pad_id, actors.device) if trainer.step else []:
+        with torch.no_grad():  # before the first step the policy is its reference
             difference_BG = actors.policy(pack, POLICY)[0] - actors.policy(pack, REFERENCE)[0]
         for row, nats in zip(pack.rows, difference_BG.sum(1).tolist(), strict=True):
             kl[row] = nats
@@ -64,7 +67,7 @@ def gain(before: Rewarded, after: Rewarded, seed: int) -> dict[str, float]:
     """The mean rise of a prompt's reward with its 95 % interval (percentile bootstrap over prompts)."""
     if not before.scores:
         return {}
-    rises_P = numpy.array(after.scores) - numpy.array(before.scores)
+    rises_P = (numpy.array(after.scores) - numpy.array(before.scores)).reshape(-1, ANSWERS).mean(1)
     drawn = numpy.random.default_rng(seed).integers(0, len(rises_P), (RESAMPLES, len(rises_P)))
     low, high = numpy.percentile(rises_P[drawn].mean(1), [2.5, 97.5])
     return {"reward_gain": float(rises_P.mean()), "reward_gain_low": float(low), "reward_gain_high": float(high)}

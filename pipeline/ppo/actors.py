@@ -41,16 +41,20 @@ LOGITS_AT_ONCE = 1 << 26
 class Pack:
     """Episodes of like length that pass through the model together, the same ones at scoring and in every epoch.
 
-    ids_BT and mask_BT hold prompt and answer, padded on the right. The G columns are an answer's tokens: answer_BG,
-    and mask_BG 1.0 where there is one; state_BG is the place in T from which it is predicted.
+    ids_BT and mask_BT hold prompt and answer, padded on the right. Of the N answer tokens of all rows, row after row,
+    token_N is the id, row_N and column_N the place among the G columns of answers, state_N the place in T from which
+    it is predicted. mask_BG is 1.0 where an answer has a token. Places are made on the host, so that nothing on the
+    device depends on data.
     """
 
     rows: list[int]
     ids_BT: Tensor
     mask_BT: Tensor
-    answer_BG: Tensor
-    state_BG: Tensor
     mask_BG: Tensor
+    token_N: Tensor
+    row_N: Tensor
+    column_N: Tensor
+    state_N: Tensor
     scores_B: Tensor = field(default_factory=lambda: torch.empty(0))
     old_logp_BG: Tensor = field(default_factory=lambda: torch.empty(0))
     ref_logp_BG: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -121,7 +125,7 @@ class Actors:
         self.act_as(adapter)
         with computing(self.model):
             states_NH = self._states(pack)
-            logp_N, entropy_N = self._log_probs(states_NH, pack.answer_BG[pack.mask_BG.bool()])
+            logp_N, entropy_N = self._log_probs(states_NH, pack.token_N)
         shared = adapter == POLICY == self.value_adapter
         values_BG = _placed(self._values(states_NH), pack) if shared else None
         return _placed(logp_N, pack), _placed(entropy_N, pack), values_BG
@@ -168,9 +172,7 @@ class Actors:
 
     def _states(self, pack: Pack) -> Tensor:
         """Hidden states (N, hidden) before the answers' tokens, row after row."""
-        hidden_BTH = self.hidden(pack.ids_BT, pack.mask_BT)
-        rows_N, columns_N = pack.mask_BG.nonzero(as_tuple=True)
-        return hidden_BTH[rows_N, pack.state_BG[rows_N, columns_N]]
+        return self.hidden(pack.ids_BT, pack.mask_BT)[pack.row_N, pack.state_N]
 
     def _log_probs(self, states_NH: Tensor, ids_N: Tensor) -> tuple[Tensor, Tensor]:
         def part(states_nH: Tensor, ids_n: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,10 +200,13 @@ def packed(episodes: list[Episode], at_once: int, pad_id: int, device: torch.dev
 
 def _pack(rows: list[int], episodes: list[Episode], pad_id: int, device: torch.device) -> Pack:
     ids_BT, mask_BT = padded([episodes[i].prompt_ids + episodes[i].answer_ids for i in rows], pad_id)
-    answer_BG, mask_BG = padded([episodes[i].answer_ids for i in rows], pad_id)
-    prompt_B = torch.tensor([len(episodes[i].prompt_ids) for i in rows])
-    state_BG = (prompt_B[:, None] - 1 + torch.arange(answer_BG.shape[1])) * mask_BG
-    tensors = (ids_BT, mask_BT, answer_BG, state_BG, mask_BG.float())
+    _, mask_BG = padded([episodes[i].answer_ids for i in rows], pad_id)
+    places = [
+        (token, place, column, len(episodes[i].prompt_ids) + column - 1)
+        for place, i in enumerate(rows)
+        for column, token in enumerate(episodes[i].answer_ids)
+    ]
+    tensors = (ids_BT, mask_BT, mask_BG.float(), *torch.tensor(places).T.contiguous())
     return Pack(rows, *(tensor.to(device) for tensor in tensors))
 
 
@@ -230,7 +235,7 @@ def dequantized(model: torch.nn.Module) -> Iterator[None]:
 
 def _placed(values_N: Tensor, pack: Pack) -> Tensor:
     """One value for each token of an answer, laid out (B, G) with zeros elsewhere."""
-    return torch.zeros_like(pack.mask_BG).masked_scatter(pack.mask_BG.bool(), values_N.float())
+    return torch.zeros_like(pack.mask_BG).index_put((pack.row_N, pack.column_N), values_N.float())
 
 
 def _without_dropout(model: torch.nn.Module) -> None:

@@ -140,8 +140,8 @@ class PPOTrainer:
         if how == "running" or (how == "start" and self.step == 0):
             self.score_moments += _summed(maths.moments(scores_B, torch.ones_like(scores_B)))
         if how != "none":
-            mean, std = maths.mean_and_std(self.score_moments)
-            scores_B = (scores_B - mean) / max(std, 1e-6)
+            mean, std = self._score_scale()
+            scores_B = (scores_B - mean) / std
         if self.step == 0:
             self._start_critic()
         if self.settings.reward_clip is not None:
@@ -219,36 +219,12 @@ class PPOTrainer:
     def _minibatch(self, packs: list[Pack]) -> Numbers:
         """One optimizer step of policy and critic."""
         settings, actors = self.settings, self.actors
-        count = _summed(torch.tensor([p.mask_BG.sum().item() for p in packs], dtype=torch.float64).sum())
-        tokens = count.item()
-        sums = torch.zeros(6, dtype=torch.float64)
+        tokens = _summed(sum(len(pack.token_N) for pack in packs)).item()
         actors.model.train()  # activation checkpointing works in training mode only; dropout is off by now
-        for pack in packs:
-            weights_BG = maths.weights(pack.mask_BG, settings.loss_normalization, tokens, settings.mini)
-            # forward and backward under the policy's adapter
-            logp_BG, entropy_BG, values_BG = actors.policy(pack)
-            old_BG = logp_BG.detach() if self._updates_once() else pack.old_logp_BG
-            policy_loss, ratio_BG = maths.policy_loss(
-                logp_BG, old_BG, pack.advantages_BG, weights_BG, settings.cliprange
-            )
-            if values_BG is None:
-                policy_loss.backward()
-                # and under the critic's
-                values_BG = actors.values(pack)
-                value_loss = self._value_loss(values_BG, pack, weights_BG)
-                (settings.vf_coef * value_loss).backward()
-            else:
-                value_loss = self._value_loss(values_BG, pack, weights_BG)
-                (policy_loss + settings.vf_coef * value_loss).backward()
-            with torch.no_grad():
-                clipped_BG = ((ratio_BG - 1).abs() > settings.cliprange) * pack.mask_BG
-                moved_BG = maths.kl_per_token(old_BG, logp_BG.detach(), "k3") * pack.mask_BG
-                parts = (clipped_BG, moved_BG, entropy_BG * pack.mask_BG, ratio_BG * pack.mask_BG)
-                shares = [part.double().sum().cpu() / tokens for part in parts]
-                sums += torch.stack([policy_loss.detach().double().cpu(), value_loss.detach().double().cpu(), *shares])
+        sums = torch.stack([self.backward(pack, tokens) for pack in packs]).sum(0)
         actors.model.eval()
         actors.act_as(POLICY)
-        policy_loss, value_loss, clipped, moved, entropy, ratio = _summed(sums).tolist()
+        policy_loss, value_loss, clipped, moved, entropy, ratio = _summed(sums.cpu()).tolist()
         numbers = {
             "loss": policy_loss + settings.vf_coef * value_loss,
             "policy_loss": policy_loss,
@@ -259,6 +235,31 @@ class PPOTrainer:
             "ratio": ratio,
         }
         return numbers | self._optimizer_step(finite=math.isfinite(numbers["loss"]))
+
+    def backward(self, pack: Pack, tokens: float) -> Tensor:
+        """Add a pack's gradients for a minibatch of `tokens` answer tokens. Gives its share of policy loss, value loss,
+        clip fraction, KL from the policy that wrote it, entropy and ratio, (6,) in float64."""
+        settings, actors = self.settings, self.actors
+        weights_BG = maths.weights(pack.mask_BG, settings.loss_normalization, tokens, settings.mini)
+        # forward and backward under the policy's adapter
+        logp_BG, entropy_BG, values_BG = actors.policy(pack)
+        old_BG = logp_BG.detach() if self._updates_once() else pack.old_logp_BG
+        policy_loss, ratio_BG = maths.policy_loss(logp_BG, old_BG, pack.advantages_BG, weights_BG, settings.cliprange)
+        if values_BG is None:
+            policy_loss.backward()
+            # and under the critic's
+            values_BG = actors.values(pack)
+            value_loss = self._value_loss(values_BG, pack, weights_BG)
+            (settings.vf_coef * value_loss).backward()
+        else:
+            value_loss = self._value_loss(values_BG, pack, weights_BG)
+            (policy_loss + settings.vf_coef * value_loss).backward()
+        with torch.no_grad():
+            clipped_BG = ((ratio_BG - 1).abs() > settings.cliprange) * pack.mask_BG
+            moved_BG = maths.kl_per_token(old_BG, logp_BG.detach(), "k3") * pack.mask_BG
+            parts = (clipped_BG, moved_BG, entropy_BG * pack.mask_BG, ratio_BG * pack.mask_BG)
+            shares = [part.double().sum() / tokens for part in parts]
+            return torch.stack([policy_loss.detach().double(), value_loss.detach().double(), *shares])
 
     def _value_loss(self, values_BG: Tensor, pack: Pack, weights_BG: Tensor) -> Tensor:
         return maths.value_loss(values_BG, pack.values_BG, pack.returns_BG, weights_BG, self.settings.cliprange_value)
@@ -301,10 +302,13 @@ class PPOTrainer:
         model = next((source for source in self.sources if source.adapter is not None), None)
         if model is None or model.adapter is None or self.actors.value_adapter == POLICY:
             return
-        mean, std = 0.0, 1.0
-        if self.settings.normalize_reward != "none":
-            mean, std = maths.mean_and_std(self.score_moments)
-        self.actors.start_values_from(model.adapter, mean, max(std, 1e-6), model.weight)
+        mean, std = self._score_scale() if self.settings.normalize_reward != "none" else (0.0, 1.0)
+        self.actors.start_values_from(model.adapter, mean, std, model.weight)
+
+    def _score_scale(self) -> tuple[float, float]:
+        """Mean and deviation of scores; where all were alike there is no scale to learn, and theirs is kept."""
+        mean, std = maths.mean_and_std(self.score_moments)
+        return mean, std if std > 1e-3 * max(1.0, abs(mean)) else 1.0
 
     def _updates_once(self) -> bool:
         return self.settings.num_ppo_epochs == 1 and self.settings.mini == self.settings.batch_size

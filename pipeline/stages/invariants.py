@@ -220,9 +220,8 @@ def policy_is_reference(trainer: PPOTrainer) -> Found:
         old_BG = actors.policy(pack)[0]
         with computing(actors.model):
             logits_BTV = actors.model(input_ids=pack.ids_BT, attention_mask=pack.mask_BT, use_cache=False).logits
-        at_states_BGV = logits_BTV.gather(1, pack.state_BG[..., None].expand(-1, -1, logits_BTV.shape[-1]))
-        logp_BGV = torch.log_softmax(at_states_BGV.float() / settings.temperature, -1)
-        own_BG = logp_BGV.gather(-1, pack.answer_BG[..., None]).squeeze(-1) * pack.mask_BG
+        logp_NV = torch.log_softmax(logits_BTV[pack.row_N, pack.state_N].float() / settings.temperature, -1)
+        own_N = logp_NV.gather(-1, pack.token_N[:, None]).squeeze(-1)
     actors.model.train()
     new_BG = actors.policy(pack)[0].detach()
     actors.model.eval()
@@ -232,7 +231,7 @@ def policy_is_reference(trainer: PPOTrainer) -> Found:
     found = {
         "step_0_kl": (old_BG - reference_BG).abs().max().item(),
         "step_0_ratio_minus_1": (torch.exp(new_BG - old_BG) - 1).abs().max().item(),
-        "step_0_logp_against_own_forward": (own_BG - old_BG).abs().max().item(),
+        "step_0_logp_against_own_forward": (own_N - old_BG[pack.row_N, pack.column_N]).abs().max().item(),
         "step_0_logp_against_sampler": ((written_BG - old_BG).abs().sum() / pack.mask_BG.sum()).item(),
     }
     limits = {

@@ -1,0 +1,235 @@
+"""Peak memory of one PPO step at the true shapes of an 8B model, without its weights.
+
+    python scripts/ppo_memory.py [--prompt 256] [--answer 256] [--batch 16] [--micro 2] [--critic adapter|trunk]
+    python scripts/ppo_memory.py --cuda      the same with random weights on a GPU, max_memory_allocated beside it
+
+Llama-3-8B (hidden 4096, 32 layers, vocabulary 128256) is built from its config. Without --cuda every tensor is fake: it
+has shape and type but no data, and its bytes are counted from creation to release by live_bytes.py. The 4-bit layers
+are stood in by one of the same storage (half a byte a weight and the doubly quantised constants) that keeps the packed
+weight for its backward pass and dequantises it when it is used, as bitsandbytes does. The parts of the step are those
+of pipeline/ppo: sampling with the cache, scoring under each adapter, forward and backward of policy and critic, the
+optimizers. Not in the figure: the CUDA context and the allocator's fragmentation (0.45 to 0.9 GiB).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), "."]
+
+from live_bytes import LiveBytes
+from make_tiny_base import make_tiny_base
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from pipeline.models import adapters
+from pipeline.models.base import computing
+from pipeline.ppo import algorithm as maths
+from pipeline.ppo.actors import POLICY, REFERENCE, VALUE, Actors, packed
+from pipeline.ppo.rollout import Episode
+from pipeline.ppo.settings import PPOSettings
+from pipeline.ppo.trainer import PPOTrainer
+
+LLAMA_3_8B = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "tie_word_embeddings": False,
+}  # fmt: skip
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+DECODED_SINGLY = 2
+GIB = 2**30
+
+
+class MatMul4(torch.autograd.Function):
+    """x W^T with W dequantised for the moment of use, in the forward and again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, packed_weight: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        ctx.shape, ctx.packed_weight = shape, packed_weight
+        return x @ torch.empty(shape, dtype=x.dtype, device=x.device).t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        return grad @ torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device), None, None
+
+
+class StandInLinear4bit(torch.nn.Linear):
+    """nf4 with double quantisation: blocks of 64 weights, their scales in one byte, blocks of 256 scales."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__(1, 1, bias=False, device="meta")
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        count = layer.in_features * layer.out_features
+        device = layer.weight.device
+        self.weight = torch.nn.Parameter(
+            torch.empty(count // 2, 1, dtype=torch.uint8, device=device), requires_grad=False
+        )
+        self.register_buffer("scales", torch.empty(count // 64, dtype=torch.uint8, device=device))
+        self.register_buffer("scales_of_scales", torch.empty(-(-count // 64 // 256), device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return MatMul4.apply(x.to(torch.bfloat16), self.weight, (self.out_features, self.in_features))  # type: ignore[no-any-return]
+
+
+def base(config: LlamaConfig, cuda: bool) -> Any:
+    if cuda:
+        return _random_4bit(config)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], StandInLinear4bit(torch.nn.Linear(
+                module.in_features, module.out_features, bias=False, device="meta")))  # fmt: skip
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                dtype = parameter.dtype if parameter.dtype is torch.uint8 else torch.bfloat16
+                module._parameters[name] = torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype), False)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return model
+
+
+def _random_4bit(config: LlamaConfig) -> Any:
+    """Random weights, quantised layer by layer so that the whole never lies in memory unquantised."""
+    import bitsandbytes as bnb
+
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            layer = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16,
+                compress_statistics=True, quant_type="nf4", device="meta",
+            )  # fmt: skip
+            weight = torch.randn(module.out_features, module.in_features, device="cuda", dtype=torch.bfloat16) * 0.02
+            layer.weight = bnb.nn.Params4bit(
+                weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
+            ).cuda()
+            setattr(parent, name.rpartition(".")[2], layer)
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                data = torch.randn(parameter.shape, device="cuda", dtype=torch.bfloat16) * 0.02
+                module._parameters[name] = torch.nn.Parameter(data, requires_grad=False)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config, device="cuda")
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def step(trainer: PPOTrainer, given: argparse.Namespace, seen: Any) -> None:
+    """One PPO step as trainer.py makes it, with answers of full length."""
+    actors, device = trainer.actors, trainer.actors.device
+    # sampling: the prompts at once, most answer tokens in blocks (the cache they leave is the same), the last singly
+    actors.act_as(POLICY)
+    actors.model.eval()
+    with torch.no_grad():
+        cache = DynamicCache(config=actors.config)
+        blocks = [given.prompt, *[32] * ((given.answer - DECODED_SINGLY) // 32)]
+        blocks += [1] * (given.prompt + given.answer - sum(blocks))
+        length = 0
+        for block in blocks:
+            length += block
+            ids_BT = torch.zeros(given.batch, block, dtype=torch.long, device=device)
+            mask_BT = torch.ones(given.batch, length, dtype=torch.long, device=device)
+            positions_BT = torch.arange(length - block, length, device=device).expand(given.batch, -1)
+            with computing(actors.model):
+                hidden_BTH = actors.hidden(ids_BT, mask_BT, positions_BT, cache)
+                logits_BV = actors.logits(hidden_BTH[:, -1])
+            torch.log_softmax(logits_BV.float(), -1).exp()
+        del cache, hidden_BTH, logits_BV
+    seen("sampling")
+    episodes = [Episode([0] * given.prompt, [0] * given.answer, [0.0] * given.answer, True)] * given.batch
+    packs = packed(episodes, trainer.pack_size, 0, device)
+    # scoring: reward model, reference, policy, critic
+    with torch.no_grad():
+        for pack in packs:
+            actors.act_as("reward-reward")
+            with computing(actors.model):
+                actors.hidden(pack.ids_BT, pack.mask_BT)
+    trainer.score(packs, episodes)
+    seen("scoring")
+    for pack in packs:
+        rewards_BG = maths.shaped_rewards(pack.mask_BG[:, 0], pack.old_logp_BG, pack.mask_BG, 0.05)
+        pack.advantages_BG, pack.returns_BG = maths.gae(rewards_BG, pack.values_BG, pack.mask_BG, 1.0, 0.95)
+    # one update
+    actors.model.train()
+    for pack in packs:
+        trainer.backward(pack, float(given.batch * given.answer))
+    seen("forward and backward")
+    for role, optimizer in trainer.optimizers.items():
+        for weight in actors.trained(role).values():  # type: ignore[arg-type]
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            optimizer.state[weight] = {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[weight]["step"] = torch.tensor(1.0)
+    seen("optimizers")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in (("prompt", 256), ("answer", 256), ("batch", 16), ("micro", 2), ("layers", 32)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--critic", choices=["adapter", "trunk"], default="adapter")
+    parser.add_argument("--no-checkpointing", action="store_true")
+    parser.add_argument("--cuda", action="store_true")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = AutoTokenizer.from_pretrained(make_tiny_base(Path(scratch) / "tiny"))
+    config = LlamaConfig(**{**LLAMA_3_8B, "num_hidden_layers": given.layers})  # type: ignore[arg-type]
+    live = LiveBytes()
+    with contextlib.ExitStack() as held:
+        if not given.cuda:
+            held.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            # Fake parameters cannot be moved, and are where they should be.
+            torch.nn.Module.to = lambda module, *args, **kwargs: module  # type: ignore[method-assign]
+        held.enter_context(live)
+        model = get_peft_model(base(config, given.cuda), LoraConfig(**LORA, task_type="CAUSAL_LM"))  # type: ignore[arg-type]
+        adapters.twin(model, REFERENCE)
+        adapters.twin(model, "reward-reward")
+        if given.critic == "adapter":
+            adapters.twin(model, VALUE, trainable=True)
+        settings = PPOSettings(
+            batch_size=given.batch, per_device_train_batch_size=given.micro, response_length=given.answer,
+            num_ppo_epochs=2, critic=given.critic, gradient_checkpointing=not given.no_checkpointing,
+        )  # fmt: skip
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        actors = Actors(model, 0, 1.0, settings.critic, {"reward-reward": torch.empty(1, config.hidden_size)})
+        trainer = PPOTrainer(actors, tokenizer, [], [], settings, 17)
+        print(f"{'model and adapters':<22} {live.now / GIB:6.2f} GiB")
+        live.peak = live.now  # what building it took is not the step's
+
+        def seen(part: str) -> None:
+            line = f"{part:<22} {live.peak / GIB:6.2f} GiB at its peak, {live.now / GIB:.2f} after it"
+            if given.cuda:
+                line += f"; allocated on the GPU {torch.cuda.max_memory_allocated() / GIB:.2f}"
+                torch.cuda.reset_peak_memory_stats()
+            print(line, flush=True)
+            peaks.append(live.peak)
+            live.peak = live.now
+
+        peaks: list[int] = []
+        for turn in ("first step", "second step, with the optimizers' state"):
+            print(turn, flush=True)
+            step(trainer, given, seen)
+    print(
+        f"\npeak {max(peaks) / GIB:.2f} GiB: prompt {given.prompt}, answer {given.answer}, {given.batch} episodes, "
+        f"microbatch {given.micro}, critic {given.critic}, "
+        f"checkpointing {'on' if settings.gradient_checkpointing else 'off'}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -79,7 +79,7 @@ def _tiny_recipe(folder: Path) -> Path:
                 "from": "sft",
                 "reward": "reward",
                 "data": {"path": "data/prompts.jsonl"},
-                "train": {"steps": 30, "batch_size": 16, "response_length": 16, "save_steps": 1},
+                "train": {"steps": 30, "batch_size": 16, "response_length": 48, "save_steps": 1},
             },
         },
     }

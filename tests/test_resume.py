@@ -84,7 +84,8 @@ def test_a_killed_ppo_stage_equals_an_unbroken_one(tiny_base: Path, tmp_path: Pa
     tree["stages"]["ppo"] = {
         "from": "sft", "reward": "reward", "data": {"path": "data/prompts.jsonl"},
         "train": {
-            "steps": 8, "batch_size": 8, "mini_batch_size": 4, "per_device_train_batch_size": 4, "response_length": 8,
+            # Long enough that now and then a random model ends an answer; else its health stops the run.
+            "steps": 8, "batch_size": 16, "mini_batch_size": 8, "per_device_train_batch_size": 8, "response_length": 48,
             "kl_target": 0.5, "normalize_reward": "running", "learning_rate": 1e-3, "save_steps": 1,
         },
     }  # fmt: skip

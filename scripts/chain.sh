@@ -9,3 +9,4 @@ $launch -m pipeline.worker "$recipe" pretrain   # next-token loss on documents: 
 $launch -m pipeline.worker "$recipe" sft        # dialogues: goes on with pretrain's adapter
 $launch -m pipeline.worker "$recipe" reward     # comparisons: sft's trunk under a new score head
 $launch -m pipeline.worker "$recipe" dpo        # comparisons: goes on with sft's adapter, which is also its reference
+$launch -m pipeline.worker "$recipe" ppo        # prompts: goes on with sft's adapter, paid by the reward model

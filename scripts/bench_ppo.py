@@ -1,10 +1,10 @@
 """Our PPO against TRL 1.12's experimental PPOTrainer: episodes a second and peak live bytes, same work, in one run.
 
     pip install --no-deps --target /tmp/trl112 trl==1.12.0
-    OMP_WAIT_POLICY=passive python scripts/bench_ppo.py /tmp/trl112 --runs runs/quickstart [--rounds 3] [--json FILE]
+    OMP_WAIT_POLICY=passive python scripts/bench_ppo.py /tmp/trl112 [--answer 48] [--rounds 2] [--json FILE]
 
-Both sides take the policy and the reward model of a finished quickstart run (`--runs`): the same 4-bit base, prompts,
-answer length, batch, microbatch and epochs. TRL holds three quantised models (policy with its adapter switched off as
+The demo model answers the demo prompts, with fresh adapters of the same shape on both sides: the same 4-bit base,
+prompts, answer length, batch, microbatch and epochs. TRL holds three quantised models (policy with its adapter switched off as
 reference, value, reward), ours one. Rounds are interleaved; the bitsandbytes guard of models/base.py is on for both,
 else TRL would lose its gradients on CPUs with AVX512-BF16. Live bytes are counted in one more step of each (counting
 is slow), weights included.
@@ -24,7 +24,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-BATCH, MICRO, ANSWER, EPOCHS, RATE, TEMPERATURE = 32, 8, 48, 2, 1e-5, 1.0
+BATCH, MICRO, EPOCHS, RATE, TEMPERATURE = 32, 8, 2, 1e-5, 1.0
 
 
 def prompts(tokenizer: Any) -> list[dict[str, Any]]:
@@ -32,10 +32,24 @@ def prompts(tokenizer: Any) -> list[dict[str, Any]]:
     return [{**json.loads(line), "_place": f"data/prompts.jsonl:{i}"} for i, line in enumerate(lines, 1)]
 
 
+def fresh_adapters(spec: Any, folder: Path) -> None:
+    """A policy that is still the base, and a reward model with a random head."""
+    import torch
+
+    from pipeline.models import adapters
+    from pipeline.models import base as bases
+
+    torch.manual_seed(0)
+    tokenizer = bases.load_tokenizer(spec)
+    adapters.save(adapters.fresh(bases.load_base(spec, tokenizer), spec.lora), folder / "policy")
+    judge = bases.load_base(spec, tokenizer, reward=True)
+    adapters.save(adapters.fresh(judge, spec.lora, reward=True), folder / "reward")
+
+
 class Ours:
     name = "onebase"
 
-    def __init__(self, spec: Any, runs: Path, critic: str, dequantize: bool) -> None:
+    def __init__(self, spec: Any, folder: Path, answer: int, critic: str, dequantize: bool) -> None:
         from pipeline.models import adapters
         from pipeline.models import base as bases
         from pipeline.ppo import rewards
@@ -44,14 +58,14 @@ class Ours:
         from pipeline.ppo.trainer import PPOTrainer
 
         tokenizer = bases.load_tokenizer(spec)
-        model = adapters.carried(bases.load_base(spec, tokenizer), runs / "sft" / "adapter")
+        model = adapters.carried(bases.load_base(spec, tokenizer), folder / "policy")
         adapters.twin(model, REFERENCE)
         source = rewards.source("reward", 1.0)
-        head = adapters.borrowed(model, "reward-reward", runs / "reward" / "adapter")
+        head = adapters.borrowed(model, "reward-reward", folder / "reward")
         if critic == "adapter":
-            adapters.borrowed(model, VALUE, runs / "reward" / "adapter", trainable=True)
+            adapters.borrowed(model, VALUE, folder / "reward", trainable=True)
         settings = PPOSettings(
-            steps=1000, batch_size=BATCH, per_device_train_batch_size=MICRO, response_length=ANSWER,
+            steps=1000, batch_size=BATCH, per_device_train_batch_size=MICRO, response_length=answer,
             num_ppo_epochs=EPOCHS, learning_rate=RATE, gradient_checkpointing=False, critic=critic,  # type: ignore[arg-type]
             dequantize_rollout=dequantize,
         )  # fmt: skip
@@ -66,7 +80,7 @@ class Ours:
 class Theirs:
     name = "trl 1.12"
 
-    def __init__(self, spec: Any, runs: Path) -> None:
+    def __init__(self, spec: Any, folder: Path, answer: int) -> None:
         import torch
         from datasets import Dataset
         from peft import PeftModel
@@ -81,11 +95,9 @@ class Theirs:
 
         def headed(trainable: bool) -> Any:
             base = bases.load_base(spec, tokenizer, reward=True)
-            return PeftModel.from_pretrained(base, runs / "reward" / "adapter", is_trainable=trainable).base_model.model
+            return PeftModel.from_pretrained(base, folder / "reward", is_trainable=trainable).base_model.model
 
-        policy = PeftModel.from_pretrained(
-            bases.load_base(spec, tokenizer), runs / "sft" / "adapter", is_trainable=True
-        )
+        policy = PeftModel.from_pretrained(bases.load_base(spec, tokenizer), folder / "policy", is_trainable=True)
         value, reward = headed(True), headed(False)
         for model in (policy, value, reward):
             for name, weight in model.named_parameters():
@@ -98,7 +110,7 @@ class Theirs:
             num_mini_batches=1,
             num_ppo_epochs=EPOCHS,
             local_rollout_forward_batch_size=BATCH,
-            response_length=ANSWER,
+            response_length=answer,
             total_episodes=BATCH,
             stop_token="eos",
             missing_eos_penalty=1.0,
@@ -130,8 +142,8 @@ class Theirs:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trl", type=Path, help="folder of pip install --no-deps --target for trl==1.12.0")
-    parser.add_argument("--runs", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--answer", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     sys.path[:0] = [str(given.trl), str(Path(__file__).resolve().parent), "."]
@@ -143,11 +155,13 @@ def main() -> None:
 
     assert trl.__version__.startswith("1.12"), f"found trl {trl.__version__} in {given.trl}"
     spec = ModelSpec(base="models/SmolLM2-135M-Instruct", chat_template="recipes/templates/chatml.jinja")
+    folder = Path(tempfile.mkdtemp())
+    fresh_adapters(spec, folder)
     sides: dict[str, Any] = {
-        "ours, critic adapter": Ours(spec, given.runs, "adapter", dequantize=False),
-        "ours, critic trunk": Ours(spec, given.runs, "trunk", dequantize=False),
-        "ours, critic adapter, dequantised rollout": Ours(spec, given.runs, "adapter", dequantize=True),
-        "trl 1.12": Theirs(spec, given.runs),
+        "ours, critic trunk": Ours(spec, folder, given.answer, "trunk", dequantize=False),
+        "ours, critic trunk, dequantised rollout": Ours(spec, folder, given.answer, "trunk", dequantize=True),
+        "ours, critic adapter, dequantised rollout": Ours(spec, folder, given.answer, "adapter", dequantize=True),
+        "trl 1.12": Theirs(spec, folder, given.answer),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(given.rounds + 1):
@@ -170,7 +184,7 @@ def main() -> None:
             "peak_live_mib": live.peak / 2**20,
         }
     theirs = result["trl 1.12"]
-    work = f"{BATCH} episodes, answers of up to {ANSWER} tokens, microbatch {MICRO}, {EPOCHS} epochs"
+    work = f"{BATCH} episodes, answers of up to {given.answer} tokens, microbatch {MICRO}, {EPOCHS} epochs"
     print(f"\n{work}; torch {torch.__version__}")
     print(f"{'':<42} {'episodes/s':>10} {'ratio':>6} {'peak MiB':>9} {'ratio':>6}")
     for name, row in result.items():

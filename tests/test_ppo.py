@@ -21,7 +21,7 @@ from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.models.spec import ModelSpec
 from pipeline.ppo import rewards
-from pipeline.ppo.actors import POLICY, REFERENCE, VALUE, Actors, dequantized, packed
+from pipeline.ppo.actors import POLICY, REFERENCE, VALUE, Actors, packed, sampling_copy
 from pipeline.ppo.health import WINDOW, Health
 from pipeline.ppo.rollout import sample
 from pipeline.ppo.settings import PPOSettings
@@ -118,14 +118,19 @@ def test_sampling_follows_the_models_distribution(tiny_base: Path) -> None:
         assert abs(counts[token].item() / 3000 - p) < 4 * (p * (1 - p) / 3000) ** 0.5
 
 
-def test_dequantized_rollouts_compute_the_same_function(tiny_base: Path) -> None:
+def test_the_sampling_copy_is_the_policy_and_leaves_no_trace(tiny_base: Path) -> None:
     ppo = trainer(tiny_base, length, batch_size=4)
-    ids = torch.arange(24)[None]
+    model, ids = ppo.actors.model, torch.arange(24)[None]
+    digest = bases.frozen_digest(model)
     with torch.no_grad():
-        quantized = ppo.actors.model(input_ids=ids).logits
-        with dequantized(ppo.actors.model):
-            assert torch.equal(ppo.actors.model(input_ids=ids).logits, quantized)
-        assert torch.equal(ppo.actors.model(input_ids=ids).logits, quantized)
+        policy = model(input_ids=ids).logits
+        with sampling_copy(model):
+            copied = model(input_ids=ids).logits
+            assert not any("lora_" in name for name, _ in model.named_parameters())
+        with model.disable_adapter():
+            bare = model(input_ids=ids).logits
+        assert (copied - policy).abs().max() < 1e-5 < (bare - policy).abs().max()
+        assert torch.equal(model(input_ids=ids).logits, policy) and bases.frozen_digest(model) == digest
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

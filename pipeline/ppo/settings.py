@@ -40,8 +40,8 @@ class PPOSettings(BaseModel):
     rollout_batch_size: int | None = Field(default=None, ge=1)
     """Episodes sampled at once in a process; all of its share if not given."""
     dequantize_rollout: bool = False
-    """Sample from a dequantised copy of the 4-bit weights (2 bytes a parameter): the same function without dequantising
-    at each token. The copy lives while sampling only."""
+    """Sample from a dequantised copy of the weights with the policy's adapter added (2 bytes a parameter, only while it
+    samples). What is learnt from is computed by the 4-bit model with its adapter all the same."""
 
     # Reward
     normalize_reward: Literal["start", "running", "none"] = "start"

@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.models import adapters
 from pipeline.ppo import algorithm as maths
 from pipeline.ppo import rewards
-from pipeline.ppo.actors import POLICY, REFERENCE, Actors, Pack, dequantized, packed
+from pipeline.ppo.actors import POLICY, REFERENCE, Actors, Pack, packed, sampling_copy
 from pipeline.ppo.health import Health
 from pipeline.ppo.rollout import Episode, sample
 from pipeline.ppo.settings import PPOSettings
@@ -118,7 +118,7 @@ class PPOTrainer:
         actors.act_as(POLICY)
         actors.model.eval()
         number = random.Random(f"{self.seed}/answers/{draw}").getrandbits(63)
-        with dequantized(actors.model) if settings.dequantize_rollout else contextlib.nullcontext():
+        with sampling_copy(actors.model) if settings.dequantize_rollout else contextlib.nullcontext():
             return sample(
                 actors,
                 [render.prompt(self.tokenizer, row) for row in rows],

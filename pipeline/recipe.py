@@ -22,88 +22,9 @@ from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec, base_hash
 from pipeline.ppo.settings import PPOSettings
 from pipeline.stages import STAGES
-from pipeline.stages.arguments import words
+from pipeline.stages.arguments import NUMBERS, RUNTIME_WORDS, WHY_NOT, words
 from pipeline.stages.stage import Stage, StageSpec
 
-RUNTIME_WORDS = frozenset(
-    # Words that change what is seen or how fast it goes, not what is learnt.
-    [
-        "logging_steps",
-        "logging_first_step",
-        "logging_dir",
-        "save_steps",
-        "save_total_limit",
-        "report_to",
-        "disable_tqdm",
-        "run_name",
-        "dataloader_num_workers",
-        "dataloader_pin_memory",
-        "dataset_num_proc",
-        "push_to_hub",
-        "hub_model_id",
-        "hub_private_repo",
-        "hub_strategy",
-        "hub_revision",
-        "project",
-        "trackio_space_id",
-        "log_level",
-        "use_cpu",
-    ]
-)
-OUR_WORDS = {
-    # Words of the trainers that something else here decides; passed on they would be ignored or would do harm.
-    "is set by the runner; for the seed use the recipe's own `seed:`": [
-        "output_dir",
-        "seed",
-        "data_seed",
-        "resume_from_checkpoint",
-        "save_strategy",
-        "save_only_model",
-    ],
-    "is not needed: held-out numbers are taken before and after every stage (data.test, questions)": [
-        "eval_strategy",
-        "eval_steps",
-        "do_eval",
-        "load_best_model_at_end",
-        "metric_for_best_model",
-    ],
-    "is decided by the encoder: loss on the assistant's tokens and its end-of-turn token, rows cut at the end": [
-        "assistant_only_loss",
-        "completion_only_loss",
-        "dataset_text_field",
-        "dataset_kwargs",
-        "truncation_mode",
-    ],
-    "belongs in the `model:` section": [
-        "model_init_kwargs",
-        "chat_template_path",
-        "eos_token",
-        "pad_token",
-        "trust_remote_code",
-    ],
-    "is set by the stage": ["task_type", "inference_mode", "base_model_name_or_path", "peft_type", "modules_to_save"],
-    "does not belong in a recipe; log in with `hf auth login` or set HF_TOKEN": ["hub_token", "push_to_hub_token"],
-}
-NUMBERS: dict[str, tuple[type, float]] = {
-    # Words whose slips the libraries find late or never, with the least that makes sense.
-    "learning_rate": (float, 0),
-    "num_train_epochs": (float, 0),
-    "max_steps": (int, -1),
-    "per_device_train_batch_size": (int, 1),
-    "gradient_accumulation_steps": (int, 1),
-    "max_length": (int, 1),
-    "weight_decay": (float, 0),
-    "max_grad_norm": (float, 0),
-    "warmup_steps": (float, 0),
-    "logging_steps": (float, 0),
-    "save_steps": (float, 0),
-    "save_total_limit": (int, 1),
-    "beta": (float, 0),
-    "r": (int, 1),
-    "lora_alpha": (float, 0),
-    "lora_dropout": (float, 0),
-}
-WHY_NOT = {word: why for why, listed in OUR_WORDS.items() for word in listed}
 RUNS = Path("runs")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 

@@ -4,10 +4,10 @@
     OMP_WAIT_POLICY=passive python scripts/bench_ppo.py /tmp/trl112 [--answer 48] [--rounds 2] [--json FILE]
 
 The demo model answers the demo prompts, with fresh adapters of the same shape on both sides: the same 4-bit base,
-prompts, answer length, batch, microbatch and epochs. TRL holds three quantised models (policy with its adapter switched off as
-reference, value, reward), ours one. Rounds are interleaved; the bitsandbytes guard of models/base.py is on for both,
-else TRL would lose its gradients on CPUs with AVX512-BF16. Live bytes are counted in one more step of each (counting
-is slow), weights included.
+prompts, answer length, batch, microbatch and epochs. TRL holds three quantised models (policy with its adapter switched
+off as reference, value, reward), ours one. Rounds are interleaved; the bitsandbytes guard of models/base.py is on for
+both, else TRL would lose its gradients on CPUs with AVX512-BF16. Live bytes are counted in one more step of each
+(counting is slow), weights included.
 """
 
 from __future__ import annotations

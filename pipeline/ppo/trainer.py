@@ -7,23 +7,19 @@ from the step's number. A run that goes on from a checkpoint therefore needs no 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import random
 import time
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from pipeline.data import render
 from pipeline.errors import UserError
-from pipeline.models import adapters
 from pipeline.ppo import algorithm as maths
-from pipeline.ppo import rewards
+from pipeline.ppo import processes, rewards
 from pipeline.ppo.actors import POLICY, REFERENCE, Actors, Pack, packed, sampling_copy
 from pipeline.ppo.health import Health
 from pipeline.ppo.rollout import Episode, sample
@@ -52,7 +48,7 @@ class PPOTrainer:
     ) -> None:
         self.actors, self.tokenizer, self.rows, self.sources = actors, tokenizer, rows, sources
         self.settings, self.seed = settings, seed
-        self.rank, self.processes = _rank(), _processes()
+        self.rank, self.processes = processes.rank(), processes.count()
         self.stops = render.stop_ids(tokenizer)
         self.kl = maths.KLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
         self.health = Health(settings.kl_stop)
@@ -138,7 +134,7 @@ class PPOTrainer:
         scores_B = torch.tensor(raw, dtype=torch.float64)
         how = self.settings.normalize_reward
         if how == "running" or (how == "start" and self.step == 0):
-            self.score_moments += _summed(maths.moments(scores_B, torch.ones_like(scores_B)))
+            self.score_moments += processes.summed(maths.moments(scores_B, torch.ones_like(scores_B)))
         if how != "none":
             mean, std = self._score_scale()
             scores_B = (scores_B - mean) / std
@@ -181,14 +177,14 @@ class PPOTrainer:
             )
             parts = (kl_BG, rewards_BG, pack.scores_B, -pack.old_logp_BG * pack.mask_BG, pack.mask_BG)
             sums += torch.stack([part.double().sum().cpu() for part in parts])
-        advantage_moments = _summed(sum(maths.moments(p.advantages_BG, p.mask_BG).cpu() for p in packs))
+        advantage_moments = processes.summed(sum(maths.moments(p.advantages_BG, p.mask_BG).cpu() for p in packs))
         if settings.whiten_advantages:
             for pack in packs:
                 pack.advantages_BG = maths.whitened(pack.advantages_BG, pack.mask_BG, advantage_moments)
         pairs = [maths.explained_variance(p.values_BG, p.returns_BG, p.mask_BG) for p in packs]
-        returns = maths.mean_and_std(_summed(sum(pair[0].cpu() for pair in pairs)))
-        unexplained = maths.mean_and_std(_summed(sum(pair[1].cpu() for pair in pairs)))
-        kl, shaped, score, surprise, tokens = (_summed(sums) / settings.batch_size).tolist()
+        returns = maths.mean_and_std(processes.summed(sum(pair[0].cpu() for pair in pairs)))
+        unexplained = maths.mean_and_std(processes.summed(sum(pair[1].cpu() for pair in pairs)))
+        kl, shaped, score, surprise, tokens = (processes.summed(sums) / settings.batch_size).tolist()
         return {
             "kl": kl,
             "reward": score,
@@ -219,12 +215,12 @@ class PPOTrainer:
     def _minibatch(self, packs: list[Pack]) -> Numbers:
         """One optimizer step of policy and critic."""
         settings, actors = self.settings, self.actors
-        tokens = _summed(sum(len(pack.token_N) for pack in packs)).item()
+        tokens = processes.summed(sum(len(pack.token_N) for pack in packs)).item()
         actors.model.train()  # activation checkpointing works in training mode only; dropout is off by now
         sums = torch.stack([self.backward(pack, tokens) for pack in packs]).sum(0)
         actors.model.eval()
         actors.act_as(POLICY)
-        policy_loss, value_loss, clipped, moved, entropy, ratio = _summed(sums.cpu()).tolist()
+        policy_loss, value_loss, clipped, moved, entropy, ratio = processes.summed(sums.cpu()).tolist()
         numbers = {
             "loss": policy_loss + settings.vf_coef * value_loss,
             "policy_loss": policy_loss,
@@ -275,7 +271,7 @@ class PPOTrainer:
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                _reduce(parameter.grad)
+                processes.reduce_(parameter.grad)
             norms[role] = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm).item()
             for group in optimizer.param_groups:
                 group["lr"] = rates[role] * factor
@@ -295,7 +291,9 @@ class PPOTrainer:
             sum(episode.ended for episode in episodes),
             sum(not text for text in texts),
         ]
-        score, ended, empty = (_summed(torch.tensor(sums, dtype=torch.float64)) / self.settings.batch_size).tolist()
+        score, ended, empty = (
+            processes.summed(torch.tensor(sums, dtype=torch.float64)) / self.settings.batch_size
+        ).tolist()
         return {"score": score, "eos_share": ended, "empty_share": empty, "num_tokens": float(self.tokens)}
 
     def _start_critic(self) -> None:
@@ -316,43 +314,6 @@ class PPOTrainer:
     def at_once(self) -> int:
         """Sequences of one forward pass that keeps no gradients."""
         return 2 * self.pack_size
-
-    def save(self, folder: Path) -> None:
-        """All that the next step depends on: adapters and heads, optimizers, counters."""
-        tensors = {f"{role}/{name}": w for role in self.optimizers for name, w in self.actors.trained(role).items()}
-        for role, optimizer in self.optimizers.items():
-            for name, weight in self.actors.trained(role).items():
-                for key, value in optimizer.state.get(weight, {}).items():
-                    tensors[f"optimizer/{key}/{role}/{name}"] = value
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, folder / "ppo.safetensors"
-        )
-        state: dict[str, Any] = {
-            "step": self.step,
-            "kl_coef": self.kl.coef,
-            "score_moments": self.score_moments.tolist(),
-            "tokens": self.tokens,
-            "health": {"history": self.health.history, "warned": self.health.warned},
-        }
-        (folder / "ppo.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        self.actors.act_as(POLICY)
-        adapters.save(self.actors.model, folder / "adapter")
-
-    def load(self, folder: Path) -> None:
-        """Stand where `save` was called."""
-        tensors = load_file(folder / "ppo.safetensors", device=str(self.actors.device))
-        for role, optimizer in self.optimizers.items():
-            for name, weight in self.actors.trained(role).items():
-                weight.data.copy_(tensors.pop(f"{role}/{name}"))
-                prefix, suffix = "optimizer/", f"/{role}/{name}"
-                keys = [key for key in tensors if key.startswith(prefix) and key.endswith(suffix)]
-                state = {key[len(prefix) : -len(suffix)]: tensors.pop(key) for key in keys}
-                # AdamW counts its steps on the CPU.
-                optimizer.state[weight] = {k: v.cpu() if k == "step" else v for k, v in state.items()}
-        kept = json.loads((folder / "ppo.json").read_text(encoding="utf-8"))
-        self.step, self.kl.coef, self.tokens = kept["step"], kept["kl_coef"], kept["tokens"]
-        self.score_moments = torch.tensor(kept["score_moments"], dtype=torch.float64)
-        self.health.history, self.health.warned = kept["health"]["history"], kept["health"]["warned"]
 
 
 def _shuffled(count: int, seed: int, place: int) -> int:
@@ -376,34 +337,3 @@ def _written(pack: Pack, episodes: list[Episode]) -> Tensor:
 
 def _means(totals: dict[str, list[float]]) -> Numbers:
     return {key: sum(values) / len(values) for key, values in totals.items()}
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _distributed() else 0
-
-
-def _processes() -> int:
-    return torch.distributed.get_world_size() if _distributed() else 1
-
-
-def _reduce(tensor: Tensor) -> None:
-    if _distributed():
-        torch.distributed.all_reduce(tensor)
-
-
-def _summed(value: Any) -> Tensor:
-    """The sum of a CPU float64 tensor over all processes."""
-    tensor: Tensor = torch.as_tensor(value, dtype=torch.float64)
-    if not _distributed():
-        return tensor
-    if torch.distributed.get_backend() == "nccl":
-        moved = tensor.cuda()
-        torch.distributed.all_reduce(moved)
-        return moved.cpu()
-    tensor = tensor.clone()
-    torch.distributed.all_reduce(tensor)
-    return tensor

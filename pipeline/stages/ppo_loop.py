@@ -15,6 +15,7 @@ from pipeline.data import render
 from pipeline.data.load import NAMED_AT_MOST
 from pipeline.errors import Interrupted, UserError
 from pipeline.models import adapters
+from pipeline.ppo import checkpoint as checkpoints
 from pipeline.ppo.actors import REFERENCE, VALUE
 from pipeline.ppo.rewards import adapter_name
 from pipeline.stages.progress import Progress, Stop, any_rank, keep_newest
@@ -77,7 +78,7 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
     checkpoint = ctx.claim()
     everyone = PartialState()
     if checkpoint:
-        trainer.load(checkpoint)
+        checkpoints.load(trainer, checkpoint)
     metrics.rewind(ctx.out.metrics, trainer.step)
     state = SimpleNamespace(
         global_step=trainer.step, max_steps=settings.steps, is_world_process_zero=everyone.is_main_process
@@ -116,7 +117,7 @@ def save(trainer: PPOTrainer, ctx: Context) -> None:
         folder = ctx.out.checkpoints / f"checkpoint-{trainer.step}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        trainer.save(folder)
+        checkpoints.save(trainer, folder)
         mark_checkpoint(folder, ctx.fingerprint)
         keep_newest(folder, trainer.settings.save_total_limit or 1)
     everyone.wait_for_everyone()

@@ -1,0 +1,53 @@
+"""A PPO run on disk between two steps. No state of a generator is kept: every step seeds its own by its number."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.models import adapters
+from pipeline.ppo.actors import POLICY
+
+if TYPE_CHECKING:
+    from pipeline.ppo.trainer import PPOTrainer
+
+
+def save(trainer: PPOTrainer, folder: Path) -> None:
+    """All that the next step depends on: adapters and heads, optimizers, counters."""
+    tensors = {f"{role}/{name}": w for role in trainer.optimizers for name, w in trainer.actors.trained(role).items()}
+    for role, optimizer in trainer.optimizers.items():
+        for name, weight in trainer.actors.trained(role).items():
+            for key, value in optimizer.state.get(weight, {}).items():
+                tensors[f"optimizer/{key}/{role}/{name}"] = value
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, folder / "ppo.safetensors")
+    state: dict[str, Any] = {
+        "step": trainer.step,
+        "kl_coef": trainer.kl.coef,
+        "score_moments": trainer.score_moments.tolist(),
+        "tokens": trainer.tokens,
+        "health": {"history": trainer.health.history, "warned": trainer.health.warned},
+    }
+    (folder / "ppo.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    trainer.actors.act_as(POLICY)
+    adapters.save(trainer.actors.model, folder / "adapter")
+
+
+def load(trainer: PPOTrainer, folder: Path) -> None:
+    """Stand where `save` was called."""
+    tensors = load_file(folder / "ppo.safetensors", device=str(trainer.actors.device))
+    for role, optimizer in trainer.optimizers.items():
+        for name, weight in trainer.actors.trained(role).items():
+            weight.data.copy_(tensors.pop(f"{role}/{name}"))
+            prefix, suffix = "optimizer/", f"/{role}/{name}"
+            keys = [key for key in tensors if key.startswith(prefix) and key.endswith(suffix)]
+            state = {key[len(prefix) : -len(suffix)]: tensors.pop(key) for key in keys}
+            # AdamW counts its steps on the CPU.
+            optimizer.state[weight] = {k: v.cpu() if k == "step" else v for k, v in state.items()}
+    kept = json.loads((folder / "ppo.json").read_text(encoding="utf-8"))
+    trainer.step, trainer.kl.coef, trainer.tokens = kept["step"], kept["kl_coef"], kept["tokens"]
+    trainer.score_moments = torch.tensor(kept["score_moments"], dtype=torch.float64)
+    trainer.health.history, trainer.health.warned = kept["health"]["history"], kept["health"]["warned"]

@@ -89,3 +89,24 @@ def test_all_fresh_takes_under_two_seconds(tiny_base: Path, tmp_path: Path) -> N
         took.append(time.perf_counter() - begun)
         assert "everything asked for is fresh" in shown.stdout
     assert min(took) < 2
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "told"),
+    [
+        (
+            "recipes/rewards/number.py:right", "12",
+            {"12": 1, "It is 12.": 1, "13": 0, "I do not know": 0, "7 + 5 = 12": 0, "-12": 0},
+        ),
+        (
+            "recipes/rewards/fact.py:told", "green",
+            {"It is green.": 1, "GREEN": 1, "It is white.": 0, "green or white": 0, "Soap and green": 1, "": 0},
+        ),
+    ],
+)  # fmt: skip
+def test_shipped_rewards_pay_for_right_answers_only(reference: str, answer: str, told: dict[str, int]) -> None:
+    from pipeline.ppo.rewards import function
+
+    completions = [[{"role": "assistant", "content": text}] for text in told]
+    scores = function(reference)(completions=completions, answer=[answer] * len(told), prompts=[[]] * len(told))
+    assert scores == list(told.values())

@@ -18,12 +18,12 @@ from pipeline.artifact import Artifact, mark_checkpoint
 ONEBASE = [sys.executable, "-m", "pipeline", "run"]
 
 
-def recipe(base: Path, folder: Path) -> Path:
+def recipe(base: Path, folder: Path, epochs: int = 3) -> Path:
     tree = tiny_tree(base, folder)
     tree["stages"] = {name: tree["stages"][name] for name in ("sft", "dpo")}
     tree["stages"]["sft"].pop("from")
     tree["stages"]["sft"].pop("questions")
-    tree["stages"]["sft"]["train"] = {"num_train_epochs": 3}
+    tree["stages"]["sft"]["train"] = {"num_train_epochs": epochs}
     tree["stages"]["dpo"].pop("questions", None)
     tree["train"]["save_steps"] = 1
     tree["model"]["lora"]["lora_dropout"] = 0.1  # the random state must come back too
@@ -106,7 +106,7 @@ def test_a_killed_ppo_stage_equals_an_unbroken_one(tiny_base: Path, tmp_path: Pa
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_run_is_refused(tiny_base: Path, tmp_path: Path) -> None:
-    path = recipe(tiny_base, tmp_path)
+    path = recipe(tiny_base, tmp_path, epochs=300)  # it must not end before it is stopped
     first = start(path, tmp_path)
     wait_for(tmp_path / "tiny" / "sft" / "checkpoints" / "checkpoint-2", first)
     second = start(path, tmp_path)

@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec, base_hash
 from pipeline.ppo.settings import PPOSettings
 from pipeline.stages import STAGES
-from pipeline.stages.arguments import NUMBERS, RUNTIME_WORDS, WHY_NOT, words
+from pipeline.stages.arguments import NUMBERS, RUNTIME_WORDS, WHY_NOT, defines, words
 from pipeline.stages.stage import Stage, StageSpec
 
 RUNS = Path("runs")
@@ -209,6 +209,8 @@ def _check_reward(key: str, section: StageSpec, spec: RecipeSpec, wrong: Any) ->
         if term.file is not None:
             if not Path(term.file).is_file():
                 raise wrong(key, f"no such file: {term.file}")
+            if not defines(Path(term.file), term.source.rpartition(":")[2]):
+                raise wrong(key, f"{term.file} defines no '{term.source.rpartition(':')[2]}', or is no Python")
         elif term.source not in spec.stages:
             raise wrong(
                 key, f"no stage '{term.source}' in this recipe{_meant(term.source, spec.stages)}; path.py:function"

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, head, tiny_tree, write_recipe
 
+from pipeline import metrics
 from pipeline.artifact import Artifact
 from pipeline.data import render
 from pipeline.errors import UserError
@@ -308,6 +309,12 @@ def raises(**kwargs): raise KeyError("colour")
 def short(completions, **kwargs): return [1.0]
 def nan(completions, **kwargs): return [math.nan] * len(completions)
 def words(completions, **kwargs): return ["fine"] * len(completions)
+def leaves(**kwargs): raise SystemExit(0)
+def text(completions, **kwargs): return "1" * len(completions)
+def huge(completions, **kwargs): return [10 ** 400] * len(completions)
+def meddles(prompts, completions, **kwargs):
+    for prompt in prompts: prompt.append({"role": "user", "content": "more"})
+    return [float(len(prompt)) for prompt in prompts]
 constant = 3
 """
 
@@ -317,7 +324,8 @@ constant = 3
     [
         ("raises", "raised KeyError: 'colour'"), ("short", "returned 1 values for"),
         ("nan", "expected a finite number"),
-        ("words", "returned 'fine' for the prompt at"), ("absent", "defines no function 'absent'"),
+        ("words", "returned 'fine' for the prompt at"), ("leaves", "raised SystemExit"),
+        ("text", "returned a str: expected a list"), ("huge", "expected a finite number"),
         ("constant", "defines no function 'constant'"),
     ],
 )  # fmt: skip
@@ -341,6 +349,30 @@ def test_models_and_functions_add_up_by_weight(tiny_base: Path, parents: Path, t
     assert recipe.parts()["ppo"] != before, "a changed reward function makes the stage stale"
 
 
+def test_a_reward_function_cannot_change_the_data(tiny_base: Path, parents: Path, tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text(FUNCTIONS)
+    tree = ppo_tree(tiny_base, parents, steps=5, num_ppo_epochs=1)  # 40 answers to 16 prompts: each comes again
+    tree["stages"]["ppo"]["reward"] = f"{tmp_path}/f.py:meddles"
+    recipe = build(tree)
+    run_stage(recipe, "ppo", parents / "runs")
+    steps = metrics.read(recipe.artifact("ppo", parents / "runs").metrics)
+    assert [step["score"] for step in steps] == [2.0] * 5  # what was asked, and the one message it added itself
+
+
+def test_missing_columns_are_filled(tiny_base: Path, parents: Path, tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text(
+        "def level(completions, level, **kwargs): return [float(one is not None) for one in level]\n"
+    )
+    rows = [json.loads(line) for line in Path(head("prompts.jsonl", 16, tmp_path / "p.jsonl")).read_text().splitlines()]
+    rows[11]["level"] = 3
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = ppo_tree(tiny_base, parents, steps=2)
+    tree["stages"]["ppo"] |= {"reward": f"{tmp_path}/f.py:level", "data": {"path": str(tmp_path / "p.jsonl")}}
+    run_stage(build(tree), "ppo", parents / "runs")
+    steps = metrics.read(parents / "runs/tiny/ppo/metrics.jsonl")
+    assert sum(step["score"] * 8 for step in steps) == 1.0  # two batches of 8 are the 16 rows once
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -348,6 +380,10 @@ def test_models_and_functions_add_up_by_weight(tiny_base: Path, parents: Path, t
         ({"reward": "rewards"}, "no stage 'rewards' in this recipe; did you mean 'reward'"),
         ({"reward": "nowhere.py:f"}, "no such file: nowhere.py"),
         ({"reward": None}, "is missing: name a reward stage"),
+        ({"reward": "recipes/rewards/number.py:wrong"}, "defines no 'wrong'"),
+        ({"train": {"max_length": 10, "response_length": 12}}, "leaves no token for a prompt"),
+        ({"train": {"kl_target": 1.0, "kl_coef": 0.0}}, "0 stays 0"),
+        ({"train": {"learning_rate": float("inf")}}, "stages.ppo.train.learning_rate"),
         ({"train": {"batch_size": 6, "mini_batch_size": 4}}, "not a multiple of mini_batch_size"),
         ({"train": {"kl_coeff": 0.1}}, "unknown key; did you mean 'kl_coef'"),
         ({"train": {"lam": 1.5}}, "stages.ppo.train.lam"),

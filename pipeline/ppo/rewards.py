@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +50,14 @@ def function(reference: str) -> Callable[..., Any]:
     if spec is None or spec.loader is None or not Path(file).is_file():
         raise UserError(f"reward: {reference}: no such Python file: {file}")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their own module up
+    sys.path.insert(0, str(Path(file).resolve().parent))  # so that it can import its neighbours
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the file is the user's program: it can fail in any way
+    except (Exception, SystemExit) as error:  # the file is the user's program: it can fail in any way
         raise UserError(f"reward: {file} fails when it is imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
     found = getattr(module, name, None)
     if not callable(found):
         raise UserError(f"reward: {reference}: {file} defines no function '{name}'")
@@ -90,24 +96,28 @@ def _conversation(tokenizer: PreTrainedTokenizerBase, row: Row, text: str) -> li
 def _called(source: Source, rows: list[Row], answers: list[str]) -> list[float]:
     """A function is called as TRL's GRPO calls it: lists by keyword, one for each column of the rows."""
     assert source.function is not None
+    rows = copy.deepcopy(rows)  # what it does to its arguments must not reach the data
     columns = {key: [row.get(key) for row in rows] for key in rows[0] if key not in ("prompt", "_place")}
     told: list[Any] = [
         text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
         for row, text in zip(rows, answers, strict=True)
     ]
     try:
-        values = list(source.function(prompts=[row["prompt"] for row in rows], completions=told, **columns))
-    except Exception as error:  # the function is the user's program: it can fail in any way
+        returned = source.function(prompts=[row["prompt"] for row in rows], completions=told, **columns)
+        values = None if isinstance(returned, str | bytes | dict | set) else list(returned)
+    except (Exception, SystemExit) as error:  # the function is the user's program: it can fail in any way
         raise UserError(
             f"the reward function {source.name} raised {type(error).__name__}: {error}. It is called with the lists "
             f"{', '.join(['prompts', 'completions', *columns])} by keyword and must return one number for each answer."
         ) from error
+    if values is None:
+        raise UserError(f"the reward function {source.name} returned a {type(returned).__name__}: expected a list")
     if len(values) != len(rows):
         raise UserError(f"the reward function {source.name} returned {len(values)} values for {len(rows)} answers")
     for row, text, value in zip(rows, answers, values, strict=True):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             number = math.nan
         if not math.isfinite(number):
             raise UserError(

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class PPOSettings(BaseModel):
     """Raises ValidationError naming the word whose value makes no sense."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     # Amount of work
     steps: int = Field(default=100, ge=1)
@@ -35,7 +35,7 @@ class PPOSettings(BaseModel):
     """Most tokens of an answer."""
     max_length: int | None = Field(default=None, ge=1)
     """Most tokens of prompt and answer together; a longer prompt is an error. The base's window if not given."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=0.01)
     """Of sampling, and of every log-probability: both must speak of the same distribution."""
     rollout_batch_size: int | None = Field(default=None, ge=1)
     """Episodes sampled at once in a process; all of its share if not given."""
@@ -116,6 +116,15 @@ class PPOSettings(BaseModel):
                 f"batch_size {self.batch_size} is not a multiple of mini_batch_size {self.mini}: every episode of a "
                 "batch is in exactly one minibatch of an epoch"
             )
+        if self.max_length is not None and self.max_length <= self.response_length:
+            raise ValueError(
+                f"max_length {self.max_length} leaves no token for a prompt beside response_length "
+                f"{self.response_length}"
+            )
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("kl_target steers by multiplying kl_coef, and 0 stays 0: give kl_coef a start, say 0.05")
+        if self.kl_target is not None and self.kl_horizon < self.batch_size:
+            raise ValueError(f"kl_horizon {self.kl_horizon} is less than one batch ({self.batch_size} episodes)")
         return self
 
     @property

@@ -52,6 +52,7 @@ RUNTIME_WORDS = frozenset(
         "trackio_space_id",
         "log_level",
         "use_cpu",
+        "kl_stop",
     ]
 )
 OUR_WORDS = {
@@ -126,3 +127,17 @@ def words(config_class: str) -> frozenset[str]:
             node.target.id for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
         }
     return frozenset(found)
+
+
+def defines(file: Path, name: str) -> bool:
+    """Whether a Python file gives a name at its top level, found without running it."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError):
+        return False
+    given = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    given |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    given |= {
+        alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    return name in given

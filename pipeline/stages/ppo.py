@@ -22,6 +22,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     result = Result()
     settings = PPOSettings(**spec.train)
     sources = [rewards.source(term.source, term.weight) for term in spec.reward_terms()]
+    ppo_loop.fill_columns(ctx)
     tokenizer = bases.load_tokenizer(ctx.model)
     models = {parent.name: parent for role, parent in ctx.parents.items() if role.startswith("reward")}
     for parent in models.values():
@@ -56,6 +57,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     result.invariants |= invariants.processes_agree(actors)
     end = rewarded.ask(trainer, ctx.data.test or [])
     result.after = rewarded.numbers(end) | rewarded.gain(start, end, ctx.seed)
+    ppo_loop.judge_end(trainer, ctx, result.after)
     actors.act_as(roles.POLICY)
     result.after |= answers.ask(model, tokenizer, ctx, result.samples, "after")
 

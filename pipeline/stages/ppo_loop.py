@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from pipeline.stages.stage import Context
 
 
+KEPT = 2
+"""Checkpoints: the newest may hold an update that only the next rollout shows to be bad."""
+
+
 def fitting(
     ctx: Context, tokenizer: PreTrainedTokenizerBase, settings: PPOSettings, config: PretrainedConfig
 ) -> dict[str, Any]:
@@ -49,6 +53,20 @@ def fitting(
             )
         tokens = tokens or sum(len(ids) for ids in prompts)
     return {"rows": len(ctx.data.train), "prompt_tokens": tokens}
+
+
+def fill_columns(ctx: Context) -> None:
+    """Give every row every column, None where it has none, so that a reward function always sees the same ones.
+
+    Raises UserError for a column of a name that a reward function's own arguments have.
+    """
+    rows = [*ctx.data.train, *(ctx.data.test or [])]
+    columns = {key for row in rows for key in row}
+    if "prompts" in columns or "completions" in columns:
+        raise UserError(f"stage '{ctx.out.name}': a column named 'prompts' or 'completions' must get another name")
+    for row in rows:
+        for key in columns:
+            row.setdefault(key, None)
 
 
 def cast(model: PeftModel, models: dict[str, Artifact], settings: PPOSettings) -> dict[str, torch.Tensor]:
@@ -92,6 +110,7 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
             seconds += sum(value for name, value in numbers.items() if name.startswith("seconds_"))
             reason, warnings = trainer.health.verdict(numbers)
             if reason:
+                progress.on_log(None, state, None, logs=numbers)
                 progress.on_train_end(None, state, None)
                 raise UserError(_unhealthy(ctx, trainer.step, reason))
             if everyone.is_main_process:
@@ -101,9 +120,9 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
             progress.on_step_end(None, state, None)
             asked = any_rank(stop.asked)
             due = settings.save_steps and trainer.step % settings.save_steps == 0
-            if (due or asked) and trainer.step < settings.steps:
-                save(trainer, ctx)
-            if asked and trainer.step < settings.steps:
+            if due or asked or trainer.step == settings.steps:
+                save(trainer, ctx)  # the last one too: what is measured after training may be interrupted
+            if asked:
                 progress.on_train_end(None, state, None)
                 raise Interrupted(f"stopped at step {trainer.step} of {settings.steps}")
     progress.on_train_end(None, state, None)
@@ -119,11 +138,23 @@ def save(trainer: PPOTrainer, ctx: Context) -> None:
         folder.mkdir(parents=True)
         checkpoints.save(trainer, folder)
         mark_checkpoint(folder, ctx.fingerprint)
-        keep_newest(folder, trainer.settings.save_total_limit or 1)
+        keep_newest(folder, trainer.settings.save_total_limit or KEPT)
     everyone.wait_for_everyone()
 
 
+def judge_end(trainer: PPOTrainer, ctx: Context, held_out: dict[str, float]) -> None:
+    """The last update is seen by no rollout; the held-out answers are its judge."""
+    kl, limit = held_out.get("kl", 0.0), trainer.settings.kl_stop
+    if not kl <= limit:
+        reason = f"held-out answers are {kl:.1f} nats from the reference (kl_stop {limit:g})"
+        raise UserError(_unhealthy(ctx, trainer.step + 1, reason))
+
+
 def _unhealthy(ctx: Context, step: int, reason: str) -> str:
-    kept = ctx.out.last_checkpoint(ctx.fingerprint)
-    where = f"The policy as it was at {kept.name} is in {kept / 'adapter'}." if kept else "No checkpoint was written."
+    # What is wrong in a step's answers was done by the update before it, which the newest checkpoint may hold.
+    numbers = [int(folder.name.rsplit("-", 1)[1]) for folder in ctx.out.checkpoints.glob("checkpoint-*[0-9]")]
+    good = max((number for number in numbers if number < step - 1), default=min(numbers, default=0))
+    kept = ctx.out.checkpoints / f"checkpoint-{good}"
+    where = f"The policy as it was at step {good} is in {kept / 'adapter'}." if good else "No checkpoint was written."
+    where += " A changed setting or reward starts anew and removes it: copy it away first."
     return f"stage '{ctx.out.name}' was stopped at step {step}: {reason}. {where}"

@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("trl", type=Path, help="folder of pip install --no-deps --target for trl==1.12.0")
     parser.add_argument("--answer", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--critic", nargs="+", choices=["trunk", "adapter"], default=["trunk", "adapter"])
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     sys.path[:0] = [str(given.trl), str(Path(__file__).resolve().parent), "."]
@@ -158,17 +159,16 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     fresh_adapters(spec, folder)
     sides: dict[str, Any] = {
-        "ours, critic trunk": Ours(spec, folder, given.answer, "trunk", dequantize=False),
-        "ours, critic trunk, dequantised rollout": Ours(spec, folder, given.answer, "trunk", dequantize=True),
-        "ours, critic adapter, dequantised rollout": Ours(spec, folder, given.answer, "adapter", dequantize=True),
-        "trl 1.12": Theirs(spec, folder, given.answer),
+        f"ours, critic {critic}, dequantised rollout": Ours(spec, folder, given.answer, critic, dequantize=True)
+        for critic in given.critic
     }
+    sides["trl 1.12"] = Theirs(spec, folder, given.answer)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(given.rounds + 1):
         for name, side in sides.items():
             started = time.monotonic()
             numbers = side.step()
-            if turn:  # the first is warm-up
+            if turn or not given.rounds:  # the first is warm-up, unless it is the only one
                 seconds[name].append(time.monotonic() - started)
             if numbers:
                 parts = {key: round(value, 2) for key, value in numbers.items() if key.startswith("seconds_")}

@@ -34,6 +34,8 @@ def start(path: Path, runs: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*ONEBASE, str(path), "--runs", str(runs)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # A shell's background jobs ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

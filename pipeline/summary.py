@@ -76,7 +76,7 @@ def show_next(recipe: Recipe, path: str, runs: Path, console: Console) -> None:
     """Where things are and what to type next."""
     console.print(f"\nAdapters, manifests, logs: {runs / recipe.name}/<stage>/", highlight=False, markup=False)
     last = recipe.order()[-1]
-    change = {"dpo": "beta=0.3", "ppo": "kl_coef=0.1"}.get(recipe.stages[last].kind, "learning_rate=1e-5")
+    change = {"dpo": "beta=0.3", "ppo": "kl_coef=0.2"}.get(recipe.stages[last].kind, "learning_rate=1e-5")
     console.print("What to type next:", highlight=False)
     for command, what in (
         (f"onebase status {path}", "where every stage stands"),

@@ -156,7 +156,7 @@ class PPOTrainer:
             if self._updates_once() and self.actors.value_adapter != POLICY:
                 # The one update of a batch is made by the policy that wrote it: the ratio is one whatever was written
                 # down, so the sampler's figures will do for the KL penalty and a forward pass is saved.
-                pack.old_logp_BG = _written(pack, episodes)
+                pack.old_logp_BG = written(pack, episodes)
                 continue
             pack.old_logp_BG, _, values_BG = self.actors.policy(pack)
             if values_BG is not None:
@@ -327,7 +327,8 @@ def _epoch(count: int, seed: int, epoch: int) -> list[int]:
     return random.Random(f"{seed}/prompts/{epoch}").sample(range(count), count)
 
 
-def _written(pack: Pack, episodes: list[Episode]) -> Tensor:
+def written(pack: Pack, episodes: list[Episode]) -> Tensor:
+    """The log-probabilities the sampler noted, laid out (B, G)."""
     logp_BG = torch.zeros_like(pack.mask_BG)
     for place, row in enumerate(pack.rows):
         logp = episodes[row].logp

@@ -17,6 +17,7 @@ from pipeline.evaluate import scoring
 from pipeline.models import adapters
 from pipeline.models.base import computing, frozen_digest
 from pipeline.ppo.actors import REFERENCE, packed
+from pipeline.ppo.trainer import written
 from pipeline.stages.stage import Context
 from pipeline.stages.trainer import ends_supervised
 
@@ -225,14 +226,11 @@ def policy_is_reference(trainer: PPOTrainer) -> Found:
     actors.model.train()
     new_BG = actors.policy(pack)[0].detach()
     actors.model.eval()
-    written_BG = torch.zeros_like(old_BG)
-    for place, row in enumerate(pack.rows):
-        written_BG[place, : len(episodes[row].logp)] = torch.tensor(episodes[row].logp, device=old_BG.device)
     found = {
         "step_0_kl": (old_BG - reference_BG).abs().max().item(),
         "step_0_ratio_minus_1": (torch.exp(new_BG - old_BG) - 1).abs().max().item(),
         "step_0_logp_against_own_forward": (own_N - old_BG[pack.row_N, pack.column_N]).abs().max().item(),
-        "step_0_logp_against_sampler": ((written_BG - old_BG).abs().sum() / pack.mask_BG.sum()).item(),
+        "step_0_logp_against_sampler": ((written(pack, episodes) - old_BG).abs().sum() / pack.mask_BG.sum()).item(),
     }
     limits = {
         "step_0_kl": (0.0, "a reference that is not the policy this stage starts from"),

@@ -32,9 +32,9 @@ from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausa
 
 from pipeline.models import adapters
 from pipeline.models.base import computing
+from pipeline.models.sampling import Episode
 from pipeline.ppo import algorithm as maths
 from pipeline.ppo.actors import POLICY, REFERENCE, VALUE, Actors, packed
-from pipeline.ppo.rollout import Episode
 from pipeline.ppo.settings import PPOSettings
 from pipeline.ppo.trainer import PPOTrainer
 

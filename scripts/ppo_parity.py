@@ -27,10 +27,10 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 from pipeline.models import adapters
 from pipeline.models.base import load_base
+from pipeline.models.sampling import Episode
 from pipeline.models.spec import ModelSpec
 from pipeline.ppo import trainer as ours
 from pipeline.ppo.actors import REFERENCE, VALUE, Actors, packed
-from pipeline.ppo.rollout import Episode
 from pipeline.ppo.settings import PPOSettings
 
 B, P, G, KL_COEF, VF_COEF = 6, 5, 9, 0.2, 0.3

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from conftest import ROOT, head, tiny_tree, write_recipe
 
 from pipeline import metrics
@@ -20,11 +21,12 @@ from pipeline.data import render
 from pipeline.errors import UserError
 from pipeline.models import adapters
 from pipeline.models import base as bases
+from pipeline.models.forward import plain_layers
+from pipeline.models.sampling import sample
 from pipeline.models.spec import ModelSpec
 from pipeline.ppo import rewards
-from pipeline.ppo.actors import POLICY, REFERENCE, VALUE, Actors, packed, sampling_copy
+from pipeline.ppo.actors import POLICY, REFERENCE, VALUE, Actors, packed
 from pipeline.ppo.health import WINDOW, Health
-from pipeline.ppo.rollout import sample
 from pipeline.ppo.settings import PPOSettings
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.recipe import build, read
@@ -119,18 +121,23 @@ def test_sampling_follows_the_models_distribution(tiny_base: Path) -> None:
         assert abs(counts[token].item() / 3000 - p) < 4 * (p * (1 - p) / 3000) ** 0.5
 
 
-def test_the_sampling_copy_is_the_policy_and_leaves_no_trace(tiny_base: Path) -> None:
+def test_plain_layers_compute_the_same_and_leave_no_trace(tiny_base: Path) -> None:
     ppo = trainer(tiny_base, length, batch_size=4)
     model, ids = ppo.actors.model, torch.arange(24)[None]
     digest = bases.frozen_digest(model)
     with torch.no_grad():
         policy = model(input_ids=ids).logits
-        with sampling_copy(model):
-            copied = model(input_ids=ids).logits
-            assert not any("lora_" in name for name, _ in model.named_parameters())
         with model.disable_adapter():
             bare = model(input_ids=ids).logits
-        assert (copied - policy).abs().max() < 1e-5 < (bare - policy).abs().max()
+            with plain_layers(model, fold_adapter=True):
+                assert torch.equal(model(input_ids=ids).logits, bare)
+        with plain_layers(model, fold_adapter=True):
+            folded = model(input_ids=ids).logits
+            assert not any("lora_" in name for name, _ in model.named_parameters())
+        with plain_layers(model, fold_adapter=False):
+            assert torch.equal(model(input_ids=ids).logits, policy)
+            assert not any(isinstance(module, Linear4bit) for module in model.modules())
+        assert (folded - policy).abs().max() < 1e-5 < (bare - policy).abs().max()
         assert torch.equal(model(input_ids=ids).logits, policy) and bases.frozen_digest(model) == digest
 
 

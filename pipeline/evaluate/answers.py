@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ import torch
 
 from pipeline.data import render
 from pipeline.data.contracts import Row
-from pipeline.evaluate.scoring import TOKENS_PER_BATCH, batches
-from pipeline.models.base import computing
+from pipeline.evaluate.scoring import batches
+from pipeline.models import sampling
+from pipeline.models.forward import LanguageModel, plain_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.stages.stage import Context
 
 NEW_TOKENS = 32
+TOKENS_AT_ONCE = 4096
 SHOWN = 3
 
 
@@ -99,24 +102,25 @@ def generate(
     if not rows:
         return []
     model.eval()
-    stops = render.stop_ids(tokenizer)
+    language_model = LanguageModel(model, tokenizer.pad_token_id)
     prompts = [render.prompt(tokenizer, row) for row in rows]
     answers: dict[int, Answer] = {}
-    for batch in batches([len(ids) + new_tokens for ids in prompts], tokens=TOKENS_PER_BATCH):
-        ids_BT, mask_BT = render.padded([prompts[i] for i in batch], tokenizer.pad_token_id, side="left")
-        with computing(model):
-            whole_BT = model.generate(
-                input_ids=ids_BT.to(model.device),
-                attention_mask=mask_BT.to(model.device),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                eos_token_id=stops,
-                pad_token_id=tokenizer.pad_token_id,
+    # On a CPU most of a token's time would go into dequantising.
+    plain = plain_layers(model, fold_adapter=False) if model.device.type == "cpu" else contextlib.nullcontext()
+    with plain:
+        for batch in batches([len(ids) + new_tokens for ids in prompts], tokens=TOKENS_AT_ONCE):
+            episodes = sampling.sample(
+                language_model,
+                [prompts[i] for i in batch],
+                new_tokens=new_tokens,
+                temperature=0,
+                stops=render.stop_ids(tokenizer),
+                generator=torch.Generator(model.device),
             )
-        for index, new in zip(batch, whole_BT[:, ids_BT.shape[1] :].tolist(), strict=True):
-            end = next((place for place, token in enumerate(new) if token in stops), None)
-            text = tokenizer.decode(new if end is None else new[:end], skip_special_tokens=True).strip()
-            answers[index] = Answer(text, stopped=end is not None)
+            for index, episode in zip(batch, episodes, strict=True):
+                said = episode.answer_ids[:-1] if episode.ended else episode.answer_ids
+                text = tokenizer.decode(said, skip_special_tokens=True).strip()
+                answers[index] = Answer(text, stopped=episode.ended)
     return [answers[index] for index in range(len(rows))]
 
 

@@ -11,19 +11,16 @@ checkpointing the forward pass is repeated then, under whichever adapter is acti
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.data.render import padded
 from pipeline.models.base import computing
+from pipeline.models.forward import LanguageModel
 from pipeline.ppo.algorithm import log_probs
 
 if TYPE_CHECKING:
@@ -31,7 +28,7 @@ if TYPE_CHECKING:
 
     from peft import PeftModel
 
-    from pipeline.ppo.rollout import Episode
+    from pipeline.models.sampling import Episode
 
 Tensor = torch.Tensor
 POLICY, REFERENCE, VALUE = "default", "reference", "value"
@@ -65,7 +62,7 @@ class Pack:
     returns_BG: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-class Actors:
+class Actors(LanguageModel):
     """The model with its adapters, and what each of them computes.
 
     `reward_heads`: for each borrowed reward adapter its score head, (1, hidden), as it was saved.
@@ -79,12 +76,9 @@ class Actors:
         critic: Literal["adapter", "trunk"],
         reward_heads: dict[str, Tensor],
     ) -> None:
-        self.model, self.pad_id, self.temperature = model, pad_id, temperature
+        super().__init__(model, pad_id)
+        self.temperature = temperature
         self.value_adapter = VALUE if critic == "adapter" else POLICY
-        base = model.get_base_model()
-        self.config = base.config.get_text_config()
-        self.device = base.get_input_embeddings().weight.device
-        self.backbone, self.lm_head = getattr(base, base.base_model_prefix), base.get_output_embeddings()
         self.reward_heads = {name: weight.to(self.device) for name, weight in reward_heads.items()}
         self.value_head = torch.nn.Linear(self.config.hidden_size, 1, device=self.device, dtype=torch.float32)
         torch.nn.init.zeros_(self.value_head.weight)
@@ -95,29 +89,6 @@ class Actors:
     def act_as(self, adapter: str) -> None:
         """Make one adapter the active one; the trained ones also take gradients while they are."""
         self.model.set_adapter(adapter, inference_mode=adapter not in (POLICY, VALUE))
-
-    def hidden(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor | None = None, cache: Any = None) -> Tensor:
-        """Last hidden states (B, T, hidden) under the active adapter."""
-        out = self.backbone(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            position_ids=positions_BT,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
-        hidden_BTH: Tensor = out.last_hidden_state
-        return hidden_BTH
-
-    def logits(self, hidden_NH: Tensor) -> Tensor:
-        """The LM head, with the scaling and capping some architectures put after it."""
-        logits_NV: Tensor = self.lm_head(hidden_NH)
-        if scale := getattr(self.config, "logit_scale", None):  # Cohere
-            logits_NV = logits_NV * scale
-        if scale := getattr(self.config, "logits_scaling", None):  # Granite
-            logits_NV = logits_NV / scale
-        if cap := getattr(self.config, "final_logit_softcapping", None):  # Gemma
-            logits_NV = torch.tanh(logits_NV / cap) * cap
-        return logits_NV
 
     def policy(self, pack: Pack, adapter: str = POLICY) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probabilities of the answers' tokens, the entropies there, and with critic: trunk the values; all (B, G).
@@ -210,37 +181,6 @@ def _pack(rows: list[int], episodes: list[Episode], pad_id: int, device: torch.d
     ]
     tensors = (ids_BT, mask_BT, mask_BG.float(), *torch.tensor(places).T.contiguous())
     return Pack(rows, *(tensor.to(device) for tensor in tensors))
-
-
-@contextlib.contextmanager
-def sampling_copy(model: PeftModel) -> Iterator[None]:
-    """Inside, every adapted layer is one plain matrix in the compute dtype: the 4-bit weights dequantised, with the
-    active adapter added. Sampling then needs neither dequantising nor the adapter's two small products at each token,
-    for 2 bytes a parameter. The copy is thrown away afterwards; the 4-bit weights and the adapter are not touched (a
-    merge into 4-bit weights would lose the adapter in rounding). DoRA's layers, which are more than a sum, stay."""
-    compute = model.get_input_embeddings().weight.dtype
-    swapped = []
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, LoraLayer) or not isinstance(module.get_base_layer(), torch.nn.Linear):
-            continue
-        if any(module.use_dora.get(adapter) for adapter in module.active_adapters):
-            continue
-        layer = module.get_base_layer()
-        parent, _, own = name.rpartition(".")
-        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        with torch.no_grad():
-            weight = dequantize_module_weight(layer).to(torch.float32)
-            for adapter in module.active_adapters:
-                weight = weight + module.get_delta_weight(adapter).to(weight.device, torch.float32)
-        plain.weight = torch.nn.Parameter(weight.to(compute), requires_grad=False)
-        plain.bias = layer.bias
-        swapped.append((model.get_submodule(parent), own, module))
-        setattr(model.get_submodule(parent), own, plain)
-    try:
-        yield
-    finally:
-        for parent, own, module in swapped:
-            setattr(parent, own, module)
 
 
 def _placed(values_N: Tensor, pack: Pack) -> Tensor:

@@ -18,11 +18,12 @@ import torch
 
 from pipeline.data import render
 from pipeline.errors import UserError
+from pipeline.models.forward import plain_layers
+from pipeline.models.sampling import Episode, sample
 from pipeline.ppo import algorithm as maths
 from pipeline.ppo import processes, rewards
-from pipeline.ppo.actors import POLICY, REFERENCE, Actors, Pack, packed, sampling_copy
+from pipeline.ppo.actors import POLICY, REFERENCE, Actors, Pack, packed
 from pipeline.ppo.health import Health
-from pipeline.ppo.rollout import Episode, sample
 from pipeline.ppo.settings import PPOSettings
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class PPOTrainer:
         actors.act_as(POLICY)
         actors.model.eval()
         number = random.Random(f"{self.seed}/answers/{draw}").getrandbits(63)
-        with sampling_copy(actors.model) if settings.dequantize_rollout else contextlib.nullcontext():
+        with plain_layers(actors.model, fold_adapter=True) if settings.dequantize_rollout else contextlib.nullcontext():
             return sample(
                 actors,
                 [render.prompt(self.tokenizer, row) for row in rows],

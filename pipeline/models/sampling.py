@@ -14,10 +14,9 @@ from transformers import DynamicCache
 
 from pipeline.data.render import padded
 from pipeline.models.base import computing
-from pipeline.ppo.algorithm import log_probs
 
 if TYPE_CHECKING:
-    from pipeline.ppo.actors import Actors
+    from pipeline.models.forward import LanguageModel
 
 SHRINK_BELOW = 0.75
 """Share of a batch's rows still unfinished under which the finished ones are taken out of it."""
@@ -40,7 +39,7 @@ class Episode:
 
 @torch.no_grad()
 def sample(
-    actors: Actors,
+    language_model: LanguageModel,
     prompts: list[list[int]],
     *,
     new_tokens: int,
@@ -58,13 +57,13 @@ def sample(
     width = at_once or len(order)
     for start in range(0, len(order), width):
         batch = order[start : start + width]
-        answers = _sample_batch(actors, [prompts[i] for i in batch], new_tokens, temperature, stops, generator)
+        answers = _sample_batch(language_model, [prompts[i] for i in batch], new_tokens, temperature, stops, generator)
         episodes |= dict(zip(batch, answers, strict=True))
     return [episodes[i] for i in range(len(prompts))]
 
 
 def _sample_batch(
-    actors: Actors,
+    language_model: LanguageModel,
     prompts: list[list[int]],
     new_tokens: int,
     temperature: float,
@@ -72,18 +71,18 @@ def _sample_batch(
     generator: torch.Generator,
 ) -> list[Episode]:
     episodes = [Episode(prompt, [], [], ended=False) for prompt in prompts]
-    device = actors.device
+    device = language_model.device
     stops_S = torch.tensor(stops, device=device)
-    ids_BT, mask_BT = (t.to(device) for t in padded(prompts, actors.pad_id, side="left"))
+    ids_BT, mask_BT = (t.to(device) for t in padded(prompts, language_model.pad_id, side="left"))
     positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=actors.config)
+    cache = DynamicCache(config=language_model.config)
     alive = list(range(len(prompts)))
     # Which rows of the batch still write; a finished one rides along until enough of them can be taken out together.
     writing_B = torch.ones(len(prompts), dtype=torch.bool, device=device)
     for _ in range(new_tokens):
-        with computing(actors.model):
-            hidden_BTH = actors.hidden(ids_BT, mask_BT, positions_BT, cache)
-            logits_BV = actors.logits(hidden_BTH[:, -1])
+        with computing(language_model.model):
+            hidden_BTH = language_model.hidden(ids_BT, mask_BT, positions_BT, cache)
+            logits_BV = language_model.logits(hidden_BTH[:, -1])
         token_B, logp_B = _draw(logits_BV, temperature, generator)
         ended_B = torch.isin(token_B, stops_S)
         for row, token, logp, writes, ends in zip(
@@ -109,9 +108,10 @@ def _sample_batch(
 
 
 def _draw(logits_BV: torch.Tensor, temperature: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    if temperature == 0:
-        token_B = logits_BV.argmax(-1)
-        return token_B, log_probs(logits_BV, token_B, 1.0)[0]
-    logp_BV = torch.log_softmax(logits_BV.float() / temperature, -1)
-    token_B1 = torch.multinomial(logp_BV.exp(), 1, generator=generator)
+    logp_BV = torch.log_softmax(logits_BV.float() / (temperature or 1.0), -1)
+    token_B1 = (
+        logp_BV.argmax(-1, keepdim=True)
+        if not temperature
+        else torch.multinomial(logp_BV.exp(), 1, generator=generator)
+    )
     return token_B1.squeeze(1), logp_BV.gather(1, token_B1).squeeze(1)

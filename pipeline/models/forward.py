@@ -1,0 +1,85 @@
+"""The forward pass of a causal language model in its parts, and its layers without quantisation for a while."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Tensor = torch.Tensor
+
+
+class LanguageModel:
+    """Trunk and LM head called apart, so that logits are made only where they are wanted."""
+
+    def __init__(self, model: PeftModel, pad_id: int) -> None:
+        self.model, self.pad_id = model, pad_id
+        base = model.get_base_model()
+        self.config = base.config.get_text_config()
+        self.device = base.get_input_embeddings().weight.device
+        self.backbone, self.lm_head = getattr(base, base.base_model_prefix), base.get_output_embeddings()
+
+    def hidden(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor | None = None, cache: Any = None) -> Tensor:
+        """Last hidden states (B, T, hidden) under the active adapter."""
+        out = self.backbone(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            position_ids=positions_BT,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        hidden_BTH: Tensor = out.last_hidden_state
+        return hidden_BTH
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """The LM head, with the scaling and capping some architectures put after it."""
+        logits_NV: Tensor = self.lm_head(hidden_NH)
+        if scale := getattr(self.config, "logit_scale", None):  # Cohere
+            logits_NV = logits_NV * scale
+        if scale := getattr(self.config, "logits_scaling", None):  # Granite
+            logits_NV = logits_NV / scale
+        if cap := getattr(self.config, "final_logit_softcapping", None):  # Gemma
+            logits_NV = torch.tanh(logits_NV / cap) * cap
+        return logits_NV
+
+
+@contextlib.contextmanager
+def plain_layers(model: PeftModel, fold_adapter: bool) -> Iterator[None]:
+    """Inside, the 4-bit layers under an adapter are plain matrices in the compute dtype, for 2 bytes a parameter.
+
+    fold_adapter: False keeps the adapter beside them and every output bit for bit; True adds the active adapter in,
+    which spares each token its two small products and rounds their sum. For sampling only. The copy is thrown away
+    afterwards; the 4-bit weights and the adapter are not touched (a merge into 4-bit weights would lose the adapter in
+    rounding). Layers with DoRA, which are more than a sum, are never folded.
+    """
+    compute = model.get_input_embeddings().weight.dtype
+    swapped: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, LoraLayer) or not isinstance(module.get_base_layer(), torch.nn.Linear):
+            continue
+        active = [] if module.disable_adapters else module.active_adapters
+        folded = fold_adapter and not any(module.use_dora.get(adapter) for adapter in active)
+        layer = module.get_base_layer()
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        with torch.no_grad():
+            weight = dequantize_module_weight(layer)
+            for adapter in active if folded else []:
+                weight = weight.to(torch.float32) + module.get_delta_weight(adapter).to(weight.device, torch.float32)
+        plain.weight = torch.nn.Parameter(weight.to(compute), requires_grad=False)
+        plain.bias = layer.bias
+        parent, _, own = name.rpartition(".")
+        place = (model.get_submodule(parent), own) if folded else (module, "base_layer")
+        swapped.append((*place, layer if not folded else module))
+        setattr(*place, plain)
+    try:
+        yield
+    finally:
+        for holder, own, module in swapped:
+            setattr(holder, own, module)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipeline import strict_yaml
 from pipeline.artifact import Artifact, Json, digest, sha256_of_file
 from pipeline.data import load
+from pipeline.data.files import content_hash
 from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec, base_hash
 from pipeline.ppo.settings import PPOSettings
@@ -102,9 +103,10 @@ class Recipe:
         for name in self.order():
             section = self.stages[name]
             data = section.data
-            files = {"path": data.path, "test": data.test, "questions": section.questions}
             train = {word: value for word, value in section.train.items() if word not in RUNTIME_WORDS}
-            hashes = {role: load.content_hash(f, data) for role, f in files.items() if isinstance(f, str)}
+            hashes = load.content_hashes(data)
+            if section.questions:
+                hashes["questions"] = content_hash(section.questions)
             terms = section.reward_terms()
             hashes |= {f"reward {term.file}": sha256_of_file(Path(term.file)) for term in terms if term.file}
             reward = {"reward": [term.model_dump() for term in terms]} if terms else {}
@@ -318,5 +320,5 @@ def _with(tree: Json, path: list[str], value: Any, override: str) -> Json:
 
 def _settings(data: load.DataSpec) -> Json:
     """How the rows are read, without where they lie: a file moved is still the same file."""
-    shown = data.model_dump(exclude={"path"})
+    shown = data.model_dump(exclude={"path": True, "mix": {"__all__": {"path"}}})
     return {key: value for key, value in shown.items() if not (key == "test" and isinstance(value, str))}

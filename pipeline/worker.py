@@ -123,11 +123,11 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
 def load_rows(recipe: Recipe, stage: str) -> tuple[Rows, list[Source]]:
     """A stage's rows, checked; and the files they came from, which know what was refused."""
     section = recipe.stages[stage]
-    train, test = read_split(section.data, recipe.kind(stage).contract, recipe.spec.seed)
+    split = read_split(section.data, recipe.kind(stage).contract, recipe.spec.seed)
     asked = read_source(section.questions, QUESTION, DataSpec(path=section.questions)) if section.questions else None
-    rows = Rows(train.rows, test.rows if test else None, asked.rows if asked else [])
+    rows = Rows(split.train, split.test, asked.rows if asked else [])
     # A held-out share has no file of its own: its rows are counted with the file they were taken from.
-    return rows, [source for source in (train, None if train.held_out else test, asked) if source]
+    return rows, [*split.sources, *([asked] if asked else [])]
 
 
 def _sound_parent(parent: Artifact, fingerprint: str, base: str) -> Artifact:

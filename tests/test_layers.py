@@ -7,8 +7,18 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 LAYERS = [
-    ["errors", "artifact", "metrics", "strict_yaml", "data.contracts", "data.formats"],
-    ["models", "data.load", "data.render", "ppo"],
+    [
+        "errors",
+        "artifact",
+        "metrics",
+        "strict_yaml",
+        "data.contracts",
+        "data.formats",
+        "data.dialogues",
+        "data.trees",
+        "data.shelf",
+    ],
+    ["models", "data", "ppo"],
     ["stages", "evaluate", "plan"],
     ["recipe"],
     ["runner", "worker", "summary", "report", "chat", "publish"],

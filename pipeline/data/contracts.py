@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 Row = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
@@ -18,10 +18,12 @@ ROLES = ("system", "user", "assistant", "tool")
 class Contract:
     """What the rows of one kind must look like.
 
-    name: TRL's name of the shape.  example: shown in error messages.  check: row -> reason it is refused, or None.
+    name: TRL's name of the shape.  wanted: what readers of other formats are to make.  example: shown in error
+    messages.  check: row -> reason it is refused, or None.
     """
 
     name: str
+    wanted: Literal["text", "demonstration", "preference", "prompt", "question"]
     example: str
     check: Callable[[Row], str | None]
 
@@ -65,8 +67,24 @@ def _messages(row: Row, key: str, last: str | None = None) -> str | None:
         reason = _text(message, "content")
         if reason:
             return f"{place} {reason}"
+    reason = _calls_answered(messages, key)
+    if reason:
+        return reason
     if last and messages[-1]["role"] != last:
         return f"field '{key}' ends on the role '{messages[-1]['role']}', expected '{last}'"
+    return None
+
+
+def _calls_answered(messages: list[dict[str, Any]], key: str) -> str | None:
+    """Results of tools come after a call, and after a call comes its result, unless the dialogue ends on it."""
+    called = False
+    for index, message in enumerate(messages):
+        if message["role"] == "tool":
+            if index == 0 or (not called and messages[index - 1]["role"] != "tool"):
+                return f"{key}[{index}] is a tool's result, but no tool was called before it"
+        elif called:
+            return f"{key}[{index - 1}] calls a tool, but {key}[{index}] is no result of it"
+        called = bool(message.get("tool_calls"))
     return None
 
 
@@ -133,19 +151,24 @@ def _question(row: Row) -> str | None:
     return reason
 
 
-LANGUAGE_MODELING = Contract("language modeling", '{"text": "..."}', _language_modeling)
+LANGUAGE_MODELING = Contract("language modeling", "text", '{"text": "..."}', _language_modeling)
 DEMONSTRATION = Contract(
     "prompt-completion or messages",
+    "demonstration",
     '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
     _demonstration,
 )
 PREFERENCE = Contract(
     "preference",
+    "preference",
     '{"prompt": [{"role": "user", "content": "..."}], "chosen": [{"role": "assistant", "content": "..."}], '
     '"rejected": [{"role": "assistant", "content": "..."}]}',
     _preference,
 )
-PROMPT_ONLY = Contract("prompt-only", '{"prompt": [{"role": "user", "content": "..."}]}', _prompt)
+PROMPT_ONLY = Contract("prompt-only", "prompt", '{"prompt": [{"role": "user", "content": "..."}]}', _prompt)
 QUESTION = Contract(
-    "question with its answer", '{"prompt": [{"role": "user", "content": "..."}], "answer": "..."}', _question
+    "question with its answer",
+    "question",
+    '{"prompt": [{"role": "user", "content": "..."}], "answer": "..."}',
+    _question,
 )

@@ -5,26 +5,39 @@ Nothing here needs a tokenizer or torch: this runs over all stages' data before 
 
 from __future__ import annotations
 
-import codecs
-import gzip
 import hashlib
 import json
 import random
-import re
-import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.data import files, formats, mixture
 from pipeline.data.contracts import Contract, Row
-from pipeline.data.formats import READERS, Format, Unreadable
+from pipeline.data.dialogues import Unreadable
+from pipeline.data.formats import Format
+from pipeline.data.shelf import Picked, Shelf
 from pipeline.errors import UserError
 
 NAMED_AT_MOST = 20
+
+
+class Part(BaseModel):
+    """One of several sources of a stage's rows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    format: Format = "auto"
+    split: str = "train"
+    limit: int | None = Field(default=None, gt=0)
+    weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Share of the mixture's rows that come from here, relative to the other sources' weights."""
+    epochs: float = Field(default=1.0, gt=0, le=1000)
+    """With weights, how often this source's rows may be seen at most; without, how often they are."""
 
 
 class DataSpec(BaseModel):
@@ -32,18 +45,41 @@ class DataSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: str
-    """Training rows: a .jsonl, .jsonl.gz or .json file, or the id of a data set on the Hub (owner/name)."""
+    path: str | None = None
+    """Training rows: a file or folder (see data/files.py), or the id of a data set on the Hub (owner/name)."""
+    mix: list[Part] | None = Field(default=None, min_length=1)
+    """Several sources instead of one path, each with its weight or epochs."""
     test: str | float | None = None
-    """Held-out rows: a file as above, or the share of the prompts of `path` to hold out (0 < share < 1)."""
-    format: Format = "trl"
-    """How the rows of `path` and `test` are laid out: TRL's shapes, or one of the readers of data/formats.py."""
+    """Held-out rows: a file as above, or the share of the prompts to hold out (0 < share < 1)."""
+    format: Format = "auto"
+    """How the rows of `path` and `test` are laid out: told by their keys, unless one of data/formats.py is named."""
     split: str = "train"
-    """Split of a Hub data set."""
+    """Split of a Hub data set or of a folder of `datasets`."""
+    group: str | None = None
+    """Column whose equal values stay on one side when a share is held out; the prompt, unless one is named."""
     limit: int | None = Field(default=None, gt=0)
     """Use at most so many rows of `path`, taken from the start."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """Stop at unfit rows (the default), or go on without them and write them to refused.jsonl."""
+    too_long: Literal["drop", "keep_end"] = "drop"
+    """Of a dialogue longer than max_length: leave it out and count it, or cut it so that it still ends its turn."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSpec:
+        if (self.path is None) == (self.mix is None):
+            raise ValueError("takes either 'path' or 'mix', a list of {path, weight or epochs}")
+        if self.mix and (self.limit or self.split != "train"):
+            raise ValueError("with 'mix', 'limit' and 'split' belong to its entries")
+        if self.mix and len({part.weight is None for part in self.mix}) > 1:
+            raise ValueError("gives a weight to some entries of 'mix' and none to others; give one to all or to none")
+        if isinstance(self.test, float) and not 0 < self.test < 1:
+            raise ValueError(f"test is {self.test}: a share lies between 0 and 1, for example 0.1")
+        return self
+
+    def parts(self) -> list[Part]:
+        if self.mix:
+            return self.mix
+        return [Part(path=str(self.path), format=self.format, split=self.split, limit=self.limit)]
 
 
 @dataclass
@@ -51,170 +87,209 @@ class Source:
     """One file read: rows fit for use, and what became of the others."""
 
     path: str
-    rows: list[Row] = field(default_factory=list)
-    refused: list[dict[str, Any]] = field(default_factory=list)
+    rows: Sequence[Row] = field(default_factory=list)
+    refused: Shelf[dict[str, Any]] = field(default_factory=Shelf)
+    reasons: Counter[str] = field(default_factory=Counter)
+    layouts: Counter[str] = field(default_factory=Counter)
+    """Formats the file's rows were read as."""
+    file_rows: int = 0
+    """Rows of the file; one may give several (ranked replies, trees)."""
     held_out: int = 0
-    """Rows of the same file that went to the held-out share."""
+    left_out: int = 0
+    """Rows a mixture did not draw."""
+    drawn: int | None = None
+    """Rows a mixture drew, repetitions counted."""
 
     def counts(self) -> dict[str, Any]:
-        reasons = Counter(entry["reason"] for entry in self.refused)
-        total = len(self.rows) + len(self.refused) + self.held_out
-        counts = {"path": self.path, "rows": total, "used": len(self.rows), "refused": dict(reasons)}
-        return {**counts, "held_out": self.held_out} if self.held_out else counts
+        """Where every row went: rows = used + refused + held_out + left_out."""
+        refused = sum(self.reasons.values())
+        counts: dict[str, Any] = {
+            "path": self.path,
+            "rows": len(self.rows) + refused,
+            "used": len(self.rows) - self.held_out - self.left_out,
+            "refused": dict(self.reasons),
+        }
+        extra = {"held_out": self.held_out, "left_out": self.left_out, "drawn": self.drawn}
+        counts |= {key: value for key, value in extra.items() if value}
+        return counts if self.file_rows == counts["rows"] else {**counts, "file_rows": self.file_rows}
 
 
-def read_source(path: str, contract: Contract, spec: DataSpec) -> Source:
-    """Read and check one file or Hub data set.
+@dataclass
+class Split:
+    train: Sequence[Row]
+    test: Sequence[Row] | None
+    sources: list[Source]
+
+
+def read_source(path: str, contract: Contract, spec: DataSpec, part: Part | None = None) -> Source:
+    """Read and check one file, folder or Hub data set.
 
     Raises UserError naming file and line for anything unfit, unless the spec says to skip unfit rows.
     """
-    source = Source(path)
-    reader = READERS[spec.format]
-    for place, row in _places(path, spec):
-        if isinstance(row, Unreadable):
-            source.refused.append({"place": place, "reason": str(row)})
+    part = part or Part(path=path, format=spec.format, split=spec.split)
+    rows: Shelf[Row] = Shelf()
+    source = Source(path, rows)
+    stop = spec.on_bad_row == "stop"
+    for place, row, reason in _items(source, part, contract):
+        if reason is None and (reason := contract.check(row)) is None:
+            rows.append({**row, "_place": place})
+            if part.limit and len(rows) >= part.limit:
+                break
             continue
-        try:
-            shaped = reader(row)
-            reason = contract.check(shaped)
-        except Unreadable as error:
-            reason = str(error)
-        if reason:
+        source.reasons[reason] += 1
+        if not stop or len(source.refused) < NAMED_AT_MOST:
             source.refused.append({"place": place, "reason": reason, "row": row})
-        else:
-            source.rows.append({**shaped, "_place": place})
-        if spec.limit and len(source.rows) >= spec.limit:
-            break
-    if not source.rows and not source.refused:
+    if not rows and not source.reasons:
         raise UserError(f"{path} is empty. Expected rows like {contract.example}")
-    if source.refused and spec.on_bad_row == "stop":
-        raise UserError(_refusal(source, contract))
-    if not source.rows:
-        raise UserError(f"{path}: not one row is fit for use.\n{_refusal(source, contract)}")
+    if source.reasons and (stop or not rows):
+        raise UserError(_refusal(source, contract, none_left=not rows))
     return source
 
 
-def read_split(spec: DataSpec, contract: Contract, seed: int) -> tuple[Source, Source | None]:
-    """Training and held-out rows. A share is held out by prompt, so no prompt stands on both sides."""
-    train = read_source(spec.path, contract, spec)
-    if spec.test is None:
-        return train, None
+def read_split(spec: DataSpec, contract: Contract, seed: int) -> Split:
+    """Training and held-out rows. A share is held out by prompt or group, so none stands on both sides."""
+    sources = [read_source(part.path, contract, spec, part) for part in spec.parts()]
+    rows = [source.rows for source in sources]
+    kept = [list(range(len(r))) for r in rows]
+    test: Sequence[Row] | None = None
     if isinstance(spec.test, str):
-        return train, read_source(spec.test, contract, spec.model_copy(update={"limit": None}))
-    if not 0 < spec.test < 1:
-        raise UserError(f"data.test of {spec.path} is {spec.test}: a share lies between 0 and 1, for example 0.1")
-    prompts = sorted({_prompt_key(row) for row in train.rows})
-    random.Random(seed).shuffle(prompts)
-    held_out = set(prompts[: max(1, round(len(prompts) * spec.test))])
-    test = Source(f"{spec.path} (share {spec.test})", [r for r in train.rows if _prompt_key(r) in held_out])
-    train.rows = [row for row in train.rows if _prompt_key(row) not in held_out]
-    train.held_out = len(test.rows)
-    if not train.rows:
-        raise UserError(f"{spec.path}: holding out {spec.test} of its prompts leaves no row to train on")
-    return train, test
+        sources.append(read_source(spec.test, contract, spec))
+        test = sources[-1].rows
+    elif spec.test is not None:
+        kept, held = _held_out(rows, spec.test, spec.group, seed)
+        test = Picked(rows, [s for s, index in held], [index for s, index in held])
+        for number, source in enumerate(sources):
+            source.held_out = sum(s == number for s, _ in held)
+        if not any(kept):
+            raise UserError(f"{spec.path}: holding out {spec.test} of its prompts leaves no row to train on")
+    if spec.mix is None:
+        return Split(Picked(rows, [0] * len(kept[0]), kept[0]), test, sources)
+    which, index, passes = mixture.drawn(
+        [len(k) for k in kept], [part.weight for part in spec.mix], [part.epochs for part in spec.mix], seed
+    )
+    for number, source in enumerate(sources[: len(rows)]):
+        source.drawn = int((which == number).sum())
+        source.left_out = max(0, len(kept[number]) - source.drawn) if passes[number] < 1 else 0
+    places = [kept[s][i] for s, i in zip(which.tolist(), index.tolist(), strict=True)]
+    return Split(Picked(rows, which.tolist(), places), test, sources)
 
 
-def content_hash(path: str, spec: DataSpec) -> str:
-    """What a file holds, for fingerprints: its sha256, or the commit of a Hub data set."""
-    local = Path(path)
-    if local.is_file():
-        with local.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    if not _is_hub_id(path):
-        raise UserError(_no_file(path))
-    return _hub_commit(path)
+def content_hashes(spec: DataSpec) -> dict[str, str]:
+    """What the files of a section hold, for fingerprints."""
+    hashes = {"path": files.content_hash(spec.path)} if spec.path else {}
+    for number, part in enumerate(spec.mix or []):
+        hashes[f"mix[{number}]"] = files.content_hash(part.path)
+    if isinstance(spec.test, str):
+        hashes["test"] = files.content_hash(spec.test)
+    return hashes
 
 
-def _is_hub_id(path: str) -> bool:
-    """owner/name; a name with a file's ending is a file that is missing, and is nobody else's business."""
-    looks_like_a_file = path.endswith((".json", ".jsonl", ".gz", ".csv", ".txt", ".md", ".parquet", ".zst"))
-    return not Path(path).exists() and not looks_like_a_file and re.fullmatch(r"[\w-]+/[\w.-]+", path) is not None
-
-
-def _no_file(path: str) -> str:
-    if Path(path).is_dir():
-        return f"{path} is a folder. Name a .jsonl, .jsonl.gz or .json file in it."
-    return f"{path}: no such file (looked in {Path.cwd()})"
-
-
-def _prompt_key(row: Row) -> str:
+def prompt_key(row: Row) -> str:
+    """What is asked, as one text: rows with an equal one are about the same thing."""
     if row.get("messages"):
-        first = next(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
-        return json.dumps(row["messages"][:first], sort_keys=True)
+        asked = [m for m in row["messages"][: _first_answer(row["messages"])] if m["role"] != "system"]
+        return json.dumps(asked, sort_keys=True)
     return json.dumps(row["prompt"] if row.get("prompt") else row["text"], sort_keys=True)
 
 
-def _places(path: str, spec: DataSpec) -> Iterator[tuple[str, Row | Unreadable]]:
-    """Every row with the place a person finds it at; a row that is no JSON object comes as the reason."""
-    local = Path(path)
-    if _is_hub_id(path):
-        yield from _hub_rows(path, spec)
-        return
-    if not local.is_file():
-        raise UserError(_no_file(path))
-    if not local.name.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")):
-        raise UserError(f"{path}: expected a .jsonl, .jsonl.gz or .json file")
-    try:
-        with gzip.open(local, "rb") if local.suffix == ".gz" else local.open("rb") as file:
-            if ".jsonl" in local.suffixes:
-                for number, line in enumerate(file, 1):
-                    line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                    if line.strip():
-                        yield f"{path}:{number}", _parsed(line)
-            else:
-                rows = json.load(file)
-                if not isinstance(rows, list):
-                    raise UserError(f"{path}: expected a JSON list of rows. For one row per line use .jsonl")
-                for number, row in enumerate(rows, 1):
-                    yield f"{path}[{number}]", row if isinstance(row, dict) else Unreadable("is not a JSON object")
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is broken JSON: {error}") from error
+def _first_answer(messages: list[dict[str, Any]]) -> int:
+    return next(i for i, message in enumerate(messages) if message["role"] == "assistant")
 
 
-def _parsed(line: bytes) -> Row | Unreadable:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return Unreadable(f"is not UTF-8 (byte {error.start} of the line)")
-    except (ValueError, RecursionError) as error:
-        return Unreadable(f"is broken JSON: {error}")
-    return row if isinstance(row, dict) else Unreadable("is not a JSON object")
+def _items(source: Source, part: Part, contract: Contract) -> Iterator[tuple[str, Any, str | None]]:
+    """Every row a file gives, with its place, and the reason where it is none."""
+    labelled = _Labelled()
+    for place, row in files.placed_rows(part.path, part.split, part.format == "lines"):
+        source.file_rows += 1
+        if isinstance(row, Unreadable):
+            yield place, None, str(row)
+            continue
+        source.layouts[(formats.layout(row) or "unknown") if part.format in ("auto", "lines") else part.format] += 1
+        if contract.wanted == "preference" and labelled.takes(place, row, part.format):
+            continue
+        made = 0
+        try:
+            for made, shaped in enumerate(formats.read(row, part.format, contract.wanted), 1):
+                yield place if made == 1 else f"{place}#{made}", shaped, None
+        except Unreadable as error:
+            yield place if made == 0 else f"{place}#{made + 1}", row, str(error)
+    yield from labelled.pairs()
 
 
-def _refusal(source: Source, contract: Contract) -> str:
+class _Labelled:
+    """KTO rows of one file: an answer labelled good and one labelled bad, to the same prompt, are a comparison."""
+
+    def __init__(self) -> None:
+        self.rows: Shelf[tuple[str, Row, str | None]] = Shelf()
+        self.by_prompt: dict[bytes, tuple[list[int], list[int]]] = {}
+
+    def takes(self, place: str, row: Row, form: Format) -> bool:
+        if form != "kto" and not (form == "auto" and formats.layout(row) == "kto"):
+            return False
+        try:
+            label = row.get("label")
+            if not isinstance(label, bool):
+                raise Unreadable(f"field 'label' is {label!r:.40}, expected true or false")
+            shaped = formats.labelled(row)
+        except Unreadable as error:
+            self.rows.append((place, row, str(error)))
+            return True
+        asked = hashlib.blake2b(json.dumps(shaped["prompt"], sort_keys=True).encode(), digest_size=12).digest()
+        self.by_prompt.setdefault(asked, ([], []))[0 if label else 1].append(len(self.rows))
+        self.rows.append((place, shaped, None))
+        return True
+
+    def pairs(self) -> Iterator[tuple[str, Any, str | None]]:
+        paired: set[int] = set()
+        for good, bad in self.by_prompt.values():
+            if good and bad:
+                paired.update(good, bad)
+            for better in good:
+                for worse in bad:
+                    (place, chosen, _), (_, rejected, _) = self.rows[better], self.rows[worse]
+                    pair = {"prompt": chosen["prompt"], "chosen": chosen["completion"]}
+                    yield place, {**pair, "rejected": rejected["completion"]}, None
+        for index, (place, row, reason) in enumerate(self.rows):
+            if index not in paired:
+                yield (
+                    place,
+                    row,
+                    reason
+                    or (
+                        "is one answer with a label (KTO): no comparison, as no other row answers its prompt with the "
+                        "other label"
+                    ),
+                )
+
+
+def _held_out(
+    rows: list[Sequence[Row]], share: float, group: str | None, seed: int
+) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """Indices kept of each source, and (source, index) of those held out: a share of the distinct prompts or groups."""
+    keys = [[_digest(row, group) for row in source] for source in rows]
+    distinct = sorted(set().union(*keys))
+    random.Random(seed).shuffle(distinct)
+    chosen = set(distinct[: max(1, round(len(distinct) * share))])
+    kept = [[i for i, key in enumerate(of_source) if key not in chosen] for of_source in keys]
+    return kept, [(s, i) for s, of_source in enumerate(keys) for i, key in enumerate(of_source) if key in chosen]
+
+
+def _digest(row: Row, group: str | None) -> int:
+    if group is not None and group not in row:
+        raise UserError(f"{row['_place']}: has no column '{group}', by which data.group splits")
+    key = prompt_key(row) if group is None else json.dumps(row[group], sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def _refusal(source: Source, contract: Contract, none_left: bool) -> str:
     named = [f"  {entry['place']}: {entry['reason']}" for entry in source.refused[:NAMED_AT_MOST]]
-    total, more = len(source.refused), len(source.refused) - len(named)
+    total = sum(source.reasons.values())
+    more = total - len(named)
     lines = [f"{total} unfit row{'s' if total > 1 else ''} in {source.path}:", *named]
+    if none_left:
+        lines.insert(0, f"{source.path}: not one row is fit for use.")
     if more > 0:
         lines.append(f"  ... and {more} more")
     lines.append(f"Expected rows like {contract.example}")
     lines.append("Correct the rows, or set on_bad_row: skip in the stage's data section to go on without them.")
     return "\n".join(lines)
-
-
-def _hub_rows(path: str, spec: DataSpec) -> Iterator[tuple[str, Row]]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(path, split=spec.split)
-    except Exception as error:  # the client raises a different class for each way a network can fail
-        raise UserError(
-            f"{path}: no such local file, and it could not be loaded from the Hub ({type(error).__name__}: {error}). "
-            "Point data.path at a local file to go on without the Hub."
-        ) from error
-    for number, row in enumerate(rows, 1):
-        yield f"{path}[{number}]", dict(row)
-
-
-def _hub_commit(path: str) -> str:
-    from huggingface_hub import HfApi
-
-    try:
-        return f"hub:{HfApi().dataset_info(path, timeout=10).sha}"
-    except Exception as error:  # the client raises a different class for each way a network can fail
-        raise UserError(
-            f"{path}: no such local file, and the Hub did not answer for it ({type(error).__name__}). "
-            "Point data.path at a local file to go on without the Hub."
-        ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,9 @@ class Stage:
 class Rows:
     """A stage's data, loaded and checked already."""
 
-    train: list[Row]
-    test: list[Row] | None = None
-    questions: list[Row] = field(default_factory=list)
+    train: Sequence[Row]
+    test: Sequence[Row] | None = None
+    questions: Sequence[Row] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,301 @@
+"""Files, folders and Hub data sets as rows, each with the place a person finds it at. Nothing is held in memory whole.
+
+.jsonl .ndjson        one JSON object a line
+.json                 a list of objects (or one a line, as some .json files are)
+.csv .tsv .parquet    a row a row
+.txt .md .rst         documents: a file is one, unless form feeds or lines of a lone % part it; `format: lines` makes
+                      every line one
+... .gz .zst          any of these, compressed
+a folder              all such files in it, by name; or what `datasets` saved there
+owner/name            a data set on the Hub
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import hashlib
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.data.contracts import Row
+from pipeline.data.formats import Unreadable
+from pipeline.errors import UserError
+
+Placed = tuple[str, Row | Unreadable]
+LINES, LISTS, TABLES, TEXTS = {".jsonl", ".ndjson"}, {".json"}, {".csv", ".tsv"}, {".txt", ".md", ".rst", ".text"}
+PACKED = {".gz", ".zst"}
+ENDINGS = LINES | LISTS | TABLES | TEXTS | {".parquet"}
+PARTS = re.compile(r"\f|^%[ \t]*\r?$", re.MULTILINE)
+LONGEST_DOCUMENT = 1 << 27
+"""Characters of one document; more is a file of many that nothing parts."""
+
+
+def placed_rows(path: str, split: str, lines: bool) -> Iterator[Placed]:
+    """Every row with its place; what is no row at all comes as the reason.
+
+    Raises UserError if the file is absent, of an unknown kind, damaged, or cannot be loaded.
+    """
+    local = Path(path)
+    if is_hub_id(path):
+        yield from _numbered(path, _hub(path, split))
+    elif local.is_dir() and _saved_by_datasets(local):
+        yield from _numbered(path, _saved(local, split))
+    elif local.is_dir():
+        for file in _files(local):
+            yield from _file_rows(file, lines)
+    elif local.is_file():
+        yield from _file_rows(local, lines)
+    else:
+        raise UserError(f"{path}: no such file (looked in {Path.cwd()})")
+
+
+def content_hash(path: str) -> str:
+    """What lies there, for fingerprints: sha256 of a file or of a folder's files, or the commit of a Hub data set."""
+    local = Path(path)
+    if local.is_file():
+        with local.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if local.is_dir():
+        files = sorted(f for f in local.rglob("*") if f.is_file()) if _saved_by_datasets(local) else _files(local)
+        names = "".join(f"{file.relative_to(local)} {content_hash(str(file))}\n" for file in files)
+        return hashlib.sha256(names.encode()).hexdigest()
+    if not is_hub_id(path):
+        raise UserError(f"{path}: no such file (looked in {Path.cwd()})")
+    return f"hub:{hub_commit(path)}"
+
+
+def is_hub_id(path: str) -> bool:
+    """owner/name; a name with a file's ending is a file that is missing, and is nobody else's business."""
+    looks_like_a_file = Path(path).suffix in ENDINGS | PACKED
+    return not Path(path).exists() and not looks_like_a_file and re.fullmatch(r"[\w-]+/[\w.-]+", path) is not None
+
+
+def kind_of(file: Path) -> str:
+    """The ending that says what a file is, without that of its compression."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    while suffixes and suffixes[-1] in PACKED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _files(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and kind_of(file) in ENDINGS)
+    if not files:
+        raise UserError(f"{folder} is a folder without any file this reads ({', '.join(sorted(ENDINGS))}, .gz, .zst)")
+    return files
+
+
+def _file_rows(file: Path, lines: bool) -> Iterator[Placed]:
+    kind = kind_of(file)
+    if kind not in ENDINGS:
+        raise UserError(f"{file}: unknown kind of file. Read are {', '.join(sorted(ENDINGS))}, also as .gz or .zst")
+    try:
+        if kind == ".parquet":
+            yield from _numbered(str(file), _parquet(file))
+            return
+        with _opened(file) as stream:
+            if lines or kind in LINES:
+                yield from _json_lines(str(file), stream) if kind in LINES | LISTS else _text_lines(str(file), stream)
+            elif kind in LISTS:
+                yield from _json_list(file, stream)
+            elif kind in TABLES:
+                yield from _table(str(file), stream, "\t" if kind == ".tsv" else ",")
+            else:
+                yield from _documents(str(file), stream)
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 (byte {error.start} of it or of its part): convert it first") from error
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+
+
+def _opened(file: Path) -> IO[bytes]:
+    if file.suffix == ".gz":
+        return gzip.open(file, "rb")
+    if file.suffix == ".zst":
+        import pyarrow
+
+        return pyarrow.input_stream(str(file), compression="zstd", buffer_size=1 << 20)  # type: ignore[no-any-return]
+    return file.open("rb")
+
+
+def _json_lines(path: str, stream: IO[bytes]) -> Iterator[Placed]:
+    for number, line in enumerate(_byte_lines(stream), 1):
+        if line.strip():
+            yield f"{path}:{number}", _parsed(line)
+
+
+def _byte_lines(stream: IO[bytes]) -> Iterator[bytes]:
+    """Lines ended by \\n alone; pyarrow's streams do not iterate by themselves."""
+    first, rest = True, b""
+    while block := stream.read(1 << 20):
+        lines = (rest + block).split(b"\n")
+        rest = lines.pop()
+        for line in lines:
+            yield line.removeprefix(codecs.BOM_UTF8) if first else line
+            first = False
+    if rest:
+        yield rest.removeprefix(codecs.BOM_UTF8) if first else rest
+
+
+def _parsed(line: bytes) -> Row | Unreadable:
+    try:
+        row = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        return Unreadable(f"is not UTF-8 (byte {error.start} of the line)")
+    except (ValueError, RecursionError) as error:
+        return Unreadable(f"is broken JSON: {error}")
+    return row if isinstance(row, dict) else Unreadable("is not a JSON object")
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
+
+
+def _json_list(file: Path, stream: IO[bytes]) -> Iterator[Placed]:
+    head = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+    with _opened(file) as again:
+        if head[:1] == b"{":
+            yield from _json_lines(str(file), again)
+            return
+        try:
+            rows = json.loads(again.read().removeprefix(codecs.BOM_UTF8).decode("utf-8"), parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file} is broken JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise UserError(f"{file}: expected a JSON list of rows. For one row per line use .jsonl")
+    for number, row in enumerate(rows, 1):
+        yield f"{file}[{number}]", row if isinstance(row, dict) else Unreadable("is not a JSON object")
+
+
+def _table(path: str, stream: IO[bytes], delimiter: str) -> Iterator[Placed]:
+    csv.field_size_limit(sys.maxsize)
+    lines = (line.decode("utf-8") + "\n" for line in _byte_lines(stream))
+    reader = csv.DictReader(lines, delimiter=delimiter)
+    last = 1
+    for row in reader:
+        # A quoted field runs over several lines; the row is named by its first.
+        place, last = f"{path}:{last + 1}", reader.line_num
+        if None in row:
+            yield place, Unreadable("has more fields than the header")
+        elif None in row.values():
+            yield place, Unreadable("has fewer fields than the header")
+        else:
+            yield place, dict(row)
+
+
+def _text_lines(path: str, stream: IO[bytes]) -> Iterator[Placed]:
+    for number, line in enumerate(_byte_lines(stream), 1):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", {"text": line.decode("utf-8").rstrip("\r")}
+            except UnicodeDecodeError as error:
+                yield f"{path}:{number}", Unreadable(f"is not UTF-8 (byte {error.start} of the line)")
+
+
+def _documents(path: str, stream: IO[bytes]) -> Iterator[Placed]:
+    """Parts between form feeds or lines of a lone %, named by the line they begin on."""
+    held: list[str] = []
+    line, size = 1, 0
+    for piece in _decoded(stream):
+        first, *more = PARTS.split(piece)
+        held.append(first)
+        size += len(first)
+        for text in more:
+            whole = "".join(held)
+            yield from _document(path, line, whole)
+            line += whole.count("\n")
+            held, size = [text], len(text)
+        if size > LONGEST_DOCUMENT:
+            raise UserError(
+                f"{path}: a document of more than {LONGEST_DOCUMENT >> 20} million characters begins on line {line}. "
+                "Put a form feed between documents, or set `format: lines` in the data section if each line is one"
+            )
+    yield from _document(path, line, "".join(held))
+
+
+def _document(path: str, line: int, text: str) -> Iterator[Placed]:
+    if text.strip():
+        start = line + text[: len(text) - len(text.lstrip())].count("\n")
+        yield f"{path}:{start}", {"text": text.strip("\r\n")}
+
+
+def _decoded(stream: IO[bytes]) -> Iterator[str]:
+    """Text in blocks that end with a line, so that no separator is torn."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    held = ""
+    while block := stream.read(1 << 20):
+        text = held + decoder.decode(block)
+        end = text.rfind("\n") + 1
+        held = text[end:]
+        yield text[:end]
+    yield held + decoder.decode(b"", True)
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(1024):
+            yield from batch.to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+
+
+def _numbered(path: str, rows: Iterator[Row]) -> Iterator[Placed]:
+    for number, row in enumerate(rows, 1):
+        yield f"{path}[{number}]", dict(row)
+
+
+def _saved_by_datasets(folder: Path) -> bool:
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _saved(folder: Path, split: str) -> Iterator[Row]:
+    import datasets
+
+    try:
+        found: Any = datasets.load_from_disk(str(folder))
+    except Exception as error:  # a damaged folder fails in as many ways as there are files in it
+        raise UserError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise UserError(f"{folder} has no split '{split}' (there is: {', '.join(found)})")
+        found = found[split]
+    yield from found
+
+
+def _hub(path: str, split: str) -> Iterator[Row]:
+    import datasets
+
+    # The commit that was fingerprinted, whatever is pushed meanwhile.
+    commit = hub_commit(path)
+    try:
+        rows = datasets.load_dataset(path, split=split, revision=commit)
+    except Exception as error:  # the client raises a different class for each way a network can fail
+        raise UserError(
+            f"{path}: no such local file, and it could not be loaded from the Hub ({type(error).__name__}: {error}). "
+            "Point data.path at a local file to go on without the Hub."
+        ) from error
+    yield from rows
+
+
+def hub_commit(path: str) -> str:
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(path, timeout=10).sha)
+    except Exception as error:  # the client raises a different class for each way a network can fail
+        raise UserError(
+            f"{path}: no such local file, and the Hub did not answer for it ({type(error).__name__}). "
+            "Point data.path at a local file to go on without the Hub."
+        ) from error

@@ -1,0 +1,99 @@
+"""A list that lies on disk: a million rows cost a few megabytes of memory."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Generic, TypeVar, overload
+
+T = TypeVar("T")
+IN_MEMORY = 1 << 22
+"""Bytes kept in memory before the file is made."""
+
+
+def to_json(value: Any) -> bytes:
+    # A lone surrogate is no UTF-8, but it can stand in a refused row, which must be shown as it was.
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+
+
+def from_json(line: bytes) -> Any:
+    return json.loads(line.decode("utf-8", "surrogatepass"))
+
+
+class Shelf(Sequence[T], Generic[T]):
+    """Append-only sequence whose items are written to an unnamed temporary file and read back one at a time.
+
+    Only where each item lies is kept in memory, 8 bytes an item. An item read is a new object each time: changing it
+    changes nothing. The file is gone with the process, however that ends.
+    """
+
+    def __init__(
+        self,
+        items: Iterable[T] = (),
+        dump: Callable[[T], bytes] = to_json,
+        load: Callable[[bytes], T] = from_json,
+    ) -> None:
+        self._dump, self._load = dump, load
+        self._ends = array("Q", [0])
+        self._file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115  closed with the process
+        self.extend(items)
+
+    def append(self, item: T) -> None:
+        line = self._dump(item)
+        self._file.seek(self._ends[-1])
+        self._file.write(line)
+        self._ends.append(self._ends[-1] + len(line))
+
+    def extend(self, items: Iterable[T]) -> None:
+        for item in items:
+            self.append(item)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = index + len(self) if index < 0 else index
+        if not 0 <= place < len(self):
+            raise IndexError(f"no item {index} among {len(self)}")
+        self._file.seek(self._ends[place])
+        return self._load(self._file.read(self._ends[place + 1] - self._ends[place]))
+
+    def __iter__(self) -> Iterator[T]:
+        for index in range(len(self)):
+            yield self[index]
+
+
+class Picked(Sequence[T], Generic[T]):
+    """Some items of several sequences in an order of one's own, without copying them: item i is
+    `sources[which[i]][index[i]]`."""
+
+    def __init__(self, sources: Sequence[Sequence[T]], which: Sequence[int], index: Sequence[int]) -> None:
+        self._sources, self._which, self._index = sources, array("H", which), array("Q", index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._sources[self._which[index]][self._index[index]]
+
+    def __iter__(self) -> Iterator[T]:
+        for index in range(len(self)):
+            yield self[index]

@@ -70,6 +70,38 @@ def check(recipe: RecipePath, override: Overrides = []) -> None:  # noqa: B006
 
 
 @app.command()
+def data(
+    recipe: RecipePath,
+    stage: Annotated[list[str] | None, typer.Argument(metavar="[STAGE]...", help="All, unless some are named.")] = None,
+    override: Overrides = [],  # noqa: B006
+    show: Annotated[int, typer.Option(metavar="N", help="Print N rows as the model will see them.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures for machines.")] = False,
+) -> None:
+    """Examine the data: lengths, loss masks, duplicates, overlaps, baselines. Loads no weights."""
+    import json
+
+    from rich.console import Console
+
+    from pipeline import doctor
+    from pipeline.errors import UserError
+
+    chain = _read(recipe, override)
+    names = stage or chain.order()
+    for name in names:
+        if name not in chain.stages:
+            raise UserError(f"no stage '{name}' in the recipe {chain.name} (there is: {', '.join(chain.stages)})")
+    if show:
+        for name in names:
+            doctor.show_rows(chain, name, show, Console())
+        return
+    found = doctor.examine(chain, names)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False, indent=1))
+    else:
+        doctor.show(found, Console())
+
+
+@app.command()
 def plan(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs")) -> None:  # noqa: B006
     """Show what a run would do, and why."""
     from rich.console import Console

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import itertools
 import os
 import sys
 import threading
@@ -64,7 +65,7 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
         return
     section = recipe.stages[stage]
     data, sources = load_rows(recipe, stage)
-    refused = [entry for source in sources for entry in source.refused]
+    refused = [source.refused for source in sources if len(source.refused)]
 
     import torch
     from accelerate import PartialState
@@ -77,7 +78,7 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
             if everyone.is_main_process:
                 out.claim(fingerprint, parts[stage])
                 if refused:
-                    write_text(out.refused, "".join(_json_line(entry) for entry in refused))
+                    write_text(out.refused, (_json_line(entry) for entry in itertools.chain(*refused)))
             everyone.wait_for_everyone()
             return out.last_checkpoint(fingerprint)
 
@@ -94,6 +95,8 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
         result = recipe.kind(stage).run(section, context)
         if everyone.is_main_process:
             write_text(out.samples, "".join(_json_line(sample) for sample in result.samples))
+            if result.refused:
+                write_text(out.refused, (_json_line(entry) for entry in itertools.chain(*refused, result.refused)))
             out.seal(
                 {
                     "stage": stage,

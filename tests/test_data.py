@@ -86,7 +86,7 @@ def test_empty_missing_and_wrong_files(tmp_path: Path) -> None:
         (rows_file(tmp_path, [], "empty.jsonl"), "is empty"),
         (str(tmp_path / "none.jsonl"), "no such file"),
         (rows_file(tmp_path, ["[1, 2"], "list.json"), "is broken JSON"),
-        (rows_file(tmp_path, ["x"], "table.xlsx"), "expected a .jsonl"),
+        (rows_file(tmp_path, ["x"], "table.xlsx"), "unknown kind of file"),
         (rows_file(tmp_path, ["x"], "not.jsonl.gz"), "cannot be read"),
     ):
         with pytest.raises(UserError, match=says):
@@ -96,20 +96,21 @@ def test_empty_missing_and_wrong_files(tmp_path: Path) -> None:
 def test_a_share_is_held_out_by_prompt(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i % 10}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(50)]
     path = rows_file(tmp_path, rows)
-    train, test = read_split(DataSpec(path=path, test=0.2), PREFERENCE, seed=1)
-    assert test is not None and len(test.rows) == 10 and len(train.rows) == 40
-    assert not {row["prompt"] for row in train.rows} & {row["prompt"] for row in test.rows}
-    again, _ = read_split(DataSpec(path=path, test=0.2), PREFERENCE, seed=1)
-    assert again.rows == train.rows
+    split = read_split(DataSpec(path=path, test=0.2), PREFERENCE, seed=1)
+    assert split.test is not None and len(split.test) == 10 and len(split.train) == 40
+    assert not {row["prompt"] for row in split.train} & {row["prompt"] for row in split.test}
+    again = read_split(DataSpec(path=path, test=0.2), PREFERENCE, seed=1)
+    assert list(again.train) == list(split.train)
 
 
 def test_dialogues_are_split_by_what_is_asked_not_by_their_system_prompt(tmp_path: Path) -> None:
     system = {"role": "system", "content": "be kind"}
     rows = [{"messages": [system, {"role": "user", "content": f"q{i % 50}"}, SAYS]} for i in range(100)]
     path = rows_file(tmp_path, rows)
-    train, test = read_split(DataSpec(path=path, test=0.1), DEMONSTRATION, seed=1)
-    assert test is not None and len(test.rows) == 10 and train.counts()["held_out"] == 10
-    assert train.counts()["rows"] == 100
+    split = read_split(DataSpec(path=path, test=0.1), DEMONSTRATION, seed=1)
+    counts = split.sources[0].counts()
+    assert split.test is not None and len(split.test) == 10
+    assert counts["rows"] == 100 == counts["used"] + counts["held_out"] and counts["held_out"] == 10
 
 
 def test_formats_of_public_sets(tmp_path: Path) -> None:

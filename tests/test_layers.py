@@ -21,7 +21,7 @@ LAYERS = [
     ["models", "data", "ppo"],
     ["stages", "evaluate", "plan"],
     ["recipe"],
-    ["runner", "worker", "summary", "report", "chat", "publish"],
+    ["runner", "worker", "summary", "doctor", "report", "chat", "publish"],
     ["cli"],
 ]
 

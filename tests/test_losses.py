@@ -98,6 +98,7 @@ def test_dpo_loss_equals_the_formula(tiny_base: Path, tmp_path: Path) -> None:
     that has moved away from its reference."""
     from trl import DPOConfig, DPOTrainer
 
+    from pipeline.stages import sequences
     from pipeline.stages import trainer as shared
 
     recipe = one_stage(tiny_base, tmp_path, "dpo")
@@ -110,7 +111,9 @@ def test_dpo_loss_equals_the_formula(tiny_base: Path, tmp_path: Path) -> None:
         output_dir=str(tmp_path), beta=0.3, bf16=False, use_cpu=True, report_to="none", per_device_train_batch_size=6
     )
     taking = type("DPOTrainer", (shared.TakesEncoded, DPOTrainer), {})
-    trainer = shared.build(taking, model, args=args, train_dataset=shared.reply_pairs(some), processing_class=tokenizer)
+    trainer = shared.build(
+        taking, model, args=args, train_dataset=sequences.reply_pairs(some), processing_class=tokenizer
+    )
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if ".default." in name:

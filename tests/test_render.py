@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -85,7 +86,7 @@ def test_plain_text_and_documents_end_once(tokenizer) -> None:  # type: ignore[n
 
 def test_a_token_over_the_boundary_is_learnt_and_pairs_keep_their_own(tokenizer) -> None:  # type: ignore[no-untyped-def]
     """ "an" + "imal" is one token: the answer must not shrink to its end token, nor take the other answer's start."""
-    from pipeline.stages.trainer import reply_pairs
+    from pipeline.stages.sequences import reply_pairs
 
     row = {"prompt": "What an", "chosen": "imal is kept", "rejected": " island it is"}
     pair = (render.reply(tokenizer, row, "chosen"), render.reply(tokenizer, row, "rejected"))
@@ -104,22 +105,35 @@ def test_padding_is_by_length_where_pad_is_the_end_token(tokenizer) -> None:  # 
     assert ids_BT.shape == (2, 4)
 
 
-def test_rows_with_nothing_left_to_learn_are_an_error(tokenizer) -> None:  # type: ignore[no-untyped-def]
-    from pipeline.stages import trainer
+def test_rows_longer_than_the_window_are_dropped_or_end_their_turn(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    from pipeline.stages.sequences import fitted
 
-    rows = [
-        {
-            "_place": f"d.jsonl:{n}",
-            "messages": [{"role": "user", "content": "w " * n}, {"role": "assistant", "content": "a"}],
-        }
-        for n in (1, 200)
-    ]
-    sequences = [render.demonstration(tokenizer, row) for row in rows]
-    with pytest.raises(UserError, match=r"1 rows have no token left to learn from .*\n  d.jsonl:200"):
-        trainer.cut(rows, sequences, 64)
-    kept, counts = trainer.cut(rows, sequences, 4096)
-    assert counts["rows_cut"] == 0 and kept == sequences
-    assert counts["supervised_tokens"] == sum(sequence.supervised for sequence in sequences)
+    def row(place: int, *turns: tuple[int, int]) -> dict[str, Any]:
+        messages = []
+        for asked, answered in turns:
+            messages += [{"role": "user", "content": "w " * asked}, {"role": "assistant", "content": "a " * answered}]
+        return {"_place": f"d.jsonl:{place}", "messages": messages}
+
+    rows = [row(1, (3, 3)), row(2, (3, 3), (3, 200)), row(3, (3, 200)), row(4, (200, 3))]
+    whole = [render.demonstration(tokenizer, r) for r in rows]
+    with pytest.raises(UserError, match=r"1 rows have no token left to learn from .*\n  d.jsonl:4"):
+        fitted(rows, whole, 64, "drop", stop=True)
+
+    kept, counts, left_out = fitted(rows, whole, 64, "drop", stop=False)
+    assert [entry["place"] for entry in left_out] == ["d.jsonl:2", "d.jsonl:3", "d.jsonl:4"] and list(kept) == whole[:1]
+    assert (counts["rows"], counts["rows_too_long"], counts["rows_bare"]) == (4, 2, 1)
+
+    kept, counts, left_out = fitted(rows, whole, 64, "keep_end", stop=False)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert len(kept) == 3 and counts["rows_cut"] == 2 and [entry["place"] for entry in left_out] == ["d.jsonl:4"]
+    assert all(len(s.ids) <= 64 and s.ids[-1] == s.labels[-1] == end for s in kept[1:])
+    first_turn = render.demonstration(tokenizer, {"messages": rows[1]["messages"][:2]})
+    assert kept[1].ids == first_turn.ids[: len(kept[1].ids)]  # the whole turns that fit, and no torn one
+    assert kept[2].ids[:63] == whole[2].ids[:63]
+
+    kept, counts, left_out = fitted(rows, whole, 4096, "drop", stop=True)
+    assert list(kept) == whole and not left_out and counts["rows_cut"] == 0
+    assert counts["supervised_tokens"] == sum(sequence.supervised for sequence in whole)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer) -> None:  # type: ignore[no-untyped-def]

@@ -7,6 +7,8 @@ pad and end-of-turn are one token, a mask by id would hide the end and the model
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,19 @@ class Encoded:
     def cut(self, max_length: int | None) -> Encoded:
         """The start of the sequence, as TRL cuts it."""
         return self if max_length is None else Encoded(self.ids[:max_length], self.labels[:max_length])
+
+    def cut_at_end(self, max_length: int) -> Encoded:
+        """The start of the sequence through the last whole turn of the assistant's that fits; where not one does, its
+        start and, in the last place, the token that ends its first turn."""
+        turns = [i + 1 for i, label in enumerate(self.labels) if label != IGNORED and self._ends_turn(i)]
+        whole = [end for end in turns if end <= max_length]
+        if whole:
+            return self.cut(whole[-1])
+        end = self.ids[turns[0] - 1]
+        return Encoded([*self.ids[: max_length - 1], end], [*self.labels[: max_length - 1], end])
+
+    def _ends_turn(self, index: int) -> bool:
+        return index + 1 == len(self.labels) or self.labels[index + 1] == IGNORED
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,7 @@ def demonstration(tokenizer: Tokenizer, row: Row) -> Encoded:
         for index, message in enumerate(messages)
         if index >= first and message["role"] == "assistant"
     ]
+    _no_results_learnt(tokenizer, messages, row, text, spans)
     ids, offsets = _tokens(tokenizer, text)
     labels = [
         token if any(begin < stop and end > start for start, stop in spans) and end > begin else IGNORED
@@ -119,25 +135,39 @@ def rendered(tokenizer: Tokenizer, messages: Messages, row: Row | None = None, a
         raise Unrenderable(
             "the base has no chat template; set model.chat_template, for example recipes/templates/chatml.jinja"
         )
+    options = {"tokenize": False, "add_generation_prompt": ask, "tools": (row or {}).get("tools")}
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=ask, tools=(row or {}).get("tools")
-        )
+        try:
+            return str(tokenizer.apply_chat_template(messages, **options))
+        except TypeError:
+            # Some templates write a call's arguments as an object, others expect them written already.
+            return str(tokenizer.apply_chat_template(_written_calls(messages), **options))
     except Exception as error:  # a template is a program: it can fail in any way
         raise Unrenderable(f"the chat template refuses the row: {type(error).__name__}: {error}") from error
-    return str(text)
+
+
+def _written_calls(messages: Messages) -> Messages:
+    def written(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return [
+        {**m, "tool_calls": [written(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages
+    ]
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
     """The tokens at which an answer ends: end-of-sequence, and what the chat template closes a turn with."""
     found = [tokenizer.eos_token_id]
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-        asked = rendered(tokenizer, messages[:1], ask=True)
-        told = rendered(tokenizer, messages)
-        if told.startswith(asked):
-            ids = _tokens(tokenizer, told[len(asked) :].rstrip())[0]
-            found.append(ids[-1])
+        asked = [{"role": "user", "content": "q"}]
+        told = [*asked, {"role": "assistant", "content": STAND_IN}]
+        for messages in (told, [*told, *asked]):
+            # Some templates close the last turn with another token than those before it.
+            closing = rendered(tokenizer, messages).partition(STAND_IN)[2].lstrip()
+            ids = _tokens(tokenizer, closing)[0]
+            if ids and ids[0] in tokenizer.all_special_ids:
+                found.append(ids[0])
     return list(dict.fromkeys(found))
 
 
@@ -167,15 +197,92 @@ def _plain(tokenizer: Tokenizer, before: str, after: str) -> Reply:
 
 
 def _turn(tokenizer: Tokenizer, messages: Messages, index: int, text: str, row: Row) -> tuple[int, int]:
-    """Where in `text` the assistant's turn number `index` lies, from its first word through its end-of-turn token."""
+    """Where in `text` the assistant's turn number `index` lies, from its first word through its end-of-turn token.
+
+    Its first word is the first that the model itself has to say: what the template puts after the opening of the turn
+    (an empty thought, say) belongs to it.
+    """
     before = rendered(tokenizer, messages[:index], row, ask=True)
     through = rendered(tokenizer, messages[: index + 1], row)
-    if not (text.startswith(before) and text.startswith(through)):
+    if text.startswith(before) and text.startswith(through):
+        # White space after the end-of-turn token belongs to the layout of the next turn; no model has to say it.
+        start, end = len(before), len(through.rstrip())
+    else:
+        start, end = _turn_by_change(tokenizer, messages, index, text, row)
+    _nothing_lost(messages, index, text[start:end])
+    return start, end
+
+
+STAND_IN = "\ue000stand-in\ue001"
+"""Says nothing a template could take for its own; from Unicode's private use area."""
+
+
+def _turn_by_change(tokenizer: Tokenizer, messages: Messages, index: int, text: str, row: Row) -> tuple[int, int]:
+    """The same where later turns change how the template renders earlier ones (thoughts that are left out of the
+    history, say): what differs once the turn says something else is the turn."""
+    other = rendered(tokenizer, _saying(messages, index, "assistant"), row)
+    said = other.find(STAND_IN)
+    rest = other[said + len(STAND_IN) :]
+    start = _opened(tokenizer, messages[:index], row, text, said) if said >= 0 and text.endswith(rest) else None
+    if start is None:
         raise Unrenderable(
             f"the chat template renders turn {index} differently once more turns follow, so its place cannot be told"
         )
-    # White space after the end-of-turn token belongs to the layout of the next turn; no model has to say it.
-    return len(before), len(through.rstrip())
+    end, closing = len(text) - len(rest), rest.lstrip()
+    mark = next((mark for mark in _closings(tokenizer) if closing.startswith(mark)), None)
+    return start, end + len(rest) - len(closing) + len(mark) if mark else end
+
+
+def _opened(tokenizer: Tokenizer, before: Messages, row: Row, text: str, said: int) -> int | None:
+    """Where a turn that speaks at `said` begins: after the words that ask the assistant to speak, or as many of them
+    as this turn was opened with (some templates ask for a thought that they leave out of the history)."""
+    asked = rendered(tokenizer, before, row, ask=True)
+    shared = len(os.path.commonprefix([asked, rendered(tokenizer, before, row)]))
+    tokens = [
+        (token, begin, end) for token, (begin, end) in zip(*_tokens(tokenizer, asked), strict=True) if end > shared
+    ]
+    marks = [end for token, _, end in tokens if token in tokenizer.all_special_ids]
+    for _, _, end in reversed(tokens):
+        opening = asked[tokens[0][1] : end]
+        # Without a special token in it, the opening could be anybody's words.
+        place = text.rfind(opening, 0, said) if marks and end >= marks[0] else -1
+        if place >= 0:
+            return place + len(opening)
+    return None
+
+
+def _saying(messages: Messages, index: int, role: str) -> Messages:
+    """The dialogue with one message's words exchanged."""
+    kept = {key: value for key, value in messages[index].items() if key in ("tool_call_id", "name")}
+    return [*messages[:index], {**kept, "role": role, "content": STAND_IN}, *messages[index + 1 :]]
+
+
+def _nothing_lost(messages: Messages, index: int, turn: str) -> None:
+    """A template that has no words for what an assistant says must not teach it to say nothing."""
+    said = str(messages[index].get("content") or "").rpartition("</think>")[2].strip()
+    if said and said not in turn:
+        raise Unrenderable(f"the chat template leaves out what the assistant says in turn {index}")
+    for call in messages[index].get("tool_calls") or []:
+        if call["function"]["name"] not in turn:
+            raise Unrenderable(f"the chat template leaves out the tool call of turn {index}: it knows no tools")
+
+
+def _no_results_learnt(
+    tokenizer: Tokenizer, messages: Messages, row: Row, text: str, spans: list[tuple[int, int]]
+) -> None:
+    """What a tool answered stands in no turn of the assistant's."""
+    for index, message in enumerate(messages):
+        if message["role"] == "tool":
+            other = rendered(tokenizer, _saying(messages, index, "tool"), row)
+            if STAND_IN not in other:
+                raise Unrenderable(f"the chat template leaves out the tool's result of turn {index}: it knows no tools")
+            place = len(os.path.commonprefix([text, other]))
+            if any(start <= place < stop for start, stop in spans):
+                raise Unrenderable(f"the chat template puts the tool's result, turn {index}, into the assistant's turn")
+
+
+def _closings(tokenizer: Tokenizer) -> list[str]:
+    return [str(tokenizer.decode([token])) for token in stop_ids(tokenizer)]
 
 
 def _tokens(tokenizer: Tokenizer, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +25,50 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(_folder(spec), revision=spec.revision)
     except Exception as error:  # a damaged file fails in as many ways as there are file formats
         raise UserError(f"model.base: the tokenizer of {spec.base} cannot be loaded: {error}") from error
-    if spec.chat_template:
-        tokenizer.chat_template = Path(spec.chat_template).read_text(encoding="utf-8")
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.base: the tokenizer of {spec.base} has no end-of-sequence token, so nothing can stop")
+    if spec.chat_template:
+        tokenizer.chat_template = Path(spec.chat_template).read_text(encoding="utf-8")
+        _knows_the_marks(tokenizer, spec)
+    elif not tokenizer.chat_template:
+        tokenizer.chat_template = _template_for(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+CHATML = ("<|im_start|>", "<|im_end|>")
+CHATML_TEMPLATE = """{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
+PLAIN_TEMPLATE = """{{ bos_token or '' }}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}{{ 'Assistant: ' + message['content'] + eos_token + '\n' }}
+{%- else -%}{{ message['role'] | capitalize + ': ' + message['content'] + '\n' }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'Assistant: ' }}{%- endif -%}"""
+MARK = re.compile(r"<[|｜][^<>{}\s'\"]+?[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]")
+
+
+def _template_for(tokenizer: PreTrainedTokenizerBase) -> str:
+    """For a base without a template: one of tokens it has. ChatML where its marks are tokens; else words for the
+    roles, and the end-of-sequence token after what the assistant says."""
+    vocabulary = tokenizer.get_vocab()
+    return CHATML_TEMPLATE if all(mark in vocabulary for mark in CHATML) else PLAIN_TEMPLATE
+
+
+def _knows_the_marks(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> None:
+    """Raises UserError if the recipe's template writes marks that the base has no token for: as pieces of words they
+    would mean nothing to it, and as new tokens they would need embeddings, which a frozen 4-bit base cannot grow."""
+    vocabulary = tokenizer.get_vocab()
+    unknown = sorted({mark for mark in MARK.findall(tokenizer.chat_template) if mark not in vocabulary})
+    if unknown:
+        raise UserError(
+            f"model.chat_template: {spec.chat_template} writes {', '.join(unknown)}, which {spec.base} has no token "
+            "for, and a frozen 4-bit base cannot grow new ones. Leave chat_template out: a template of tokens the base "
+            "has is used then"
+        )
 
 
 def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, reward: bool = False) -> PreTrainedModel:

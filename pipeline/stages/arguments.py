@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pipeline.ppo.settings import PPOSettings
 
@@ -116,17 +118,36 @@ def words(config_class: str) -> frozenset[str]:
     """The field names of PPOSettings, or of a config class of the installed library, its parents' included."""
     if config_class == PPOSettings.__name__:
         return frozenset(PPOSettings.model_fields)
-    found: set[str] = set()
+    return frozenset(name for body in _bodies(config_class) for name, _ in _fields(body))
+
+
+def default(config_class: str, word: str) -> Any:
+    """What a config class takes a word to be where a recipe says nothing; None where that is not written plainly."""
+    if config_class == PPOSettings.__name__:
+        return PPOSettings.model_fields[word].default
+    for body in _bodies(config_class):
+        for name, value in _fields(body):
+            if name == word:
+                words = value.keywords if isinstance(value, ast.Call) else []
+                given = next((key.value for key in words if key.arg == "default"), value)
+                return given.value if isinstance(given, ast.Constant) else None
+    return None
+
+
+def _bodies(config_class: str) -> Iterator[list[ast.stmt]]:
+    """The bodies of a config class and of what it inherits from."""
     for package, file, class_name in _PLACES[config_class]:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(f"{package} is not installed. Install the project: pip install -e .")
         tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
-        body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
-        found |= {
-            node.target.id for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-        }
-    return frozenset(found)
+        yield next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+
+
+def _fields(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr | None]]:
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id, node.value
 
 
 def defines(file: Path, name: str) -> bool:

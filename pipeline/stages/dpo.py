@@ -13,7 +13,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     from pipeline.data import render
     from pipeline.evaluate import answers, scoring
     from pipeline.models import base as bases
-    from pipeline.stages import invariants
+    from pipeline.stages import invariants, sequences
     from pipeline.stages import trainer as shared
 
     def pair(row: dict) -> tuple[render.Reply, render.Reply]:
@@ -22,9 +22,9 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     result = Result()
     args = shared.arguments(DPOConfig, spec, ctx)
     tokenizer = bases.load_tokenizer(ctx.model)
-    train_set = shared.encoded(ctx.data.train, pair, ctx)
-    test_set = shared.encoded(ctx.data.test or [], pair, ctx)
-    train_set, result.counts = shared.fitting(ctx.data.train, train_set, args.max_length)
+    train_set = sequences.encoded(ctx.data.train, pair, ctx)
+    test_set = sequences.encoded(ctx.data.test or [], pair, ctx)
+    train_set, result.counts, result.refused = sequences.fitting_pairs(ctx.data.train, train_set, args.max_length)
 
     # base
     set_seed(ctx.seed)
@@ -38,7 +38,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     # trainer; it copies the adapter as it stands to a frozen one named "ref"
     trainer_class = type("DPOTrainer", (shared.TakesEncoded, DPOTrainer), {})
     trainer = shared.build(
-        trainer_class, model, args=args, train_dataset=shared.reply_pairs(train_set), processing_class=tokenizer
+        trainer_class, model, args=args, train_dataset=sequences.reply_pairs(train_set), processing_class=tokenizer
     )
     result.invariants |= invariants.only_adapter_trains(model)
     result.invariants |= invariants.reference_is_the_start(trainer, ctx)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +19,8 @@ from pipeline.models import adapters
 from pipeline.models.base import computing, frozen_digest
 from pipeline.ppo.actors import REFERENCE, packed
 from pipeline.ppo.trainer import written
+from pipeline.stages.sequences import ends_supervised
 from pipeline.stages.stage import Context
-from pipeline.stages.trainer import ends_supervised
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,14 +88,14 @@ def only_adapter_trains(model: PeftModel, head: bool = False) -> Found:
     return {"trainable_parameters": sum(weight.numel() for weight in weights.values()), "trainable_dtype": "float32"}
 
 
-def ends_are_learnt(sequences: list[Encoded], counts: Found, tokenizer: PreTrainedTokenizerBase) -> Found:
+def ends_are_learnt(sequences: Sequence[Encoded], counts: Found, tokenizer: PreTrainedTokenizerBase) -> Found:
     """Every dialogue that was not cut carries loss on its end-of-turn token: else the model never learns to stop."""
     ends = ends_supervised(sequences, tokenizer)
-    whole = counts["rows"] - counts["rows_cut"]
+    whole = len(sequences) - counts["rows_cut"]
     if ends < whole:
         raise BrokenInvariant(
             f"an end-of-turn token with loss in all {whole} rows that are not cut",
-            f"it in {ends} of {counts['rows']}",
+            f"it in {ends} of {len(sequences)}",
             "a chat template that does not close the assistant's turn",
         )
     return {"rows_with_supervised_end": ends, "rows_not_cut": whole}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from pipeline.ppo import checkpoint as checkpoints
 from pipeline.ppo.actors import REFERENCE, VALUE
 from pipeline.ppo.rewards import adapter_name
 from pipeline.stages.progress import Progress, Stop, any_rank, keep_newest
-from pipeline.stages.trainer import encoded
+from pipeline.stages.sequences import encoded
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -55,18 +56,18 @@ def fitting(
     return {"rows": len(ctx.data.train), "prompt_tokens": tokens}
 
 
-def fill_columns(ctx: Context) -> None:
-    """Give every row every column, None where it has none, so that a reward function always sees the same ones.
+def with_every_column(ctx: Context) -> Context:
+    """Every row with every column, None where it had none, so that a reward function always sees the same ones.
 
     Raises UserError for a column of a name that a reward function's own arguments have.
     """
-    rows = [*ctx.data.train, *(ctx.data.test or [])]
-    columns = {key for row in rows for key in row}
+    train, test = list(ctx.data.train), ctx.data.test and list(ctx.data.test)
+    columns = {key for row in [*train, *(test or [])] for key in row}
     if "prompts" in columns or "completions" in columns:
         raise UserError(f"stage '{ctx.out.name}': a column named 'prompts' or 'completions' must get another name")
-    for row in rows:
-        for key in columns:
-            row.setdefault(key, None)
+    empty = dict.fromkeys(sorted(columns))
+    filled = replace(ctx.data, train=[empty | row for row in train], test=test and [empty | row for row in test])
+    return replace(ctx, data=filled)
 
 
 def cast(model: PeftModel, models: dict[str, Artifact], settings: PPOSettings) -> dict[str, torch.Tensor]:

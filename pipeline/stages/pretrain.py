@@ -13,17 +13,19 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     from pipeline.data import render
     from pipeline.evaluate import answers, scoring
     from pipeline.models import base as bases
-    from pipeline.stages import invariants
+    from pipeline.stages import invariants, sequences
     from pipeline.stages import trainer as shared
 
     result = Result()
     # Documents longer than max_length are split rather than cut: nothing of the corpus is lost.
     args = shared.arguments(SFTConfig, spec, ctx, packing=True, packing_strategy="bfd_split")
     tokenizer = bases.load_tokenizer(ctx.model)
-    train_set = shared.encoded(ctx.data.train, lambda row: render.document(tokenizer, row["text"]), ctx)
-    test_set = shared.encoded(ctx.data.test or [], lambda row: render.document(tokenizer, row["text"]), ctx)
+    train_set = sequences.encoded(ctx.data.train, lambda row: render.document(tokenizer, row["text"]), ctx)
+    test_set = sequences.encoded(ctx.data.test or [], lambda row: render.document(tokenizer, row["text"]), ctx)
     if not args.packing:
-        train_set, result.counts = shared.cut(ctx.data.train, train_set, args.max_length)
+        train_set, result.counts, result.refused = sequences.fitted(
+            ctx.data.train, train_set, args.max_length, "cut", stop=spec.data.on_bad_row == "stop"
+        )
     else:
         result.counts = {"rows": len(train_set), "tokens": sum(len(sequence.ids) for sequence in train_set)}
 
@@ -40,7 +42,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
 
     # trainer
     trainer = shared.build(
-        SFTTrainer, model, args=args, train_dataset=shared.as_dataset(train_set), processing_class=tokenizer
+        SFTTrainer, model, args=args, train_dataset=sequences.demonstrations(train_set), processing_class=tokenizer
     )
     result.invariants |= invariants.only_adapter_trains(model)
 

@@ -7,7 +7,6 @@ from pipeline.stages.stage import Context, Headline, Result, Stage, StageSpec
 
 
 def run(spec: StageSpec, ctx: Context) -> Result:
-    from datasets import Dataset
     from transformers import set_seed
     from trl import RewardConfig, RewardTrainer
 
@@ -15,7 +14,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     from pipeline.evaluate import scoring
     from pipeline.models import adapters
     from pipeline.models import base as bases
-    from pipeline.stages import invariants
+    from pipeline.stages import invariants, sequences
     from pipeline.stages import trainer as shared
 
     def pair(row: dict) -> tuple[list[int], list[int]]:
@@ -24,9 +23,9 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     result = Result()
     args = shared.arguments(RewardConfig, spec, ctx)
     tokenizer = bases.load_tokenizer(ctx.model)
-    train_set = shared.encoded(ctx.data.train, pair, ctx)
-    test_set = shared.encoded(ctx.data.test or [], pair, ctx)
-    train_set, result.counts = shared.fitting(ctx.data.train, train_set, args.max_length)
+    train_set = sequences.encoded(ctx.data.train, pair, ctx)
+    test_set = sequences.encoded(ctx.data.test or [], pair, ctx)
+    train_set, result.counts, result.refused = sequences.fitting_pairs(ctx.data.train, train_set, args.max_length)
 
     # base
     set_seed(ctx.seed)
@@ -43,9 +42,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     head_at_start = invariants.head(model)
 
     # trainer
-    chosen, rejected = zip(*train_set, strict=True)
-    lengths = [max(len(better), len(worse)) for better, worse in train_set]
-    rows = Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected, "length": lengths})
+    rows = sequences.scored_pairs(train_set)
     trainer = shared.build(RewardTrainer, model, args=args, train_dataset=rows, processing_class=tokenizer)
     result.invariants |= invariants.only_adapter_trains(model, head=True)
 

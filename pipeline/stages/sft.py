@@ -13,15 +13,17 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     from pipeline.data import render
     from pipeline.evaluate import answers, scoring
     from pipeline.models import base as bases
-    from pipeline.stages import invariants
+    from pipeline.stages import invariants, sequences
     from pipeline.stages import trainer as shared
 
     result = Result()
     args = shared.arguments(SFTConfig, spec, ctx)
     tokenizer = bases.load_tokenizer(ctx.model)
-    train_set = shared.encoded(ctx.data.train, lambda row: render.demonstration(tokenizer, row), ctx)
-    test_set = shared.encoded(ctx.data.test or [], lambda row: render.demonstration(tokenizer, row), ctx)
-    train_set, result.counts = shared.cut(ctx.data.train, train_set, args.max_length)
+    train_set = sequences.encoded(ctx.data.train, lambda row: render.demonstration(tokenizer, row), ctx)
+    test_set = sequences.encoded(ctx.data.test or [], lambda row: render.demonstration(tokenizer, row), ctx)
+    train_set, result.counts, result.refused = sequences.fitted(
+        ctx.data.train, train_set, args.max_length, spec.data.too_long, stop=spec.data.on_bad_row == "stop"
+    )
     result.invariants |= invariants.ends_are_learnt(train_set, result.counts, tokenizer)
 
     # base
@@ -37,7 +39,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
 
     # trainer
     trainer = shared.build(
-        SFTTrainer, model, args=args, train_dataset=shared.as_dataset(train_set), processing_class=tokenizer
+        SFTTrainer, model, args=args, train_dataset=sequences.demonstrations(train_set), processing_class=tokenizer
     )
     result.invariants |= invariants.only_adapter_trains(model)
 

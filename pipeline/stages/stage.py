@@ -110,4 +110,6 @@ class Result:
     counts: dict[str, Any] = field(default_factory=dict)
     invariants: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[dict[str, Any]] = field(default_factory=list)
+    """Rows left out for their length, each {place, reason}."""
     base_digest: str = ""

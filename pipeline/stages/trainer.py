@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,20 +15,14 @@ from trl.trainer import utils as trl_utils
 
 from pipeline import metrics
 from pipeline.artifact import written_whole
-from pipeline.data.load import NAMED_AT_MOST
-from pipeline.data.render import Encoded, Reply, Unrenderable, stop_ids
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
 from pipeline.models import adapters
 from pipeline.stages.progress import Checkpoints, Progress, Stop
 from pipeline.stages.stage import Context, StageSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-
-    from pipeline.data.contracts import Row
 
 
 def arguments(config_class: type, spec: StageSpec, ctx: Context, **house: Any) -> TrainingArguments:
@@ -58,80 +51,6 @@ def arguments(config_class: type, spec: StageSpec, ctx: Context, **house: Any) -
         return config_class(**{**defaults, **spec.train, **runners})
     except (TypeError, ValueError) as error:
         raise UserError(f"stages.{ctx.out.name}.train: {config_class.__name__} refuses it: {error}") from error
-
-
-def encoded(rows: list[Row], encode: Callable[[Row], Any], ctx: Context) -> list[Any]:
-    """Every row as token ids. Raises UserError naming the rows that the template or tokenizer cannot render."""
-    done, refused = [], []
-    for row in rows:
-        try:
-            done.append(encode(row))
-        except Unrenderable as error:
-            refused.append(f"  {row['_place']}: {error}")
-    if refused:
-        named = "\n".join(refused[:NAMED_AT_MOST])
-        raise UserError(f"{len(refused)} rows of stage '{ctx.out.name}' cannot be rendered:\n{named}")
-    return done
-
-
-def cut(rows: list[Row], sequences: list[Encoded], max_length: int | None) -> tuple[list[Encoded], dict[str, int]]:
-    """Sequences cut to max_length, and what that cost. A row left without anything to learn is an error.
-
-    Counts: rows, rows_cut, tokens, tokens_cut, supervised_tokens, rows_ending_supervised (whose end-of-turn token
-    carries loss; every row that is not cut must be among them).
-    """
-    short = [sequence.cut(max_length) for sequence in sequences]
-    bare = [row["_place"] for row, sequence in zip(rows, short, strict=True) if sequence.supervised == 0]
-    if bare:
-        named = "\n  ".join(bare[:NAMED_AT_MOST])
-        raise UserError(
-            f"{len(bare)} rows have no token left to learn from once cut to max_length {max_length}:\n  {named}\n"
-            "Raise max_length in the stage's train section, or shorten or remove these rows."
-        )
-    before, after = sum(len(s.ids) for s in sequences), sum(len(s.ids) for s in short)
-    where = [r["_place"] for r, a, b in zip(rows, sequences, short, strict=True) if len(a.ids) != len(b.ids)]
-    if where:
-        print(f"  {len(where)} of {len(rows)} rows cut to max_length {max_length}, first {where[0]}", flush=True)
-    return short, {
-        "rows": len(rows),
-        "rows_cut": len(where),
-        "tokens": after,
-        "tokens_cut": before - after,
-        "supervised_tokens": sum(sequence.supervised for sequence in short),
-    }
-
-
-def ends_supervised(sequences: list[Encoded], tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many sequences carry loss on an end-of-turn token."""
-    ends = set(stop_ids(tokenizer))
-    return sum(any(label in ends for label in sequence.labels) for sequence in sequences)
-
-
-def fitting(
-    rows: list[Row], pairs: list[tuple[Any, Any]], max_length: int | None
-) -> tuple[list[tuple[Any, Any]], dict[str, int]]:
-    """Pairs of which both answers fit max_length; a cut answer has lost its end, so its pair is left out, counted."""
-    fits = [max_length is None or max(len(a), len(b)) <= max_length for a, b in pairs]
-    kept = [pair for pair, fit in zip(pairs, fits, strict=True) if fit]
-    if not kept:
-        longest = min(max(len(a), len(b)) for a, b in pairs)
-        raise UserError(
-            f"none of the {len(pairs)} pairs, first {rows[0]['_place']}, fits max_length {max_length} "
-            f"(the shortest needs {longest} tokens). Raise max_length in the stage's train section."
-        )
-    if len(kept) < len(pairs):
-        first = rows[fits.index(False)]["_place"]
-        left_out = len(pairs) - len(kept)
-        print(
-            f"  {left_out} of {len(pairs)} pairs longer than max_length {max_length}: left out, from {first}",
-            flush=True,
-        )
-    return kept, {"rows": len(pairs), "rows_too_long": len(pairs) - len(kept)}
-
-
-def as_dataset(sequences: Sequence[Encoded]) -> Dataset:
-    """What SFTTrainer takes as tokenized already: columns input_ids and labels."""
-    return Dataset.from_dict({"input_ids": [s.ids for s in sequences], "labels": [s.labels for s in sequences]})
 
 
 def policy(ctx: Context, base: PreTrainedModel) -> PeftModel:
@@ -233,21 +152,3 @@ def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, ctx: Context) -> 
             adapters.save(model, folder)
             tokenizer.save_pretrained(folder)
     everyone.wait_for_everyone()
-
-
-def reply_pairs(pairs: list[tuple[Reply, Reply]]) -> Dataset:
-    """What DPOTrainer makes of preference rows: the ids of prompt, chosen and rejected.
-
-    Where a token reaches over the end of a text prompt, the two answers' prompts differ in it; what they share is the
-    prompt, the rest belongs to each answer.
-    """
-    shared = [len(os.path.commonprefix([chosen.prompt_ids, rejected.prompt_ids])) for chosen, rejected in pairs]
-    whole = [[answer.prompt_ids + answer.reply_ids for answer in pair] for pair in pairs]
-    return Dataset.from_dict(
-        {
-            "prompt_ids": [chosen[:n] for (chosen, _), n in zip(whole, shared, strict=True)],
-            "chosen_ids": [chosen[n:] for (chosen, _), n in zip(whole, shared, strict=True)],
-            "rejected_ids": [rejected[n:] for (_, rejected), n in zip(whole, shared, strict=True)],
-            "length": [max(len(chosen), len(rejected)) for chosen, rejected in pairs],
-        }
-    )

@@ -1,0 +1,162 @@
+"""Stock chat templates, without generation markers: loss on what the assistant says and on the end of its turns."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+
+from pipeline.data import render
+
+FOLDER = Path(trl.__file__).parent / "chat_templates"
+MARKS = r"<[|｜][^<>{}\s]+?[|｜]>|<(?:start|end)_of_turn>|<bos>|<[A-Z_]+_TOKEN>|</?think>|</?tool_call>"
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "description": "Adds.",
+            "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+        },
+    }
+]
+TALK = [
+    {"role": "user", "content": "Hi there"},
+    {"role": "assistant", "content": "Hello, friend."},
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "content": "Two it is."},
+]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+WORK = [
+    {"role": "user", "content": "Add 2"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "name": "add", "content": "4711"},
+    {"role": "assistant", "content": "It is done."},
+]
+END = "<|im_end|>"
+QWEN_CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'
+THOUGHT = "<think>\n\n</think>\n\n"
+# What each family has the assistant say, turn by turn, as its template lays it down; None where it refuses tools.
+FAMILIES: dict[str, tuple[list[str], list[str] | None]] = {
+    "llama3": (["Hello, friend.<|eot_id|>", "Two it is.<|eot_id|>"], None),
+    "llama3_1": (
+        ["Hello, friend.<|eot_id|>", "Two it is.<|eot_id|>"],
+        ['{"name": "add", "parameters": {"a": 2}}<|eot_id|>', "It is done.<|eot_id|>"],
+    ),
+    "qwen2_5": ([f"Hello, friend.{END}", f"Two it is.{END}"], [f"{QWEN_CALL}{END}", f"It is done.{END}"]),
+    # Thoughts are left out of the history, so turns before the last one have none.
+    "qwen3": (
+        [f"Hello, friend.{END}", f"{THOUGHT}Two it is.{END}"],
+        [f"{QWEN_CALL}{END}", f"{THOUGHT}It is done.{END}"],
+    ),
+    "qwen3_instruct_2507": ([f"Hello, friend.{END}", f"Two it is.{END}"], [f"{QWEN_CALL}{END}", f"It is done.{END}"]),
+    "gemma3": (["Hello, friend.<end_of_turn>", "Two it is.<end_of_turn>"], None),
+    "phi3": (["Hello, friend.<|end|>", f"Two it is.<|end|>\n{END}"], None),
+    "cohere": (["Hello, friend.<|END_OF_TURN_TOKEN|>", "Two it is.<|END_OF_TURN_TOKEN|>"], None),
+    "lfm2_v2": (
+        [f"Hello, friend.{END}", f"Two it is.{END}"],
+        [f"<|tool_call_start|>[add(a=2)]<|tool_call_end|>{END}", f"It is done.{END}"],
+    ),
+    "gptoss": (
+        ["<|channel|>final<|message|>Hello, friend.<|end|>", "<|channel|>final<|message|>Two it is.<|return|>"],
+        [
+            ' to=functions.add<|channel|>commentary json<|message|>{"a": 2}<|call|>',
+            "<|channel|>final<|message|>It is done.<|return|>",
+        ],
+    ),
+    "deepseekv3": (
+        ["Hello, friend.<｜end▁of▁sentence｜>", "Two it is.<｜end▁of▁sentence｜>"],
+        [
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n"
+            '{"a": 2}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>',
+            "It is done.<｜end▁of▁sentence｜>",
+        ],
+    ),
+    "nemotron_3_nano": ([f"</think>Hello, friend.{END}", f"</think>Two it is.{END}"], None),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_base: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_base)
+
+
+def of_family(plain: Any, name: str) -> Any:
+    tokenizer = copy.deepcopy(plain)
+    tokenizer.chat_template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    marks = sorted(set(re.findall(MARKS, tokenizer.chat_template)) - {tokenizer.eos_token})
+    tokenizer.add_special_tokens({"bos_token": "<|begin_of_text|>", "additional_special_tokens": marks})
+    return tokenizer
+
+
+def learnt(tokenizer: Any, row: dict[str, Any]) -> list[str]:
+    """What carries loss, one text for each unbroken run of tokens."""
+    encoded = render.demonstration(tokenizer, row)
+    assert (
+        encoded.ids
+        == tokenizer(render.rendered(tokenizer, row["messages"], row), add_special_tokens=False)["input_ids"]
+    )
+    runs: list[list[int]] = []
+    last = -2
+    for place, label in enumerate(encoded.labels):
+        if label != render.IGNORED:
+            runs = runs if place == last + 1 else [*runs, []]
+            runs[-1].append(label)
+            last = place
+    return [tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_learnt_is_what_the_assistant_says(plain: Any, name: str) -> None:
+    tokenizer = of_family(plain, name)
+    talk, work = FAMILIES[name]
+    assert learnt(tokenizer, {"messages": TALK}) == talk
+    if work is not None:
+        assert learnt(tokenizer, {"messages": WORK, "tools": TOOLS}) == work
+
+
+@pytest.mark.parametrize(
+    "name", ["llama3", "llama3_1", "qwen2_5", "qwen3_instruct_2507", "gemma3", "cohere", "lfm2_v2"]
+)
+def test_masks_equal_prefix_differences(plain: Any, name: str) -> None:
+    """Where later turns change nothing of earlier ones: tokens of the prefix through a turn, less those before it."""
+    tokenizer = of_family(plain, name)
+
+    def ids(messages: list[dict[str, Any]], ask: bool) -> list[int]:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    expected = [render.IGNORED] * len(ids(TALK, False))
+    blank = set(tokenizer("\n", add_special_tokens=False)["input_ids"])
+    for turn in (1, 3):
+        before, through = ids(TALK[:turn], True), ids(TALK[: turn + 1], False)
+        while through[-1] in blank:  # what lies between turns is the template's, not the assistant's
+            through.pop()
+        expected[len(before) : len(through)] = through[len(before) :]
+    assert render.demonstration(tokenizer, {"messages": TALK}).labels == expected
+
+
+@pytest.mark.parametrize("name", ["llama3", "phi3", "lfm2", "qwen2_5_vl"])
+def test_a_template_without_words_for_tools_is_no_teacher_of_silence(plain: Any, name: str) -> None:
+    with pytest.raises(render.Unrenderable, match="leaves out the tool|template refuses"):
+        render.demonstration(of_family(plain, name), {"messages": WORK, "tools": TOOLS})
+
+
+@pytest.mark.parametrize(
+    ("name", "marks"),
+    [
+        ("phi3", ["<|end|>"]),
+        ("gemma3", ["<end_of_turn>"]),
+        ("gptoss", ["<|return|>", "<|end|>"]),
+        ("llama3_1", ["<|eot_id|>"]),
+    ],
+)
+def test_answers_stop_where_the_template_ends_a_turn(plain: Any, name: str, marks: list[str]) -> None:
+    tokenizer = of_family(plain, name)
+    assert set(tokenizer.convert_tokens_to_ids(marks)) <= set(render.stop_ids(tokenizer))

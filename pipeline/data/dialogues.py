@@ -140,7 +140,10 @@ def history(row: Row) -> Messages:
         if not isinstance(row["system"], str):
             raise Unreadable("field 'system' is no text")
         messages.append(message("system", row["system"]))
-    for index, pair in enumerate(row.get("history") or []):
+    before = row.get("history") or []
+    if not isinstance(before, list):
+        raise Unreadable("field 'history' is no list of pairs")
+    for index, pair in enumerate(before):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(s, str) and s.strip() for s in pair)):
             raise Unreadable(f"history[{index}] is no pair of a question and its answer")
         messages += [message("user", pair[0]), message("assistant", pair[1])]

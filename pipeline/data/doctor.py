@@ -28,7 +28,9 @@ NEAR_AT_MOST = 10_000
 """Rows compared for near duplicates."""
 SIMILAR = 0.8
 """Jaccard similarity of two rows' shingles from which they count as near duplicates."""
-PERMUTATIONS = 64
+CANDIDATES = 0.65
+"""Estimated similarity from which two rows are looked at: lower, so that few true ones are missed."""
+PERMUTATIONS = 128
 WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")
 """Words; in scripts written without spaces every character is one."""
 
@@ -172,11 +174,13 @@ def sequences(kind: str, tokenizer: Tokenizer, row: Row) -> list[render.Encoded]
 def _near(rows: Sequence[Row], drawn: Sequence[int]) -> list[tuple[int, int]]:
     from datasketch import MinHash, MinHashLSH
 
-    index = MinHashLSH(threshold=SIMILAR, num_perm=PERMUTATIONS)
+    index = MinHashLSH(threshold=CANDIDATES, num_perm=PERMUTATIONS)
     sketches: dict[int, Any] = {}
     found = []
     for place in drawn:
-        shingles = _shingles(_text(rows[place]))
+        # Comparisons on one prompt are no repetition of each other: their answers are looked at alone.
+        row = rows[place]
+        shingles = _shingles(_text({key: row[key] for key in row.keys() - {"prompt"}} if "chosen" in row else row))
         if not shingles:
             continue
         sketch = MinHash(num_perm=PERMUTATIONS, seed=1)

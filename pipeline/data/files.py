@@ -33,6 +33,7 @@ LINES, LISTS, TABLES, TEXTS = {".jsonl", ".ndjson"}, {".json"}, {".csv", ".tsv"}
 PACKED = {".gz", ".zst"}
 ENDINGS = LINES | LISTS | TABLES | TEXTS | {".parquet"}
 PARTS = re.compile(r"\f|^%[ \t]*\r?$", re.MULTILINE)
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 LONGEST_DOCUMENT = 1 << 27
 """Characters of one document; more is a file of many that nothing parts."""
 
@@ -153,7 +154,18 @@ def _parsed(line: bytes) -> Row | Unreadable:
         return Unreadable(f"is not UTF-8 (byte {error.start} of the line)")
     except (ValueError, RecursionError) as error:
         return Unreadable(f"is broken JSON: {error}")
-    return row if isinstance(row, dict) else Unreadable("is not a JSON object")
+    return _object(row, suspect=SURROGATE.search(line) is not None)
+
+
+def _object(row: Any, suspect: bool = True) -> Row | Unreadable:
+    if not isinstance(row, dict):
+        return Unreadable("is not a JSON object")
+    try:
+        if suspect:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except (UnicodeEncodeError, RecursionError):
+        return Unreadable("holds half of a surrogate pair, which is no character")
+    return row
 
 
 def _no_constant(word: str) -> None:
@@ -173,7 +185,7 @@ def _json_list(file: Path, stream: IO[bytes]) -> Iterator[Placed]:
     if not isinstance(rows, list):
         raise UserError(f"{file}: expected a JSON list of rows. For one row per line use .jsonl")
     for number, row in enumerate(rows, 1):
-        yield f"{file}[{number}]", row if isinstance(row, dict) else Unreadable("is not a JSON object")
+        yield f"{file}[{number}]", _object(row)
 
 
 def _table(path: str, stream: IO[bytes], delimiter: str) -> Iterator[Placed]:

@@ -250,6 +250,8 @@ def _ranked(shaped: Row, replies: list[Any], wanted: Wanted, conversational: boo
 def _asked(shaped: Row) -> Iterator[Row]:
     """A dialogue as a prompt: all before the assistant's last turn."""
     messages = shaped["messages"]
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise Unreadable("field 'messages' is no list of messages")
     last = max((i for i, m in enumerate(messages) if m.get("role") == "assistant"), default=len(messages))
     if not messages[:last]:
         raise Unreadable("field 'messages' asks nothing before the assistant speaks")

@@ -65,6 +65,6 @@ def _rank(node: dict[str, Any]) -> int | None:
 
 def _said(node: Any) -> dict[str, Any]:
     role, text = (node.get("role"), node.get("text")) if isinstance(node, dict) else (None, None)
-    if role not in ROLES or not isinstance(text, str):
+    if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
         raise Unreadable("is a tree with a message without role or text")
     return message(ROLES[role], text)

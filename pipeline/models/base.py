@@ -47,7 +47,7 @@ PLAIN_TEMPLATE = """{{ bos_token or '' }}
 {%- if message['role'] == 'assistant' -%}{{ 'Assistant: ' + message['content'] + eos_token + '\n' }}
 {%- else -%}{{ message['role'] | capitalize + ': ' + message['content'] + '\n' }}{%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'Assistant: ' }}{%- endif -%}"""
+{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"""
 MARK = re.compile(r"<[|｜][^<>{}\s'\"]+?[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]")
 
 

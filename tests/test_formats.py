@@ -1,0 +1,202 @@
+"""Rows in the formats people have become the shapes stages eat; every one is counted."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.data.contracts import DEMONSTRATION, LANGUAGE_MODELING, PREFERENCE, PROMPT_ONLY, QUESTION
+from pipeline.data.load import DataSpec, Part, read_source, read_split
+from pipeline.errors import UserError
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def says(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def read(folder: Path, rows: list[Any], contract: Any, **spec: Any) -> Any:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return read_source(str(path), contract, DataSpec(path=str(path), **spec))
+
+
+def bare(rows: Any) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "_place"} for row in rows]
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+HISTORY = [user("q1"), says("a1")]
+TREE = {
+    "message_tree_id": "t", "prompt": {"role": "prompter", "text": "p", "replies": [
+        {"role": "assistant", "text": "worse", "rank": 1, "replies": []},
+        {"role": "assistant", "text": "best", "rank": 0, "replies": [
+            {"role": "prompter", "text": "more", "replies": [{"role": "assistant", "text": "end", "rank": 0}]}]},
+        {"role": "assistant", "text": "gone", "rank": 2, "deleted": True},
+    ]},
+}  # fmt: skip
+CASES: list[tuple[dict[str, Any], Any, list[dict[str, Any]]]] = [
+    ({"instruction": "do", "input": "x", "output": "y", "system": "s", "history": [["q1", "a1"]]}, DEMONSTRATION,
+     [{"prompt": [{"role": "system", "content": "s"}, *HISTORY, user("do\n\nx")], "completion": [says("y")]}]),
+    ({"instruction": "do", "output": ["a", "b", "c"]}, PREFERENCE,
+     [{"prompt": [user("do")], "chosen": [says(x)], "rejected": [says(y)]} for x, y in ("ab", "ac", "bc")]),
+    ({"instruction": "do", "output": ["a", "b"]}, DEMONSTRATION, [{"prompt": [user("do")], "completion": [says("a")]}]),
+    ({"instruction": "do", "instances": [{"input": "", "output": "1"}, {"input": "i", "output": "2"}]}, DEMONSTRATION,
+     [{"prompt": [user("do")], "completion": [says("1")]}, {"prompt": [user("do\n\ni")], "completion": [says("2")]}]),
+    ({"instruction": "do", "context": "c", "response": "y"}, DEMONSTRATION,
+     [{"prompt": [user("c\n\ndo")], "completion": [says("y")]}]),
+    ({"instruction": "do", "output": "o", "chosen": "c", "rejected": "r"}, PREFERENCE,
+     [{"prompt": [user("do")], "chosen": [says("c")], "rejected": [says("r")]}]),
+    ({"question": "q", "context": "c", "answers": ["1", "2"]}, QUESTION,
+     [{"question": "q", "context": "c", "answers": ["1", "2"], "prompt": [user("c\n\nq")], "answer": "1"}]),
+    ({"conversations": [{"from": "human", "value": "h"},
+                        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+                        {"from": "observation", "value": "o"}, {"from": "gpt", "value": "g"}],
+      "tools": '[{"name": "f"}]'},
+     DEMONSTRATION,
+     [{"messages": [user("h"), {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                    {"role": "tool", "content": "o"}, says("g")], "tools": [{"name": "f"}]}]),
+    ({"conversations": [{"from": "human", "value": "h"}], "chosen": {"from": "gpt", "value": "c"}, "rejected": "r"},
+     PREFERENCE, [{"prompt": [user("h")], "chosen": [says("c")], "rejected": [says("r")]}]),
+    ({"messages": [{"role": "developer", "content": "d"}, user("q"),
+                   {"role": "assistant", "content": [{"type": "text", "text": "a"}], "weight": 1}]}, DEMONSTRATION,
+     [{"messages": [{"role": "system", "content": "d"}, user("q"), says("a")]}]),
+    ({"messages": [user("q"), {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]}]}, DEMONSTRATION,
+     [{"messages": [user("q"), {"role": "assistant", "content": "", "tool_calls": [CALL]}]}]),
+    ({"chosen": [user("q"), says("c")], "rejected": [user("q"), says("r")]}, PREFERENCE,
+     [{"prompt": [user("q")], "chosen": [says("c")], "rejected": [says("r")]}]),
+    ({"messages": [*HISTORY, user("q2"), says("a2")]}, PROMPT_ONLY, [{"prompt": [*HISTORY, user("q2")]}]),
+    ({"prompt": "p", "replies": ["best", "worst"]}, PREFERENCE,
+     [{"prompt": "p", "chosen": "best", "rejected": "worst"}]),
+    (TREE, PREFERENCE, [{"prompt": [user("p")], "chosen": [says("best")], "rejected": [says("worse")]}]),
+    (TREE, DEMONSTRATION, [{"messages": [user("p"), says("best"), user("more"), says("end")]}]),
+    (TREE, PROMPT_ONLY, [{"prompt": [user("p")]}, {"prompt": [user("p"), says("best"), user("more")]}]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_formats_are_told_by_their_keys(tmp_path: Path, case: int) -> None:
+    row, contract, expected = CASES[case]
+    assert bare(read(tmp_path, [row], contract).rows) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "contract", "reason"),
+    [
+        ({"instruction": "do", "output": True}, DEMONSTRATION, "field 'output' is True, expected text"),
+        ({"instruction": "do", "output": ["a"]}, PREFERENCE, "a comparison takes two"),
+        ({"instruction": "do", "output": "o", "history": ["x"]}, DEMONSTRATION, r"history\[0\] is no pair"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, DEMONSTRATION, "from is 'alien'"),
+        ({"messages": [user("q"), {"role": "assistant", "content": [{"type": "image", "url": "x"}]}]}, DEMONSTRATION,
+         "part of type 'image', which is no text"),
+        ({"messages": [user("q"), {"role": "tool", "content": "4"}, says("a")]}, DEMONSTRATION,
+         "no tool was called before it"),
+        ({"messages": [user("q"), {"role": "assistant", "content": "", "tool_calls": [CALL]}, user("x"), says("a")]},
+         DEMONSTRATION, r"messages\[1\] calls a tool, but messages\[2\] is no result"),
+        ({"messages": [user("q"), says("a")], "tools": "{"}, DEMONSTRATION, "'tools' is broken JSON"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: y"}, PREFERENCE,
+         "the prompts of 'chosen' and 'rejected' differ"),
+        ({"messages": [user("q"), says("a")], "label": False}, DEMONSTRATION, "labelled as an undesirable answer"),
+        ({"prompt": "p", "completion": "c", "label": 1}, PREFERENCE, "field 'label' is 1, expected true or false"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_named(tmp_path: Path, row: dict[str, Any], contract: Any, reason: str) -> None:
+    with pytest.raises(UserError, match=f"rows.jsonl:1: .*{reason}"):
+        read(tmp_path, [row], contract)
+
+
+def test_labelled_answers_are_compared_only_where_one_prompt_has_both_labels(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "p", "completion": text, "label": label}
+        for text, label in (("good", True), ("bad", False), ("worse", False))
+    ]
+    alone = {"prompt": "lonely", "completion": "c", "label": True}
+    source = read(tmp_path, [rows[1], alone, rows[0], rows[2]], PREFERENCE, on_bad_row="skip")
+    assert bare(source.rows) == [{"prompt": "p", "chosen": "good", "rejected": bad} for bad in ("bad", "worse")]
+    assert [entry["place"].rsplit(":", 1)[1] for entry in source.refused] == ["2"]
+    assert "no other row answers its prompt" in source.refused[0]["reason"]
+
+
+def test_files_of_every_kind(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    row = {"prompt": "p", "completion": "c\nd"}
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    (tmp_path / "b.csv").write_text('prompt,completion\np,"c\nd"\nq,e\n')
+    (tmp_path / "c.tsv").write_text("prompt\tcompletion\np\tc\n")
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "d.parquet")
+    line = (json.dumps(row) + "\n").encode()
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(line))
+    (tmp_path / "f.jsonl.zst").write_bytes(pyarrow.compress(line, codec="zstd", asbytes=True))
+    places = {
+        "a.json": ["a.json[1]"], "b.csv": ["b.csv:2", "b.csv:4"], "c.tsv": ["c.tsv:2"], "d.parquet": ["d.parquet[1]"],
+        "e.jsonl.gz": ["e.jsonl.gz:1"], "f.jsonl.zst": ["f.jsonl.zst:1"],
+    }  # fmt: skip
+    for name, expected in places.items():
+        source = read_source(str(tmp_path / name), DEMONSTRATION, DataSpec(path="-"))
+        assert [r["_place"] for r in source.rows] == [str(tmp_path / place) for place in expected]
+        assert source.rows[0]["prompt"] == "p" and source.rows[0]["completion"].startswith("c")
+    whole = read_source(str(tmp_path), DEMONSTRATION, DataSpec(path="-"))
+    assert len(whole.rows) == sum(map(len, places.values()))
+
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "one.md").write_text("# Title\n\nbody\n")
+    (texts / "parts.txt").write_text("first\n%\nsecond\nline\f third\n")
+    source = read_source(str(texts), LANGUAGE_MODELING, DataSpec(path="-"))
+    assert [r["text"] for r in source.rows] == ["# Title\n\nbody", "first", "second\nline", " third"]
+    assert [r["_place"].rsplit(":", 1)[1] for r in source.rows] == ["1", "1", "3", "4"]
+    lines = read_source(str(texts / "parts.txt"), LANGUAGE_MODELING, DataSpec(path="-", format="lines"))
+    assert len(lines.rows) == 4
+
+    import datasets
+
+    datasets.Dataset.from_list([row]).save_to_disk(str(tmp_path / "saved"))
+    assert len(read_source(str(tmp_path / "saved"), DEMONSTRATION, DataSpec(path="-")).rows) == 1
+
+
+def test_a_mixture_has_the_shares_asked_for_and_follows_from_its_seed(tmp_path: Path) -> None:
+    sizes, weights = (500, 100, 400), (60, 22, 18)
+    parts = []
+    for number, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text("".join(json.dumps({"text": f"{number}/{i}"}) + "\n" for i in range(size)))
+        parts.append(Part(path=str(file), weight=weight, epochs=2 if number == 1 else 1))
+    split = read_split(DataSpec(mix=parts), LANGUAGE_MODELING, seed=5)
+    drawn = Counter(row["text"].split("/")[0] for row in split.train)
+    # As long as it can be: source 0 limits it (500 / 0.60), source 1 could give 200 / 0.22 = 909 rows.
+    assert [drawn[str(n)] for n in range(3)] == [500, round(500 / 60 * 22), round(500 / 60 * 18)]
+    of_second = Counter(row["text"] for row in split.train if row["text"].startswith("1/"))
+    assert len(of_second) == 100 and set(of_second.values()) == {1, 2}  # every row once before any is seen twice
+    for source in split.sources:
+        counts = source.counts()
+        assert counts["rows"] == counts["used"] + counts.get("left_out", 0)
+    texts = [row["text"] for row in split.train]
+    assert texts == [row["text"] for row in read_split(DataSpec(mix=parts), LANGUAGE_MODELING, seed=5).train]
+    assert texts != [row["text"] for row in read_split(DataSpec(mix=parts), LANGUAGE_MODELING, seed=6).train]
+    assert len({text[0] for text in texts[:20]}) > 1  # interleaved, not one source after the other
+
+    passes = [
+        part.model_copy(update={"weight": None, "epochs": e}) for part, e in zip(parts, (1, 1.5, 0.5), strict=True)
+    ]
+    drawn = Counter(row["text"][0] for row in read_split(DataSpec(mix=passes), LANGUAGE_MODELING, seed=5).train)
+    assert [drawn[str(n)] for n in range(3)] == [500, 150, 200]
+
+
+def test_a_group_stays_on_one_side(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "chosen": "c", "rejected": "r", "thread": i % 8} for i in range(40)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    split = read_split(DataSpec(path=str(path), test=0.25, group="thread"), PREFERENCE, seed=1)
+    assert split.test is not None and len(split.test) == 10
+    assert not {row["thread"] for row in split.train} & {row["thread"] for row in split.test}

@@ -214,7 +214,10 @@ def _guarded(recipe: str, stage: str, runs: Path) -> int:
         return _fail(_disk_full(runs, error) if full else f"stage '{stage}' failed: {error}", 2)
     except Exception as error:
         traceback.print_exc()
-        if "No space left" in str(error) or "File too large" in str(error):
+        # torch's own writer says so without an errno
+        if any(
+            words in str(error) for words in ("No space left", "File too large", "inline_container", "StreamWriter")
+        ):
             return _fail(_disk_full(runs, error), 2)
         if "out of memory" in str(error).lower():
             return _fail(

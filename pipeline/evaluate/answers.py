@@ -42,7 +42,7 @@ def ask(
 
     `question_accuracy`: share answered right; `stopped`: share of answers the model ended by itself.
     """
-    questions = ctx.data.questions
+    questions = list(ctx.data.questions)
     shown = questions[:: max(1, len(questions) // SHOWN)][:SHOWN] or list(_prompts(ctx.data.test or []))[:SHOWN]
     if when == "before":
         known = _parents_answers(ctx, shown)

@@ -12,11 +12,10 @@ checkpointing the forward pass is repeated then, under whichever adapter is acti
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
 from pipeline.data.render import padded
 from pipeline.models.base import computing
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 POLICY, REFERENCE, VALUE = "default", "reference", "value"
-LOGITS_AT_ONCE = 1 << 26
-"""Logits computed at once while gradients are kept; more tokens go in parts that are computed again on the way back."""
+LOGITS_AT_ONCE = 1 << 23
+"""Logits computed at once; more tokens go in parts."""
 
 
 @dataclass
@@ -148,21 +147,46 @@ class Actors(LanguageModel):
         return self.hidden(pack.ids_BT, pack.mask_BT)[pack.row_N, pack.state_N]
 
     def _log_probs(self, states_NH: Tensor, ids_N: Tensor) -> tuple[Tensor, Tensor]:
-        def part(states_nH: Tensor, ids_n: Tensor) -> tuple[Tensor, Tensor]:
-            return log_probs(self.logits(states_nH), ids_n, self.temperature)
-
-        size = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
-        if len(ids_N) <= size:
-            return part(states_NH, ids_N)
-        parts = [
-            checkpoint(part, states_nH, ids_n, use_reentrant=False)
-            for states_nH, ids_n in zip(states_NH.split(size), ids_N.split(size), strict=True)
-        ]
-        logp, entropy = zip(*parts, strict=True)
-        return torch.cat(logp), torch.cat(entropy)
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.lm_head.parameters()):
+            raise ValueError(
+                "PPO keeps the LM head frozen, and an adapter trains it: leave lm_head out of target_modules"
+            )
+        logp_N, entropy_N = _HeadLogProbs.apply(states_NH, ids_N, self)  # type: ignore[no-untyped-call]
+        return logp_N, entropy_N
 
     def _values(self, states_NH: Tensor) -> Tensor:
         return self.value_head(states_NH.float()).squeeze(-1)  # type: ignore[no-any-return]
+
+
+class _HeadLogProbs(torch.autograd.Function):
+    """Log-probabilities (N,) of tokens from the hidden states (N, hidden) before them, and the entropies there.
+
+    A token's log-probability depends on its own state alone and the head is frozen, so its gradient with respect to
+    the state, a vector of the hidden size, is all that the way back needs. It is computed with the logits at hand, part
+    after part; neither logits nor anything else of the vocabulary's size is kept, and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states_NH: Tensor, ids_N: Tensor, actors: Actors) -> tuple[Tensor, Tensor]:
+        size = max(1, LOGITS_AT_ONCE // actors.config.vocab_size)
+        logp, entropy, gradients = [], [], []
+        for states_nH, ids_n in zip(states_NH.split(size), ids_N.split(size), strict=True):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                leaf_nH = states_nH.detach().requires_grad_(ctx.needs_input_grad[0])
+                logp_n, entropy_n = log_probs(actors.logits(leaf_nH), ids_n, actors.temperature)
+                if ctx.needs_input_grad[0]:
+                    gradients += torch.autograd.grad(logp_n.sum(), leaf_nH)
+            logp.append(logp_n.detach())
+            entropy.append(entropy_n)
+        ctx.save_for_backward(*gradients)
+        entropy_N = torch.cat(entropy)
+        ctx.mark_non_differentiable(entropy_N)
+        return torch.cat(logp), entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, upstream_N: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        gradient_NH = torch.cat(ctx.saved_tensors)
+        return (upstream_N[:, None] * gradient_NH).to(gradient_NH.dtype), None, None
 
 
 def packed(episodes: list[Episode], at_once: int, pad_id: int, device: torch.device) -> list[Pack]:

@@ -96,9 +96,10 @@ def show_rows(recipe: Recipe, name: str, count: int, console: Console) -> None:
             console.print(Text(f"refused: {error}", style="red"))
             continue
         for label, sequence in zip(_labels(row, len(sequences)), sequences, strict=True):
-            shown, torn = Text(label), []
+            shown = Text(label)
+            torn: list[int] = []
             for token, learnt in zip(sequence.ids, sequence.labels, strict=True):
-                piece = tokenizer.decode([*torn, token])
+                piece = str(tokenizer.decode([*torn, token]))
                 if piece.endswith("\ufffd") and len(torn) < LONGEST_LETTER:
                     torn.append(token)  # a letter of several tokens is shown with its last
                     continue

@@ -35,6 +35,8 @@ ERROR_MARK = "onebase: error: "
 """What comes after it on stderr is for the person; the runner shows it as its own error."""
 WATCH = "ONEBASE_DIE_WITH_RUNNER"
 ORPHAN_PATIENCE = 15.0
+DISK_FULL = ("No space left", "File too large", "inline_container", "PytorchStreamWriter")
+"""What libraries say of it without an errno; the last two are torch's writer."""
 
 
 def main() -> None:

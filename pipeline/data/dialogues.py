@@ -38,7 +38,9 @@ def messages_of(row: Row, key: str) -> Messages:
 
 
 def _plain(said: dict[str, Any]) -> dict[str, Any]:
-    known = {key: said[key] for key in ("role", "content", "tool_calls", "tool_call_id", "name") if key in said}
+    known: dict[str, Any] = {
+        key: said[key] for key in ("role", "content", "tool_calls", "tool_call_id", "name") if key in said
+    }
     role = known.get("role")
     if isinstance(role, str):
         known["role"] = ROLES.get(role, role)

@@ -40,7 +40,10 @@ def tokens(kind: str, tokenizer: Tokenizer, rows: Iterable[Row], max_length: int
 
     `bytes_per_token` under about 2 (for English under 3) says that the tokenizer hardly knows the language.
     """
-    lengths, supervised, bos, named = [], [], Counter[int](), []
+    lengths: list[int] = []
+    supervised: list[int] = []
+    bos: Counter[int] = Counter()
+    named: list[dict[str, str]] = []
     too_long = tokens_lost = ends = dialogues = bare = unrenderable = size = 0
     stops = set(render.stop_ids(tokenizer))
     for row in rows:
@@ -88,7 +91,8 @@ def tokens(kind: str, tokenizer: Tokenizer, rows: Iterable[Row], max_length: int
 def duplicates(rows: Sequence[Row], seed: int = 0) -> Figures:
     """Rows that say the same, exactly (letter case and white space aside) or nearly (MinHash, Broder 1997)."""
     seen: dict[bytes, int] = {}
-    exact, examples = 0, []
+    exact = 0
+    examples: list[list[str]] = []
     for index, row in enumerate(rows):
         first = seen.setdefault(_digest(_text(row)), index)
         if first != index:
@@ -125,7 +129,8 @@ def comparisons(rows: Sequence[Row], seed: int = 0) -> Figures:
     from pipeline.data.baselines import bag_of_words, longer_wins
 
     verdicts: dict[bytes, dict[bytes, tuple[bytes, str]]] = defaultdict(dict)
-    contradictory, named = 0, []
+    contradictory = 0
+    named: list[list[str]] = []
     for row in rows:
         chosen, rejected = (_digest(json.dumps(row[key], sort_keys=True)) for key in ("chosen", "rejected"))
         pair = min(chosen, rejected) + max(chosen, rejected)
@@ -226,7 +231,7 @@ def _digest(text: str) -> bytes:
 
 
 def _bytes(tokenizer: Tokenizer, sequence: render.Encoded) -> int:
-    return len(tokenizer.decode(sequence.ids).encode("utf-8", "replace"))
+    return len(str(tokenizer.decode(sequence.ids)).encode("utf-8", "replace"))
 
 
 def _leading(ids: list[int], bos: int | None) -> int:

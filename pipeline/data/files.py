@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.data.contracts import Row
-from pipeline.data.formats import Unreadable
+from pipeline.data.dialogues import Unreadable
 from pipeline.errors import UserError
 
+Stream = IO[bytes] | gzip.GzipFile
 Placed = tuple[str, Row | Unreadable]
 LINES, LISTS, TABLES, TEXTS = {".jsonl", ".ndjson"}, {".json"}, {".csv", ".tsv"}, {".txt", ".md", ".rst", ".text"}
 PACKED = {".gz", ".zst"}
@@ -118,7 +119,7 @@ def _file_rows(file: Path, lines: bool) -> Iterator[Placed]:
         raise UserError(f"{file} cannot be read: {error}") from error
 
 
-def _opened(file: Path) -> IO[bytes]:
+def _opened(file: Path) -> Stream:
     if file.suffix == ".gz":
         return gzip.open(file, "rb")
     if file.suffix == ".zst":
@@ -128,13 +129,13 @@ def _opened(file: Path) -> IO[bytes]:
     return file.open("rb")
 
 
-def _json_lines(path: str, stream: IO[bytes]) -> Iterator[Placed]:
+def _json_lines(path: str, stream: Stream) -> Iterator[Placed]:
     for number, line in enumerate(_byte_lines(stream), 1):
         if line.strip():
             yield f"{path}:{number}", _parsed(line)
 
 
-def _byte_lines(stream: IO[bytes]) -> Iterator[bytes]:
+def _byte_lines(stream: Stream) -> Iterator[bytes]:
     """Lines ended by \\n alone; pyarrow's streams do not iterate by themselves."""
     first, rest = True, b""
     while block := stream.read(1 << 20):
@@ -172,7 +173,7 @@ def _no_constant(word: str) -> None:
     raise ValueError(f"{word} is no JSON")
 
 
-def _json_list(file: Path, stream: IO[bytes]) -> Iterator[Placed]:
+def _json_list(file: Path, stream: Stream) -> Iterator[Placed]:
     head = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
     with _opened(file) as again:
         if head[:1] == b"{":
@@ -188,7 +189,7 @@ def _json_list(file: Path, stream: IO[bytes]) -> Iterator[Placed]:
         yield f"{file}[{number}]", _object(row)
 
 
-def _table(path: str, stream: IO[bytes], delimiter: str) -> Iterator[Placed]:
+def _table(path: str, stream: Stream, delimiter: str) -> Iterator[Placed]:
     csv.field_size_limit(sys.maxsize)
     lines = (line.decode("utf-8") + "\n" for line in _byte_lines(stream))
     reader = csv.DictReader(lines, delimiter=delimiter)
@@ -204,7 +205,7 @@ def _table(path: str, stream: IO[bytes], delimiter: str) -> Iterator[Placed]:
             yield place, dict(row)
 
 
-def _text_lines(path: str, stream: IO[bytes]) -> Iterator[Placed]:
+def _text_lines(path: str, stream: Stream) -> Iterator[Placed]:
     for number, line in enumerate(_byte_lines(stream), 1):
         if line.strip():
             try:
@@ -213,7 +214,7 @@ def _text_lines(path: str, stream: IO[bytes]) -> Iterator[Placed]:
                 yield f"{path}:{number}", Unreadable(f"is not UTF-8 (byte {error.start} of the line)")
 
 
-def _documents(path: str, stream: IO[bytes]) -> Iterator[Placed]:
+def _documents(path: str, stream: Stream) -> Iterator[Placed]:
     """Parts between form feeds or lines of a lone %, named by the line they begin on."""
     held: list[str] = []
     line, size = 1, 0
@@ -240,7 +241,7 @@ def _document(path: str, line: int, text: str) -> Iterator[Placed]:
         yield f"{path}:{start}", {"text": text.strip("\r\n")}
 
 
-def _decoded(stream: IO[bytes]) -> Iterator[str]:
+def _decoded(stream: Stream) -> Iterator[str]:
     """Text in blocks that end with a line, so that no separator is torn."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     held = ""

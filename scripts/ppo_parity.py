@@ -68,6 +68,9 @@ def our_gradients(base: Path, folder: Path, ids_BT: torch.Tensor, scores: list[f
     trainer = ours.PPOTrainer(actors, tokenizer, [], [], settings, 17)
     episodes = [Episode(row[:P], row[P:], [0.0] * G, ended=True) for row in ids_BT.tolist()]
     packs = packed(episodes, B, 0, actors.device)
+    with torch.no_grad():  # what the sampler would have noted
+        for episode, logp in zip(episodes, actors.policy(packs[0])[0].tolist(), strict=True):
+            episode.logp = logp
     trainer.step = 1  # the critic stands where it was put
     trainer.normalize(scores, episodes, packs)
     trainer.score(packs, episodes)

@@ -228,6 +228,20 @@ def test_one_update_a_batch_has_ratio_one_whatever_was_written(tiny_base: Path) 
     assert numbers["ratio"] == 1.0 and numbers["clip_fraction"] == 0.0
 
 
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_what_the_sampler_notes_is_what_a_pass_of_its_own_gives(tiny_base: Path, dequantize: bool) -> None:
+    ppo = trainer(tiny_base, length, batch_size=8, critic="trunk", dequantize_rollout=dequantize)
+    with torch.no_grad():
+        ppo.actors.value_head.weight.normal_(generator=torch.Generator().manual_seed(4))
+    packs = filled(ppo)
+    with torch.no_grad():
+        for pack in packs:
+            logp_BG, _, values_BG = ppo.actors.policy(pack)
+            assert pack.noted_by_sampler
+            assert (pack.old_logp_BG - logp_BG).abs().max() < 1e-4
+            assert (pack.values_BG - values_BG).abs().max() < 1e-3 < values_BG.abs().max()
+
+
 def ppo_tree(base: Path, folder: Path, **train: Any) -> dict[str, Any]:
     tree = tiny_tree(base, folder)
     tree["stages"] = {name: tree["stages"][name] for name in ("sft", "reward")}

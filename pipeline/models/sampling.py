@@ -6,7 +6,8 @@ are sampled together, and finished answers leave the batch, so that the long one
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +33,8 @@ class Episode:
     """Of each sampled token, at the sampling temperature, as the sampler computed it."""
     ended: bool
     """It ended by itself, not at the length limit."""
+    values: list[float] = field(default_factory=list)
+    """A critic's, of the states before the tokens, where one was asked along."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)
@@ -47,17 +50,20 @@ def sample(
     stops: list[int],
     generator: torch.Generator,
     at_once: int | None = None,
+    critic: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> list[Episode]:
     """One answer to each prompt (token ids), in the order given, from the adapter that is active.
 
-    `temperature` 0 takes the likeliest token. `at_once`: most prompts sampled together.
+    `temperature` 0 takes the likeliest token. `at_once`: most prompts sampled together. `critic`: hidden
+    states (B, hidden) to values (B,), noted beside the tokens.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     episodes: dict[int, Episode] = {}
     width = at_once or len(order)
     for start in range(0, len(order), width):
         batch = order[start : start + width]
-        answers = _sample_batch(language_model, [prompts[i] for i in batch], new_tokens, temperature, stops, generator)
+        asked = [prompts[i] for i in batch]
+        answers = _sample_batch(language_model, asked, new_tokens, temperature, stops, generator, critic)
         episodes |= dict(zip(batch, answers, strict=True))
     return [episodes[i] for i in range(len(prompts))]
 
@@ -69,6 +75,7 @@ def _sample_batch(
     temperature: float,
     stops: list[int],
     generator: torch.Generator,
+    critic: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> list[Episode]:
     episodes = [Episode(prompt, [], [], ended=False) for prompt in prompts]
     device = language_model.device
@@ -85,13 +92,16 @@ def _sample_batch(
             logits_BV = language_model.logits(hidden_BTH[:, -1])
         token_B, logp_B = _draw(logits_BV, temperature, generator)
         ended_B = torch.isin(token_B, stops_S)
-        for row, token, logp, writes, ends in zip(
-            alive, token_B.tolist(), logp_B.tolist(), writing_B.tolist(), ended_B.tolist(), strict=True
-        ):
+        values_B = critic(hidden_BTH[:, -1]).tolist() if critic else [None] * len(alive)
+        noted = (token_B.tolist(), logp_B.tolist(), values_B, writing_B.tolist(), ended_B.tolist())
+        for row, token, logp, value, writes, ends in zip(alive, *noted, strict=True):
             if writes:
-                episodes[row].answer_ids.append(token)
-                episodes[row].logp.append(logp)
-                episodes[row].ended = ends
+                episode = episodes[row]
+                episode.answer_ids.append(token)
+                episode.logp.append(logp)
+                episode.ended = ends
+                if value is not None:
+                    episode.values.append(value)
         writing_B &= ~ended_B
         left = int(writing_B.sum())
         if left == 0:

@@ -55,6 +55,8 @@ class Pack:
     state_N: Tensor
     scores_B: Tensor = field(default_factory=lambda: torch.empty(0))
     old_logp_BG: Tensor = field(default_factory=lambda: torch.empty(0))
+    noted_by_sampler: bool = False
+    """`old_logp_BG` is what the sampler noted, until the first pass of the update gives the trainer's own figure."""
     ref_logp_BG: Tensor = field(default_factory=lambda: torch.empty(0))
     values_BG: Tensor = field(default_factory=lambda: torch.empty(0))
     advantages_BG: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -99,7 +101,7 @@ class Actors(LanguageModel):
             states_NH = self._states(pack)
             logp_N, entropy_N = self._log_probs(states_NH, pack.token_N)
         shared = adapter == POLICY == self.value_adapter
-        values_BG = _placed(self._values(states_NH), pack) if shared else None
+        values_BG = _placed(self.state_values(states_NH), pack) if shared else None
         return _placed(logp_N, pack), _placed(entropy_N, pack), values_BG
 
     def values(self, pack: Pack) -> Tensor:
@@ -107,7 +109,7 @@ class Actors(LanguageModel):
         self.act_as(self.value_adapter)
         with computing(self.model):
             states_NH = self._states(pack)
-        return _placed(self._values(states_NH), pack)
+        return _placed(self.state_values(states_NH), pack)
 
     @torch.no_grad()
     def scores(self, reward: str, sequences: Sequence[list[int]], at_once: int) -> list[float]:
@@ -154,7 +156,8 @@ class Actors(LanguageModel):
         logp_N, entropy_N = _HeadLogProbs.apply(states_NH, ids_N, self)  # type: ignore[no-untyped-call]
         return logp_N, entropy_N
 
-    def _values(self, states_NH: Tensor) -> Tensor:
+    def state_values(self, states_NH: Tensor) -> Tensor:
+        """The values (N,) of hidden states (N, hidden)."""
         return self.value_head(states_NH.float()).squeeze(-1)  # type: ignore[no-any-return]
 
 

@@ -124,6 +124,7 @@ class PPOTrainer:
                 stops=self.stops,
                 generator=torch.Generator(actors.device).manual_seed(number),
                 at_once=settings.rollout_batch_size,
+                critic=actors.state_values if actors.value_adapter == POLICY else None,
             )
 
     def text(self, episode: Episode) -> str:
@@ -150,19 +151,25 @@ class PPOTrainer:
 
     @torch.no_grad()
     def score(self, packs: list[Pack], episodes: list[Episode]) -> None:
-        """Fill in `ref_logp_BG`, `old_logp_BG` and `values_BG`, one adapter after the other."""
+        """Fill in `ref_logp_BG`, `old_logp_BG` and `values_BG`, one adapter after the other.
+
+        Where a batch is one minibatch, its first update is still made by the policy that wrote the answers: the ratio
+        is one by construction, and the pass that is differentiated gives the log-probabilities for the updates after
+        it. For the KL penalty and the advantages the sampler's own figures will do, and a forward pass is saved.
+        """
+        trunk = self.actors.value_adapter == POLICY
         for pack in packs:
             pack.ref_logp_BG = self.actors.policy(pack, REFERENCE)[0]
         for pack in packs:
-            if self._updates_once() and self.actors.value_adapter != POLICY:
-                # The one update of a batch is made by the policy that wrote it: the ratio is one whatever was written
-                # down, so the sampler's figures will do for the KL penalty and a forward pass is saved.
-                pack.old_logp_BG = written(pack, episodes)
+            if self.settings.mini == self.settings.batch_size:
+                pack.old_logp_BG, pack.noted_by_sampler = noted(pack, [e.logp for e in episodes]), True
+                if trunk:
+                    pack.values_BG = noted(pack, [e.values for e in episodes])
                 continue
             pack.old_logp_BG, _, values_BG = self.actors.policy(pack)
             if values_BG is not None:
                 pack.values_BG = values_BG
-        if self.actors.value_adapter != POLICY:
+        if not trunk:
             for pack in packs:
                 pack.values_BG = self.actors.values(pack)
 
@@ -240,7 +247,9 @@ class PPOTrainer:
         weights_BG = maths.weights(pack.mask_BG, settings.loss_normalization, tokens, settings.mini)
         # forward and backward under the policy's adapter
         logp_BG, entropy_BG, values_BG = actors.policy(pack)
-        old_BG = logp_BG.detach() if self._updates_once() else pack.old_logp_BG
+        if pack.noted_by_sampler:
+            pack.old_logp_BG, pack.noted_by_sampler = logp_BG.detach(), False
+        old_BG = pack.old_logp_BG
         policy_loss, ratio_BG = maths.policy_loss(logp_BG, old_BG, pack.advantages_BG, weights_BG, settings.cliprange)
         if values_BG is None:
             policy_loss.backward()
@@ -309,9 +318,6 @@ class PPOTrainer:
         mean, std = maths.mean_and_std(self.score_moments)
         return mean, std if std > 1e-3 * max(1.0, abs(mean)) else 1.0
 
-    def _updates_once(self) -> bool:
-        return self.settings.num_ppo_epochs == 1 and self.settings.mini == self.settings.batch_size
-
     def at_once(self) -> int:
         """Sequences of one forward pass that keeps no gradients."""
         return 2 * self.pack_size
@@ -328,13 +334,12 @@ def _epoch(count: int, seed: int, epoch: int) -> list[int]:
     return random.Random(f"{seed}/prompts/{epoch}").sample(range(count), count)
 
 
-def written(pack: Pack, episodes: list[Episode]) -> Tensor:
-    """The log-probabilities the sampler noted, laid out (B, G)."""
-    logp_BG = torch.zeros_like(pack.mask_BG)
+def noted(pack: Pack, figures: list[list[float]]) -> Tensor:
+    """A figure the sampler noted for each token of each episode, laid out (B, G)."""
+    figures_BG = torch.zeros_like(pack.mask_BG)
     for place, row in enumerate(pack.rows):
-        logp = episodes[row].logp
-        logp_BG[place, : len(logp)] = torch.tensor(logp, device=logp_BG.device)
-    return logp_BG
+        figures_BG[place, : len(figures[row])] = torch.tensor(figures[row], device=figures_BG.device)
+    return figures_BG
 
 
 def _means(totals: dict[str, list[float]]) -> Numbers:

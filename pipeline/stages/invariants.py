@@ -18,7 +18,7 @@ from pipeline.evaluate import scoring
 from pipeline.models import adapters
 from pipeline.models.base import computing, frozen_digest
 from pipeline.ppo.actors import REFERENCE, packed
-from pipeline.ppo.trainer import written
+from pipeline.ppo.trainer import noted
 from pipeline.stages.sequences import ends_supervised
 from pipeline.stages.stage import Context
 
@@ -231,7 +231,9 @@ def policy_is_reference(trainer: PPOTrainer) -> Found:
         "step_0_kl": (old_BG - reference_BG).abs().max().item(),
         "step_0_ratio_minus_1": (torch.exp(new_BG - old_BG) - 1).abs().max().item(),
         "step_0_logp_against_own_forward": (own_N - old_BG[pack.row_N, pack.column_N]).abs().max().item(),
-        "step_0_logp_against_sampler": ((written(pack, episodes) - old_BG).abs().sum() / pack.mask_BG.sum()).item(),
+        "step_0_logp_against_sampler": (
+            (noted(pack, [episode.logp for episode in episodes]) - old_BG).abs().sum() / pack.mask_BG.sum()
+        ).item(),
     }
     limits = {
         "step_0_kl": (0.0, "a reference that is not the policy this stage starts from"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, tiny_tree, write_recipe
 
+from pipeline import strict_yaml
 from pipeline.errors import UserError
 from pipeline.recipe import build, read
 
@@ -129,6 +130,9 @@ def test_fork_shares_everything_before_it(tiny_base: Path, tmp_path: Path) -> No
     assert recipe.stages["dpo-gentle"].train["beta"] == 0.5
     assert parts["dpo-gentle"]["parents"] == parts["dpo"]["parents"]
     assert parts["dpo-gentle"]["stage"] != parts["dpo"]["stage"]
+    # What a run writes down for its stages' processes is the same recipe again.
+    (tmp_path / "resolved.yaml").write_text(strict_yaml.dump(recipe.tree))
+    assert read(tmp_path / "resolved.yaml").parts() == parts
 
 
 def test_fingerprints_follow_what_changes(tiny_base: Path, tmp_path: Path) -> None:

@@ -132,6 +132,27 @@ def status(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs
     show_answers(chain, runs, console)
 
 
+@app.command("eval")
+def evaluate(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs")) -> None:  # noqa: B006
+    """Measure every finished stage on held-out data, each against the one before, with 95 % intervals."""
+    from rich.console import Console
+
+    from pipeline import evaluator
+    from pipeline.summary import show_evaluation
+
+    show_evaluation(evaluator.launch(_read(recipe, override), runs), Console())
+    print(f"\nonebase report {recipe}   makes a page of it")
+
+
+@app.command()
+def report(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs")) -> None:  # noqa: B006
+    """Make one self-contained page (HTML, and Markdown) of a run: verdicts, numbers, curves, samples, cost."""
+    from pipeline.report.page import write
+
+    for path in write(_read(recipe, override), recipe, runs):
+        print(path)
+
+
 def main() -> None:
     """Run the command line; a UserError becomes one message and status 2."""
     from pipeline.errors import UserError

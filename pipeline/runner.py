@@ -179,14 +179,14 @@ def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path
         *(["--config_file", str(config)] if config else single),
         *("-m", "pipeline.worker", str(resolved), stage, "--runs", str(runs)),
     ]
-    environment = {**({} if _has_gpu() else CPU_ENVIRONMENT), **os.environ, WATCH: "1", "PYTHONUNBUFFERED": "1"}
+    variables = {**environment(), WATCH: "1", "PYTHONUNBUFFERED": "1"}
     if config is None:
         # TRL's trainers refuse a process that sees several GPUs; one is what a run without a config is about.
-        environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
+        variables.setdefault("CUDA_VISIBLE_DEVICES", "0")
     with out.log.open("ab") as log:
         begun = log.tell()
         # A session of its own: Ctrl-C comes to the runner alone, which asks the worker to stop and waits for it.
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log, env=variables, start_new_session=True)
         try:
             status = process.wait()
         except BaseException:
@@ -206,6 +206,11 @@ def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path
         f"stage '{stage}' ended without a word (status {status}): killed from outside, or out of memory.\n  {tail}\n"
         f"Its log is {out.log}. Run again to go on from the last checkpoint."
     )
+
+
+def environment() -> dict[str, str]:
+    """Of a process that loads a model."""
+    return {**({} if _has_gpu() else CPU_ENVIRONMENT), **os.environ}
 
 
 def _cores() -> int:

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation: intervals that cover, strengths that are recovered, curves that follow their formulas."""
+"""An evaluation's numbers: intervals that cover, strengths recovered, curves that follow their formulas."""
 
 from __future__ import annotations
 
@@ -128,7 +128,9 @@ def test_best_of_n_rises_and_its_kl_is_the_formula() -> None:
     random = numpy.random.default_rng(6)
     proxy = random.standard_normal((800, 64))
     points = best_of_n.curve(proxy, (proxy > 1.5).astype(float), [1, 2, 8, 64])
-    assert [p.kl for p in points] == pytest.approx([0, math.log(2) - 1 / 2, math.log(8) - 7 / 8, math.log(64) - 63 / 64])
+    assert [p.kl for p in points] == pytest.approx(
+        [0, math.log(2) - 1 / 2, math.log(8) - 7 / 8, math.log(64) - 63 / 64]
+    )
     for point, known in zip(points[1:], (0.5642, 1.4236, 2.3436), strict=True):
         assert point.proxy.value == pytest.approx(known, abs=0.06)
     for measure in ("proxy", "gold", "coverage"):

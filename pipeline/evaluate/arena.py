@@ -46,7 +46,9 @@ def by_score(scores: dict[str, numpy.ndarray], weights: dict[str, numpy.ndarray]
     other to the same prompt. `weights` (P, S): how often each answer of a policy is the one it gives, where they are
     not all as likely (best-of-n)."""
     names = list(scores)
-    given = {name: (weights or {}).get(name, numpy.full(value.shape, 1 / value.shape[1])) for name, value in scores.items()}
+    given = {
+        name: (weights or {}).get(name, numpy.full(value.shape, 1 / value.shape[1])) for name, value in scores.items()
+    }
     points_PKK = numpy.full((len(scores[names[0]]), len(names), len(names)), 0.5)
     for a, first in enumerate(names):
         for b, second in enumerate(names):

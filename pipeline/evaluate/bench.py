@@ -25,7 +25,9 @@ class Bench:
     `policies`: adapter folder of each policy stage. `rewards`: of each reward stage.
     """
 
-    def __init__(self, spec: ModelSpec, policies: dict[str, Path], rewards: dict[str, Path], temperature: float) -> None:
+    def __init__(
+        self, spec: ModelSpec, policies: dict[str, Path], rewards: dict[str, Path], temperature: float
+    ) -> None:
         self.tokenizer = bases.load_tokenizer(spec)
         base = bases.load_base(spec, self.tokenizer)
         self.model = adapters.fresh(base, spec.lora)

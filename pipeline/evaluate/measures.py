@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 AT_ONCE = 64
 """Sequences that pass through the model together."""
-TOKENS_AT_ONCE = 4096
+PROMPT_TOKENS_AT_ONCE = 512
 
 
 def loss(bench: Bench, policy: str, rows: list[Row], kind: str) -> Json:
@@ -73,7 +73,7 @@ def choices(bench: Bench, policy: str, rows: list[Row]) -> Json:
     shared = [len(os.path.commonprefix(options)) for options in sequences]
     picked: list[str] = [""] * len(rows)
     with bench.acting_as(policy):
-        for batch in batches(shared, TOKENS_AT_ONCE):
+        for batch in batches(shared, PROMPT_TOKENS_AT_ONCE):
             totals = _continuations(
                 bench,
                 [sequences[i][0][: shared[i]] for i in batch],
@@ -102,15 +102,18 @@ def _continuations(bench: Bench, prompts: list[list[int]], options: list[list[li
     owner = [index for index, of_one in enumerate(options) for _ in of_one]
     flat = [option or [actors.pad_id] for of_one in options for option in of_one]
     with computing(bench.model):
-        before_BV = actors.logits(actors.hidden(ids_BT, mask_BT, positions_BT, cache)[:, -1])
+        first_BV = torch.log_softmax(actors.logits(actors.hidden(ids_BT, mask_BT, positions_BT, cache)[:, -1]).float(), -1)
         owner_N = torch.tensor(owner, device=actors.device)
-        cache.batch_select_indices(owner_N)
         ids_NG, mask_NG = (t.to(actors.device) for t in render.padded(flat, actors.pad_id))
-        places_NG = positions_BT[owner_N, -1:] + 1 + torch.arange(ids_NG.shape[1], device=actors.device)
-        whole_NT = torch.cat([mask_BT[owner_N], mask_NG], 1)
-        hidden_NGH = actors.hidden(ids_NG, whole_NT, places_NG, cache)
-        logits_NGV = torch.cat([before_BV[owner_N][:, None], actors.logits(hidden_NGH[:, :-1])], 1)
-    logp_NG = torch.log_softmax(logits_NGV.float(), -1).gather(2, ids_NG[..., None]).squeeze(2) * mask_NG
+        logp_NG = first_BV[owner_N, ids_NG[:, 0]][:, None]
+        if ids_NG.shape[1] > 1:
+            cache.batch_select_indices(owner_N)
+            places_NG = positions_BT[owner_N, -1:] + 1 + torch.arange(ids_NG.shape[1] - 1, device=actors.device)
+            whole_NT = torch.cat([mask_BT[owner_N], mask_NG[:, :-1]], 1)
+            logits_NGV = actors.logits(actors.hidden(ids_NG[:, :-1], whole_NT, places_NG, cache)).float()
+            later_NG = torch.log_softmax(logits_NGV, -1).gather(2, ids_NG[:, 1:, None]).squeeze(2)
+            logp_NG = torch.cat([logp_NG, later_NG], 1)
+    logp_NG = logp_NG * mask_NG
     totals = iter(logp_NG.sum(1).tolist())
     return [[next(totals) if option else (next(totals), 0.0)[1] for option in of_one] for of_one in options]
 
@@ -118,10 +121,10 @@ def _continuations(bench: Bench, prompts: list[list[int]], options: list[list[li
 def sampled(
     bench: Bench, policy: str, rows: list[Row], sources: list[str], truth: str | None, settings: dict[str, Any]
 ) -> Json:
-    """Answers sampled at the training temperature, `copies` to each prompt, with the same random draws for every policy.
+    """Answers sampled at the training temperature, `copies` to a prompt, with the same random draws for every policy.
 
-    text, length (tokens), ended, truth (1 right, 0 wrong), scores by source, and kl (log p of the policy less that of
-    `settings["reference"]`, where one is named): all (prompts, copies).
+    Tables of (prompts, copies): text, length (tokens), ended, truth (1 right, 0 wrong), scores by source, and kl, which
+    is log p of the policy less that of `settings["reference"]`, where one is named.
     """
     copies = settings["copies"]
     prompts = [render.prompt(bench.tokenizer, row) for row in rows]
@@ -176,9 +179,7 @@ def _rows(flat: list[Any], width: int) -> list[list[Any]]:
 
 def pairs(bench: Bench, reward: str, rows: list[Row], train: list[Row]) -> Json:
     """Scores of both answers of held-out comparisons, their lengths in tokens, and what a bag of words says of them."""
-    whole = {
-        key: [render.conversation(bench.tokenizer, row, key) for row in rows] for key in ("chosen", "rejected")
-    }
+    whole = {key: [render.conversation(bench.tokenizer, row, key) for row in rows] for key in ("chosen", "rejected")}
     name = rewards.adapter_name(reward)
     return {
         **{key: bench.actors.scores(name, ids, AT_ONCE) for key, ids in whole.items()},

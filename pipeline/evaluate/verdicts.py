@@ -77,7 +77,9 @@ def _preference_trained(results: Json, name: str) -> Json:
     parent, arenas = results["parents"][name], results["arenas"]
     wins = {judge: held["wins"][name][parent] for judge, held in arenas.items() if name in held["wins"]}
     numbers, changes = results["numbers"][name], results["changes"][name]
-    parts = [f"wins {_percent(rate['value'])} ({_range(rate)}) against {parent} {_by(judge)}" for judge, rate in wins.items()]
+    parts = [
+        f"wins {_percent(rate['value'])} ({_range(rate)}) against {parent} {_by(judge)}" for judge, rate in wins.items()
+    ]
     if "question_accuracy" in changes:
         parts.append(f"questions answered right {_points(changes['question_accuracy'])}")
     if "kl" in numbers:

@@ -46,11 +46,16 @@ def planted(random: numpy.random.Generator) -> dict[str, Any]:
         f1 = [0.5 * ok for ok in right]
         none = [False] * QUESTIONS
         add(
-            f"questions/{policy}", {"text": text, "right": right, "exact": none, "f1": f1, "stopped": [True] * 40}, asked
+            f"questions/{policy}",
+            {"text": text, "right": right, "exact": none, "f1": f1, "stopped": [True] * 40},
+            asked,
         )
         nats = (random.gamma(20, 1, 24) * (1.2 if policy == "base" else 1.0)).tolist()
         add(f"corpus_loss/{policy}", {"nats": nats, "tokens": [10] * 24})
-        add(f"answers/{policy}", answers(random, draw < skill, REWARD[policy], None if policy in "base sft" else 2.0))
+        add(
+            f"answers/{policy}",
+            answers(random, draw < skill, REWARD[policy], 2.0 if policy in ("dpo", "ppo") else None),
+        )
     add("few_shot/base", {**taken["questions/base"]["value"], "right": (luck < 0.2).tolist()}, asked)
     add("best_of_n/sft", answers(random, random.random((PROMPTS, 64)) < SKILL["sft"], REWARD["sft"], None))
     margins = random.normal(1.5, 1, PAIRS)
@@ -159,7 +164,14 @@ def test_the_page_stands_alone_and_shows_everything(run: tuple[Recipe, Path]) ->
     parsed.feed(html)
     assert parsed.open == [] and parsed.loads == []
     assert "<script" not in html and "@import" not in html and "url(" not in html.replace("url(#", "")
-    for told in ("Over-optimised", "Calibration: error", "n=64", "base, few-shot", "What is &lt;b&gt;", "onebase eval my.yaml"):
+    for told in (
+        "Over-optimised",
+        "Calibration: error",
+        "n=64",
+        "base, few-shot",
+        "What is &lt;b&gt;",
+        "onebase eval my.yaml",
+    ):
         assert told in html, told
     assert "<b>0</b>" not in html  # data is text, never markup
     assert html.count("<svg") == 1 + len(list((runs / recipe.name / "report" / "pictures").iterdir()))

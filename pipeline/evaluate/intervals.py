@@ -16,6 +16,8 @@ from scipy import stats
 LEVEL = 0.95
 RESAMPLES = 1000
 SEED = 17
+NO_SPREAD = 0.05
+"""Share of the span within which values tell nothing of how far others may lie."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,13 @@ def proportion(right: Sequence[bool]) -> Estimate:
 def mean(values: Sequence[float], span: float | None = None) -> Estimate:
     """Mean of one value per prompt, with its bootstrap interval.
 
-    span: the largest distance two values can have (1 for a share), where there is one. It matters where all values are
-    equal and a bootstrap would claim certainty: the interval then allows for values of the other kind that n
+    span: the largest distance two values can have (1 for a share), where there is one. It matters where the values are
+    all but equal and a bootstrap would claim certainty: the interval then allows for values of the other kind that n
     observations may have missed (Clopper and Pearson 1934).
     """
     array_P = numpy.asarray(values, dtype=float)
     centre, total = float(array_P.mean()), len(array_P)
-    if total < 2 or numpy.ptp(array_P) == 0:
+    if total < 2 or numpy.ptp(array_P) <= NO_SPREAD * (span or 0.0):
         missed = float(stats.binomtest(0, total).proportion_ci(LEVEL, method="exact").high)
         room = span * missed if span is not None else 0.0 if total > 1 else float("inf")
         return Estimate(centre, centre - room, centre + room, total)

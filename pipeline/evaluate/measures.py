@@ -102,7 +102,9 @@ def _continuations(bench: Bench, prompts: list[list[int]], options: list[list[li
     owner = [index for index, of_one in enumerate(options) for _ in of_one]
     flat = [option or [actors.pad_id] for of_one in options for option in of_one]
     with computing(bench.model):
-        first_BV = torch.log_softmax(actors.logits(actors.hidden(ids_BT, mask_BT, positions_BT, cache)[:, -1]).float(), -1)
+        first_BV = torch.log_softmax(
+            actors.logits(actors.hidden(ids_BT, mask_BT, positions_BT, cache)[:, -1]).float(), -1
+        )
         owner_N = torch.tensor(owner, device=actors.device)
         ids_NG, mask_NG = (t.to(actors.device) for t in render.padded(flat, actors.pad_id))
         logp_NG = first_BV[owner_N, ids_NG[:, 0]][:, None]
@@ -110,8 +112,10 @@ def _continuations(bench: Bench, prompts: list[list[int]], options: list[list[li
             cache.batch_select_indices(owner_N)
             places_NG = positions_BT[owner_N, -1:] + 1 + torch.arange(ids_NG.shape[1] - 1, device=actors.device)
             whole_NT = torch.cat([mask_BT[owner_N], mask_NG[:, :-1]], 1)
-            logits_NGV = actors.logits(actors.hidden(ids_NG[:, :-1], whole_NT, places_NG, cache)).float()
-            later_NG = torch.log_softmax(logits_NGV, -1).gather(2, ids_NG[:, 1:, None]).squeeze(2)
+            hidden_NGH = actors.hidden(ids_NG[:, :-1], whole_NT, places_NG, cache)
+            logits_MV = actors.logits(hidden_NGH.flatten(0, 1)).float()
+            later_M = torch.log_softmax(logits_MV, -1).gather(1, ids_NG[:, 1:].reshape(-1, 1))
+            later_NG = later_M.view(len(owner), -1)
             logp_NG = torch.cat([logp_NG, later_NG], 1)
     logp_NG = logp_NG * mask_NG
     totals = iter(logp_NG.sum(1).tolist())

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from pipeline.artifact import Json
 
+MINUS = "\N{MINUS SIGN}"
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -17,9 +19,8 @@ class Metric:
     digits: int = 2
 
     def number(self, value: float, sign: bool = False) -> str:
-        if self.percent:
-            return f"{100 * value:{'+' if sign else ''}.0f}"
-        return f"{value:{'+' if sign else ''}.{self.digits}f}"
+        scale, digits = (100, 0) if self.percent else (1, self.digits)
+        return f"{scale * value:{'+' if sign else ''}.{digits}f}".replace("-", MINUS)
 
     def shown(self, found: Json, sign: bool = False) -> str:
         """A value and its interval: 71 % (59 to 80)."""

@@ -69,7 +69,7 @@ def _numbers(values: Taken, policy: str, proxy: str | None) -> dict[str, Estimat
     if value := values.get(f"questions/{policy}"):
         found["question_accuracy"] = intervals.proportion(value["right"])
         found["exact_match"] = intervals.proportion(value["exact"])
-        found["token_f1"] = intervals.mean(value["f1"], span=1.0)
+        found["token_f1"] = intervals.share(value["f1"])
         found["stopped"] = intervals.proportion(value["stopped"])
     if value := values.get(f"choices/{policy}"):
         found["choice_accuracy"] = intervals.proportion(value["right"])
@@ -77,7 +77,7 @@ def _numbers(values: Taken, policy: str, proxy: str | None) -> dict[str, Estimat
         for name, (pick, span) in _sampled(proxy).items():
             per_prompt = pick(value)
             if per_prompt is not None:
-                found[name] = intervals.mean(per_prompt, span)
+                found[name] = intervals.mean(per_prompt) if span is None else intervals.share(per_prompt)
     return found
 
 

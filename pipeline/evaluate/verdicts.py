@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from pipeline.artifact import Json
+from pipeline.evaluate.metric import MINUS
 
 BETTER, WORSE, UNCLEAR, WARNING = "better", "worse", "unclear", "warning"
 
@@ -127,11 +128,12 @@ def _range(found: Json) -> str:
 
 
 def _span(change: Json) -> str:
-    return f"{change['value']:+.2f}, 95 %: {change['low']:+.2f} to {change['high']:+.2f}"
+    return f"{change['value']:+.2f}, 95 %: {change['low']:+.2f} to {change['high']:+.2f}".replace("-", MINUS)
 
 
 def _points(change: Json) -> str:
-    return f"{100 * change['value']:+.0f} points, 95 %: {100 * change['low']:+.0f} to {100 * change['high']:+.0f}"
+    said = f"{100 * change['value']:+.0f} points, 95 %: {100 * change['low']:+.0f} to {100 * change['high']:+.0f}"
+    return said.replace("-", MINUS)
 
 
 def _perplexity(loss: float) -> str:

@@ -64,7 +64,9 @@ def training(name: str, kind: str, rows: list[Json]) -> str | None:
     for place, (key, label) in enumerate(keys):
         axes = figure.add_subplot(len(keys), 1, place + 1)
         points = [(row["step"], row[key]) for row in rows if key in row]
-        axes.plot(*zip(*points, strict=True), color=COLOURS.get(kind, "#333"), marker="o", markersize=2.5, linewidth=1.4)
+        axes.plot(
+            *zip(*points, strict=True), color=COLOURS.get(kind, "#333"), marker="o", markersize=2.5, linewidth=1.4
+        )
         axes.set_ylabel(key)
         axes.set_title(f"{name}: {label}" if not place else label)
         if place == len(keys) - 1:
@@ -114,7 +116,9 @@ def overoptimisation(curve: Json, policies: dict[str, Json], measure: str, label
     key = "proxy" if measure == "reward" else "gold"
     points = [point for point in curve["points"] if point[key]]
     kl = [point["kl"] for point in points]
-    axes.plot(kl, [p[key]["value"] for p in points], color=COLOURS["best"], marker="o", markersize=3.5, label="best of n")
+    axes.plot(
+        kl, [p[key]["value"] for p in points], color=COLOURS["best"], marker="o", markersize=3.5, label="best of n"
+    )
     axes.fill_between(
         kl, [p[key]["low"] for p in points], [p[key]["high"] for p in points], color=COLOURS["best"], alpha=0.14, lw=0
     )

@@ -141,7 +141,9 @@ def _notes(results: Json | None) -> dict[str, str]:
             notes[name] = f"{100 * model['accuracy']['value']:.0f} % ranked right" if model else ""
             continue
         numbers = results["numbers"][name] if results else {}
-        key = next((key for key in (HEADLINE[stage["kind"]], "question_accuracy", "dialogue_loss") if key in numbers), None)
+        key = next(
+            (key for key in (HEADLINE[stage["kind"]], "question_accuracy", "dialogue_loss") if key in numbers), None
+        )
         short = {"corpus_loss": "corpus loss", "dialogue_loss": "dialogue loss"}.get(key or "", "")
         if key:
             value = BY_KEY[key].number(numbers[key]["value"])

@@ -92,6 +92,9 @@ def run(
     launch_config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="An accelerate config, for several GPUs.")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on although a stage misses what `expect:` demands.")
+    ] = False,
 ) -> None:
     """Run the stages that are not fresh, one process each."""
     from rich.console import Console
@@ -103,7 +106,7 @@ def run(
         raise UserError(f"--launch-config: no such file: {launch_config}")
     chain, console = _read(recipe, override), Console()
     try:
-        done = runner.run(chain, only, from_ or None, runs, launch_config)
+        done = runner.run(chain, only, from_ or None, runs, launch_config, force)
     except KeyboardInterrupt:
         again = " ".join([*sys.argv[1:]])
         print(f"stopped. To go on where it stopped, type the same again: onebase {again}", file=sys.stderr)

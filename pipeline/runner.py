@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import strict_yaml
+from pipeline import gates, strict_yaml
 from pipeline.artifact import WEIGHTS, Artifact, Json, digest, locked, write_text
 from pipeline.errors import UserError
 from pipeline.recipe import RUNS, Recipe
@@ -58,11 +58,13 @@ def run(
     from_: str | None = None,
     runs: Path | str = RUNS,
     launch_config: Path | None = None,
+    force: bool = False,
 ) -> list[str]:
     """Bring a recipe's stages up to date and return the names of those that were run.
 
     only: these stages alone.  from_: this stage and those that go on from it.  What they build upon must be fresh.
     launch_config: an accelerate config file for several GPUs; one process without it.
+    force: go on although a stage misses what the recipe expects of it.
 
     Raises UserError for anything a person can correct; KeyboardInterrupt once a stage has stopped with a checkpoint.
     """
@@ -85,6 +87,7 @@ def run(
             if not state.fresh:
                 _launch(recipe, state.name, resolved, runs, launch_config)
                 done.append(state.name)
+            gates.hold(recipe.spec.expect, recipe.artifact(state.name, runs), force)
         return done
 
 

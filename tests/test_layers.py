@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 LAYERS = [
-    ["errors", "artifact", "metrics", "strict_yaml", "data.contracts", "data.formats"],
+    ["errors", "artifact", "metrics", "strict_yaml", "gates", "data.contracts", "data.formats"],
     ["models", "data.load", "data.render", "ppo"],
     ["stages", "evaluate", "plan"],
     ["recipe"],

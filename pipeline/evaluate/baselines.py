@@ -1,4 +1,4 @@
-"""What a reward model must beat: the longer answer wins, and a Bradley-Terry model on bags of words."""
+"""A reward model that sees words alone: what a real one must beat, beside the rule that the longer answer wins."""
 
 from __future__ import annotations
 
@@ -9,12 +9,6 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from pipeline.data.contracts import Row
-
-
-def longer_wins(chosen_lengths: list[int], rejected_lengths: list[int]) -> numpy.ndarray:
-    """1 where the chosen answer is the longer one, one half where both are of one length, else 0; (P,)."""
-    more_P = numpy.sign(numpy.asarray(chosen_lengths) - numpy.asarray(rejected_lengths))
-    return (more_P + 1) / 2
 
 
 def bag_of_words(train: list[Row], test: list[Row]) -> list[float]:

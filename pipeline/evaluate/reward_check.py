@@ -9,7 +9,7 @@ import numpy
 from scipy import stats
 
 from pipeline.artifact import Json
-from pipeline.evaluate import baselines, calibration, intervals
+from pipeline.evaluate import calibration, intervals
 from pipeline.evaluate.intervals import Estimate
 
 LEANS = 0.1
@@ -17,9 +17,15 @@ LEANS = 0.1
 lean on length: the whole interval lies above it."""
 
 
+def longer_wins(chosen_lengths: list[int], rejected_lengths: list[int]) -> numpy.ndarray:
+    """1 where the chosen answer is the longer one, one half where both are of one length, else 0; (P,)."""
+    more_P = numpy.sign(numpy.asarray(chosen_lengths) - numpy.asarray(rejected_lengths))
+    return (more_P + 1) / 2
+
+
 def over_longer(margins: list[float], chosen_lengths: list[int], rejected_lengths: list[int]) -> Estimate:
     """How much more often the model ranks a pair right than the rule "longer wins" does, pair by pair."""
-    return intervals.difference(_right(margins), baselines.longer_wins(chosen_lengths, rejected_lengths), span=1.0)
+    return intervals.difference(_right(margins), longer_wins(chosen_lengths, rejected_lengths), span=1.0)
 
 
 def checked(pairs: Json) -> Json:
@@ -29,7 +35,7 @@ def checked(pairs: Json) -> Json:
     longer_P = numpy.asarray(pairs["chosen_length"]) - numpy.asarray(pairs["rejected_length"])
     right_P = _right(margins_P)
     words_P = _right(pairs["bag_of_words"])
-    rule_P = baselines.longer_wins(pairs["chosen_length"], pairs["rejected_length"])
+    rule_P = longer_wins(pairs["chosen_length"], pairs["rejected_length"])
     curve = calibration.reliability(margins_P.tolist())
     groups = {"chosen longer": longer_P > 0, "same length": longer_P == 0, "chosen shorter": longer_P < 0}
     uneven = longer_P != 0

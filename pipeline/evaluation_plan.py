@@ -122,9 +122,8 @@ def _sampling(recipe: Recipe, ppo: list[str], prompts: list[Row], sources: list[
     words = recipe.stages[ppo[0]].train if ppo else {}
     functions = [term.source for name in ppo for term in recipe.stages[name].reward_terms() if term.file]
     truth = functions[0] if functions else "answer" if all("answer" in row for row in prompts) else None
-    files = {
-        source: sha256_of_file(Path(source.rpartition(":")[0])) for source in {*sources, truth} if _is_file(source)
-    }
+    named = [source for source in (*sources, truth or "") if ".py:" in source]
+    files = {source: sha256_of_file(Path(source.rpartition(":")[0])) for source in named}
     return {
         "new_tokens": int(words.get("response_length", NEW_TOKENS)),
         "temperature": float(words.get("temperature", 1.0)),
@@ -133,10 +132,6 @@ def _sampling(recipe: Recipe, ppo: list[str], prompts: list[Row], sources: list[
         "truth": truth,
         "functions": files,
     }
-
-
-def _is_file(source: str | None) -> bool:
-    return source is not None and ".py:" in source
 
 
 def _sources(recipe: Recipe, of_kind: dict[str, list[str]]) -> list[str]:

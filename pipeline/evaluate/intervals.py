@@ -9,10 +9,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 from scipy import stats
 
+Values = Sequence[float] | numpy.ndarray[Any, Any]
 LEVEL = 0.95
 RESAMPLES = 1000
 SEED = 17
@@ -39,14 +41,14 @@ class Estimate:
         return self.high < 0
 
 
-def proportion(right: Sequence[bool]) -> Estimate:
+def proportion(right: Sequence[bool] | numpy.ndarray[Any, Any]) -> Estimate:
     """Share of True, with Wilson's score interval."""
     count, total = sum(map(bool, right)), len(right)
     found = stats.binomtest(count, total).proportion_ci(LEVEL, method="wilson")
     return Estimate(count / total, float(found.low), float(found.high), total)
 
 
-def mean(values: Sequence[float], span: float | None = None) -> Estimate:
+def mean(values: Values, span: float | None = None) -> Estimate:
     """Mean of one value per prompt, with its bootstrap interval.
 
     span: the largest distance two values can have (1 for a share), where there is one. It matters where the values are
@@ -70,18 +72,18 @@ def mean(values: Sequence[float], span: float | None = None) -> Estimate:
     return Estimate(centre, float(found.low), float(found.high), total)
 
 
-def share(points: Sequence[float]) -> Estimate:
+def share(points: Values) -> Estimate:
     """Mean of values between 0 and 1 (win rates with ties at one half), its interval kept inside them."""
     found = mean(points, span=1.0)
     return Estimate(found.value, max(found.low, 0.0), min(found.high, 1.0), found.n)
 
 
-def difference(after: Sequence[float], before: Sequence[float], span: float | None = None) -> Estimate:
+def difference(after: Values, before: Values, span: float | None = None) -> Estimate:
     """Mean of after - before, prompt by prompt."""
     return mean(numpy.asarray(after, dtype=float) - numpy.asarray(before, dtype=float), span)
 
 
-def gap(first: Sequence[float], second: Sequence[float]) -> Estimate:
+def gap(first: Values, second: Values) -> Estimate:
     """Mean of one group less the mean of another, the groups drawn independently."""
     groups = [numpy.asarray(group, dtype=float) for group in (first, second)]
     means = [group[_drawn(len(group))].mean(1) for group in groups]
@@ -90,7 +92,7 @@ def gap(first: Sequence[float], second: Sequence[float]) -> Estimate:
     return Estimate(centre, float(low), float(high), min(len(group) for group in groups))
 
 
-def ratio(totals: Sequence[float], counts: Sequence[float]) -> Estimate:
+def ratio(totals: Values, counts: Values) -> Estimate:
     """sum(totals) / sum(counts), for instance nats per token over documents of unlike length; documents are drawn."""
     totals_P, counts_P = numpy.asarray(totals, dtype=float), numpy.asarray(counts, dtype=float)
     centre = float(totals_P.sum() / counts_P.sum())
@@ -99,7 +101,7 @@ def ratio(totals: Sequence[float], counts: Sequence[float]) -> Estimate:
     return Estimate(centre, float(low), float(high), len(totals_P))
 
 
-def ratio_difference(after: Sequence[float], before: Sequence[float], counts: Sequence[float]) -> Estimate:
+def ratio_difference(after: Values, before: Values, counts: Values) -> Estimate:
     """The difference of two such ratios over the same documents."""
     return ratio(numpy.asarray(after, dtype=float) - numpy.asarray(before, dtype=float), counts)
 

@@ -20,7 +20,8 @@ lean on length: the whole interval lies above it."""
 def longer_wins(chosen_lengths: list[int], rejected_lengths: list[int]) -> numpy.ndarray:
     """1 where the chosen answer is the longer one, one half where both are of one length, else 0; (P,)."""
     more_P = numpy.sign(numpy.asarray(chosen_lengths) - numpy.asarray(rejected_lengths))
-    return (more_P + 1) / 2
+    points_P: numpy.ndarray = (more_P + 1) / 2
+    return points_P
 
 
 def over_longer(margins: list[float], chosen_lengths: list[int], rejected_lengths: list[int]) -> Estimate:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import matplotlib
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from pipeline.artifact import Json
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     # Identifiers inside an SVG are drawn at random unless they are salted with something fixed.
     "svg.hashsalt": "onebase",
     "svg.fonttype": "none",
@@ -205,13 +203,9 @@ def _figure(height: float = HEIGHT) -> Figure:
 def _svg(figure: Figure) -> str:
     """The figure alone, without sizes that a page cannot scale and without names that a second figure would repeat."""
     buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
     text = re.sub(r' id="[A-Za-z0-9]+_\d+"', "", text)
     return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL).strip()
-
-
-def joined(pictures: Iterable[str | None]) -> list[str]:
-    return [picture for picture in pictures if picture]

@@ -156,6 +156,19 @@ def report(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs
         print(path)
 
 
+@app.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run's folder, as runs/quickstart.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B")],
+) -> None:
+    """Show what differs between two runs: recipe, data, numbers with intervals."""
+    from rich.console import Console
+
+    from pipeline.compare import show
+
+    show(run_a, run_b, Console())
+
+
 def main() -> None:
     """Run the command line; a UserError becomes one message and status 2."""
     from pipeline.errors import UserError

@@ -11,7 +11,7 @@ LAYERS = [
     ["models", "data.load", "data.render", "ppo"],
     ["stages", "evaluate", "plan"],
     ["recipe"],
-    ["runner", "worker", "evaluation_plan", "evaluator", "summary", "report", "chat", "publish"],
+    ["runner", "worker", "evaluation_plan", "evaluator", "summary", "report", "compare", "chat", "publish"],
     ["cli"],
 ]
 

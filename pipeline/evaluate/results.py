@@ -26,17 +26,17 @@ def made(taken: Taken, chain: list[Json]) -> Json:
     parents = {stage["name"]: stage["from"] or BASE for stage in chain if stage["answers"]}
     proxy = _proxy(values)
     numbers = {policy: _numbers(values, policy, proxy) for policy in policies}
-    changes = {stage: _changes(values, stage, parent, proxy) for stage, parent in parents.items()}
+    changed = {stage: changes(values, stage, parent, proxy) for stage, parent in parents.items()}
     curve = _curve(taken, proxy)
     found: Json = {
         "chain": chain,
         "parents": parents,
         "proxy": proxy,
-        "numbers": _plain(numbers),
-        "few_shot": _plain(_numbers({"questions/base": values["few_shot/base"]}, BASE, proxy))
+        "numbers": plain(numbers),
+        "few_shot": plain(_numbers({"questions/base": values["few_shot/base"]}, BASE, proxy))
         if "few_shot/base" in values
         else None,
-        "changes": _plain(changes),
+        "changes": plain(changed),
         "reward_models": {
             key.partition("/")[2]: reward_check.checked(value) for key, value in values.items() if key[:6] == "pairs/"
         },
@@ -46,7 +46,7 @@ def made(taken: Taken, chain: list[Json]) -> Json:
         "samples": _samples(taken, policies),
         "seconds": sum(measure["seconds"] for measure in taken.values()),
     }
-    found["over_optimised"] = {stage: over_optimised(changes[stage]) for stage in parents}
+    found["over_optimised"] = {stage: over_optimised(changed[stage]) for stage in parents}
     found["verdicts"] = verdicts.spoken(found)
     return found
 
@@ -81,7 +81,7 @@ def _numbers(values: Taken, policy: str, proxy: str | None) -> dict[str, Estimat
     return found
 
 
-def _changes(values: Taken, stage: str, parent: str, proxy: str | None) -> dict[str, Estimate]:
+def changes(values: Taken, stage: str, parent: str, proxy: str | None) -> dict[str, Estimate]:
     """Each number of a stage less its parent's, item by item."""
     found: dict[str, Estimate] = {}
 
@@ -206,7 +206,7 @@ def _flat(table: list[list[int]]) -> list[int]:
     return [value for row in table for value in row]
 
 
-def _plain(numbers: Any) -> Any:
+def plain(numbers: Any) -> Any:
     if isinstance(numbers, Estimate):
         return asdict(numbers)
-    return {key: _plain(value) for key, value in numbers.items()}
+    return {key: plain(value) for key, value in numbers.items()}

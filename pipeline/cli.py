@@ -136,14 +136,22 @@ def status(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs
 
 
 @app.command("eval")
-def evaluate(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs")) -> None:  # noqa: B006
+def evaluate(
+    recipe: RecipePath,
+    override: Overrides = [],  # noqa: B006
+    runs: Runs = Path("runs"),
+    judge: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="URL MODEL", help="An OpenAI-compatible endpoint on this machine that compares answers."),
+    ] = None,
+) -> None:
     """Measure every finished stage on held-out data, each against the one before, with 95 % intervals."""
     from rich.console import Console
 
     from pipeline import evaluator
     from pipeline.summary import show_evaluation
 
-    show_evaluation(evaluator.launch(_read(recipe, override), runs), Console())
+    show_evaluation(evaluator.launch(_read(recipe, override), runs, judge), Console())
     print(f"\nonebase report {recipe}   makes a page of it")
 
 
@@ -154,6 +162,31 @@ def report(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs
 
     for path in write(_read(recipe, override), recipe, runs):
         print(path)
+
+
+@app.command()
+def chat(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as runs/quickstart.")],
+    stage: Annotated[
+        str, typer.Argument(metavar="[STAGE]", help="A policy stage, or base; the last one unless named.")
+    ] = "",
+    compare: Annotated[
+        tuple[str, str] | None, typer.Option(metavar="STAGE STAGE", help="Two policies answer side by side.")
+    ] = None,
+    save_to: Annotated[Path, typer.Option(metavar="FILE", help="Where /save keeps corrected answers.")] = Path(
+        "corrections.jsonl"
+    ),
+    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+) -> None:
+    """Talk to what a run has trained."""
+    from pipeline import chat as chats
+    from pipeline.errors import UserError
+
+    if stage and compare:
+        raise UserError("name either one STAGE or two with --compare")
+    policies = list(compare) if compare else [stage] if stage else []
+    chats.talk(chats.opened(run, policies, save_to, new_tokens, temperature))
 
 
 @app.command()

@@ -23,21 +23,29 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pipeline import strict_yaml
-from pipeline.artifact import Json, locked, read_json, write_json, write_text
+from pipeline.artifact import Json, digest, locked, read_json, write_json, write_text
 from pipeline.errors import BrokenInvariant, UserError
-from pipeline.evaluation_plan import Measure, folder, plain, plan
+from pipeline.evaluate import judge as judges
+from pipeline.evaluate.judge import Judge
+from pipeline.evaluation_plan import METHOD, Measure, folder, plain, plan
 from pipeline.recipe import Recipe, read
 from pipeline.runner import environment, states
 from pipeline.worker import ERROR_MARK
 
 
-def launch(recipe: Recipe, runs: Path) -> Json:
-    """Evaluate a run in a process of its own, as stages are run, and return results.json. Raises UserError."""
+def launch(recipe: Recipe, runs: Path, judge: tuple[str, str] | None = None) -> Json:
+    """Evaluate a run in a process of its own, as stages are run, and return results.json. Raises UserError.
+
+    judge: URL and model of an OpenAI-compatible endpoint on this machine that compares answers.
+    """
     where = folder(recipe, runs)
     plan(recipe, runs)
     resolved, log = where / "recipe.yaml", where / "log.txt"
     write_text(resolved, strict_yaml.dump(recipe.tree))
     command = [sys.executable, "-m", "pipeline.evaluator", str(resolved), "--runs", str(runs)]
+    if judge:
+        Judge(*judge)
+        command += ["--judge", *judge]
     with log.open("wb") as errors:
         status = subprocess.run(command, stderr=errors, env=environment(), check=False).returncode
     if status:
@@ -108,7 +116,35 @@ def take(recipe: Recipe, runs: Path, missing: list[Measure]) -> None:
             print(f"  [{index}/{len(missing)}] {measure.name} of {measure.subject}: {seconds:.1f} s", flush=True)
 
 
-def evaluate(recipe: Recipe, runs: Path) -> None:
+def judged(taken: dict[str, Json], where: Path, judge: Judge | None) -> Json | None:
+    """The judge's verdicts on every policy's first answers; those of an earlier evaluation where nothing has changed
+    since and no other judge is asked."""
+    from pipeline.evaluate import results
+
+    answers = {key.partition("/")[2]: measure for key, measure in taken.items() if key.startswith("answers/")}
+    if len(answers) < 2:
+        return None
+    told = {policy: [texts[0] for texts in measure["value"]["text"]] for policy, measure in answers.items()}
+    prompts = [row["prompt"] for row in next(iter(answers.values()))["rows"]]
+    known = read_json(where / "judge.json") or {}
+    model = judge.model if judge else known.get("model")
+    fingerprint = digest([METHOD, model, prompts, told])
+    if known.get("fingerprint") != fingerprint:
+        if judge is None:
+            return None
+        print(f"  asking the judge {judge.model} ...", flush=True)
+        questions = [
+            prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+            for prompt in prompts
+        ]
+        found = results.described(judges.arena(judge, questions, told))
+        known = {"fingerprint": fingerprint, "model": model, "value": found}
+        write_json(where / "judge.json", known)
+    value: Json = known["value"]
+    return value
+
+
+def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None) -> None:
     """Bring a run's evaluation up to date and write results.json."""
     from pipeline.evaluate import results
 
@@ -125,7 +161,7 @@ def evaluate(recipe: Recipe, runs: Path) -> None:
             known = fresh(measure, where)
             assert known is not None
             taken[f"{measure.name}/{measure.subject}"] = known
-        found = results.made(taken, _chain(recipe, runs))
+        found = results.made(taken, _chain(recipe, runs), judged(taken, where, judge))
         if missing:
             print(f"  {time.monotonic() - begun:.0f} s together", flush=True)
         write_json(where / "results.json", found)
@@ -150,9 +186,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="pipeline.evaluator", description=__doc__)
     parser.add_argument("recipe")
     parser.add_argument("--runs", default="runs", type=Path)
+    parser.add_argument("--judge", nargs=2, metavar=("URL", "MODEL"))
     given = parser.parse_args()
     try:
-        evaluate(read(given.recipe), given.runs)
+        evaluate(read(given.recipe), given.runs, Judge(*given.judge) if given.judge else None)
     except (UserError, BrokenInvariant) as error:
         print(f"{ERROR_MARK}{error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

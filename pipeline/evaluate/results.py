@@ -19,8 +19,9 @@ TRUTH = "truth"
 Taken = dict[str, Json]
 
 
-def made(taken: Taken, chain: list[Json]) -> Json:
-    """results.json. `taken`: measures by "name/subject"; `chain`: the finished stages (see evaluator.py)."""
+def made(taken: Taken, chain: list[Json], judged: Json | None = None) -> Json:
+    """results.json. `taken`: measures by "name/subject"; `chain`: the finished stages (see evaluator.py); `judged`: the
+    arena of an external judge."""
     values = {key: measure["value"] for key, measure in taken.items()}
     policies = [BASE, *(stage["name"] for stage in chain if stage["answers"])]
     parents = {stage["name"]: stage["from"] or BASE for stage in chain if stage["answers"]}
@@ -40,7 +41,7 @@ def made(taken: Taken, chain: list[Json]) -> Json:
         "reward_models": {
             key.partition("/")[2]: reward_check.checked(value) for key, value in values.items() if key[:6] == "pairs/"
         },
-        "arenas": _arenas(values, policies, curve),
+        "arenas": _arenas(values, policies, curve) | ({"judge": judged} if judged else {}),
         "best_of_n": curve,
         "lengths": {p: _flat(values[f"answers/{p}"]["length"]) for p in policies if f"answers/{p}" in values},
         "samples": _samples(taken, policies),

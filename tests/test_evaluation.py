@@ -11,11 +11,11 @@ import torch
 from conftest import tiny_tree
 
 from pipeline import evaluator
-from pipeline.artifact import digest
+from pipeline.artifact import Artifact, digest
 from pipeline.data import render
 from pipeline.data.load import read_source
 from pipeline.errors import UserError
-from pipeline.evaluate import measures
+from pipeline.evaluate import measures, reward_check
 from pipeline.evaluate.bench import Bench
 from pipeline.evaluation_plan import plan
 from pipeline.models import adapters
@@ -23,6 +23,7 @@ from pipeline.models import base as bases
 from pipeline.models.base import computing
 from pipeline.models.sampling import sample
 from pipeline.recipe import Recipe, build
+from pipeline.stages import ppo_loop
 from pipeline.worker import load_rows
 
 
@@ -170,6 +171,23 @@ def test_a_run_that_is_not_what_the_recipe_says_is_not_measured(
         plan(build(tree, ["stages.dpo.train.beta=0.3"]), runs)
     with pytest.raises(UserError, match="no stage of tiny has finished"):
         plan(build(tree), tmp_path)
+
+
+def test_ppo_warns_of_a_reward_model_no_better_than_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the reward stage's own manifest; one that is better is passed over in silence."""
+    models = {}
+    for name, margins in (("honest", [1.0] * 30), ("long", [1.0, -1.0] * 15)):
+        lengths = [20, 10] * 15, [10, 20] * 15
+        rule = reward_check.over_longer(margins, *lengths)
+        after = {"accuracy": sum(m > 0 for m in margins) / 30, "over_longer": rule.value}
+        after |= {"over_longer_low": rule.low, "over_longer_high": rule.high}
+        models[name] = Artifact(tmp_path / name)
+        parts = {"fingerprint": "f", "parts": {}, "before": {}, "after": after, "seconds": 1.0}
+        models[name].adapter.mkdir(parents=True)
+        models[name].seal(parts)
+    ppo_loop.warn_of_length(models)
+    told = capsys.readouterr().out
+    assert "warning: the reward model 'long' ranks 50 %" in told and "honest" not in told
 
 
 def _question() -> tuple[Any, Any]:

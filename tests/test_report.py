@@ -224,3 +224,33 @@ def test_the_terminal_shows_verdicts_and_intervals(evaluated: dict[str, Any]) ->
     show_evaluation(json.loads(json.dumps(evaluated)), console)
     told = console.export_text()
     assert "Over-optimised" in told and re.search(r"questions answered right .*% \(\d+ to \d+\)", told)
+
+
+def test_compare_shows_what_differs_item_by_item(tmp_path: Path, tiny_base: Path) -> None:
+    """Two runs whose sft answers differ in a known number of questions; a changed word of the recipe; nothing else."""
+    from rich.console import Console
+
+    from pipeline import compare, strict_yaml
+
+    tree = tiny_tree(tiny_base, tmp_path)
+    first, second = planted(numpy.random.default_rng(0)), planted(numpy.random.default_rng(0))
+    right = first["questions/sft"]["value"]["right"]
+    wrong = [i for i, ok in enumerate(right) if not ok][:10]
+    second["questions/sft"]["value"]["right"] = [ok or i in wrong for i, ok in enumerate(right)]
+    other = {**tree, "stages": {**tree["stages"], "dpo": {**tree["stages"]["dpo"], "train": {"beta": 0.3}}}}
+    for name, taken, written in (("a", first, tree), ("b", second, other)):
+        for key, measure in taken.items():
+            write_json(tmp_path / name / "evaluation" / f"{key.replace('/', '-')}.json", measure)
+        write_json(tmp_path / name / "evaluation" / "results.json", results.made(taken, CHAIN))
+        (tmp_path / name / "recipe.yaml").write_text(strict_yaml.dump(written))
+    console = Console(width=300, record=True)
+    compare.show(tmp_path / "a", tmp_path / "b", console)
+    told = console.export_text()
+    assert (
+        re.search(r"stages.dpo.train.beta\W+0.1\W+0.3", told)
+        and "data (rows used, and the files' sha256): equal" in told
+    )
+    changed = [line for line in told.splitlines() if "answered right" in line]
+    assert len(changed) == 1 and "sft" in changed[0] and "+25 points (+" in changed[0]  # 10 of 40
+    with pytest.raises(UserError, match="is no run"):
+        compare.show(tmp_path / "a", tmp_path, console)

@@ -72,6 +72,23 @@ def training(name: str, kind: str, rows: list[Json]) -> str | None:
     return _svg(figure)
 
 
+def path(name: str, rows: list[Json]) -> str | None:
+    """The way a PPO policy took in training: the mean score of each step's answers against their KL."""
+    points = [(row["kl"], row["score"], row["step"]) for row in rows if "kl" in row and "score" in row]
+    if len(points) < 2:
+        return None
+    figure = _figure()
+    axes = figure.add_subplot()
+    kl, score, _ = zip(*points, strict=True)
+    axes.plot(kl, score, color=COLOURS["ppo"], marker="o", markersize=3, linewidth=1)
+    for at, value, step in (points[0], points[-1]):
+        axes.annotate(f"step {step}", (at, value), xytext=(4, 5), textcoords="offset points", fontsize=8.5)
+    axes.set_xlabel("KL from the reference, nats an answer")
+    axes.set_ylabel("score in training")
+    axes.set_title(f"{name}: reward against KL, step by step")
+    return _svg(figure)
+
+
 def reliability(curve: list[Json], ece: float) -> str:
     """How often a reward model is right against how sure it is."""
     figure = _figure()

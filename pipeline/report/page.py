@@ -61,7 +61,7 @@ def contents(recipe: Recipe, path: str, runs: Path) -> Json:
         "by_key": BY_KEY,
         "lineage": lineage.drawn(chain, _notes(results), Path(recipe.spec.model.base).name),
         "pictures": pictures,
-        "training": [name for name in pictures if name.startswith("training-")],
+        "training": [name for name in pictures if name.startswith(("training-", "path-"))],
         "before_after": _before_after(recipe, finished),
         "costs": [_cost(name, manifest, recipe, runs) for name, manifest in finished.items()],
         "data": [
@@ -110,6 +110,8 @@ def _pictures(recipe: Recipe, runs: Path, results: Json | None, kinds: dict[str,
         f"training-{name}": figures.training(name, kinds[name], metrics.read(recipe.artifact(name, runs).metrics))
         for name in kinds
     }
+    for name in [name for name, kind in kinds.items() if kind == "ppo"]:
+        found[f"path-{name}"] = figures.path(name, metrics.read(recipe.artifact(name, runs).metrics))
     if results:
         for name, model in results["reward_models"].items():
             found[f"calibration-{name}"] = figures.reliability(model["reliability"], model["ece"])

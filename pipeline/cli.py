@@ -124,6 +124,9 @@ def run(
     launch_config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="An accelerate config, for several GPUs.")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on although a stage misses what `expect:` demands.")
+    ] = False,
 ) -> None:
     """Run the stages that are not fresh, one process each."""
     from rich.console import Console
@@ -135,7 +138,7 @@ def run(
         raise UserError(f"--launch-config: no such file: {launch_config}")
     chain, console = _read(recipe, override), Console()
     try:
-        done = runner.run(chain, only, from_ or None, runs, launch_config)
+        done = runner.run(chain, only, from_ or None, runs, launch_config, force)
     except KeyboardInterrupt:
         again = " ".join([*sys.argv[1:]])
         print(f"stopped. To go on where it stopped, type the same again: onebase {again}", file=sys.stderr)
@@ -162,6 +165,73 @@ def status(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs
     console.print()
     show_results(chain, runs, console)
     show_answers(chain, runs, console)
+
+
+@app.command("eval")
+def evaluate(
+    recipe: RecipePath,
+    override: Overrides = [],  # noqa: B006
+    runs: Runs = Path("runs"),
+    judge: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="URL MODEL", help="An OpenAI-compatible endpoint on this machine that compares answers."),
+    ] = None,
+) -> None:
+    """Measure every finished stage on held-out data, each against the one before, with 95 % intervals."""
+    from rich.console import Console
+
+    from pipeline import evaluator
+    from pipeline.summary import show_evaluation
+
+    show_evaluation(evaluator.launch(_read(recipe, override), runs, judge), Console())
+    print(f"\nonebase report {recipe}   makes a page of it")
+
+
+@app.command()
+def report(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs")) -> None:  # noqa: B006
+    """Make one self-contained page (HTML, and Markdown) of a run: verdicts, numbers, curves, samples, cost."""
+    from pipeline.report.page import write
+
+    for path in write(_read(recipe, override), recipe, runs):
+        print(path)
+
+
+@app.command()
+def chat(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as runs/quickstart.")],
+    stage: Annotated[
+        str, typer.Argument(metavar="[STAGE]", help="A policy stage, or base; the last one unless named.")
+    ] = "",
+    compare: Annotated[
+        tuple[str, str] | None, typer.Option(metavar="STAGE STAGE", help="Two policies answer side by side.")
+    ] = None,
+    save_to: Annotated[Path, typer.Option(metavar="FILE", help="Where /save keeps corrected answers.")] = Path(
+        "corrections.jsonl"
+    ),
+    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+) -> None:
+    """Talk to what a run has trained."""
+    from pipeline import chat as chats
+    from pipeline.errors import UserError
+
+    if stage and compare:
+        raise UserError("name either one STAGE or two with --compare")
+    policies = list(compare) if compare else [stage] if stage else []
+    chats.talk(chats.opened(run, policies, save_to, new_tokens, temperature))
+
+
+@app.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run's folder, as runs/quickstart.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B")],
+) -> None:
+    """Show what differs between two runs: recipe, data, numbers with intervals."""
+    from rich.console import Console
+
+    from pipeline.compare import show
+
+    show(run_a, run_b, Console())
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from pipeline import strict_yaml
+from pipeline import gates, strict_yaml
 from pipeline.artifact import Artifact, Json, digest, sha256_of_file
 from pipeline.data import load
 from pipeline.data.files import content_hash
@@ -42,6 +42,8 @@ class RecipeSpec(BaseModel):
     train: dict[str, Any] = {}
     """What every stage's `train:` starts from; each stage takes the words its trainer knows."""
     stages: dict[str, StageSpec]
+    expect: gates.Expect = {}
+    """What a stage's held-out numbers must reach before the next one runs: {"sft.question_accuracy": ">= 0.6"}."""
 
     @field_validator("name")
     @classmethod
@@ -172,6 +174,8 @@ def build(tree: Json, overrides: Any = (), path: str = "recipe", lines: dict[str
             except ValidationError as error:
                 word, message = _first_complaint(error)
                 raise wrong(f"stages.{name}.train.{word}".removesuffix(".recipe"), message) from None
+    if complaint := gates.complaint(spec.expect, spec.stages):
+        raise wrong(*complaint)
     try:
         recipe.order()
     except graphlib.CycleError as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import strict_yaml
+from pipeline import gates, strict_yaml
 from pipeline.artifact import WEIGHTS, Artifact, Json, digest, locked, write_text
 from pipeline.errors import UserError
 from pipeline.recipe import RUNS, Recipe
@@ -58,11 +58,13 @@ def run(
     from_: str | None = None,
     runs: Path | str = RUNS,
     launch_config: Path | None = None,
+    force: bool = False,
 ) -> list[str]:
     """Bring a recipe's stages up to date and return the names of those that were run.
 
     only: these stages alone.  from_: this stage and those that go on from it.  What they build upon must be fresh.
     launch_config: an accelerate config file for several GPUs; one process without it.
+    force: go on although a stage misses what the recipe expects of it.
 
     Raises UserError for anything a person can correct; KeyboardInterrupt once a stage has stopped with a checkpoint.
     """
@@ -85,6 +87,7 @@ def run(
             if not state.fresh:
                 _launch(recipe, state.name, resolved, runs, launch_config)
                 done.append(state.name)
+            gates.hold(recipe.spec.expect, recipe.artifact(state.name, runs), force)
         return done
 
 
@@ -179,14 +182,14 @@ def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path
         *(["--config_file", str(config)] if config else single),
         *("-m", "pipeline.worker", str(resolved), stage, "--runs", str(runs)),
     ]
-    environment = {**({} if _has_gpu() else CPU_ENVIRONMENT), **os.environ, WATCH: "1", "PYTHONUNBUFFERED": "1"}
+    variables = {**environment(), WATCH: "1", "PYTHONUNBUFFERED": "1"}
     if config is None:
         # TRL's trainers refuse a process that sees several GPUs; one is what a run without a config is about.
-        environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
+        variables.setdefault("CUDA_VISIBLE_DEVICES", "0")
     with out.log.open("ab") as log:
         begun = log.tell()
         # A session of its own: Ctrl-C comes to the runner alone, which asks the worker to stop and waits for it.
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log, env=variables, start_new_session=True)
         try:
             status = process.wait()
         except BaseException:
@@ -206,6 +209,11 @@ def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path
         f"stage '{stage}' ended without a word (status {status}): killed from outside, or out of memory.\n  {tail}\n"
         f"Its log is {out.log}. Run again to go on from the last checkpoint."
     )
+
+
+def environment() -> dict[str, str]:
+    """Of a process that loads a model."""
+    return {**({} if _has_gpu() else CPU_ENVIRONMENT), **os.environ}
 
 
 def _cores() -> int:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.artifact import Json
+from pipeline.evaluate.metric import METRICS
 from pipeline.recipe import Recipe
 from pipeline.runner import State
 from pipeline.stages.stage import Headline
@@ -70,6 +71,21 @@ def show_answers(recipe: Recipe, runs: Path, console: Console) -> None:
         console.print(Text(f"\nQ: {question}", style="bold"), Text(hint, style="green"), end="\n")
         for name, answer in answers.items():
             console.print(Text(f"  {name:>9}  ", style="cyan") + Text(" ".join(answer.split())[:200] or "(nothing)"))
+
+
+def show_evaluation(results: Json, console: Console) -> None:
+    """One verdict a stage, and the numbers of every policy with their 95 % intervals."""
+    colours = {"better": "green", "worse": "red", "warning": "yellow", "unclear": "dim"}
+    for name, verdict in results["verdicts"].items():
+        console.print(Text(f"{name:>9}  ", style="bold") + Text(verdict["text"], style=colours[verdict["word"]]))
+    table = Table("number (95 % interval)", box=None, pad_edge=False)
+    for policy in results["numbers"]:
+        table.add_column(policy, justify="right")
+    for metric in (metric for metric in METRICS if any(metric.key in held for held in results["numbers"].values())):
+        found = [held.get(metric.key) for held in results["numbers"].values()]
+        table.add_row(metric.label, *(metric.shown(value) if value else "" for value in found))
+    console.print()
+    console.print(table)
 
 
 def show_next(recipe: Recipe, path: str, runs: Path, console: Console) -> None:

@@ -7,21 +7,12 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 LAYERS = [
-    [
-        "errors",
-        "artifact",
-        "metrics",
-        "strict_yaml",
-        "data.contracts",
-        "data.formats",
-        "data.dialogues",
-        "data.trees",
-        "data.shelf",
-    ],
+    ["errors", "artifact", "metrics", "strict_yaml", "gates"]
+    + ["data.contracts", "data.formats", "data.dialogues", "data.trees", "data.shelf"],
     ["models", "data", "ppo"],
     ["stages", "evaluate", "plan"],
     ["recipe"],
-    ["runner", "worker", "summary", "doctor", "report", "chat", "publish"],
+    ["runner", "worker", "evaluation_plan", "evaluator", "summary", "doctor", "report", "compare", "chat", "publish"],
     ["cli"],
 ]
 

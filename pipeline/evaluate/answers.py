@@ -13,6 +13,7 @@ import torch
 
 from pipeline.data import render
 from pipeline.data.contracts import Row
+from pipeline.evaluate.matching import NEW_TOKENS
 from pipeline.evaluate.scoring import batches
 from pipeline.models import sampling
 from pipeline.models.forward import LanguageModel, plain_layers
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from pipeline.stages.stage import Context
 
-NEW_TOKENS = 32
 TOKENS_AT_ONCE = 4096
 SHOWN = 3
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline.data.render import IGNORED, Encoded, Reply, padded
+from pipeline.evaluate import reward_check
 from pipeline.models.base import computing
 
 if TYPE_CHECKING:
@@ -46,11 +47,15 @@ def preferences(
 def reward_model(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[list[int], list[int]]]
 ) -> dict[str, float]:
-    """`accuracy`: share of pairs whose chosen answer scores higher; `margin`: mean difference of the scores."""
+    """`accuracy`: share of pairs whose chosen answer scores higher; `margin`: mean difference of the scores;
+    `over_longer`: by how much the rule "the longer answer wins" is beaten, with its 95 % interval."""
     if not pairs:
         return {}
     values = scores(model, tokenizer, [ids for pair in pairs for ids in pair])
-    return _ranking(values[0::2], values[1::2], "accuracy", "margin")
+    found = _ranking(values[0::2], values[1::2], "accuracy", "margin")
+    margins = [better - worse for better, worse in zip(values[0::2], values[1::2], strict=True)]
+    rule = reward_check.over_longer(margins, *([len(pair[side]) for pair in pairs] for side in (0, 1)))
+    return found | {"over_longer": rule.value, "over_longer_low": rule.low, "over_longer_high": rule.high}
 
 
 def _ranking(chosen: list[float], rejected: list[float], accuracy: str, margin: str) -> dict[str, float]:

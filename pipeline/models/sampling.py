@@ -51,21 +51,23 @@ def sample(
     generator: torch.Generator,
     at_once: int | None = None,
     critic: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    copies: int = 1,
 ) -> list[Episode]:
-    """One answer to each prompt (token ids), in the order given, from the adapter that is active.
+    """Answers to each prompt (token ids) from the adapter that is active: `copies` of them, those to one prompt beside
+    each other, the prompts in the order given.
 
-    `temperature` 0 takes the likeliest token. `at_once`: most prompts sampled together. `critic`: hidden
-    states (B, hidden) to values (B,), noted beside the tokens.
+    `temperature` 0 takes the likeliest token. `at_once`: most prompts sampled together. A prompt is read once,
+    whatever the number of its answers. `critic`: hidden states (B, hidden) to values (B,), noted beside the tokens.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    episodes: dict[int, Episode] = {}
+    episodes: dict[int, list[Episode]] = {}
     width = at_once or len(order)
     for start in range(0, len(order), width):
         batch = order[start : start + width]
-        asked = [prompts[i] for i in batch]
-        answers = _sample_batch(language_model, asked, new_tokens, temperature, stops, generator, critic)
-        episodes |= dict(zip(batch, answers, strict=True))
-    return [episodes[i] for i in range(len(prompts))]
+        few = [prompts[i] for i in batch]
+        answers = _sample_batch(language_model, few, new_tokens, temperature, stops, generator, critic, copies)
+        episodes |= {i: answers[place * copies : (place + 1) * copies] for place, i in enumerate(batch)}
+    return [episode for i in range(len(prompts)) for episode in episodes[i]]
 
 
 def _sample_batch(
@@ -76,20 +78,26 @@ def _sample_batch(
     stops: list[int],
     generator: torch.Generator,
     critic: Callable[[torch.Tensor], torch.Tensor] | None,
+    copies: int,
 ) -> list[Episode]:
-    episodes = [Episode(prompt, [], [], ended=False) for prompt in prompts]
+    episodes = [Episode(prompt, [], [], ended=False) for prompt in prompts for _ in range(copies)]
     device = language_model.device
     stops_S = torch.tensor(stops, device=device)
     ids_BT, mask_BT = (t.to(device) for t in padded(prompts, language_model.pad_id, side="left"))
     positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=language_model.config)
-    alive = list(range(len(prompts)))
+    alive = list(range(len(episodes)))
     # Which rows of the batch still write; a finished one rides along until enough of them can be taken out together.
-    writing_B = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    for _ in range(new_tokens):
+    writing_B = torch.ones(len(episodes), dtype=torch.bool, device=device)
+    for place in range(new_tokens):
         with computing(language_model.model):
             hidden_BTH = language_model.hidden(ids_BT, mask_BT, positions_BT, cache)
             logits_BV = language_model.logits(hidden_BTH[:, -1])
+        if place == 0 and copies > 1:
+            cache.batch_repeat_interleave(copies)
+            hidden_BTH, logits_BV, positions_BT, mask_BT = (
+                t.repeat_interleave(copies, 0) for t in (hidden_BTH, logits_BV, positions_BT, mask_BT)
+            )
         token_B, logp_B = _draw(logits_BV, temperature, generator)
         ended_B = torch.isin(token_B, stops_S)
         values_B = critic(hidden_BTH[:, -1]).tolist() if critic else [None] * len(alive)

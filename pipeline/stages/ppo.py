@@ -27,6 +27,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     models = {parent.name: parent for role, parent in ctx.parents.items() if role.startswith("reward")}
     for parent in models.values():
         invariants.same_tokenizer(tokenizer, parent)
+    ppo_loop.warn_of_length(models)
 
     # base
     set_seed(ctx.seed)

@@ -70,6 +70,21 @@ def with_every_column(ctx: Context) -> Context:
     return replace(ctx, data=filled)
 
 
+def warn_of_length(models: dict[str, Artifact]) -> None:
+    """Say so before a policy is trained on a reward model that ranks held-out pairs no better than their lengths do:
+    PPO would learn to write long answers."""
+    for name, artifact in models.items():
+        found = (artifact.manifest() or {}).get("after", {})
+        if found.get("over_longer_low", 1.0) <= 0:
+            print(
+                f"  warning: the reward model '{name}' ranks {100 * found['accuracy']:.0f} % of held-out pairs right, "
+                f"{100 * found['over_longer']:+.0f} points from choosing the longer answer (95 %: "
+                f"{100 * found['over_longer_low']:+.0f} to {100 * found['over_longer_high']:+.0f}): no better than "
+                "length, as far as these pairs can tell",
+                flush=True,
+            )
+
+
 def cast(model: PeftModel, models: dict[str, Artifact], settings: PPOSettings) -> dict[str, torch.Tensor]:
     """Put reference, reward models and critic beside the policy; gives the score heads by adapter name."""
     adapters.twin(model, REFERENCE)

@@ -1,0 +1,198 @@
+"""Talk to a trained policy in the terminal, with the template and the end-of-turn tokens it was trained with.
+
+What it gets wrong can be corrected on the spot and kept as a demonstration for the next fine-tuning.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Before any library reads them, as in worker.py.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pipeline.artifact import Artifact
+from pipeline.data.contracts import DEMONSTRATION
+from pipeline.errors import UserError
+from pipeline.recipe import read
+
+if TYPE_CHECKING:
+    from pipeline.evaluate.bench import Bench
+
+BASE = "base"
+HELP = """\
+/system TEXT   set the system prompt (without TEXT: none) and begin anew
+/save TEXT     keep the last question with TEXT as its right answer (without TEXT: with the answer given)
+/history       what has been said
+/reset         begin anew
+/quit          leave (or Ctrl-D)"""
+Say = Callable[[str], Any]
+
+
+@dataclass
+class Chat:
+    """A conversation with one policy, or the same questions to several. Each has its own history."""
+
+    bench: Bench
+    policies: list[str]
+    corrections: Path
+    new_tokens: int = 256
+    temperature: float = 0.0
+    histories: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    system: str = ""
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        start = [{"role": "system", "content": self.system}] if self.system else []
+        self.histories = {policy: list(start) for policy in self.policies}
+
+    def hold(self, lines: Iterable[str], say: Say) -> None:
+        """Answer line after line; `say` is given text as it is to appear, pieces of answers among it."""
+        for line in lines:
+            text = line.strip()
+            if text in ("/quit", "/exit"):
+                return
+            if text.startswith("/"):
+                say(self.command(text) + "\n")
+            elif text:
+                self.ask(text, say)
+
+    def ask(self, text: str, say: Say) -> None:
+        """One question to every policy, the answers streamed one below the other."""
+        for policy in self.policies:
+            history = [*self.histories[policy], {"role": "user", "content": text}]
+            if len(self.policies) > 1:
+                say(f"[{policy}] ")
+            try:
+                answer = self.answer(policy, history, say)
+            except KeyboardInterrupt:
+                say("\n(stopped; the question is forgotten)\n")
+                return
+            except UserError as error:
+                say(f"{error}\n")
+                return
+            say("\n")
+            self.histories[policy] = [*history, {"role": "assistant", "content": answer}]
+
+    def answer(self, policy: str, history: list[dict[str, str]], say: Say) -> str:
+        """What a policy says next, streamed token by token. Raises UserError where the window is full."""
+        import torch
+        from transformers import TextStreamer
+
+        from pipeline.data import render
+        from pipeline.models.base import computing
+
+        class Streamer(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                say(text)
+
+        actors, tokenizer = self.bench.actors, self.bench.tokenizer
+        try:
+            ids = render.prompt(tokenizer, {"prompt": history})
+        except render.Unrenderable as error:
+            raise UserError(f"{error}. Begin anew with /reset") from error
+        window = getattr(actors.config, "max_position_embeddings", None) or len(ids) + self.new_tokens
+        room = min(self.new_tokens, window - len(ids))
+        if room < 1:
+            raise UserError(f"the conversation fills the model's window of {window} tokens. Begin anew with /reset")
+        prompt_BT = torch.tensor([ids], device=actors.device)
+        sampled = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        with self.bench.acting_as(policy), torch.no_grad(), computing(self.bench.model):
+            told_BT = self.bench.model.generate(
+                input_ids=prompt_BT,
+                attention_mask=torch.ones_like(prompt_BT),
+                max_new_tokens=room,
+                eos_token_id=render.stop_ids(tokenizer),
+                pad_token_id=tokenizer.pad_token_id,
+                streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+                **sampled,
+            )
+        return str(tokenizer.decode(told_BT[0, len(ids) :], skip_special_tokens=True)).strip()
+
+    def command(self, text: str) -> str:
+        """Do what a line that begins with a slash asks; what to show for it."""
+        word, _, rest = text.partition(" ")
+        if word == "/system":
+            self.system = rest.strip()
+            self.reset()
+            return f"system prompt: {self.system or '(none)'}; a new conversation"
+        if word == "/reset":
+            self.reset()
+            return "a new conversation"
+        if word == "/history":
+            told = [
+                f"[{policy}] {message['role']}: {message['content']}"
+                for policy, history in self.histories.items()
+                for message in history
+            ]
+            return "\n".join(told) or "nothing has been said yet"
+        if word == "/save":
+            return self.save(rest.strip())
+        return HELP
+
+    def save(self, correction: str) -> str:
+        """Append the last exchange, with the right answer, to the file of corrections as a demonstration."""
+        first = self.policies[0]
+        history = self.histories[first]
+        if not history or history[-1]["role"] != "assistant":
+            return "there is no answer to keep yet"
+        right = correction or history[-1]["content"]
+        row = {"messages": [*history[:-1], {"role": "assistant", "content": right}]}
+        reason = DEMONSTRATION.check(row)
+        if reason:
+            return f"not kept: {reason}"
+        self.corrections.parent.mkdir(parents=True, exist_ok=True)
+        with self.corrections.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for policy in self.policies:
+            self.histories[policy][-1] = {"role": "assistant", "content": right}
+        rows = sum(1 for _ in self.corrections.open(encoding="utf-8"))
+        return f"kept in {self.corrections} ({rows} by now): name it, or add it, as data.path of an sft stage"
+
+
+def opened(run: Path, policies: list[str], corrections: Path, new_tokens: int, temperature: float) -> Chat:
+    """Load what a run left. Raises UserError naming the policies there are."""
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run} is no run (it has no recipe.yaml). Name a folder such as runs/quickstart")
+    recipe = read(run / "recipe.yaml")
+    there = [
+        name for name in recipe.order() if recipe.kind(name).answers and Artifact(run / name).manifest() is not None
+    ]
+    chosen = policies or there[-1:] or [BASE]
+    for name in chosen:
+        if name not in (*there, BASE):
+            raise UserError(f"no finished policy '{name}' in {run} (there is: {', '.join([*there, BASE])})")
+    for name in chosen:
+        if name != BASE:
+            Artifact(run / name).verify()
+
+    from pipeline.evaluate.bench import Bench
+
+    folders = {name: Artifact(run / name).adapter for name in chosen if name != BASE}
+    return Chat(Bench(recipe.spec.model, folders, {}, 1.0), chosen, corrections, new_tokens, temperature)
+
+
+def talk(chat: Chat) -> None:
+    """In the terminal, until Ctrl-D."""
+    print(f"{' and '.join(chat.policies)} of {chat.bench.model.config.model_type}; /help for what else can be typed\n")
+
+    def typed() -> Iterable[str]:
+        while True:
+            try:
+                yield input("> ")
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print("\n(Ctrl-D leaves)")
+
+    with chat.bench.ready():
+        chat.hold(typed(), lambda text: print(text, end="", flush=True))

@@ -1,0 +1,142 @@
+"""What differs between two runs: their recipes, their data, and their numbers, item by item where both were asked the
+same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline import strict_yaml
+from pipeline.artifact import Artifact, Json, read_json
+from pipeline.errors import UserError
+from pipeline.evaluate.metric import METRICS
+
+ITEMS = ("corpus_loss", "dialogue_loss", "preferences", "questions", "choices", "answers")
+
+
+def show(first: Path, second: Path, console: Console) -> None:
+    """Print everything in which two run folders differ. Raises UserError if one of them is no run."""
+    for folder in (first, second):
+        if not (folder / "recipe.yaml").is_file():
+            raise UserError(f"{folder} is no run (it has no recipe.yaml). Name folders such as runs/quickstart")
+    trees = [strict_yaml.load(folder / "recipe.yaml")[0] for folder in (first, second)]
+    console.print(Text(f"A = {first}\nB = {second}", style="bold"))
+    _table(console, "recipe", "key", [(key, *pair) for key, pair in _differences(*trees).items()])
+    manifests = [
+        {name: Artifact(folder / name).manifest() for name in trees[i]["stages"]}
+        for i, folder in enumerate((first, second))
+    ]
+    sources = [_sources(held) for held in manifests]
+    _table(console, "data (rows used, and the files' sha256)", "file", _unlike(*sources))
+    _show_numbers(first, second, manifests, console)
+
+
+def _show_numbers(first: Path, second: Path, manifests: list[dict[str, Json | None]], console: Console) -> None:
+    from pipeline.evaluate import results
+
+    evaluated = [read_json(folder / "evaluation" / "results.json") for folder in (first, second)]
+    if None in evaluated:
+        missing = [str(folder) for folder, found in zip((first, second), evaluated, strict=True) if found is None]
+        rows = _unlike(*(_after(held) for held in manifests))
+        _table(console, "numbers the stages took of themselves", "number", rows)
+        console.print(f"For intervals, evaluate first: onebase eval ({', '.join(missing)})", highlight=False)
+        return
+    a, b = (found or {} for found in evaluated)
+    table = Table(
+        "stage",
+        "number",
+        "A (95 %)",
+        "B (95 %)",
+        "B less A, item by item (95 %)",
+        title="numbers",
+        title_justify="left",
+    )
+    for stage in [name for name in a["numbers"] if name in b["numbers"]]:
+        values, shared = _shared(first, second, stage)
+        paired = results.plain(results.changes(values, "b", "a", a["proxy"])) if shared else {}
+        name = stage
+        for metric in METRICS:
+            before, after = a["numbers"][stage].get(metric.key), b["numbers"][stage].get(metric.key)
+            if before is None or after is None or before == after:
+                continue
+            change = paired.get(metric.key)
+            style = {"better": "green", "worse": "red"}.get(metric.word(change), "") if change else ""
+            told = Text(metric.shown(change, sign=True), style=style) if change else Text("other items", style="dim")
+            table.add_row(name, metric.label, metric.shown(before), metric.shown(after), told)
+            name = ""
+    console.print(table if table.row_count else "numbers: equal")
+    for name in [name for name in a["reward_models"] if name in b["reward_models"]]:
+        models = [found["reward_models"][name] for found in (a, b)]
+        _table(console, f"reward model {name}", "number", [
+            (label, *(_shares(model[key]) for model in models))
+            for key, label in (("accuracy", "pairs ranked right"), ("over_longer", 'over "longer wins"'))
+        ])  # fmt: skip
+
+
+def _shared(first: Path, second: Path, stage: str) -> tuple[dict[str, Json], bool]:
+    """The item by item measures of one stage in both runs, under the names a and b, where they were taken of the same
+    rows."""
+    values: dict[str, Json] = {}
+    for measure in ITEMS:
+        held = [read_json(folder / "evaluation" / f"{measure}-{stage}.json") for folder in (first, second)]
+        if held[0] and held[1] and held[0]["rows"] == held[1]["rows"]:
+            values |= {f"{measure}/a": held[0]["value"], f"{measure}/b": held[1]["value"]}
+    return values, bool(values)
+
+
+def _differences(a: Any, b: Any, prefix: str = "") -> dict[str, tuple[str, str]]:
+    """Dotted keys whose values differ, with both values."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        found: dict[str, tuple[str, str]] = {}
+        for key in dict.fromkeys([*a, *b]):
+            found |= _differences(a.get(key), b.get(key), f"{prefix}{key}.")
+        return found
+    return {} if a == b else {prefix.rstrip("."): (_short(a), _short(b))}
+
+
+def _sources(manifests: dict[str, Json | None]) -> dict[str, str]:
+    """Per stage and role of a file: how many rows were used, and its hash."""
+    found = {}
+    for stage, manifest in manifests.items():
+        if manifest is None:
+            continue
+        found[f"{stage} base"] = str(manifest["parts"]["model"]["base"])[:24]
+        counts = ", ".join(str(source["used"]) for source in manifest["data"]["sources"])
+        for role, sha256 in manifest["parts"]["data"].items():
+            found[f"{stage} {role}"] = f"{counts} rows, {str(sha256)[:12]}"
+    return found
+
+
+def _after(manifests: dict[str, Json | None]) -> dict[str, str]:
+    return {
+        f"{stage} {key}": f"{value:.4g}"
+        for stage, manifest in manifests.items()
+        for key, value in (manifest["after"] if manifest else {}).items()
+    }
+
+
+def _unlike(a: dict[str, str], b: dict[str, str]) -> list[tuple[str, str, str]]:
+    return [(key, a.get(key, ""), b.get(key, "")) for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
+
+
+def _table(console: Console, title: str, what: str, rows: list[tuple[str, str, str]]) -> None:
+    if not rows:
+        console.print(f"{title}: equal", highlight=False)
+        return
+    table = Table(what, "A", "B", title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+
+
+def _shares(found: Json) -> str:
+    return f"{100 * found['value']:.0f} % ({100 * found['low']:.0f} to {100 * found['high']:.0f})"
+
+
+def _short(value: Any) -> str:
+    text = "unset" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

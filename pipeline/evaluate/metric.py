@@ -1,0 +1,52 @@
+"""The numbers of a policy, in the order people read them: what each is called and how it is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.artifact import Json
+
+MINUS = "\N{MINUS SIGN}"
+
+
+@dataclass(frozen=True)
+class Metric:
+    key: str
+    label: str
+    better: str = "higher"
+    """ "higher", "lower", or "" where neither is."""
+    percent: bool = False
+    digits: int = 2
+
+    def number(self, value: float, sign: bool = False) -> str:
+        scale, digits = (100, 0) if self.percent else (1, self.digits)
+        return f"{scale * value:{'+' if sign else ''}.{digits}f}".replace("-", MINUS)
+
+    def shown(self, found: Json, sign: bool = False) -> str:
+        """A value and its interval: 71 % (59 to 80)."""
+        low, high = (self.number(found[end], sign) for end in ("low", "high"))
+        unit = " points" if sign and self.percent else " %" if self.percent else ""
+        return f"{self.number(found['value'], sign)}{unit} ({low} to {high})"
+
+    def word(self, change: Json) -> str:
+        """Whether a change of this number is "better" or "worse"; "" where chance may explain it."""
+        if not self.better or change["low"] <= 0 <= change["high"]:
+            return ""
+        return "better" if (change["low"] > 0) == (self.better == "higher") else "worse"
+
+
+METRICS = (
+    Metric("question_accuracy", "questions answered right", percent=True),
+    Metric("token_f1", "token F1 with the reference"),
+    Metric("exact_match", "exact match", percent=True),
+    Metric("choice_accuracy", "right choice is the likeliest", percent=True),
+    Metric("truth", "sampled answers right", percent=True),
+    Metric("reward", "reward of sampled answers"),
+    Metric("preference_accuracy", "better answer is likelier", percent=True),
+    Metric("dialogue_loss", "dialogue loss, nats a token", better="lower"),
+    Metric("corpus_loss", "corpus loss, nats a token", better="lower"),
+    Metric("kl", "KL from the stage before, nats an answer", better="", digits=1),
+    Metric("answer_length", "answer length, tokens", better="", digits=1),
+    Metric("ended", "answers that end by themselves", better="", percent=True),
+)
+BY_KEY = {metric.key: metric for metric in METRICS}

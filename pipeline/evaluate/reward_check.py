@@ -1,0 +1,99 @@
+"""Whether a reward model ranks by more than length: accuracy, baselines, calibration, and where it fails."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy
+from scipy import stats
+
+from pipeline.artifact import Json
+from pipeline.evaluate import calibration, intervals
+from pipeline.evaluate.intervals import Estimate
+
+LEANS = 0.1
+"""By how much more often pairs must be ranked right when the better answer is the longer one, for a model to be said to
+lean on length: the whole interval lies above it."""
+
+
+def longer_wins(chosen_lengths: list[int], rejected_lengths: list[int]) -> numpy.ndarray:
+    """1 where the chosen answer is the longer one, one half where both are of one length, else 0; (P,)."""
+    more_P = numpy.sign(numpy.asarray(chosen_lengths) - numpy.asarray(rejected_lengths))
+    points_P: numpy.ndarray = (more_P + 1) / 2
+    return points_P
+
+
+def over_longer(margins: list[float], chosen_lengths: list[int], rejected_lengths: list[int]) -> Estimate:
+    """How much more often the model ranks a pair right than the rule "longer wins" does, pair by pair."""
+    return intervals.difference(_right(margins), longer_wins(chosen_lengths, rejected_lengths), span=1.0)
+
+
+def checked(pairs: Json) -> Json:
+    """Everything the page says of a reward model, from the item by item measure `pairs` of measures.py."""
+    chosen, rejected = pairs["chosen"], pairs["rejected"]
+    margins_P = numpy.asarray(chosen) - numpy.asarray(rejected)
+    longer_P = numpy.asarray(pairs["chosen_length"]) - numpy.asarray(pairs["rejected_length"])
+    right_P = _right(margins_P)
+    words_P = _right(pairs["bag_of_words"])
+    rule_P = longer_wins(pairs["chosen_length"], pairs["rejected_length"])
+    curve = calibration.reliability(margins_P.tolist())
+    groups = {"chosen longer": longer_P > 0, "same length": longer_P == 0, "chosen shorter": longer_P < 0}
+    uneven = longer_P != 0
+    prefers_longer = numpy.sign(margins_P[uneven]) == numpy.sign(longer_P[uneven])
+    lean = None
+    if (longer_P > 0).any() and (longer_P < 0).any():
+        lean = intervals.gap(right_P[longer_P > 0], right_P[longer_P < 0])
+    over_rule = intervals.difference(right_P, rule_P, span=1.0)
+    correlation = stats.spearmanr([*pairs["chosen_length"], *pairs["rejected_length"]], [*chosen, *rejected])
+    return {
+        "accuracy": asdict(intervals.proportion(right_P == 1)),
+        "longer_wins": asdict(intervals.share(rule_P)),
+        "bag_of_words": asdict(intervals.proportion(words_P == 1)),
+        "over_longer": asdict(over_rule),
+        "over_words": asdict(intervals.difference(right_P, words_P, span=1.0)),
+        "by_margin": _by_margin(margins_P, right_P),
+        "by_length": {name: _share(right_P[where]) for name, where in groups.items() if where.any()},
+        "by_guideline": {
+            str(name): _share(right_P[[found == name for found in pairs["guideline"]]])
+            for name in dict.fromkeys(pairs["guideline"])
+            if name is not None
+        },
+        "prefers_longer": asdict(intervals.proportion(prefers_longer)) if uneven.any() else None,
+        "longer_is_better": float((longer_P[uneven] > 0).mean()) if uneven.any() else None,
+        "lean": asdict(lean) if lean else None,
+        "length_correlation": None if numpy.isnan(correlation.statistic) else float(correlation.statistic),
+        "reliability": [asdict(found) for found in curve],
+        "ece": calibration.expected_error(curve),
+        "scores": {"chosen": chosen, "rejected": rejected},
+        "flags": flags(over_rule, lean),
+    }
+
+
+def flags(over_rule: Estimate, lean: Estimate | None) -> list[str]:
+    """What is wrong with how a reward model uses length, in words; empty where nothing is."""
+    found = []
+    if not over_rule.above:
+        found.append("is no better than choosing the longer answer")
+    if lean is not None and lean.low > LEANS:
+        found.append("leans on length: it is right far more often where the better answer is the longer one")
+    return found
+
+
+def _by_margin(margins_P: numpy.ndarray, right_P: numpy.ndarray) -> list[Json]:
+    """Accuracy in thirds of the pairs, from the closest calls to the clearest."""
+    order = numpy.argsort(numpy.abs(margins_P), kind="stable")
+    thirds = [part for part in numpy.array_split(order, 3) if len(part)]
+    return [
+        {"from": float(abs(margins_P[part[0]])), "to": float(abs(margins_P[part[-1]]))} | _share(right_P[part])
+        for part in thirds
+    ]
+
+
+def _share(right_P: numpy.ndarray) -> Json:
+    return asdict(intervals.proportion(right_P == 1))
+
+
+def _right(margins: Any) -> numpy.ndarray:
+    """A tie ranks nothing right."""
+    return (numpy.asarray(margins) > 0).astype(float)

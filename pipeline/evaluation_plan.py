@@ -1,0 +1,179 @@
+"""What there is to measure of a run: every measure of every finished stage, with a fingerprint of all it depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import WEIGHTS, Json, digest, sha256_of_file
+from pipeline.data.contracts import Row
+from pipeline.errors import UserError
+from pipeline.evaluate.matching import NEW_TOKENS
+from pipeline.recipe import Recipe
+from pipeline.runner import states
+from pipeline.worker import load_rows
+
+METHOD = 1
+"""Counts up when a measure is taken differently, so that older results are taken again."""
+BASE = "base"
+PROMPTS = 24
+"""Held-out prompts answered by sampling, evenly spaced among those there are."""
+COPIES = 4
+BEST_OF = 64
+SHOTS = 4
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure of one policy or reward model, not yet taken."""
+
+    name: str
+    subject: str
+    rows: list[Row]
+    more: Json = field(default_factory=dict)
+    """Further arguments, which count for the fingerprint like everything else."""
+    adapters: dict[str, str] = field(default_factory=dict)
+    """sha256 of every adapter that takes part, by stage."""
+    model: Json = field(default_factory=dict)
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}-{self.subject}.json"
+
+    @property
+    def fingerprint(self) -> str:
+        return digest([METHOD, self.name, self.subject, plain(self.rows), self.more, self.adapters, self.model])
+
+
+def folder(recipe: Recipe, runs: Path) -> Path:
+    return runs / recipe.name / "evaluation"
+
+
+def plan(recipe: Recipe, runs: Path) -> list[Measure]:
+    """Every measure that the finished stages allow, whether or not it is fresh.
+
+    Raises UserError if no stage has finished, or if a finished one no longer belongs to the recipe.
+    """
+    standing = {state.name: state for state in states(recipe, runs)}
+    done = [name for name in recipe.order() if standing[name].fresh]
+    stale = [state for state in standing.values() if state.word in ("stale", "damaged")]
+    if stale:
+        why = "; ".join(f"{state.name} is {state.word} ({state.why})" for state in stale)
+        raise UserError(f"{why}. Run it first: what is measured must be what the recipe says.")
+    if not done:
+        raise UserError(f"no stage of {recipe.name} has finished below {runs / recipe.name}. Run it first.")
+    held_out = {name: load_rows(recipe, name)[0] for name in done}
+    hashes = {name: recipe.artifact(name, runs).verify()["files"][WEIGHTS] for name in done}
+    policies = [BASE, *(name for name in done if recipe.kind(name).answers)]
+    of_kind = {
+        kind: [name for name in done if recipe.stages[name].kind == kind]
+        for kind in ("pretrain", "sft", "reward", "dpo", "ppo")
+    }
+    model = recipe.parts()[done[0]]["model"]
+    found: list[Measure] = []
+
+    def add(name: str, subject: str, rows: list[Row] | None, with_: list[str] | None = None, **more: Any) -> None:
+        if rows:
+            used = {stage: hashes[stage] for stage in [subject, *(with_ or [])] if stage in hashes}
+            found.append(Measure(name, subject, rows, more, used, model))
+
+    corpus = next((held_out[name].test for name in of_kind["pretrain"] if held_out[name].test), None)
+    dialogues = next((held_out[name].test for name in of_kind["sft"] if held_out[name].test), None)
+    compared = next(
+        (held_out[name].test for name in [*of_kind["dpo"], *of_kind["reward"]] if held_out[name].test), None
+    )
+    asked = _distinct([row for name in done for row in held_out[name].questions])
+    closed = [row for row in asked if len(row.get("choices", [])) > 1]
+    examples = _examples(held_out[of_kind["sft"][0]].train) if of_kind["sft"] else []
+    for policy in policies:
+        add("corpus_loss", policy, corpus)
+        add("dialogue_loss", policy, dialogues)
+        if policy != BASE and recipe.stages[policy].kind != "pretrain":
+            add("preferences", policy, compared)
+        add("questions", policy, asked)
+        if policy == BASE and examples and all(isinstance(row["prompt"], list) for row in asked):
+            add("few_shot", policy, asked, examples=plain(examples))
+        add("choices", policy, closed)
+    for reward in of_kind["reward"]:
+        add("pairs", reward, held_out[reward].test, train=plain(held_out[reward].train))
+    prompts = _prompts(recipe, done, held_out)
+    sources = _sources(recipe, of_kind)
+    for policy in policies if prompts else []:
+        reference = recipe.stages[policy].from_ if policy in [*of_kind["dpo"], *of_kind["ppo"]] else None
+        more = _sampling(recipe, of_kind["ppo"], prompts, sources) | {"copies": COPIES, "reference": reference}
+        add("answers", policy, prompts, [*sources, *([reference] if reference else [])], **more)
+    compared_with = reference_of(recipe, done)
+    if compared_with and prompts and sources:
+        more = _sampling(recipe, of_kind["ppo"], prompts, sources) | {"copies": BEST_OF, "reference": None}
+        add("best_of_n", compared_with, prompts, sources, **more)
+    return found
+
+
+def reference_of(recipe: Recipe, done: list[str]) -> str | None:
+    """The policy that preference training started from: best-of-n is drawn from it."""
+    trained = [name for name in done if recipe.stages[name].kind in ("ppo", "dpo")]
+    parents = [recipe.stages[name].from_ for name in trained]
+    return next((p for p in parents if p), next((n for n in reversed(done) if recipe.stages[n].kind == "sft"), None))
+
+
+def _sampling(recipe: Recipe, ppo: list[str], prompts: list[Row], sources: list[str]) -> Json:
+    """How held-out prompts are answered: as PPO samples, where there is a ppo stage."""
+    words = recipe.stages[ppo[0]].train if ppo else {}
+    functions = [term.source for name in ppo for term in recipe.stages[name].reward_terms() if term.file]
+    truth = functions[0] if functions else "answer" if all("answer" in row for row in prompts) else None
+    named = [source for source in (*sources, truth or "") if ".py:" in source]
+    files = {source: sha256_of_file(Path(source.rpartition(":")[0])) for source in named}
+    return {
+        "new_tokens": int(words.get("response_length", NEW_TOKENS)),
+        "temperature": float(words.get("temperature", 1.0)),
+        "seed": recipe.spec.seed,
+        "sources": sources,
+        "truth": truth,
+        "functions": files,
+    }
+
+
+def _sources(recipe: Recipe, of_kind: dict[str, list[str]]) -> list[str]:
+    """Judges of sampled answers: the reward models there are, or else the functions that PPO is paid by."""
+    if of_kind["reward"]:
+        return of_kind["reward"]
+    return [term.source for name in of_kind["ppo"] for term in recipe.stages[name].reward_terms()][:1]
+
+
+def _prompts(recipe: Recipe, done: list[str], held_out: dict[str, Any]) -> list[Row]:
+    """Held-out prompts: PPO's where it has some, else the questions, else those of the comparisons."""
+    ppo = [row for name in done if recipe.stages[name].kind == "ppo" for row in held_out[name].test or []]
+    asked = [row for name in done for row in held_out[name].questions]
+    compared = [
+        row for name in done if recipe.stages[name].kind in ("dpo", "reward") for row in held_out[name].test or []
+    ]
+    rows = _distinct(ppo or asked or compared)
+    columns = {key for row in rows for key in row}
+    # Every row has every column, so that a reward function always sees the same ones; evenly spaced among all.
+    every = [rows[int(place)] for place in _spread(len(rows), PROMPTS)]
+    return [{key: row.get(key) for key in sorted(columns)} for row in every]
+
+
+def _spread(count: int, wanted: int) -> list[float]:
+    return [place * count / min(count, wanted) for place in range(min(count, wanted))] if count else []
+
+
+def _distinct(rows: list[Row]) -> list[Row]:
+    return list({digest(row["prompt"]): row for row in reversed(rows)}.values())[::-1]
+
+
+def _examples(train: list[Row]) -> list[Row]:
+    """Short dialogues of the training data, as examples for few-shot prompting."""
+    whole = [
+        {"messages": row["messages"] if "messages" in row else row["prompt"] + row["completion"]}
+        for row in train
+        if "messages" in row or isinstance(row["prompt"], list)
+    ]
+    short = [row for row in whole if [m["role"] for m in row["messages"]] == ["user", "assistant"]]
+    return [short[int(place)] for place in _spread(len(short), SHOTS)]
+
+
+def plain(rows: list[Row]) -> list[Row]:
+    """Rows without where they stood."""
+    return [{key: value for key, value in row.items() if key != "_place"} for row in rows]

@@ -1,0 +1,199 @@
+"""Held-out questions to every policy and reward model of a run, one process for all, one loaded base.
+
+    python -m pipeline.evaluator RECIPE [--runs DIR]
+
+Each measure of each stage is an artifact of its own, runs/<recipe>/evaluation/<measure>-<stage>.json, with a
+fingerprint over all that it depends on: the adapters' bytes, the base, the held-out rows, the settings. What is fresh
+is not computed again, and results.json holds the numbers made of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# Before any library reads them, as in worker.py.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pipeline import strict_yaml
+from pipeline.artifact import Json, digest, locked, read_json, write_json, write_text
+from pipeline.errors import BrokenInvariant, UserError
+from pipeline.evaluate import judge as judges
+from pipeline.evaluate.judge import Judge
+from pipeline.evaluation_plan import METHOD, Measure, folder, plain, plan
+from pipeline.recipe import Recipe, read
+from pipeline.runner import environment, states
+from pipeline.worker import ERROR_MARK
+
+
+def launch(recipe: Recipe, runs: Path, judge: tuple[str, str] | None = None) -> Json:
+    """Evaluate a run in a process of its own, as stages are run, and return results.json. Raises UserError.
+
+    judge: URL and model of an OpenAI-compatible endpoint on this machine that compares answers.
+    """
+    where = folder(recipe, runs)
+    plan(recipe, runs)
+    resolved, log = where / "recipe.yaml", where / "log.txt"
+    write_text(resolved, strict_yaml.dump(recipe.tree))
+    command = [sys.executable, "-m", "pipeline.evaluator", str(resolved), "--runs", str(runs)]
+    if judge:
+        Judge(*judge)
+        command += ["--judge", *judge]
+    with log.open("wb") as errors:
+        status = subprocess.run(command, stderr=errors, env=environment(), check=False).returncode
+    if status:
+        said = log.read_text(encoding="utf-8", errors="replace")
+        if ERROR_MARK in said:
+            raise UserError(said.rsplit(ERROR_MARK, 1)[1].strip())
+        tail = "\n  ".join(said.strip().splitlines()[-8:])
+        raise UserError(f"the evaluation ended with status {status}:\n  {tail}\nIts log is {log}.")
+    return found(recipe, runs)
+
+
+def found(recipe: Recipe, runs: Path) -> Json:
+    """The results of the last evaluation. Raises UserError if there was none."""
+    results = read_json(folder(recipe, runs) / "results.json")
+    if results is None:
+        raise UserError(f"{recipe.name} has not been evaluated. Do it with: onebase eval RECIPE")
+    return results
+
+
+def fresh(measure: Measure, where: Path) -> Json | None:
+    """What was measured before, if nothing has changed since."""
+    try:
+        known = read_json(where / measure.file)
+    except UserError:
+        return None
+    return known if known is not None and known.get("fingerprint") == measure.fingerprint else None
+
+
+def take(recipe: Recipe, runs: Path, missing: list[Measure]) -> None:
+    """Load the base once and take the measures that are not fresh, each written as soon as it is there."""
+    from pipeline.evaluate import measures
+    from pipeline.evaluate.bench import Bench
+
+    begun = time.monotonic()
+    stages = {name for measure in missing for name in measure.adapters}
+    folders = {name: recipe.artifact(name, runs).adapter for name in recipe.order() if name in stages}
+    temperature = next((m.more["temperature"] for m in missing if "temperature" in m.more), 1.0)
+    bench = Bench(
+        recipe.spec.model,
+        {name: adapter for name, adapter in folders.items() if recipe.kind(name).answers},
+        {name: adapter for name, adapter in folders.items() if not recipe.kind(name).answers},
+        temperature,
+    )
+    print(f"  loaded in {time.monotonic() - begun:.0f} s", flush=True)
+    with bench.ready():
+        for index, measure in enumerate(missing, 1):
+            begun = time.monotonic()
+            rows, more = measure.rows, measure.more
+            if measure.name in ("corpus_loss", "dialogue_loss"):
+                value = measures.loss(bench, measure.subject, rows, measure.name.removesuffix("_loss"))
+            elif measure.name == "preferences":
+                value = measures.preferences(bench, measure.subject, rows)
+            elif measure.name in ("questions", "few_shot"):
+                value = measures.questions(bench, measure.subject, rows, more.get("examples", []))
+            elif measure.name == "choices":
+                value = measures.choices(bench, measure.subject, rows)
+            elif measure.name == "pairs":
+                value = measures.pairs(bench, measure.subject, rows, more["train"])
+            else:
+                value = measures.sampled(bench, measure.subject, rows, more["sources"], more["truth"], more)
+            seconds = round(time.monotonic() - begun, 1)
+            keep = {key: more[key] for key in more if key not in ("train", "examples")}
+            write_json(
+                folder(recipe, runs) / measure.file,
+                {"fingerprint": measure.fingerprint, "seconds": seconds, "settings": keep}
+                | {"rows": plain(rows), "value": value},
+            )
+            print(f"  [{index}/{len(missing)}] {measure.name} of {measure.subject}: {seconds:.1f} s", flush=True)
+
+
+def judged(taken: dict[str, Json], where: Path, judge: Judge | None) -> Json | None:
+    """The judge's verdicts on every policy's first answers; those of an earlier evaluation where nothing has changed
+    since and no other judge is asked."""
+    from pipeline.evaluate import results
+
+    answers = {key.partition("/")[2]: measure for key, measure in taken.items() if key.startswith("answers/")}
+    if len(answers) < 2:
+        return None
+    told = {policy: [texts[0] for texts in measure["value"]["text"]] for policy, measure in answers.items()}
+    prompts = [row["prompt"] for row in next(iter(answers.values()))["rows"]]
+    known = read_json(where / "judge.json") or {}
+    model = judge.model if judge else known.get("model")
+    fingerprint = digest([METHOD, model, prompts, told])
+    if known.get("fingerprint") != fingerprint:
+        if judge is None:
+            return None
+        print(f"  asking the judge {judge.model} ...", flush=True)
+        questions = [
+            prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+            for prompt in prompts
+        ]
+        found = results.described(judges.arena(judge, questions, told))
+        known = {"fingerprint": fingerprint, "model": model, "value": found}
+        write_json(where / "judge.json", known)
+    value: Json = known["value"]
+    return value
+
+
+def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None) -> None:
+    """Bring a run's evaluation up to date and write results.json."""
+    from pipeline.evaluate import results
+
+    where = folder(recipe, runs)
+    with locked(where / ".lock", f"{where} is being written by process {{pid}}. Wait for it, or end it."):
+        wanted = plan(recipe, runs)
+        missing = [measure for measure in wanted if fresh(measure, where) is None]
+        print(f"{recipe.name}: {len(wanted)} measures, {len(wanted) - len(missing)} fresh", flush=True)
+        begun = time.monotonic()
+        if missing:
+            take(recipe, runs, missing)
+        taken: dict[str, Json] = {}
+        for measure in wanted:
+            known = fresh(measure, where)
+            assert known is not None
+            taken[f"{measure.name}/{measure.subject}"] = known
+        found = results.made(taken, _chain(recipe, runs), judged(taken, where, judge))
+        if missing:
+            print(f"  {time.monotonic() - begun:.0f} s together", flush=True)
+        write_json(where / "results.json", found)
+
+
+def _chain(recipe: Recipe, runs: Path) -> list[Json]:
+    """The finished stages in order: name, kind, the stage whose policy each goes on from, how it is paid."""
+    done = [state.name for state in states(recipe, runs) if state.fresh]
+    return [
+        {
+            "name": name,
+            "kind": recipe.stages[name].kind,
+            "from": recipe.stages[name].from_,
+            "answers": recipe.kind(name).answers,
+            "rewards": [term.source for term in recipe.stages[name].reward_terms()],
+        }
+        for name in done
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="pipeline.evaluator", description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--runs", default="runs", type=Path)
+    parser.add_argument("--judge", nargs=2, metavar=("URL", "MODEL"))
+    given = parser.parse_args()
+    try:
+        evaluate(read(given.recipe), given.runs, Judge(*given.judge) if given.judge else None)
+    except (UserError, BrokenInvariant) as error:
+        print(f"{ERROR_MARK}{error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

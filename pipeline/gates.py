@@ -1,0 +1,86 @@
+"""What a recipe demands of its stages before the next one may run.
+
+expect: {sft.question_accuracy: ">= 0.6", reward.accuracy: ">= 0.7"}
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pipeline.artifact import Artifact, Json
+from pipeline.errors import UserError
+
+Expect = dict[str, str | dict[str, str]]
+
+COMPARISON = re.compile(r"(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)")
+_HOLDS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A demand that a finished stage does not meet; `found` is None where the stage has no such number."""
+
+    key: str
+    wanted: str
+    found: float | None
+    known: list[str]
+
+    def __str__(self) -> str:
+        if self.found is None:
+            return f"expect.{self.key}: the stage has no such number (it has: {', '.join(self.known)})"
+        return f"expect.{self.key}: wanted {self.wanted}, found {self.found:.4g}"
+
+
+def flat(expect: Expect) -> dict[str, str]:
+    """By "stage.number", whether it was written that way or nested."""
+    return {
+        f"{key}.{below}" if below else key: wanted
+        for key, value in expect.items()
+        for below, wanted in (value.items() if isinstance(value, dict) else [("", value)])
+    }
+
+
+def complaint(expect: Expect, stages: Iterable[str]) -> tuple[str, str] | None:
+    """The first demand that cannot be understood, by dotted key, and what is wrong with it."""
+    names = list(stages)
+    for key, wanted in flat(expect).items():
+        stage, dot, _ = key.partition(".")
+        if not dot or stage not in names:
+            return f"expect.{key}", f"name a stage and its number, as in {names[0]}.loss (there is: {', '.join(names)})"
+        if not COMPARISON.fullmatch(wanted):
+            return f"expect.{key}", f'is {wanted!r}, expected a comparison with a number, as in ">= 0.6"'
+    return None
+
+
+def missed(expect: Expect, stage: str, after: Json) -> list[Missed]:
+    """The demands on one stage that its held-out numbers after training do not meet."""
+    found = []
+    for key, wanted in flat(expect).items():
+        name, _, metric = key.partition(".")
+        if name != stage:
+            continue
+        comparison = COMPARISON.fullmatch(wanted)
+        assert comparison is not None, "the recipe was checked when it was read"
+        sign, number = comparison.groups()
+        value = after.get(metric)
+        if value is None or not _HOLDS[sign](value, float(number)):
+            found.append(Missed(key, wanted, value, sorted(after)))
+    return found
+
+
+def hold(expect: Expect, artifact: Artifact, force: bool) -> None:
+    """Raise UserError with the numbers if a finished stage misses what is expected of it; only say so with `force`."""
+    stage, manifest = artifact.name, artifact.manifest()
+    failures = missed(expect, stage, manifest["after"]) if manifest else []
+    if not failures:
+        return
+    told = "\n".join(f"  {failure}" for failure in failures)
+    if not force:
+        raise UserError(
+            f"stage '{stage}' does not reach what the recipe expects, so the run stops here:\n{told}\n"
+            "Its adapter is kept. Go on all the same with --force, or change the stage or the expectation."
+        )
+    print(f"  warning: going on although stage '{stage}' misses what is expected:\n{told}", flush=True)

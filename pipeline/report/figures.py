@@ -1,0 +1,228 @@
+"""The pictures of a report as SVG text: same numbers, same bytes."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from pipeline.artifact import Json
+
+STYLE: Any = {
+    # Identifiers inside an SVG are drawn at random unless they are salted with something fixed.
+    "svg.hashsalt": "onebase",
+    "svg.fonttype": "none",
+    "font.family": ["Helvetica", "Arial", "sans-serif"],
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9aa1ab",
+    "axes.labelcolor": "#3c434d",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "xtick.color": "#59616c",
+    "ytick.color": "#59616c",
+    "text.color": "#1d232b",
+    "axes.grid": True,
+    "grid.color": "#e7eaee",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+COLOURS = {
+    "base": "#8b929c",
+    "pretrain": "#4c7fc4",
+    "sft": "#21867a",
+    "reward": "#9a7a1c",
+    "dpo": "#d9822b",
+    "ppo": "#c43d54",
+    "best": "#7757a8",
+}
+WIDTH, HEIGHT = 4.5, 2.9
+
+
+def colour(name: str, kinds: dict[str, str]) -> str:
+    """Of a policy, by what kind of stage made it."""
+    return COLOURS["best"] if name.startswith("best of") else COLOURS.get(kinds.get(name, "base"), COLOURS["base"])
+
+
+def training(name: str, kind: str, rows: list[Json]) -> str | None:
+    """What a stage's trainer logged: the loss, or for PPO the score of its answers, with KL below."""
+    keys = [("score", "mean score of a step's answers"), ("kl", "KL, nats an answer")] if kind == "ppo" else []
+    keys = [pair for pair in keys or [("loss", "training loss")] if any(pair[0] in row for row in rows)]
+    if not keys:
+        return None
+    figure = _figure(height=HEIGHT)
+    for place, (key, label) in enumerate(keys):
+        axes = figure.add_subplot(len(keys), 1, place + 1)
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axes.plot(
+            *zip(*points, strict=True), color=COLOURS.get(kind, "#333"), marker="o", markersize=2.5, linewidth=1.4
+        )
+        axes.set_ylabel(key)
+        axes.set_title(f"{name}: {label}" if not place else label)
+        if place == len(keys) - 1:
+            axes.set_xlabel("optimizer step" if kind != "ppo" else "PPO step")
+    return _svg(figure)
+
+
+def path(name: str, rows: list[Json]) -> str | None:
+    """The way a PPO policy took in training: the mean score of each step's answers against their KL."""
+    points = [(row["kl"], row["score"], row["step"]) for row in rows if "kl" in row and "score" in row]
+    if len(points) < 2:
+        return None
+    figure = _figure()
+    axes = figure.add_subplot()
+    kl, score, _ = zip(*points, strict=True)
+    axes.plot(kl, score, color=COLOURS["ppo"], marker="o", markersize=3, linewidth=1)
+    for at, value, step in (points[0], points[-1]):
+        axes.annotate(f"step {step}", (at, value), xytext=(4, 5), textcoords="offset points", fontsize=8.5)
+    axes.set_xlabel("KL from the reference, nats an answer")
+    axes.set_ylabel("score in training")
+    axes.set_title(f"{name}: reward against KL, step by step")
+    return _svg(figure)
+
+
+def reliability(curve: list[Json], ece: float) -> str:
+    """How often a reward model is right against how sure it is."""
+    figure = _figure()
+    axes = figure.add_subplot()
+    axes.plot([0.5, 1], [0.5, 1], color="#b3b9c2", linestyle="--", linewidth=1, label="perfectly calibrated")
+    confidence, accuracy = [b["confidence"] for b in curve], [b["accuracy"] for b in curve]
+    axes.plot(confidence, accuracy, color=COLOURS["reward"], marker="o", label="held-out pairs")
+    for found in curve:
+        place = (found["confidence"], found["accuracy"])
+        axes.annotate(f"{found['n']}", place, xytext=(5, -11), textcoords="offset points", fontsize=8.5)
+    axes.set_xlabel("confidence of the model, sigmoid of the margin")
+    axes.set_ylabel("share ranked right")
+    axes.set_ylim(min(0.45, min(accuracy) - 0.08), 1.05)
+    axes.set_title(f"Calibration: error {ece:.2f} (pairs beside the points)")
+    axes.legend(loc="upper left")
+    return _svg(figure)
+
+
+def scores(chosen: list[float], rejected: list[float]) -> str:
+    """Where the scores of the better and of the worse answers lie."""
+    figure = _figure()
+    axes = figure.add_subplot()
+    low, high = min([*chosen, *rejected]), max([*chosen, *rejected])
+    width = (high - low) / 24 or 1.0
+    edges = [low + place * width for place in range(25)]
+    for values, label, shade in ((chosen, "chosen", "#21867a"), (rejected, "rejected", "#c43d54")):
+        axes.hist(values, bins=edges, color=shade, alpha=0.55, label=label)
+    axes.set_xlabel("score")
+    axes.set_ylabel("answers")
+    axes.set_title("Scores of held-out answers")
+    axes.legend()
+    return _svg(figure)
+
+
+def overoptimisation(curve: Json, policies: dict[str, Json], measure: str, label: str, kinds: dict[str, str]) -> str:
+    """A measure against the distance from the policy that preference training started from. `policies`: for each its
+    numbers, of which those with a KL are drawn."""
+    figure = _figure()
+    axes = figure.add_subplot()
+    key = "proxy" if measure == "reward" else "gold"
+    points = [point for point in curve["points"] if point[key]]
+    kl = [point["kl"] for point in points]
+    axes.plot(
+        kl, [p[key]["value"] for p in points], color=COLOURS["best"], marker="o", markersize=3.5, label="best of n"
+    )
+    axes.fill_between(
+        kl, [p[key]["low"] for p in points], [p[key]["high"] for p in points], color=COLOURS["best"], alpha=0.14, lw=0
+    )
+    for point in points[:: max(1, len(points) - 1)]:
+        place = (point["kl"], point[key]["value"])
+        axes.annotate(f"n={point['n']}", place, xytext=(4, -12), textcoords="offset points", fontsize=8.5)
+    for name, numbers in policies.items():
+        if "kl" in numbers and measure in numbers:
+            found, at = numbers[measure], max(numbers["kl"]["value"], 0.0)
+            error = [[found["value"] - found["low"]], [found["high"] - found["value"]]]
+            axes.errorbar([at], [found["value"]], yerr=error, fmt="D", capsize=3, color=colour(name, kinds), label=name)
+    axes.set_xlabel(f"KL from {curve['policy']}, nats an answer")
+    axes.set_ylabel(label)
+    axes.set_title(f"{label[0].upper()}{label[1:]} against KL")
+    axes.legend(loc="best")
+    return _svg(figure)
+
+
+def samples_needed(curve: Json) -> str | None:
+    """Accuracy against the number of answers drawn at test time."""
+    points = [point for point in curve["points"] if point["gold"]]
+    if not points:
+        return None
+    figure = _figure()
+    axes = figure.add_subplot()
+    n = [point["n"] for point in points]
+    for key, label, shade in (
+        ("coverage", "at least one of n is right", "#4c7fc4"),
+        ("gold", "the one the reward chooses is right", COLOURS["best"]),
+    ):
+        axes.plot(n, [100 * p[key]["value"] for p in points], marker="o", markersize=3.5, color=shade, label=label)
+        low, high = ([100 * p[key][end] for p in points] for end in ("low", "high"))
+        axes.fill_between(n, low, high, color=shade, alpha=0.14, lw=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(n, [str(value) for value in n])
+    axes.set_ylim(0, 105)
+    axes.set_xlabel("answers drawn (n)")
+    axes.set_ylabel("% of prompts")
+    axes.set_title("Accuracy against test-time samples")
+    axes.legend(loc="lower right")
+    return _svg(figure)
+
+
+def lengths(by_policy: dict[str, list[int]], kinds: dict[str, str]) -> str:
+    """How long sampled answers are, one histogram a policy on a shared axis."""
+    figure = _figure(height=0.55 + 0.5 * len(by_policy))
+    longest = max(max(values) for values in by_policy.values())
+    step = max(1, math.ceil(longest / 32))
+    edges = [place - 0.5 for place in range(0, longest + step + 1, step)]
+    first = None
+    for place, (name, values) in enumerate(by_policy.items()):
+        axes = figure.add_subplot(len(by_policy), 1, place + 1, sharex=first)
+        first = first or axes
+        axes.hist(values, bins=edges, color=colour(name, kinds), alpha=0.8)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+        axes.tick_params(labelbottom=place == len(by_policy) - 1)
+    figure.axes[-1].set_xlabel("answer length, tokens")
+    return _svg(figure)
+
+
+def elo(arena: Json, title: str, kinds: dict[str, str]) -> str:
+    """Strengths with their intervals, the strongest on top."""
+    order = sorted(arena["elo"], key=lambda name: arena["elo"][name]["value"])
+    figure = _figure(height=0.9 + 0.3 * len(order))
+    axes = figure.add_subplot()
+    for place, name in enumerate(order):
+        found = arena["elo"][name]
+        error = [[found["value"] - found["low"]], [found["high"] - found["value"]]]
+        axes.errorbar([found["value"]], [place], xerr=error, fmt="o", capsize=3, color=colour(name, kinds))
+    axes.set_yticks(range(len(order)), order)
+    axes.set_ylim(-0.6, len(order) - 0.4)
+    axes.set_xlabel("Elo (mean 1000), 95 % interval")
+    axes.set_title(title)
+    return _svg(figure)
+
+
+def _figure(height: float = HEIGHT) -> Figure:
+    matplotlib.rcParams.update(STYLE)
+    return Figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def _svg(figure: Figure) -> str:
+    """The figure alone, without sizes that a page cannot scale and without names that a second figure would repeat."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r' id="[A-Za-z0-9]+_\d+"', "", text)
+    return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL).strip()

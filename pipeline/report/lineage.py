@@ -1,0 +1,60 @@
+"""Which stage goes on from which, as a picture: the base on top, each stage below what it is made from."""
+
+from __future__ import annotations
+
+from html import escape
+
+from pipeline.artifact import Json
+from pipeline.report.figures import COLOURS
+
+BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 132, 50, 16, 34
+
+
+def drawn(chain: list[Json], notes: dict[str, str], base: str) -> str:
+    """An SVG. `chain`: stages in order with name, kind, from and rewards. `notes`: a short line under each name."""
+    rows: list[list[str]] = [["base"]]
+    depth = {"base": 0}
+    parents: dict[str, list[tuple[str, bool]]] = {"base": []}
+    for stage in chain:
+        above = [(stage["from"] or "base", False)]
+        above += [(source, True) for source in stage["rewards"] if source in depth]
+        depth[stage["name"]] = 1 + max(depth[name] for name, _ in above)
+        parents[stage["name"]] = above
+        while len(rows) <= depth[stage["name"]]:
+            rows.append([])
+        rows[depth[stage["name"]]].append(stage["name"])
+    width = max(len(row) for row in rows) * (BOX_WIDTH + GAP_X) + GAP_X
+    place = {
+        name: (
+            (width - len(row) * (BOX_WIDTH + GAP_X) + GAP_X) / 2 + column * (BOX_WIDTH + GAP_X),
+            6 + level * (BOX_HEIGHT + GAP_Y),
+        )
+        for level, row in enumerate(rows)
+        for column, name in enumerate(row)
+    }
+    kinds = {stage["name"]: stage["kind"] for stage in chain} | {"base": "base"}
+    parts = []
+    for name, above in parents.items():
+        for parent, paid in above:
+            (x1, y1), (x2, y2) = place[parent], place[name]
+            x1, y1, x2 = x1 + BOX_WIDTH / 2, y1 + BOX_HEIGHT, x2 + BOX_WIDTH / 2
+            bend = (y1 + y2) / 2
+            dash = ' stroke-dasharray="4 4"' if paid else ""
+            parts.append(
+                f'<path d="M{x1:.0f} {y1:.0f} C{x1:.0f} {bend:.0f} {x2:.0f} {bend:.0f} {x2:.0f} {y2:.0f}" '
+                f'fill="none" stroke="#9aa1ab" stroke-width="1.5"{dash}/>'
+            )
+    for name, (x, y) in place.items():
+        shade = COLOURS.get(kinds[name], COLOURS["base"])
+        note = base if name == "base" else notes.get(name, "")
+        title = name if kinds[name] in (name, "base") else f"{name} ({kinds[name]})"
+        parts.append(
+            f'<rect x="{x:.0f}" y="{y:.0f}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="8" fill="#fff" '
+            f'stroke="{shade}" stroke-width="1.8"/>'
+            f'<text x="{x + BOX_WIDTH / 2:.0f}" y="{y + 21:.0f}" text-anchor="middle" font-weight="700" '
+            f'font-size="14" fill="{shade}">{escape(title)}</text>'
+            f'<text x="{x + BOX_WIDTH / 2:.0f}" y="{y + 38:.0f}" text-anchor="middle" font-size="11" '
+            f'fill="#59616c">{escape(note)}</text>'
+        )
+    height = 12 + len(rows) * BOX_HEIGHT + (len(rows) - 1) * GAP_Y
+    return f'<svg viewBox="0 0 {width} {height}" style="max-width: {width}px" role="img">{"".join(parts)}</svg>'

@@ -1,0 +1,228 @@
+"""One page of a run, as HTML that needs nothing else and as Markdown beside its pictures."""
+
+from __future__ import annotations
+
+import shlex
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from pipeline import evaluator, metrics, strict_yaml
+from pipeline.artifact import Json, write_text
+from pipeline.errors import UserError
+from pipeline.evaluate.metric import BY_KEY, METRICS
+from pipeline.evaluation_plan import plan
+from pipeline.recipe import Recipe
+from pipeline.report import figures, lineage
+
+SHOWN_AT_ONCE = 6
+HEADLINE = {"pretrain": "corpus_loss", "sft": "question_accuracy", "dpo": "truth", "ppo": "truth"}
+
+
+def write(recipe: Recipe, path: str, runs: Path, made: datetime | None = None) -> list[Path]:
+    """Write report.html and report.md below runs/<recipe>/report/ and return their paths.
+
+    path: the recipe as the person named it, for the commands.  made: the date on the page; now unless given.
+    Raises UserError if nothing has finished, or if the evaluation is older than the run.
+    """
+    folder = runs / recipe.name / "report"
+    context = contents(recipe, path, runs)
+    context["made"] = (made or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M UTC")
+    for name, picture in context["pictures"].items():
+        write_text(folder / "pictures" / f"{name}.svg", _stand_alone(picture))
+    written = []
+    for template, target in (("page.html.jinja", "report.html"), ("page.md.jinja", "report.md")):
+        text = _templates().get_template(template).render(context)
+        write_text(folder / target, text)
+        written.append(folder / target)
+    return written
+
+
+def contents(recipe: Recipe, path: str, runs: Path) -> Json:
+    """Everything the templates show, without a date."""
+    manifests = {name: recipe.artifact(name, runs).manifest() for name in recipe.order()}
+    finished: dict[str, Json] = {name: manifest for name, manifest in manifests.items() if manifest is not None}
+    if not finished:
+        raise UserError(f"no stage of {recipe.name} has finished below {runs / recipe.name}. Run it first.")
+    results = _evaluated(recipe, path, runs)
+    kinds = {name: recipe.stages[name].kind for name in finished}
+    pictures = _pictures(recipe, runs, results, kinds)
+    chain = results["chain"] if results else _chain(recipe, list(finished))
+    return {
+        "recipe": recipe,
+        "base": Path(recipe.spec.model.base).name,
+        "stages": list(finished),
+        "kinds": kinds,
+        "missing": [name for name, manifest in manifests.items() if manifest is None],
+        "results": results,
+        "metrics": METRICS,
+        "by_key": BY_KEY,
+        "lineage": lineage.drawn(chain, _notes(results), Path(recipe.spec.model.base).name),
+        "pictures": pictures,
+        "training": [name for name in pictures if name.startswith(("training-", "path-"))],
+        "before_after": _before_after(recipe, finished),
+        "costs": [_cost(name, manifest, recipe, runs) for name, manifest in finished.items()],
+        "data": [
+            {"stage": name, **source} for name, manifest in finished.items() for source in manifest["data"]["sources"]
+        ],
+        "versions": next(iter(reversed(finished.values())))["versions"],
+        "device": next(iter(reversed(finished.values())))["device"],
+        "resolved": strict_yaml.dump(recipe.tree),
+        "samples": _samples(results),
+        "shown_at_once": SHOWN_AT_ONCE,
+        "commands": _commands(path, runs),
+        "path": path,
+    }
+
+
+def _evaluated(recipe: Recipe, path: str, runs: Path) -> Json | None:
+    """The evaluation's results; None where there are none. Raises UserError if they are of an older run."""
+    try:
+        results = evaluator.found(recipe, runs)
+    except UserError:
+        return None
+    where = runs / recipe.name / "evaluation"
+    old = [measure.file for measure in plan(recipe, runs) if evaluator.fresh(measure, where) is None]
+    if old:
+        raise UserError(
+            f"the evaluation in {where} is older than the run ({len(old)} measures, first {old[0]}). "
+            f"Bring it up to date first: onebase eval {path} --runs {runs}"
+        )
+    return results
+
+
+def _chain(recipe: Recipe, names: list[str]) -> list[Json]:
+    return [
+        {
+            "name": name,
+            "kind": recipe.stages[name].kind,
+            "from": recipe.stages[name].from_,
+            "rewards": [term.source for term in recipe.stages[name].reward_terms()],
+        }
+        for name in names
+    ]
+
+
+def _pictures(recipe: Recipe, runs: Path, results: Json | None, kinds: dict[str, str]) -> dict[str, str]:
+    found: dict[str, str | None] = {
+        f"training-{name}": figures.training(name, kinds[name], metrics.read(recipe.artifact(name, runs).metrics))
+        for name in kinds
+    }
+    for name in [name for name, kind in kinds.items() if kind == "ppo"]:
+        found[f"path-{name}"] = figures.path(name, metrics.read(recipe.artifact(name, runs).metrics))
+    if results:
+        for name, model in results["reward_models"].items():
+            found[f"calibration-{name}"] = figures.reliability(model["reliability"], model["ece"])
+            found[f"scores-{name}"] = figures.scores(**model["scores"])
+        for judge, arena in results["arenas"].items():
+            found[f"elo-{judge}"] = figures.elo(arena, f"By {judge_name(judge)}", kinds)
+        if curve := results["best_of_n"]:
+            trained = {name: numbers for name, numbers in results["numbers"].items() if "kl" in numbers}
+            found["reward-kl"] = figures.overoptimisation(curve, trained, "reward", "reward", kinds)
+            if any(point["gold"] for point in curve["points"]):
+                found["truth-kl"] = figures.overoptimisation(curve, trained, "truth", "share right", kinds)
+            found["samples-needed"] = figures.samples_needed(curve)
+        if results["lengths"]:
+            found["lengths"] = figures.lengths(results["lengths"], kinds)
+    return {name: picture for name, picture in found.items() if picture}
+
+
+def judge_name(judge: str) -> str:
+    return {"truth": "the checked truth", "judge": "the external judge"}.get(judge, f"the score of '{judge}'")
+
+
+def _notes(results: Json | None) -> dict[str, str]:
+    """A number under each stage of the lineage."""
+    notes: dict[str, str] = {}
+    for stage in results["chain"] if results else []:
+        name = stage["name"]
+        if stage["kind"] == "reward":
+            model = results["reward_models"].get(name) if results else None
+            notes[name] = f"{100 * model['accuracy']['value']:.0f} % ranked right" if model else ""
+            continue
+        numbers = results["numbers"][name] if results else {}
+        key = next(
+            (key for key in (HEADLINE[stage["kind"]], "question_accuracy", "dialogue_loss") if key in numbers), None
+        )
+        short = {"corpus_loss": "corpus loss", "dialogue_loss": "dialogue loss"}.get(key or "", "")
+        if key:
+            value = BY_KEY[key].number(numbers[key]["value"])
+            notes[name] = f"{short} {value}" if short else f"{value} % right"
+    return notes
+
+
+def _before_after(recipe: Recipe, finished: dict[str, Json]) -> list[Json]:
+    """The numbers every stage takes of itself, for a run that has not been evaluated."""
+    rows = []
+    for name, manifest in finished.items():
+        for headline in recipe.kind(name).headlines:
+            if headline.metric in manifest["after"]:
+                scale, unit = (100, " %") if headline.percent else (1, "")
+                before = manifest["before"].get(headline.metric)
+                rows.append(
+                    {
+                        "stage": name,
+                        "label": headline.label,
+                        "before": "" if before is None else f"{scale * before:.2f}{unit}",
+                        "after": f"{scale * manifest['after'][headline.metric]:.2f}{unit}",
+                    }
+                )
+    return rows
+
+
+def _cost(name: str, manifest: Json, recipe: Recipe, runs: Path) -> Json:
+    counts = manifest["data"]["counts"]
+    tokens = max((row.get("num_tokens", 0) for row in metrics.read(recipe.artifact(name, runs).metrics)), default=0)
+    seconds = counts.get("train_seconds")
+    return {
+        "stage": name,
+        "seconds": manifest["seconds"],
+        "train_seconds": seconds,
+        "steps": counts.get("steps"),
+        "tokens": int(tokens),
+        "speed": round(tokens / seconds) if seconds and tokens else None,
+        "peak": manifest["peak_memory_mib"],
+        "peak_is": manifest["peak_memory_is"],
+    }
+
+
+def _samples(results: Json | None) -> list[Json]:
+    """Answers side by side, first those on which the policies differ most in being right."""
+    samples = results["samples"] if results else []
+
+    def differ(sample: Json) -> int:
+        return -len({told["right"] for told in list(sample["told"].values())[1:]})
+
+    return [{**sample, "question": _question(sample["prompt"])} for sample in sorted(samples, key=differ)]
+
+
+def _question(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def _commands(path: str, runs: Path) -> list[str]:
+    where = "" if runs == Path("runs") else f" --runs {shlex.quote(str(runs))}"
+    return [f"onebase {verb} {shlex.quote(path)}{where}" for verb in ("run", "eval", "report")]
+
+
+def _stand_alone(picture: str) -> str:
+    """An SVG file, on white: a Markdown viewer may have a dark page."""
+    start = '<?xml version="1.0" encoding="utf-8"?>\n'
+    return start + picture.replace("<svg ", '<svg style="background: white" ', 1) + "\n"
+
+
+def _templates() -> jinja2.Environment:
+    found = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.report", "templates"),
+        autoescape=lambda name: name is not None and ".html" in name,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    found.filters["clock"] = lambda seconds: f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+    found.filters["thousands"] = lambda value: f"{value:,}".replace(",", "\u202f")
+    found.globals["judge_name"] = judge_name
+    return found

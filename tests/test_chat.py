@@ -1,0 +1,84 @@
+"""onebase chat: the trained template and stop tokens, histories of their own, corrections as demonstrations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.chat import Chat, opened
+from pipeline.data import render
+from pipeline.data.contracts import DEMONSTRATION
+from pipeline.data.load import DataSpec, read_source
+from pipeline.errors import UserError
+from pipeline.evaluate.answers import generate
+from pipeline.evaluate.bench import Bench
+from pipeline.models import adapters
+from pipeline.models import base as bases
+from pipeline.models.spec import ModelSpec
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    folder = tmp_path_factory.mktemp("chat")
+    spec = ModelSpec(base=str(tiny_base), lora={"r": 4, "target_modules": "all-linear"})
+    tokenizer = bases.load_tokenizer(spec)
+    for seed, name in enumerate(("sft", "dpo")):
+        torch.manual_seed(seed)
+        model = adapters.fresh(bases.load_base(spec, tokenizer), spec.lora)
+        with torch.no_grad():
+            for weight in adapters.trainable(model).values():
+                weight.copy_(torch.randn_like(weight) * 0.1)
+        (folder / name).mkdir()
+        adapters.save(model, folder / name)
+    return Bench(spec, {"sft": folder / "sft", "dpo": folder / "dpo"}, {}, 1.0)
+
+
+def test_answers_are_the_evaluations_and_carry_the_conversation(bench: Bench, tmp_path: Path) -> None:
+    """Greedy answers equal the sampler's, which the evaluation uses, over two turns and a system prompt."""
+    chat, said = Chat(bench, ["sft"], tmp_path / "c.jsonl", new_tokens=8), []
+    chat.hold(["/system Be brief.", "Hi", "And then?"], said.append)
+    history = chat.histories["sft"]
+    assert [message["role"] for message in history] == ["system", "user", "assistant", "user", "assistant"]
+    for turn in (2, 4):
+        with bench.acting_as("sft"):
+            told = generate(bench.model, bench.tokenizer, [{"prompt": history[:turn]}], new_tokens=8)[0]
+        assert history[turn]["content"] == told.text
+    assert history[4]["content"] in "".join(said)
+
+
+def test_two_policies_answer_side_by_side_each_with_its_own_history(bench: Bench, tmp_path: Path) -> None:
+    chat, said = Chat(bench, ["sft", "dpo"], tmp_path / "c.jsonl", new_tokens=8), []
+    chat.hold(["Hi"], said.append)
+    assert "[sft] " in said and "[dpo] " in said
+    assert chat.histories["sft"][1]["content"] != chat.histories["dpo"][1]["content"]
+
+
+def test_a_corrected_answer_becomes_a_demonstration(bench: Bench, tmp_path: Path) -> None:
+    file = tmp_path / "corrections.jsonl"
+    chat, said = Chat(bench, ["sft"], file, new_tokens=4), []
+    chat.hold(
+        ["/save too early", "What colour?", "/save It is purple.", "And now?", "/quit", "never read"], said.append
+    )
+    rows = read_source(str(file), DEMONSTRATION, DataSpec(path=str(file))).rows
+    assert [row["messages"] for row in rows] == [
+        [{"role": "user", "content": "What colour?"}, {"role": "assistant", "content": "It is purple."}]
+    ]
+    assert "no answer to keep" in said[0]
+    assert chat.histories["sft"][1]["content"] == "It is purple." and len(chat.histories["sft"]) == 4
+
+
+def test_a_full_window_is_said_and_the_conversation_goes_on(bench: Bench, tmp_path: Path) -> None:
+    chat, said = Chat(bench, ["sft"], tmp_path / "c.jsonl", new_tokens=4), []
+    chat.hold(["word " * 600, "Hi"], said.append)
+    assert "window of 512 tokens" in said[0] and len(chat.histories["sft"]) == 2
+
+
+def test_a_turn_ends_at_the_templates_end_of_turn(bench: Bench) -> None:
+    assert bench.tokenizer.convert_tokens_to_ids("<|im_end|>") in render.stop_ids(bench.tokenizer)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run"):
+        opened(tmp_path, [], tmp_path / "c.jsonl", 4, 0.0)

@@ -1,0 +1,197 @@
+"""onebase eval on a tiny run: every policy is itself, measures equal a plain loop, what is fresh is not taken again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_tree
+
+from pipeline import evaluator
+from pipeline.artifact import Artifact, digest
+from pipeline.data import render
+from pipeline.data.load import read_source
+from pipeline.errors import UserError
+from pipeline.evaluate import measures, reward_check
+from pipeline.evaluate.bench import Bench
+from pipeline.evaluation_plan import plan
+from pipeline.models import adapters
+from pipeline.models import base as bases
+from pipeline.models.base import computing
+from pipeline.models.sampling import sample
+from pipeline.recipe import Recipe, build
+from pipeline.stages import ppo_loop
+from pipeline.worker import load_rows
+
+
+def finished(recipe: Recipe, runs: Path) -> None:
+    """Every stage's folder with an adapter of its own, random instead of trained: evaluation must tell them apart."""
+    spec = recipe.spec.model
+    tokenizer = bases.load_tokenizer(spec)
+    for seed, (name, parts) in enumerate(recipe.parts().items()):
+        reward = not recipe.kind(name).answers
+        torch.manual_seed(seed)
+        model = adapters.fresh(bases.load_base(spec, tokenizer, reward=reward), spec.lora, reward=reward)
+        with torch.no_grad():
+            for weight in adapters.trainable(model).values():
+                weight.copy_(torch.randn_like(weight) * 0.05)
+        artifact = recipe.artifact(name, runs)
+        artifact.adapter.mkdir(parents=True)
+        adapters.save(model, artifact.adapter)
+        tokenizer.save_pretrained(artifact.adapter)
+        parents = {
+            role: {"adapter": recipe.artifact(parent, runs).verify()["files"]["adapter_model.safetensors"]}
+            for role, parent in recipe.parents(name).items()
+        }
+        manifest = {"fingerprint": digest(parts), "parts": parts, "before": {}, "after": {}, "seconds": 1.0}
+        artifact.seal({**manifest, "parents": parents})
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("evaluation")
+    tree = tiny_tree(tiny_base, folder)
+    tree["stages"]["dpo"]["questions"] = tree["stages"]["sft"]["questions"]
+    recipe, runs = build(tree), folder / "runs"
+    finished(recipe, runs)
+    return recipe, runs, tree
+
+
+@pytest.fixture(scope="module")
+def bench(run: tuple[Recipe, Path, dict[str, Any]]) -> Iterator[Bench]:
+    recipe, runs, _ = run
+    folders = {name: recipe.artifact(name, runs).adapter for name in recipe.order()}
+    reward = {"reward": folders.pop("reward")}
+    with Bench(recipe.spec.model, folders, reward, 1.0).ready() as ready:
+        yield ready
+
+
+def test_every_policy_on_the_bench_is_the_one_on_disk(run: tuple[Recipe, Path, dict[str, Any]], bench: Bench) -> None:
+    """Losses of rows one by one, from a model loaded for this policy alone."""
+    recipe, runs, _ = run
+    rows = (load_rows(recipe, "pretrain")[0].test or [])[:3]
+    losses = {}
+    for policy in ("base", "pretrain", "sft", "dpo"):
+        found = measures.loss(bench, policy, rows, "corpus")
+        losses[policy] = sum(found["nats"])
+        model: Any = bases.load_base(recipe.spec.model, bench.tokenizer)
+        if policy != "base":
+            model = adapters.carried(model, recipe.artifact(policy, runs).adapter)
+        for row, nats, tokens in zip(rows, found["nats"], found["tokens"], strict=True):
+            ids = torch.tensor([render.document(bench.tokenizer, row["text"]).ids])
+            with torch.no_grad(), computing(model):
+                loss = model(input_ids=ids, labels=ids).loss.item()
+            assert nats / tokens == pytest.approx(loss, abs=0.03) and tokens == ids.shape[1] - 1
+    assert len({round(loss, 2) for loss in losses.values()}) == 4
+
+
+def test_choices_by_shared_prefix_equal_whole_sequences(run: tuple[Recipe, Path, dict[str, Any]], bench: Bench) -> None:
+    rows = read_source(run[2]["stages"]["sft"]["questions"], *_question()).rows
+    rows.append({"prompt": "The sum is", "answer": "12", "choices": ["1", "12", "elephants and horses"]})
+    found = measures.choices(bench, "sft", rows)
+    for row, picked in zip(rows, found["picked"], strict=True):
+        totals = []
+        for choice in row["choices"]:
+            text = isinstance(row["prompt"], str)
+            told = f" {choice}" if text else [{"role": "assistant", "content": choice}]
+            reply = render.reply(bench.tokenizer, {"prompt": row["prompt"], "choice": told}, "choice")
+            ids = torch.tensor([reply.prompt_ids + reply.reply_ids[:-1]])
+            with bench.acting_as("sft"), torch.no_grad(), computing(bench.model):
+                logp = torch.log_softmax(bench.model(input_ids=ids).logits[0].float(), -1)
+            places = range(len(reply.prompt_ids), ids.shape[1])
+            totals.append(sum(logp[place - 1, ids[0, place]].item() for place in places))
+        best = max(totals)
+        # bfloat16 rounds differently in batches: whatever is picked must be as good as the best.
+        assert totals[row["choices"].index(picked)] == pytest.approx(best, abs=0.15)
+
+
+def test_several_answers_to_a_prompt_read_it_once_and_are_drawn_apart(bench: Bench) -> None:
+    """Greedy copies equal one another and a single answer; the log-probabilities are those of a whole forward."""
+    prompts = [
+        render.prompt(bench.tokenizer, {"prompt": [{"role": "user", "content": text}]})
+        for text in ("Hi", "A longer question?")
+    ]
+    stops = render.stop_ids(bench.tokenizer)
+
+    def answered(copies: int, temperature: float) -> list:
+        with bench.acting_as("sft"):
+            return sample(
+                bench.actors, prompts, new_tokens=6, temperature=temperature, stops=stops,
+                generator=torch.Generator().manual_seed(3), copies=copies,
+            )  # fmt: skip
+
+    single, several = answered(1, 0), answered(3, 0)
+    assert [e.prompt_ids for e in several] == [prompts[0]] * 3 + [prompts[1]] * 3
+    assert [e.answer_ids for e in several] == [single[0].answer_ids] * 3 + [single[1].answer_ids] * 3
+    drawn = answered(8, 1.0)
+    assert len({tuple(e.answer_ids) for e in drawn[:8]}) > 1
+    whole = bench.log_probs("sft", drawn, 4)
+    for episode, total in zip(drawn, whole, strict=True):
+        assert sum(episode.logp) == pytest.approx(total, abs=0.15)
+
+
+def test_what_is_fresh_is_not_taken_again(
+    run: tuple[Recipe, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, runs, _ = run
+    monkeypatch.setattr("pipeline.evaluation_plan.BEST_OF", 16)
+    evaluator.evaluate(recipe, runs)
+    found = evaluator.found(recipe, runs)
+    assert set(found["verdicts"]) == {"pretrain", "sft", "reward", "dpo"}
+    assert {"question_accuracy", "corpus_loss", "reward"} <= found["numbers"]["dpo"].keys()
+    assert found["numbers"]["dpo"]["kl"]["value"] != 0 and "kl" not in found["numbers"]["sft"]
+    assert found["best_of_n"]["policy"] == "sft" and len(found["best_of_n"]["points"]) == 5
+    assert {"base", "sft", "dpo", "best of 16"} & set(found["arenas"]["reward"]["names"])
+
+    taken: list[str] = []
+    monkeypatch.setattr(evaluator, "take", lambda recipe, runs, missing: taken.extend(m.file for m in missing))
+    evaluator.evaluate(recipe, runs)
+    assert taken == []
+    # Other questions: what is asked of them is asked anew, of every policy; nothing else is.
+    before = {measure.file: measure.fingerprint for measure in plan(recipe, runs)}
+    monkeypatch.setattr("pipeline.evaluation_plan.load_rows", _without_last_question)
+    changed = {measure.file for measure in plan(recipe, runs) if before[measure.file] != measure.fingerprint}
+    assert {name.split("-")[0] for name in changed} == {"questions", "few_shot", "choices", "answers", "best_of_n"}
+
+
+def _without_last_question(recipe: Recipe, name: str) -> Any:
+    rows, sources = load_rows(recipe, name)
+    rows.questions[-1:] = []
+    return rows, sources
+
+
+def test_a_run_that_is_not_what_the_recipe_says_is_not_measured(
+    run: tuple[Recipe, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    _, runs, tree = run
+    with pytest.raises(UserError, match=r"dpo is stale \(train.beta was 0.1, is 0.3\). Run it first"):
+        plan(build(tree, ["stages.dpo.train.beta=0.3"]), runs)
+    with pytest.raises(UserError, match="no stage of tiny has finished"):
+        plan(build(tree), tmp_path)
+
+
+def test_ppo_warns_of_a_reward_model_no_better_than_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the reward stage's own manifest; one that is better is passed over in silence."""
+    models = {}
+    for name, margins in (("honest", [1.0] * 30), ("long", [1.0, -1.0] * 15)):
+        lengths = [20, 10] * 15, [10, 20] * 15
+        rule = reward_check.over_longer(margins, *lengths)
+        after = {"accuracy": sum(m > 0 for m in margins) / 30, "over_longer": rule.value}
+        after |= {"over_longer_low": rule.low, "over_longer_high": rule.high}
+        models[name] = Artifact(tmp_path / name)
+        parts = {"fingerprint": "f", "parts": {}, "before": {}, "after": after, "seconds": 1.0}
+        models[name].adapter.mkdir(parents=True)
+        models[name].seal(parts)
+    ppo_loop.warn_of_length(models)
+    told = capsys.readouterr().out
+    assert "warning: the reward model 'long' ranks 50 %" in told and "honest" not in told
+
+
+def _question() -> tuple[Any, Any]:
+    from pipeline.data.contracts import QUESTION
+    from pipeline.data.load import DataSpec
+
+    return QUESTION, DataSpec(path="questions")

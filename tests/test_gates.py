@@ -1,0 +1,89 @@
+"""A recipe's demands stop a run with the numbers, are checked when it is read, and are no part of any fingerprint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_tree
+
+from pipeline import runner
+from pipeline.artifact import digest
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe, build
+
+
+def finished(recipe: Recipe, stage: str, runs: Path, after: dict[str, float]) -> None:
+    """A stage's folder as its worker leaves it."""
+    artifact = recipe.artifact(stage, runs)
+    artifact.adapter.mkdir(parents=True)
+    (artifact.adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    parts = recipe.parts()[stage]
+    manifest = {"fingerprint": digest(parts), "parts": parts, "before": {}, "after": after, "seconds": 1.0}
+    parents = {
+        role: {"adapter": recipe.artifact(parent, runs).verify()["files"]["adapter_model.safetensors"]}
+        for role, parent in recipe.parents(stage).items()
+    }
+    artifact.seal({**manifest, "parents": parents})
+
+
+@pytest.fixture
+def started(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], Path, list[str]]:
+    """A recipe whose pretrain has finished with a loss of 4.1; the stages that were launched after it."""
+    tree, runs = tiny_tree(tiny_base, tmp_path), tmp_path / "runs"
+    finished(build(tree), "pretrain", runs, {"loss": 4.1})
+    launched: list[str] = []
+
+    def launch(recipe: Recipe, stage: str, *rest: Any) -> None:
+        launched.append(stage)
+        finished(recipe, stage, runs, {"loss": 2.0, "question_accuracy": 0.55, "accuracy": 0.8})
+
+    monkeypatch.setattr(runner, "_launch", launch)
+    return tree, runs, launched
+
+
+def test_a_run_stops_after_the_stage_that_misses_and_force_goes_on(
+    started: tuple[dict[str, Any], Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree, runs, launched = started
+    recipe = build({**tree, "expect": {"pretrain.loss": "< 4.2", "sft.question_accuracy": ">= 0.6"}})
+    with pytest.raises(UserError, match=r"expect.sft.question_accuracy: wanted >= 0.6, found 0.55"):
+        runner.run(recipe, runs=runs)
+    assert launched == ["sft"]
+    # The stage is fresh by now, and still not good enough.
+    with pytest.raises(UserError, match="--force"):
+        runner.run(recipe, runs=runs)
+    assert launched == ["sft"]
+    runner.run(recipe, runs=runs, force=True)
+    assert launched == ["sft", "reward", "dpo"]
+    assert "misses what is expected" in capsys.readouterr().out
+
+
+def test_a_number_that_the_stage_does_not_have_is_named(started: tuple[dict[str, Any], Path, list[str]]) -> None:
+    tree, runs, _ = started
+    recipe = build(tree, ["expect.pretrain.acuracy='>= 0.6'"])
+    with pytest.raises(UserError, match=r"expect.pretrain.acuracy: the stage has no such number \(it has: loss\)"):
+        runner.run(recipe, only=["pretrain"], runs=runs)
+
+
+def test_demands_change_no_fingerprint(started: tuple[dict[str, Any], Path, list[str]]) -> None:
+    tree, _, _ = started
+    assert build(tree).parts() == build({**tree, "expect": {"sft.loss": "< 1"}}).parts()
+
+
+@pytest.mark.parametrize(
+    ("expect", "says"),
+    [
+        ({"stf.loss": "< 1"}, r"expect.stf.loss: name a stage and its number.*pretrain, sft"),
+        ({"sft": "< 1"}, r"expect.sft: name a stage and its number"),
+        ({"sft.loss": "about 1"}, r"expect.sft.loss: is 'about 1', expected a comparison"),
+        ({"sft.loss": "< one"}, r"expected a comparison"),
+        ({"sft.loss": 1}, r"expect.sft.loss"),
+    ],
+)
+def test_demands_that_say_nothing_are_refused(
+    started: tuple[dict[str, Any], Path, list[str]], expect: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        build({**started[0], "expect": expect})

@@ -1,0 +1,256 @@
+"""A report says what the numbers say, in a page that stands alone; the same inputs give the same bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from conftest import tiny_tree
+
+from pipeline import metrics
+from pipeline.artifact import digest, write_json
+from pipeline.errors import UserError
+from pipeline.evaluate import results
+from pipeline.evaluation_plan import plan
+from pipeline.recipe import Recipe, build
+from pipeline.report import page
+from pipeline.summary import show_evaluation
+
+QUESTIONS, PROMPTS, PAIRS = 40, 24, 90
+SKILL = {"base": 0.05, "pretrain": 0.1, "sft": 0.6, "dpo": 0.6, "ppo": 0.3}
+REWARD = {"base": -2.0, "pretrain": -1.5, "sft": 0.5, "dpo": 0.7, "ppo": 2.0}
+
+
+def planted(random: numpy.random.Generator) -> dict[str, Any]:
+    """Measures of a run whose ppo stage is over-optimised: its reward is the highest, its answers are wrong."""
+    asked = [
+        {"prompt": [{"role": "user", "content": f"What is <b>{i}</b>?"}], "answer": str(i)} for i in range(QUESTIONS)
+    ]
+    taken: dict[str, Any] = {}
+
+    def add(name: str, value: Any, rows: Any = ()) -> None:
+        taken[name] = {"seconds": 1.5, "rows": list(rows), "value": value}
+
+    luck = random.random(QUESTIONS)
+    draw = random.random((PROMPTS, 4))
+    for policy, skill in SKILL.items():
+        right = (luck < skill).tolist()
+        text = [f"It is {i}." if ok else "I cannot say." for i, ok in enumerate(right)]
+        f1 = [0.5 * ok for ok in right]
+        none = [False] * QUESTIONS
+        add(
+            f"questions/{policy}",
+            {"text": text, "right": right, "exact": none, "f1": f1, "stopped": [True] * 40},
+            asked,
+        )
+        nats = (random.gamma(20, 1, 24) * (1.2 if policy == "base" else 1.0)).tolist()
+        add(f"corpus_loss/{policy}", {"nats": nats, "tokens": [10] * 24})
+        add(
+            f"answers/{policy}",
+            answers(random, draw < skill, REWARD[policy], 2.0 if policy in ("dpo", "ppo") else None),
+        )
+    add("few_shot/base", {**taken["questions/base"]["value"], "right": (luck < 0.2).tolist()}, asked)
+    add("best_of_n/sft", answers(random, random.random((PROMPTS, 64)) < SKILL["sft"], REWARD["sft"], None))
+    margins = random.normal(1.5, 1, PAIRS)
+    rejected = random.normal(0, 0.5, PAIRS)
+    add(
+        "pairs/reward",
+        {
+            "chosen": (rejected + margins).tolist(),
+            "rejected": rejected.tolist(),
+            "chosen_length": random.integers(5, 30, PAIRS).tolist(),
+            "rejected_length": random.integers(5, 30, PAIRS).tolist(),
+            "guideline": ["truthful", "helpful", "harmless"] * 30,
+            "bag_of_words": random.normal(0.2, 1, PAIRS).tolist(),
+        },
+    )
+    return taken
+
+
+def answers(random: numpy.random.Generator, right: Any, reward: float, kl: float | None) -> dict[str, Any]:
+    shape = right.shape
+    return {
+        "text": [["so"] * shape[1]] * shape[0],
+        "length": random.integers(3, 20, shape).tolist(),
+        "ended": [[True] * shape[1]] * shape[0],
+        "truth": right.astype(float).tolist(),
+        "scores": {"reward": (random.normal(reward, 1, shape) + right).tolist()},
+        "kl": None if kl is None else random.normal(kl, 0.5, shape).tolist(),
+    }
+
+
+CHAIN = [
+    {"name": "pretrain", "kind": "pretrain", "from": None, "answers": True, "rewards": []},
+    {"name": "sft", "kind": "sft", "from": "pretrain", "answers": True, "rewards": []},
+    {"name": "reward", "kind": "reward", "from": "sft", "answers": False, "rewards": []},
+    {"name": "dpo", "kind": "dpo", "from": "sft", "answers": True, "rewards": []},
+    {"name": "ppo", "kind": "ppo", "from": "sft", "answers": True, "rewards": ["reward"]},
+]
+
+
+@pytest.fixture(scope="module")
+def evaluated() -> dict[str, Any]:
+    return results.made(planted(numpy.random.default_rng(0)), CHAIN)
+
+
+@pytest.fixture
+def run(tiny_base: Path, tmp_path: Path, evaluated: dict[str, Any]) -> tuple[Recipe, Path]:
+    """A run's folder as its stages leave it, without having trained: the page reads files, nothing else."""
+    tree = tiny_tree(tiny_base, tmp_path)
+    tree["stages"]["ppo"] = {
+        "from": "sft", "reward": "reward",
+        "data": {"path": tree["stages"]["sft"]["questions"]}, "train": {"steps": 2, "batch_size": 4},
+    }  # fmt: skip
+    recipe, runs = build(tree), tmp_path / "runs"
+    for name, parts in recipe.parts().items():
+        artifact = recipe.artifact(name, runs)
+        artifact.adapter.mkdir(parents=True)
+        (artifact.adapter / "adapter_model.safetensors").write_bytes(b"weights")
+        for step in range(1, 5):
+            metrics.append(artifact.metrics, step, {"loss": 3 / step, "score": step, "kl": 0.1 * step, "num_tokens": 9})
+        parents = {
+            role: {"adapter": recipe.artifact(parent, runs).verify()["files"]["adapter_model.safetensors"]}
+            for role, parent in recipe.parents(name).items()
+        }
+        artifact.seal(
+            {
+                "fingerprint": digest(parts), "parts": parts, "parents": parents, "before": {}, "after": {"loss": 1.0},
+                "seconds": 65.0, "peak_memory_mib": 900, "peak_memory_is": "resident set of the process",
+                "device": "cpu (2 threads)", "versions": {"torch": "2.13.0"},
+                "data": {"sources": [{"path": "a.jsonl", "rows": 3, "used": 2, "refused": {"is empty": 1}}],
+                         "counts": {"steps": 4, "train_seconds": 3.0}},
+            }
+        )  # fmt: skip
+    where = runs / recipe.name / "evaluation"
+    for measure in plan(recipe, runs):
+        write_json(where / measure.file, {"fingerprint": measure.fingerprint})
+    write_json(where / "results.json", evaluated)
+    return recipe, runs
+
+
+class Page(HTMLParser):
+    """What a page loads, and whether every element that opens also closes."""
+
+    VOID = {"meta", "br", "img", "link", "input", "hr", "path", "rect", "use"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for key, value in attributes:
+            if key in ("src", "href", "xlink:href") and not (value or "").startswith("#"):
+                self.loads.append(f"{tag} {value}")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_stands_alone_and_shows_everything(run: tuple[Recipe, Path]) -> None:
+    recipe, runs = run
+    html, markdown = (path.read_text() for path in page.write(recipe, "my.yaml", runs))
+    parsed = Page()
+    parsed.feed(html)
+    assert parsed.open == [] and parsed.loads == []
+    assert "<script" not in html and "@import" not in html and "url(" not in html.replace("url(#", "")
+    for told in (
+        "Over-optimised",
+        "Calibration: error",
+        "n=64",
+        "base, few-shot",
+        "What is &lt;b&gt;",
+        "onebase eval my.yaml",
+    ):
+        assert told in html, told
+    assert "<b>0</b>" not in html  # data is text, never markup
+    assert html.count("<svg") == 1 + len(list((runs / recipe.name / "report" / "pictures").iterdir()))
+    assert "| questions answered right |" in markdown and "nan" not in html.lower()
+
+
+def test_identical_inputs_give_identical_bytes_but_for_the_date(run: tuple[Recipe, Path]) -> None:
+    recipe, runs = run
+    first = [path.read_text() for path in page.write(recipe, "my.yaml", runs, datetime(2026, 1, 1, tzinfo=UTC))]
+    second = [path.read_text() for path in page.write(recipe, "my.yaml", runs, datetime(2026, 2, 2, tzinfo=UTC))]
+    for before, after in zip(first, second, strict=True):
+        differing = [(a, b) for a, b in zip(before.splitlines(), after.splitlines(), strict=True) if a != b]
+        assert len(differing) == 1 and "Made on 2026-01-01" in differing[0][0]
+
+
+def test_verdicts_follow_the_planted_truth(evaluated: dict[str, Any]) -> None:
+    words = {stage: verdict["word"] for stage, verdict in evaluated["verdicts"].items()}
+    assert words["sft"] == "better" and words["ppo"] == "warning" and words["reward"] == "better"
+    assert evaluated["over_optimised"] == {"pretrain": False, "sft": False, "dpo": False, "ppo": True}
+    # 40 questions, of which luck gives the expected shares: by hand from the same draw
+    luck = numpy.random.default_rng(0).random(QUESTIONS)
+    told = evaluated["verdicts"]["sft"]["text"]
+    assert f"{100 * (luck < 0.1).mean():.0f} % to {100 * (luck < 0.6).mean():.0f} %" in told
+
+
+def test_best_of_n_takes_part_and_beats_what_it_is_drawn_from(evaluated: dict[str, Any]) -> None:
+    by_reward = evaluated["arenas"]["reward"]
+    assert by_reward["wins"]["best of 16"]["sft"]["low"] > 0.8
+    assert by_reward["elo"]["ppo"]["value"] > by_reward["elo"]["sft"]["value"]
+    assert evaluated["arenas"]["truth"]["elo"]["sft"]["value"] > evaluated["arenas"]["truth"]["elo"]["ppo"]["value"]
+    rewards = [point["proxy"]["value"] for point in evaluated["best_of_n"]["points"]]
+    assert rewards == sorted(rewards)
+    assert evaluated["best_of_n"]["points"][-1]["kl"] == pytest.approx(math.log(64) - 63 / 64)
+
+
+def test_an_outdated_evaluation_is_refused_and_a_missing_one_is_said(run: tuple[Recipe, Path]) -> None:
+    recipe, runs = run
+    first = next(iter((runs / recipe.name / "evaluation").glob("questions-*.json")))
+    write_json(first, {"fingerprint": "of before"})
+    with pytest.raises(UserError, match=r"older than the run \(1 measures.*onebase eval my.yaml"):
+        page.write(recipe, "my.yaml", runs)
+    (runs / recipe.name / "evaluation" / "results.json").unlink()
+    assert "has not been evaluated" in page.write(recipe, "my.yaml", runs)[0].read_text()
+
+
+def test_the_terminal_shows_verdicts_and_intervals(evaluated: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console(width=300, record=True)
+    show_evaluation(json.loads(json.dumps(evaluated)), console)
+    told = console.export_text()
+    assert "Over-optimised" in told and re.search(r"questions answered right .*% \(\d+ to \d+\)", told)
+
+
+def test_compare_shows_what_differs_item_by_item(tmp_path: Path, tiny_base: Path) -> None:
+    """Two runs whose sft answers differ in a known number of questions; a changed word of the recipe; nothing else."""
+    from rich.console import Console
+
+    from pipeline import compare, strict_yaml
+
+    tree = tiny_tree(tiny_base, tmp_path)
+    first, second = planted(numpy.random.default_rng(0)), planted(numpy.random.default_rng(0))
+    right = first["questions/sft"]["value"]["right"]
+    wrong = [i for i, ok in enumerate(right) if not ok][:10]
+    second["questions/sft"]["value"]["right"] = [ok or i in wrong for i, ok in enumerate(right)]
+    other = {**tree, "stages": {**tree["stages"], "dpo": {**tree["stages"]["dpo"], "train": {"beta": 0.3}}}}
+    for name, taken, written in (("a", first, tree), ("b", second, other)):
+        for key, measure in taken.items():
+            write_json(tmp_path / name / "evaluation" / f"{key.replace('/', '-')}.json", measure)
+        write_json(tmp_path / name / "evaluation" / "results.json", results.made(taken, CHAIN))
+        (tmp_path / name / "recipe.yaml").write_text(strict_yaml.dump(written))
+    console = Console(width=300, record=True)
+    compare.show(tmp_path / "a", tmp_path / "b", console)
+    told = console.export_text()
+    assert (
+        re.search(r"stages.dpo.train.beta\W+0.1\W+0.3", told)
+        and "data (rows used, and the files' sha256): equal" in told
+    )
+    changed = [line for line in told.splitlines() if "answered right" in line]
+    assert len(changed) == 1 and "sft" in changed[0] and "+25 points (+" in changed[0]  # 10 of 40
+    with pytest.raises(UserError, match="is no run"):
+        compare.show(tmp_path / "a", tmp_path, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,10 @@ def plan(recipe: Recipe, runs: Path) -> list[Measure]:
     model = recipe.parts()[done[0]]["model"]
     found: list[Measure] = []
 
-    def add(name: str, subject: str, rows: list[Row] | None, with_: list[str] | None = None, **more: Any) -> None:
+    def add(name: str, subject: str, rows: Sequence[Row] | None, with_: list[str] | None = None, **more: Any) -> None:
         if rows:
             used = {stage: hashes[stage] for stage in [subject, *(with_ or [])] if stage in hashes}
-            found.append(Measure(name, subject, rows, more, used, model))
+            found.append(Measure(name, subject, list(rows), more, used, model))
 
     corpus = next((held_out[name].test for name in of_kind["pretrain"] if held_out[name].test), None)
     dialogues = next((held_out[name].test for name in of_kind["sft"] if held_out[name].test), None)
@@ -163,7 +164,7 @@ def _distinct(rows: list[Row]) -> list[Row]:
     return list({digest(row["prompt"]): row for row in reversed(rows)}.values())[::-1]
 
 
-def _examples(train: list[Row]) -> list[Row]:
+def _examples(train: Sequence[Row]) -> list[Row]:
     """Short dialogues of the training data, as examples for few-shot prompting."""
     whole = [
         {"messages": row["messages"] if "messages" in row else row["prompt"] + row["completion"]}
@@ -174,6 +175,6 @@ def _examples(train: list[Row]) -> list[Row]:
     return [short[int(place)] for place in _spread(len(short), SHOTS)]
 
 
-def plain(rows: list[Row]) -> list[Row]:
+def plain(rows: Sequence[Row]) -> list[Row]:
     """Rows without where they stood."""
     return [{key: value for key, value in row.items() if key != "_place"} for row in rows]

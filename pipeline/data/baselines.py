@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 PAIRS_AT_MOST = 5_000
 FOLDS = 5
@@ -16,19 +17,45 @@ def longer_wins(pairs: Sequence[tuple[str, str]]) -> float:
     return wins / len(pairs)
 
 
-def bag_of_words(pairs: Sequence[tuple[str, str]], prompts: Sequence[str], seed: int = 0) -> float | None:
-    """Accuracy of a Bradley-Terry model on the words of the answers, on prompts it was not fitted on.
+def said(answer: Any) -> str:
+    """An answer's words, whether it is text or messages."""
+    if isinstance(answer, str):
+        return answer
+    return "\n".join(str(message.get("content") or "") for message in answer)
+
+
+def word_margins(train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) -> list[float] | None:
+    """Margins on `test` of a Bradley-Terry model on the words of the answers, fitted on `train`; pairs are (chosen,
+    rejected).
 
     The difference of two TF-IDF vectors through a logistic regression without intercept: log p(chosen > rejected) is
-    linear in the words (Bradley & Terry 1952). Cross-validated in 5 folds, the pairs of one prompt in one fold. None
-    with fewer prompts than folds.
+    linear in the words (Bradley & Terry 1952). None if there is not one word in all the answers.
     """
     from scipy.sparse import vstack
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
+
+    words = TfidfVectorizer(token_pattern=WORDS, ngram_range=(1, 2), sublinear_tf=True)
+    try:
+        words.fit(text for pair in train for text in pair)
+    except ValueError:
+        return None
+
+    def differences(pairs: Sequence[tuple[str, str]]) -> Any:
+        return words.transform(chosen for chosen, _ in pairs) - words.transform(rejected for _, rejected in pairs)
+
+    seen = differences(train)
+    model = LogisticRegression(fit_intercept=False, max_iter=1000)
+    model.fit(vstack([seen, -seen]), [1] * len(train) + [0] * len(train))
+    return [float(margin) for margin in model.decision_function(differences(test))]
+
+
+def bag_of_words(pairs: Sequence[tuple[str, str]], prompts: Sequence[str], seed: int = 0) -> float | None:
+    """Accuracy of such a model on prompts it was not fitted on: cross-validated in 5 folds, the pairs of one prompt in
+    one fold. None with fewer prompts than folds, or without words."""
     from sklearn.model_selection import GroupKFold
 
-    places = range(len(pairs))
+    places: Sequence[int] = range(len(pairs))
     if len(pairs) > PAIRS_AT_MOST:
         places = sorted(random.Random(seed).sample(places, PAIRS_AT_MOST))
     names = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts[i] for i in places))}
@@ -37,19 +64,8 @@ def bag_of_words(pairs: Sequence[tuple[str, str]], prompts: Sequence[str], seed:
     groups = [names[prompts[i]] for i in places]
     right = 0.0
     for train, test in GroupKFold(FOLDS, shuffle=True, random_state=seed).split(groups, groups=groups):
-        words = TfidfVectorizer(token_pattern=WORDS, ngram_range=(1, 2), sublinear_tf=True)
-        try:
-            words.fit(text for i in train for text in pairs[places[i]])
-        except ValueError:  # not one word in all the answers
+        margins = word_margins([pairs[places[i]] for i in train], [pairs[places[i]] for i in test])
+        if margins is None:
             return None
-
-        def differences(indices):  # type: ignore[no-untyped-def]
-            chosen = words.transform(pairs[places[i]][0] for i in indices)  # noqa: B023  called before the next fold
-            return chosen - words.transform(pairs[places[i]][1] for i in indices)  # noqa: B023
-
-        seen = differences(train)
-        model = LogisticRegression(fit_intercept=False, max_iter=1000)
-        model.fit(vstack([seen, -seen]), [1] * len(train) + [0] * len(train))
-        margins = model.decision_function(differences(test))
         right += sum((margin > 0) + 0.5 * (margin == 0) for margin in margins)
-    return float(right / len(groups))
+    return right / len(groups)

@@ -10,8 +10,9 @@ from transformers import DynamicCache
 
 from pipeline.artifact import Json
 from pipeline.data import render
+from pipeline.data.baselines import said, word_margins
 from pipeline.data.contracts import Row
-from pipeline.evaluate import answers, baselines, matching, scoring
+from pipeline.evaluate import answers, matching, scoring
 from pipeline.evaluate.scoring import batches
 from pipeline.models import sampling
 from pipeline.models.base import computing
@@ -185,9 +186,10 @@ def pairs(bench: Bench, reward: str, rows: list[Row], train: list[Row]) -> Json:
     """Scores of both answers of held-out comparisons, their lengths in tokens, and what a bag of words says of them."""
     whole = {key: [render.conversation(bench.tokenizer, row, key) for row in rows] for key in ("chosen", "rejected")}
     name = rewards.adapter_name(reward)
+    known, asked = ([(said(row["chosen"]), said(row["rejected"])) for row in some] for some in (train, rows))
     return {
         **{key: bench.actors.scores(name, ids, AT_ONCE) for key, ids in whole.items()},
         **{f"{key}_length": [len(ids) for ids in sequences] for key, sequences in whole.items()},
         "guideline": [row.get("guideline") for row in rows],
-        "bag_of_words": baselines.bag_of_words(train, rows),
+        "bag_of_words": word_margins(known, asked) or [0.0] * len(rows),
     }

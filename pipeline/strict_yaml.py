@@ -95,7 +95,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that the loader would read as a number."""
+    """Quotes text that the loader would read as a number, and writes a section that two stages share out twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 for _side in (_Loader, _Dumper):

@@ -43,7 +43,10 @@ def _show_numbers(first: Path, second: Path, manifests: list[dict[str, Json | No
         missing = [str(folder) for folder, found in zip((first, second), evaluated, strict=True) if found is None]
         rows = _unlike(*(_after(held) for held in manifests))
         _table(console, "numbers the stages took of themselves", "number", rows)
-        console.print(f"For intervals, evaluate first: onebase eval ({', '.join(missing)})", highlight=False)
+        told = " and ".join(missing)
+        console.print(
+            f"Not evaluated, so there are no intervals (onebase eval): {told}", highlight=False, soft_wrap=True
+        )
         return
     a, b = (found or {} for found in evaluated)
     table = Table(
@@ -127,7 +130,9 @@ def _table(console: Console, title: str, what: str, rows: list[tuple[str, str, s
     if not rows:
         console.print(f"{title}: equal", highlight=False)
         return
-    table = Table(what, "A", "B", title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    for heading in (what, "A", "B"):
+        table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)

@@ -39,7 +39,7 @@ METRICS = (
     Metric("question_accuracy", "questions answered right", percent=True),
     Metric("token_f1", "token F1 with the reference"),
     Metric("exact_match", "exact match", percent=True),
-    Metric("choice_accuracy", "right choice is the likeliest", percent=True),
+    Metric("choice_accuracy", "right choice is the likeliest bare answer", percent=True),
     Metric("truth", "sampled answers right", percent=True),
     Metric("reward", "reward of sampled answers"),
     Metric("preference_accuracy", "better answer is likelier", percent=True),

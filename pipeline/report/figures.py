@@ -16,7 +16,7 @@ STYLE: Any = {
     # Identifiers inside an SVG are drawn at random unless they are salted with something fixed.
     "svg.hashsalt": "onebase",
     "svg.fonttype": "none",
-    "font.family": ["Helvetica", "Arial", "sans-serif"],
+    "font.family": ["DejaVu Sans"],  # comes with matplotlib, so text is measured alike everywhere
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -225,4 +225,5 @@ def _svg(figure: Figure) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
     text = re.sub(r' id="[A-Za-z0-9]+_\d+"', "", text)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif", text)
     return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL).strip()

@@ -7,7 +7,8 @@ from html import escape
 from pipeline.artifact import Json
 from pipeline.report.figures import COLOURS
 
-BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 132, 50, 16, 34
+BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 150, 50, 14, 34
+LONGEST = 25
 
 
 def drawn(chain: list[Json], notes: dict[str, str], base: str) -> str:
@@ -47,6 +48,7 @@ def drawn(chain: list[Json], notes: dict[str, str], base: str) -> str:
     for name, (x, y) in place.items():
         shade = COLOURS.get(kinds[name], COLOURS["base"])
         note = base if name == "base" else notes.get(name, "")
+        note = note if len(note) <= LONGEST else f"{note[: LONGEST - 1]}…"
         title = name if kinds[name] in (name, "base") else f"{name} ({kinds[name]})"
         parts.append(
             f'<rect x="{x:.0f}" y="{y:.0f}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="8" fill="#fff" '

@@ -65,7 +65,9 @@ def contents(recipe: Recipe, path: str, runs: Path) -> Json:
         "before_after": _before_after(recipe, finished),
         "costs": [_cost(name, manifest, recipe, runs) for name, manifest in finished.items()],
         "data": [
-            {"stage": name, **source} for name, manifest in finished.items() for source in manifest["data"]["sources"]
+            {"stage": name, **source}
+            for name, manifest in finished.items()
+            for source in manifest["data"].get("sources", [])
         ],
         "versions": next(iter(reversed(finished.values())))["versions"],
         "device": next(iter(reversed(finished.values())))["device"],
@@ -173,7 +175,7 @@ def _before_after(recipe: Recipe, finished: dict[str, Json]) -> list[Json]:
 
 
 def _cost(name: str, manifest: Json, recipe: Recipe, runs: Path) -> Json:
-    counts = manifest["data"]["counts"]
+    counts = manifest["data"].get("counts", {})
     tokens = max((row.get("num_tokens", 0) for row in metrics.read(recipe.artifact(name, runs).metrics)), default=0)
     seconds = counts.get("train_seconds")
     return {

@@ -89,15 +89,18 @@ class Recipe:
     def artifact(self, stage: str, runs: Path = RUNS) -> Artifact:
         return Artifact(runs / self.name / stage)
 
-    def parts(self) -> dict[str, Json]:
-        """For every stage, all that its result depends on, by name; equal parts give an equal adapter."""
-        base = base_hash(self.spec.model)
+    def model_parts(self) -> Json:
+        """What every stage's result depends on of the model section: names of files give way to their hashes."""
         template = self.spec.model.chat_template
-        model = {
-            **self.spec.model.model_dump(exclude={"base", "revision"}),
-            "base": base,
+        return {
+            **self.spec.model.model_dump(exclude={"base", "revision", "public_id"}),
+            "base": base_hash(self.spec.model),
             "chat_template": sha256_of_file(Path(template)) if template else None,
         }
+
+    def parts(self) -> dict[str, Json]:
+        """For every stage, all that its result depends on, by name; equal parts give an equal adapter."""
+        model = self.model_parts()
         parts: dict[str, Json] = {}
         for name in self.order():
             section = self.stages[name]

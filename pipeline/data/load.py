@@ -6,6 +6,7 @@ Nothing here needs a tokenizer or torch: this runs over all stages' data before 
 from __future__ import annotations
 
 import codecs
+import functools
 import gzip
 import hashlib
 import json
@@ -198,7 +199,7 @@ def _hub_rows(path: str, spec: DataSpec) -> Iterator[tuple[str, Row]]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(path, split=spec.split)
+        rows = datasets.load_dataset(path, split=spec.split, revision=_hub_commit(path).removeprefix("hub:"))
     except Exception as error:  # the client raises a different class for each way a network can fail
         raise UserError(
             f"{path}: no such local file, and it could not be loaded from the Hub ({type(error).__name__}: {error}). "
@@ -208,7 +209,9 @@ def _hub_rows(path: str, spec: DataSpec) -> Iterator[tuple[str, Row]]:
         yield f"{path}[{number}]", dict(row)
 
 
+@functools.cache
 def _hub_commit(path: str) -> str:
+    """The commit a data set is at, asked once: the rows that are read are those the fingerprint is of."""
     from huggingface_hub import HfApi
 
     try:

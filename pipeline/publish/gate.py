@@ -90,7 +90,9 @@ def compare(job: Json, trained: Json, written: Json) -> tuple[Json, list[str]]:
             f"tokens than in training; the first parts at token {at} ({ours[at : at + 3]} became {theirs[at : at + 3]})"
         )
     if not job["reward"] and set(trained["stops"]) != set(written["stops"]):
-        wrong.append(f"answers stop at other tokens: {sorted(written['stops'])}, in training {sorted(trained['stops'])}")
+        wrong.append(
+            f"answers stop at other tokens: {sorted(written['stops'])}, in training {sorted(trained['stops'])}"
+        )
     numbers, off = _distance(job, trained["numbers"], written["numbers"])
     wrong += off
     if not job["reward"]:
@@ -235,10 +237,14 @@ def _asked(who: str, job: Json, out: Path) -> Json:
     offline = {"HF_HUB_OFFLINE": "1"} if Path(job["base"]).exists() else {}
     environment = {**os.environ, **offline, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_TELEMETRY": "1"}
     if who == "trained":
-        environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
     done = subprocess.run([*command, str(file), str(out)], env=environment, capture_output=True, text=True)
     if done.returncode != 0:
-        raise UserError(f"the process that asks the {who} model ended with status {done.returncode}:\n  "
-                        + "\n  ".join(done.stderr.strip().splitlines()[-6:]))
+        raise UserError(
+            f"the process that asks the {who} model ended with status {done.returncode}:\n  "
+            + "\n  ".join(done.stderr.strip().splitlines()[-6:])
+        )
     said = json.loads((out / "said.json").read_text(encoding="utf-8"))
     return {**said, "numbers": load_file(out / "numbers.safetensors")}

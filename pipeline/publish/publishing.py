@@ -14,12 +14,12 @@ from pathlib import Path
 
 from pipeline.artifact import Json, file_hashes, read_json, write_json, write_text, written_whole
 from pipeline.errors import UserError
+from pipeline.models.published import PREFIX, RECORD
 from pipeline.models.spec import cache_folder
-from pipeline.publish.sealed import RECORD, Sealed, sealed
+from pipeline.publish.sealed import Sealed, sealed
 from pipeline.recipe import RUNS, Recipe
 
 FORMS = ("adapter", "merged", "gguf")
-HUB = "hub:"
 
 
 def publish(
@@ -44,16 +44,20 @@ def publish(
         raise UserError(f"--as {form}: there is {', '.join(FORMS)}")
     source = sealed(recipe, stage, Path(runs))
     if source.reward and form == "gguf":
-        raise UserError(f"'{stage}' is a reward model; GGUF has no place for a score head. Publish --as adapter or merged")
-    if to.startswith(HUB):
+        raise UserError(
+            f"'{stage}' is a reward model; GGUF has no place for a score head. Publish --as adapter or merged"
+        )
+    if to.startswith(PREFIX):
         from pipeline.publish import hub
 
-        repository = hub.ready(to.removeprefix(HUB), overwrite, dry_run)
+        repository = to.removeprefix(PREFIX)
+        if not dry_run:
+            hub.ready(repository, overwrite)
         with tempfile.TemporaryDirectory(prefix="publish-", dir=_scratch()) as scratch:
             folder = Path(scratch)
             _fill(source, form, folder, repository)
             if not dry_run:
-                hub.push(repository, folder, source, form, private, overwrite)
+                hub.push(repository, folder, private, overwrite)
             return _sizes(folder)
     destination = Path(to)
     _refuse_foreign(destination, overwrite)

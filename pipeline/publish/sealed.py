@@ -15,9 +15,6 @@ from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec
 from pipeline.recipe import Recipe
 
-RECORD = "onebase.json"
-"""Beside what is published: how to load it, its lineage, and the hashes of its files."""
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FOLDERS = re.compile(r"(?<![\w:/.~])~?/(?:[^\s/:]+/)*")
 
 

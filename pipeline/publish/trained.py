@@ -1,6 +1,6 @@
 """The trained base and adapter, asked the probe's prompts: what published files are measured against.
 
-    python -m pipeline.publish.trained JOB.json OUT
+python -m pipeline.publish.trained JOB.json OUT
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def encoded(tokenizer: Any, row: dict[str, Any]) -> list[int]:
         return render.prompt(tokenizer, row)
     if isinstance(row["prompt"], str):
         return list(tokenizer(row["prompt"] + row["answer"])["input_ids"])
-    return render.conversation(tokenizer, {**row, "answer": [{"role": "assistant", "content": row["answer"]}]}, "answer")
+    return render.conversation(
+        tokenizer, {**row, "answer": [{"role": "assistant", "content": row["answer"]}]}, "answer"
+    )
 
 
 def result(model: Any, row: list[int], job: dict[str, Any]) -> torch.Tensor:

@@ -155,6 +155,24 @@ def publish(
     print(f"{'would be published' if dry_run else 'published'}: {len(files)} files to {to}")
 
 
+@app.command()
+def serve(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A recipe, or the folder of a run.")],
+    stages: Annotated[list[str], typer.Argument(metavar="STAGE...", help="Each becomes a model of that name.")],
+    port: int = 8000,
+    override: Overrides = [],  # noqa: B006
+    runs: Runs = Path("runs"),
+) -> None:
+    """Serve finished stages to OpenAI clients, on this machine only."""
+    from pipeline.publish.serving import prepared
+    from pipeline.publish.serving import serve as served
+
+    chain, runs = _run(run, override, runs)
+    folder = prepared(chain, stages, runs)
+    print(f"http://127.0.0.1:{port}/v1 serves {', '.join(stages)} (Ctrl-C ends it)", flush=True)
+    served(folder, port)
+
+
 def main() -> None:
     """Run the command line; a UserError becomes one message and status 2."""
     from pipeline.errors import UserError

@@ -98,8 +98,9 @@ def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> st
         f"{text}\n\nAnswers end at the tokens named in `generation_config.json`: pass "
         f'`generation_config=GenerationConfig.from_pretrained("{name}")` to `generate`.\n\n'
         f"vLLM: `vllm serve {load['base']} --enable-lora --lora-modules {sealed.artifact.name}={name} "
-        f"--max-lora-rank {_rank(sealed)}` (on the base in {load['dtype']}; the figures "
-        "below are for the quantised one; publish `--as merged` for the same answers there). Ollama: publish `--as gguf`."
+        f"--max-lora-rank {_rank(sealed)}` (on the base in {load['dtype']}; the "
+        "figures below are for the quantised one; publish `--as merged` for the same answers there). "
+        "Ollama: publish `--as gguf`."
     )
 
 
@@ -116,7 +117,8 @@ def _load_gguf(sealed: Sealed, name: str, files: list[str], load: Json) -> str:
     gguf = [file for file in files if file.endswith(".gguf")]
     return (
         f"Ollama, in this folder: `ollama create {sealed.title} -f Modelfile && ollama run {sealed.title}` (the "
-        f"Modelfile is made from the training template and its stop tokens).\n\nllama.cpp: `llama-server --jinja -m {gguf[0]}`.\n\n"
+        "Modelfile is made from the training template and its stop tokens).\n\n"
+        f"llama.cpp: `llama-server --jinja -m {gguf[0]}`.\n\n"
         f'transformers: `AutoModelForCausalLM.from_pretrained("{name}", gguf_file="{gguf[0]}")`.'
     )
 

@@ -83,9 +83,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, gguf: str) -> str:
         )
     turns = "".join(
         f'{{{{- {"if" if index == 0 else "else if"} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
-        for index, (role, (before, after)) in enumerate(
-            (("system", system), ("user", user), ("assistant", assistant))
-        )
+        for index, (role, (before, after)) in enumerate((("system", system), ("user", user), ("assistant", assistant)))
     )
     go = f"{{{{- range .Messages }}}}{turns}{{{{- end }}}}{{{{- end }}}}{opening}"
     stops = [tokenizer.convert_ids_to_tokens(token) for token in stop_ids(tokenizer)]

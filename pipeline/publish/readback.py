@@ -82,14 +82,15 @@ def load(job: dict[str, Any]) -> tuple[Any, list[str]]:
         options["quantization_config"] = BitsAndBytesConfig(**record["quantization"])
     if job["reward"]:
         options |= {"num_labels": 1, "pad_token_id": record["pad_token_id"]}
+    written = set(load_file(Path(job["folder"]) / "adapter_model.safetensors"))
+    if job["reward"] and not any(".score." in name for name in written):
+        sys.exit("the score head is missing from adapter_model.safetensors")
     base, _ = kind.from_pretrained(job["base"], revision=job["revision"], **options, **common)
     for module in base.modules():  # bitsandbytes' repacked kernel for AVX512-BF16 is not the arithmetic of training
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     model = PeftModel.from_pretrained(base, job["folder"])
-    wanted = set(get_peft_model_state_dict(model))
-    written = set(load_file(Path(job["folder"]) / "adapter_model.safetensors"))
-    return model, sorted(wanted ^ written)
+    return model, sorted(set(get_peft_model_state_dict(model)) ^ written)
 
 
 def as_trained(job: dict[str, Any], model: Any) -> Any:

@@ -38,7 +38,7 @@ def write(sealed: Sealed, folder: Path, dtype: str | None = None, shard_bytes: i
     target: torch.dtype = getattr(torch, dtype or ("float16" if sealed.model.dtype == "float16" else "bfloat16"))
     weights = list(summed(model))
     with torch.no_grad():
-        _write_shards(weights, folder, target, shard_bytes)
+        write_shards(weights, folder, target, shard_bytes)
     config = model.get_base_model().config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -129,7 +129,7 @@ def _buffers(base: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{owner}.{name}".lstrip("."), buffer
 
 
-def _write_shards(weights: list[Any], folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+def write_shards(weights: list[Any], folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
     """safetensors shards of at most `shard_bytes` (or of one tensor), named and indexed as transformers does."""
     import torch
     from safetensors.torch import save_file

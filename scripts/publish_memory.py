@@ -38,7 +38,7 @@ def main() -> None:
     shard = given.shard_mib << 20
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_tiny_base(Path(scratch) / "base")
-        hidden, inner, kv, vocabulary = 1024, 3584, 256, 512
+        hidden, inner = 1024, 3584
         config = LlamaConfig.from_pretrained(
             folder, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=given.layers,
             num_attention_heads=8, num_key_value_heads=2, head_dim=128,
@@ -51,15 +51,15 @@ def main() -> None:
         with watched() as peak, torch.no_grad():
             merged.write_shards(list(merged.summed(model)), Path(scratch), torch.bfloat16, shard)
         written = sum(file.stat().st_size for file in Path(scratch).glob("*.safetensors"))
-        bound = shard + transient(hidden, inner, kv, vocabulary)
+        bound = shard + transient(hidden, inner)
     print(f"{written / 2**20:.0f} MiB written in shards of {given.shard_mib} MiB")
     print(f"above the loaded base: {(peak[0] - held) / 2**20:.0f} MiB measured, {bound / 2**20:.0f} MiB by the formula")
     big = LLAMA_3_8B
-    above = merged.SHARD_BYTES + transient(big["hidden"], big["inner"], big["kv"], big["vocabulary"])
+    above = merged.SHARD_BYTES + transient(big["hidden"], big["inner"])
     print(f"Llama-3-8B: {four_bit(big) / GIB:.1f} GiB of base, {above / GIB:.1f} GiB above it (by the formula)")
 
 
-def transient(hidden: int, inner: int, kv: int, vocabulary: int) -> int:
+def transient(hidden: int, inner: int) -> int:
     """The largest layer's weights dequantised, their sum and the adapter's product: 2 + 3 x 4 bytes a weight."""
     return 14 * hidden * inner
 

@@ -17,6 +17,7 @@ BASE_ID = "tester/tiny-base"
 
 def finished_run(base: Path, runs: Path, *stages: str) -> Recipe:
     """The recipe of a run whose stages are trained and sealed below `runs`, hot enough that the adapter shows."""
+    runs.mkdir(exist_ok=True)
     tree = json.loads(json.dumps(tiny_tree(base, runs)))  # no two sections share an object: recipes have no anchors
     tree["model"]["public_id"] = BASE_ID
     tree["model"]["chat_template"] = "recipes/templates/chatml.jinja"

@@ -234,6 +234,47 @@ def compare(
     show(run_a, run_b, Console())
 
 
+@app.command()
+def publish(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A recipe, or the folder of a run.")],
+    stage: str,
+    to: Annotated[str, typer.Option(metavar="DIR|hub:OWNER/NAME", help="A folder, or a repository on the Hub.")],
+    form: Annotated[str, typer.Option("--as", metavar="FORM", help="adapter, merged or gguf.")] = "adapter",
+    private: Annotated[bool, typer.Option(help="Create the Hub repository as a private one.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write and check, but show only files and sizes.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also replace what this did not write.")] = False,
+    override: Overrides = [],  # noqa: B006
+    runs: Runs = Path("runs"),
+) -> None:
+    """Publish a finished stage, once it is proven to answer as what was trained."""
+    from pipeline.publish.publishing import publish as published
+
+    chain, runs = _run(run, override, runs)
+    print(f"writing {stage} as {form}, and comparing it with what was trained ...", flush=True)
+    files = published(chain, stage, to, form, runs=runs, private=private, dry_run=dry_run, overwrite=overwrite)
+    for name, size in files:
+        print(f"  {size / 2**20:9.2f} MiB  {name}")
+    print(f"{'would be published' if dry_run else 'published'}: {len(files)} files to {to}")
+
+
+@app.command()
+def serve(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A recipe, or the folder of a run.")],
+    stages: Annotated[list[str], typer.Argument(metavar="STAGE...", help="Each becomes a model of that name.")],
+    port: int = 8000,
+    override: Overrides = [],  # noqa: B006
+    runs: Runs = Path("runs"),
+) -> None:
+    """Serve finished stages to OpenAI clients, on this machine only."""
+    from pipeline.publish.serving import prepared
+    from pipeline.publish.serving import serve as served
+
+    chain, runs = _run(run, override, runs)
+    folder = prepared(chain, stages, runs)
+    print(f"http://127.0.0.1:{port}/v1 serves {', '.join(stages)} (Ctrl-C ends it)", flush=True)
+    served(folder, port)
+
+
 def main() -> None:
     """Run the command line; a UserError becomes one message and status 2."""
     from pipeline.errors import UserError
@@ -249,6 +290,21 @@ def _read(path: str, overrides: list[str]):  # type: ignore[no-untyped-def]
     from pipeline.recipe import read
 
     return read(_find(path), *overrides)
+
+
+def _run(run: str, overrides: list[str], runs: Path):  # type: ignore[no-untyped-def]
+    """The recipe of a run named by its recipe or by its folder, and the folder of runs it lies in."""
+    from pipeline.errors import UserError
+
+    folder = Path(run)
+    if not folder.is_dir():
+        return _read(run, overrides), runs
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder} is not the folder of a run (no recipe.yaml)")
+    chain = _read(str(folder / "recipe.yaml"), overrides)
+    if chain.name != folder.resolve().name:
+        raise UserError(f"{folder} was renamed: its recipe calls the run '{chain.name}'")
+    return chain, folder.resolve().parent
 
 
 def _recipe_folders() -> list[Path]:

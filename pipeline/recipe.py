@@ -16,10 +16,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline import gates, strict_yaml
-from pipeline.artifact import Artifact, Json, digest, sha256_of_file
+from pipeline.artifact import WEIGHTS, Artifact, Json, digest, sha256_of_file
 from pipeline.data import load
 from pipeline.data.files import content_hash
 from pipeline.errors import UserError
+from pipeline.models import published
 from pipeline.models.spec import ModelSpec, base_hash
 from pipeline.ppo.settings import PPOSettings
 from pipeline.stages import STAGES
@@ -76,7 +77,14 @@ class Recipe:
         section = self.stages[stage]
         rewards = [term.source for term in section.reward_terms() if term.file is None]
         roles = {"reward" if len(rewards) == 1 else f"reward {name}": name for name in rewards}
-        return {**({"policy": section.from_} if section.from_ else {}), **roles}
+        grown = section.from_ is not None and not section.from_.startswith(published.PREFIX)
+        return {**({"policy": section.from_} if grown and section.from_ else {}), **roles}
+
+    def parent_artifacts(self, stage: str, runs: Path = RUNS) -> dict[str, Artifact]:
+        """What those stages left, by role; a parent on the Hub is pulled."""
+        from_ = self.stages[stage].from_ or ""
+        on_hub = {"policy": published.pulled(from_)} if from_.startswith(published.PREFIX) else {}
+        return {**on_hub, **{role: self.artifact(name, runs) for role, name in self.parents(stage).items()}}
 
     def order(self) -> list[str]:
         """The stages, each after its parents; as written where that leaves a choice."""
@@ -92,15 +100,18 @@ class Recipe:
     def artifact(self, stage: str, runs: Path = RUNS) -> Artifact:
         return Artifact(runs / self.name / stage)
 
-    def parts(self) -> dict[str, Json]:
-        """For every stage, all that its result depends on, by name; equal parts give an equal adapter."""
-        base = base_hash(self.spec.model)
+    def model_parts(self) -> Json:
+        """What every stage's result depends on of the model section: names of files give way to their hashes."""
         template = self.spec.model.chat_template
-        model = {
-            **self.spec.model.model_dump(exclude={"base", "revision"}),
-            "base": base,
+        return {
+            **self.spec.model.model_dump(exclude={"base", "revision", "public_id"}),
+            "base": base_hash(self.spec.model),
             "chat_template": sha256_of_file(Path(template)) if template else None,
         }
+
+    def parts(self) -> dict[str, Json]:
+        """For every stage, all that its result depends on, by name; equal parts give an equal adapter."""
+        model = self.model_parts()
         parts: dict[str, Json] = {}
         for name in self.order():
             section = self.stages[name]
@@ -117,9 +128,17 @@ class Recipe:
                 "model": model,
                 "seed": self.spec.seed,
                 "data": hashes,
-                "parents": {role: digest(parts[parent]) for role, parent in self.parents(name).items()},
+                "parents": {
+                    **{role: digest(parts[parent]) for role, parent in self.parents(name).items()},
+                    **self._hub_parent(section.from_ or ""),
+                },
             }
         return parts
+
+    def _hub_parent(self, from_: str) -> Json:
+        if not from_.startswith(published.PREFIX):
+            return {}
+        return {"policy": f"sha256:{published.pulled(from_).verify()['files'][WEIGHTS]}"}
 
     def fork(self, stage: str, name: str, *overrides: str) -> Recipe:
         """The same recipe with one more stage: a copy of `stage` under another name, changed by overrides relative to
@@ -158,6 +177,8 @@ def build(tree: Json, overrides: Any = (), path: str = "recipe", lines: dict[str
         raise wrong(*_first_complaint(error)) from None
     if not spec.stages:
         raise wrong("stages", "names no stage")
+    if spec.model.base.startswith(published.PREFIX):
+        spec = _on_published(spec, wrong)
     for name, section in spec.stages.items():
         _check_stage(name, section, spec, wrong)
     _check_words("model.lora", spec.model.lora, words("LoraConfig"), wrong)
@@ -191,14 +212,32 @@ def _check_stage(name: str, section: StageSpec, spec: RecipeSpec, wrong: Any) ->
     if section.kind not in STAGES:
         place, ask = (f"{key}.kind", "") if section.kind != name else (key, "; name its stage with kind:")
         raise wrong(place, f"there is no stage '{section.kind}'{_meant(section.kind, STAGES)}{ask}")
-    if section.from_ is not None and section.from_ not in spec.stages:
+    if section.from_ is not None and section.from_.startswith(published.PREFIX):
+        parent = published.pulled(section.from_).manifest() or {}
+        if not STAGES[parent["kind"]].answers:
+            raise wrong(f"{key}.from", f"{section.from_} is a reward model, not a policy to go on with")
+    elif section.from_ is not None and section.from_ not in spec.stages:
         raise wrong(f"{key}.from", f"no stage '{section.from_}' in this recipe{_meant(section.from_, spec.stages)}")
-    if section.from_ is not None and not STAGES[spec.stages[section.from_].kind].answers:
+    elif section.from_ is not None and not STAGES[spec.stages[section.from_].kind].answers:
         raise wrong(f"{key}.from", f"'{section.from_}' leaves a reward model, not a policy to go on with")
     if section.questions and not STAGES[section.kind].answers:
         raise wrong(f"{key}.questions", f"a {section.kind} stage leaves nothing that answers questions")
     _check_words(f"{key}.train", section.train, words(STAGES[section.kind].config_class), wrong)
     _check_reward(f"{key}.reward", section, spec, wrong)
+
+
+def _on_published(spec: RecipeSpec, wrong: Any) -> RecipeSpec:
+    """`model.base` names a published adapter: the base is the one under it, and stages without `from` go on with it."""
+    load = published.load_words(spec.model.base)
+    quantize = (load["quantization"] or {}).get("bnb_4bit_quant_type", "none")
+    if quantize != spec.model.quantize:
+        raise wrong("model.quantize", f"is {spec.model.quantize}; {spec.model.base} was trained under {quantize}")
+    stages = {
+        name: section if section.from_ else section.model_copy(update={"from_": spec.model.base})
+        for name, section in spec.stages.items()
+    }
+    model = spec.model.model_copy(update={"base": load["base"], "revision": load["revision"]})
+    return spec.model_copy(update={"model": model, "stages": stages})
 
 
 def _check_reward(key: str, section: StageSpec, spec: RecipeSpec, wrong: Any) -> None:

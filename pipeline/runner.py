@@ -47,7 +47,7 @@ def states(recipe: Recipe, runs: Path = RUNS) -> list[State]:
     found: dict[str, State] = {}
     for name in recipe.order():
         waiting = [parent for parent in recipe.parents(name).values() if not found[parent].fresh]
-        parents = {role: recipe.artifact(parent, runs) for role, parent in recipe.parents(name).items()}
+        parents = recipe.parent_artifacts(name, runs)
         found[name] = _state(recipe.artifact(name, runs), parts[name], parents, waiting)
     return list(found.values())
 

@@ -57,9 +57,12 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
     parts = recipe.parts()
     fingerprint = digest(parts[stage])
     out = recipe.artifact(stage, runs)
+    named = recipe.parents(stage)
     parents = {
-        role: _sound_parent(recipe.artifact(name, runs), digest(parts[name]), parts[stage]["model"]["base"])
-        for role, name in recipe.parents(stage).items()
+        role: _sound_parent(parent, digest(parts[named[role]]), parts[stage]["model"]["base"])
+        if role in named
+        else parent  # from the Hub: proven when pulled, and its base by the digest of the base in memory
+        for role, parent in recipe.parent_artifacts(stage, runs).items()
     }
     manifest = out.manifest()
     if manifest is not None and manifest.get("fingerprint") == fingerprint:
@@ -150,7 +153,13 @@ def _sound_parent(parent: Artifact, fingerprint: str, base: str) -> Artifact:
 def _lineage(parent: Artifact) -> Json:
     """Which stage this one goes on from, down to the bytes of its adapter."""
     manifest = parent.verify()
-    return {"stage": parent.name, "fingerprint": manifest["fingerprint"], "adapter": manifest["files"][WEIGHTS]}
+    origin = {key: manifest[key] for key in ("hub", "lineage") if key in manifest}
+    return {
+        "stage": parent.name,
+        "fingerprint": manifest["fingerprint"],
+        "adapter": manifest["files"][WEIGHTS],
+        **origin,
+    }
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import functools
 import gzip
 import hashlib
 import json
@@ -302,7 +303,9 @@ def _hub(path: str, split: str) -> Iterator[Row]:
     yield from rows
 
 
+@functools.cache
 def hub_commit(path: str) -> str:
+    """The commit a data set is at, asked once: the rows that are read are those the fingerprint is of."""
     from huggingface_hub import HfApi
 
     try:

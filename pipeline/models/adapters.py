@@ -4,6 +4,7 @@ fresh(base, lora)                the first stage: a new adapter that starts as t
 carried(base, parent)            sft, dpo: the parent's adapter, trained on from where it stands
 transplanted(base, parent, ...)  reward: the parent's trunk under a one-label head; only the head is new
 twin(model, name)                ppo: the policy's adapter once more, as reference
+as_trained(base, folder)       publish: a finished adapter, frozen, with its score head in float32 if it has one
 borrowed(model, name, folder)    ppo: a further stage's adapter on the policy's base; gives back a reward model's head
 """
 
@@ -52,6 +53,14 @@ def transplanted(base: PreTrainedModel, parent: Path) -> PeftModel:
     _lay_in(model, parent, "default")
     prove_same(model, parent, head=False)
     return model
+
+
+def as_trained(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """A finished stage's adapter, frozen, bit for bit as it is on disk."""
+    model = _ready(PeftModel.from_pretrained(base, str(folder), is_trainable=True))
+    _lay_in(model, folder, "default")  # PEFT has rounded a reward model's head to the base's dtype
+    prove_same(model, folder)
+    return model.requires_grad_(False)
 
 
 def twin(model: PeftModel, name: str, trainable: bool = False) -> None:

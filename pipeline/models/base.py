@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with the recipe's chat template where it names one and a pad token in any case."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_folder(spec), revision=spec.revision)
+        tokenizer = AutoTokenizer.from_pretrained(local_folder(spec), revision=spec.revision)
     except Exception as error:  # a damaged file fails in as many ways as there are file formats
         raise UserError(f"model.base: the tokenizer of {spec.base} cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
@@ -107,9 +107,9 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, reward: bool 
         )
     try:
         if reward:
-            model, found = AutoModelForSequenceClassification.from_pretrained(_folder(spec), num_labels=1, **options)
+            model, found = AutoModelForSequenceClassification.from_pretrained(local_folder(spec), num_labels=1, **options)
         else:
-            model, found = AutoModelForCausalLM.from_pretrained(_folder(spec), **options)
+            model, found = AutoModelForCausalLM.from_pretrained(local_folder(spec), **options)
     except Exception as error:  # a damaged file fails in as many ways as there are file formats
         if "out of memory" in str(error).lower():
             raise
@@ -170,7 +170,8 @@ def _trunk(model: torch.nn.Module) -> torch.nn.Module:
     return getattr(model, model.base_model_prefix)
 
 
-def _folder(spec: ModelSpec) -> str:
+def local_folder(spec: ModelSpec) -> str:
+    """What transformers loads the base from: the recipe's own words, but for a .gguf file, which is converted once."""
     if not spec.base.endswith(".gguf"):
         return spec.base
     folder = cache_folder() / "gguf" / sha256_of_file(Path(spec.base))[:16]

@@ -22,6 +22,8 @@ class ModelSpec(BaseModel):
     """Hub id, local folder, or a .gguf file."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
+    public_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+    """The Hub id of a base that is read from a local folder; a published adapter names it."""
     quantize: Literal["nf4", "fp4", "none"] = "nf4"
     """4-bit data type of the frozen linear layers, constants quantised again (QLoRA, arXiv 2305.14314); `none` for
     plain LoRA on a base held in `dtype`."""

@@ -1,0 +1,252 @@
+"""README.md: what this model is, what it grew from, what was measured, and how to load it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from pipeline import strict_yaml
+from pipeline.artifact import WEIGHTS, Json
+from pipeline.publish.sealed import Sealed
+from pipeline.stages import STAGES
+
+RELATION = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}
+LIBRARY = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
+CHECKED = {
+    "logits_relative_error": "relative error of the logits",
+    "scores_relative_error": "error of the scores, relative to their spread",
+    "without_autocast": "the same without autocast, where plain PEFT rounds elsewhere",
+    "kl": "KL(trained, written), nats a token",
+    "greedy_answers_equal": "greedy answers equal",
+    "prompts": "prompts asked",
+}
+
+
+def render(sealed: Sealed, form: str, name: str, files: list[str], parity: dict[str, Json], load: Json | None) -> str:
+    """The card's text. `name`: what others load it by (a Hub id or a folder); parity: the gate's numbers by file."""
+    from huggingface_hub import ModelCardData
+
+    license_ = _license(sealed)
+    data = ModelCardData(
+        base_model=sealed.base_id,
+        base_model_relation=RELATION[form] if sealed.base_id else None,
+        library_name=LIBRARY[form],
+        license=license_,
+        pipeline_tag="text-classification" if sealed.reward else "text-generation",
+        datasets=_hub_datasets(sealed) or None,
+        tags=["onebase", *(["reward-model"] if sealed.reward else []), "lora", sealed.kind],
+    )
+    sections = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {sealed.title}",
+        _about(sealed, form),
+        "## How to load it\n\n" + _loading(sealed, form, name, files, load),
+        "## What it may be used for\n\n" + _use(sealed),
+        "## Where it comes from\n\n" + _lineage(sealed),
+        "## What was measured\n\n" + _numbers(sealed),
+        "## Is it what was trained?\n\n" + _parity(parity),
+        "## Recipe\n\n```yaml\n" + strict_yaml.dump(sealed.recipe) + "```",
+        "## Versions and cost\n\n" + _cost(sealed),
+        "## Licence\n\n"
+        + (
+            f"The base is under `{license_}`, which governs what is derived from it."
+            if license_
+            else "The base's licence governs what is derived from it; it could not be read when this card was written."
+        ),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _about(sealed: Sealed, form: str) -> str:
+    base, model = sealed.base_id or "a base that is not on the Hub", sealed.model
+    bits = "" if model.quantize == "none" else f", frozen and quantised to {model.quantize.upper()}"
+    what = "A reward model" if sealed.reward else "A language model"
+    holds = {
+        "adapter": "This repository holds the LoRA adapter; the base is loaded from where it is published.",
+        "merged": "This repository holds whole weights: the adapter added onto the dequantised base.",
+        "gguf": "This repository holds whole weights as GGUF, for llama.cpp and Ollama.",
+    }[form]
+    return f"{what}: the stage `{sealed.artifact.name}` ({sealed.kind}) of a chain trained on {base}{bits}. {holds}"
+
+
+def _loading(sealed: Sealed, form: str, name: str, files: list[str], load: Json | None) -> str:
+    return {"adapter": _load_adapter, "merged": _load_merged, "gguf": _load_gguf}[form](sealed, name, files, load or {})
+
+
+def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> str:
+    kind = "AutoModelForSequenceClassification" if sealed.reward else "AutoModelForCausalLM"
+    given = [f'dtype="{load["dtype"]}"']
+    if load["revision"]:
+        given.append(f'revision="{load["revision"]}"')
+    if load["quantization"]:
+        words = ", ".join(f"{key}={value!r}" for key, value in load["quantization"].items())
+        given.append(f"quantization_config=BitsAndBytesConfig({words})")
+    if sealed.reward:
+        given += ["num_labels=1", f"pad_token_id={load['pad_token_id']}"]
+    python = "\n".join(
+        [
+            f'base = {kind}.from_pretrained("{load["base"]}", {", ".join(given)})',
+            f'model = PeftModel.from_pretrained(base, "{name}")  # transformers and PEFT',
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        ]
+    )
+    text = f"```python\n{python}\n```"
+    if sealed.reward:
+        return f"{text}\n\nThe score of a rendered conversation is `model(**tokens).logits`, one number."
+    return (
+        f"{text}\n\nAnswers end at the tokens named in `generation_config.json`: pass "
+        f'`generation_config=GenerationConfig.from_pretrained("{name}")` to `generate`.\n\n'
+        f"vLLM: `vllm serve {load['base']} --enable-lora --lora-modules {sealed.artifact.name}={name} "
+        f"--max-lora-rank {_rank(sealed)}` (on the base in {load['dtype']}; the "
+        "figures below are for the quantised one; publish `--as merged` for the same answers there). "
+        "Ollama: publish `--as gguf`."
+    )
+
+
+def _load_merged(sealed: Sealed, name: str, files: list[str], load: Json) -> str:
+    kind = "AutoModelForSequenceClassification" if sealed.reward else "AutoModelForCausalLM"
+    python = (
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+        f'model = {kind}.from_pretrained("{name}", dtype="auto")  # transformers'
+    )
+    return f"```python\n{python}\n```" + ("" if sealed.reward else f"\n\nvLLM: `vllm serve {name}`.")
+
+
+def _load_gguf(sealed: Sealed, name: str, files: list[str], load: Json) -> str:
+    gguf = [file for file in files if file.endswith(".gguf")]
+    return (
+        f"Ollama, in this folder: `ollama create {sealed.title} -f Modelfile && ollama run {sealed.title}` (the "
+        "Modelfile is made from the training template and its stop tokens).\n\n"
+        f"llama.cpp: `llama-server --jinja -m {gguf[0]}`.\n\n"
+        f'transformers: `AutoModelForCausalLM.from_pretrained("{name}", gguf_file="{gguf[0]}")`.'
+    )
+
+
+def _use(sealed: Sealed) -> str:
+    if sealed.reward:
+        return (
+            "To score answers in the manner of the comparisons it was trained on, as a reward in further training or "
+            "to rank answers. A score means nothing beside one of another model, and little far from those comparisons."
+        )
+    return (
+        "To answer in the manner of the data listed below. It was measured on held-out rows of that data only; what "
+        "it says of anything else has not been tested, and it was not trained to refuse harmful requests unless that "
+        "data taught it to."
+    )
+
+
+def _lineage(sealed: Sealed) -> str:
+    lines = ["| stage | kind | grew from | data | rows used | sha256 of the data | adapter |", "| --- " * 7 + "|"]
+    for entry in sealed.lineage:
+        if entry.get("gone"):
+            lines.append(f"| {entry['stage']} | | | trained again since | | | `{entry['adapter'][:16]}` |")
+            continue
+        parents = ", ".join(f"{parent['stage']} ({role})" for role, parent in entry.get("parents", {}).items())
+        sources = entry["data"]["sources"]
+        names = ", ".join(source["path"] for source in sources)
+        used = ", ".join(f"{source['used']} of {source['rows']}" for source in sources)
+        hashes = ", ".join(f"`{sha[:16]}`" for sha in entry["parts"]["data"].values() if sha)
+        adapter = f"`{entry['files'][WEIGHTS][:16]}`"
+        grew = parents or f"{sealed.base_id or 'the base'} (`{entry['base_hash']}`)"
+        lines.append(f"| {entry['stage']} | {entry['kind']} | {grew} | {names} | {used} | {hashes} | {adapter} |")
+    return "\n".join(lines) + "\n\nWhole hashes, counts and settings are in `onebase.json`." + _base_note(sealed)
+
+
+def _base_note(sealed: Sealed) -> str:
+    if sealed.base_id is None or sealed.base_verified:
+        return ""
+    return (
+        f"\n\nThe chain was trained on a local copy of {sealed.base_id} (`{sealed.manifest['base_hash']}`), which "
+        "could not be compared with the Hub's files. If yours differ, so will the answers."
+    )
+
+
+def _numbers(sealed: Sealed) -> str:
+    lines = ["| stage | held-out number | before | after | 95 % interval |", "| --- " * 5 + "|"]
+    for entry in sealed.lineage:
+        if entry.get("gone"):
+            continue
+        for headline in STAGES[entry["kind"]].headlines:
+            after = entry["after"].get(headline.metric)
+            if after is None:
+                continue
+            before, asked = entry["before"].get(headline.metric), headline.metric == "question_accuracy"
+            count = entry["data"]["questions" if asked else "held_out"] or 0
+            interval = _interval(entry["after"], headline.metric, after, count, headline.percent)
+            values = ["" if v is None else f"{v:.1%}" if headline.percent else f"{v:.3f}" for v in (before, after)]
+            lines.append(f"| {entry['stage']} | {headline.label} | {values[0]} | {values[1]} | {interval} |")
+    return "\n".join(lines)
+
+
+def _interval(after: Json, metric: str, value: float, count: int, share: bool) -> str:
+    if share and count:
+        low, high = wilson(value, count)
+        return f"{low:.1%} to {high:.1%} (Wilson, n = {count})"
+    if f"{metric}_gain_low" in after:
+        low, high = after[f"{metric}_gain_low"], after[f"{metric}_gain_high"]
+        return f"gain {after[f'{metric}_gain']:+.3f}, {low:+.3f} to {high:+.3f} (bootstrap over prompts)"
+    return ""
+
+
+def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """The score interval of a share of `count` trials (Wilson 1927, JASA 22:209)."""
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _parity(parity: dict[str, Json]) -> str:
+    lines = [
+        "Before it was published, the files here were loaded in a new process and compared with the trained base and "
+        "adapter: the same tokens from the template, the same stop tokens, and",
+        "",
+    ]
+    for file, found in parity.items():
+        told = ", ".join(f"{words} {_figure(found[key])}" for key, words in CHECKED.items() if key in found)
+        lines.append(f"- {file}: {told}")
+    return "\n".join(lines)
+
+
+def _figure(value: Any) -> str:
+    return str(value) if isinstance(value, int) or value == 0 else f"{value:.2g}"
+
+
+def _cost(sealed: Sealed) -> str:
+    lines = ["| stage | seconds | peak memory | on |", "| --- " * 4 + "|"]
+    known = [entry for entry in sealed.lineage if not entry.get("gone")]
+    for entry in known:
+        peak = f"{entry['peak_memory_mib']} MiB ({entry['peak_memory_is']})"
+        lines.append(f"| {entry['stage']} | {entry['seconds']} | {peak} | {entry['device']} |")
+    versions = ", ".join(f"{name} {version}" for name, version in known[-1]["versions"].items())
+    return "\n".join(lines) + f"\n\nTrained with {versions}."
+
+
+def _rank(sealed: Sealed) -> int:
+    wanted = int(sealed.model.lora.get("r", 8))
+    return next((rank for rank in (8, 16, 32, 64, 128, 256) if rank >= wanted), wanted)
+
+
+def _hub_datasets(sealed: Sealed) -> list[str]:
+    found = [
+        entry["section"]["data"]["path"]
+        for entry in sealed.lineage
+        if not entry.get("gone") and str(entry["parts"]["data"].get("path", "")).startswith("hub:")
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _license(sealed: Sealed) -> str | None:
+    """The base's licence: from its own card beside the weights, else from the Hub."""
+    from huggingface_hub import HfApi, ModelCard
+
+    own = Path(sealed.model.base) / "README.md"
+    try:
+        if own.is_file():
+            found = ModelCard.load(own).data.license
+        else:
+            info = HfApi().model_info(sealed.base_id, timeout=10) if sealed.base_id else None
+            found = info.card_data.license if info and info.card_data else None
+    except Exception:  # no Hub, or a card that is no YAML: the licence is not known
+        return None
+    return str(found) if found else None

@@ -1,0 +1,250 @@
+"""Parity: what was written answers as what was trained, or it is not published.
+
+Two new processes answer the same prompts, one with the trained base and adapter (trained.py), one with the written
+files and no code of ours (readback.py). Compared are the token ids of the rendered prompts, the tokens an answer stops
+at, the logits or scores, and greedy answers.
+
+    adapter   logits equal, in the arithmetic of training (autocast)
+    merged    logits within 2 %, relative: |written - trained| / |trained|, each row of logits less its mean
+    gguf      KL(trained || written) under 1e-4 nats a token for f16; for coarser types see KL_LIMIT
+
+Whole weights are compared in float32, from the 4-bit weights as training dequantises them: the rounding of bfloat16
+arithmetic alone is 2 % of the logits of a model of 135M parameters, more than the merge itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import Json, write_json
+from pipeline.errors import UserError
+from pipeline.publish.sealed import Sealed
+
+LOGIT_LIMIT = {"adapter": 0.0, "merged": 0.02}
+KL_LIMIT = {"f16": 1e-4, "q8_0": 1e-2, "q4_k_m": 0.5}
+"""Nats a token. f16 is the promise; the others only tell a coarser grid from a broken file."""
+NEW_TOKENS = 16
+KEPT_LOGITS = 16
+OWN_PROMPTS = 3
+
+TURNS: list[list[dict[str, str]]] = [
+    [{"role": "user", "content": "Hello! Who are you?"}],
+    [{"role": "user", "content": "Name three things one finds on a beach, one per line."}],
+    [
+        {"role": "user", "content": "What is 12 + 30?"},
+        {"role": "assistant", "content": "12 + 30 = 42."},
+        {"role": "user", "content": "And twice that?"},
+    ],
+    [{"role": "user", "content": "Übersetze: “good morning” — 早上好 🙂\n\tand   keep the spaces."}],
+]
+TEXTS = ["The lighthouse keeper opened the door and", "In 1969, two people", "Übermorgen – 早上好 🙂:"]
+ANSWERS = ["Good question.", "I do not know, and I do not care.", "84."]
+
+
+class Broken(UserError):
+    """What was written does not answer as what was trained."""
+
+
+def check(sealed: Sealed, form: str, folder: Path, gguf: str | None = None) -> Json:
+    """Compare what lies in `folder` with what was trained and return the numbers.
+
+    form: adapter, merged or gguf; gguf: the file's name below `folder`.  Raises Broken naming every difference, its
+    numbers and the likely cause.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        job = _job(sealed, form, folder, gguf)
+        trained = _asked("trained", job, Path(scratch) / "trained")
+        job["ids"] = trained["ids"]
+        try:
+            written = _asked("readback", job, Path(scratch) / "written")
+        except UserError as error:
+            raise Broken(f"what was written cannot be loaded back: {error}") from None
+        found, wrong = compare(job, trained, written)
+        if wrong and found.get("numbers_differ") and form != "gguf":
+            wrong += _likely(job, trained, written, Path(scratch))
+    if wrong:
+        raise Broken("what was written does not answer as what was trained:\n  " + "\n  ".join(wrong))
+    found.pop("numbers_differ")
+    return {"prompts": len(job["rows"]), **found}
+
+
+def compare(job: Json, trained: Json, written: Json) -> tuple[Json, list[str]]:
+    """The numbers, and in words whatever is not as it must be."""
+    wrong = []
+    if written["missing"]:
+        missing, head = written["missing"], [n for n in written["missing"] if "lm_head" in n or "score" in n]
+        name = "the score head" if any("score" in n for n in head) else "the LM head" if head else "a weight"
+        wrong.append(f"{name} is missing: {len(missing)} tensors are not in the files, first {(head or missing)[0]}")
+    unlike = [i for i, (a, b) in enumerate(zip(trained["ids"], written["ids"], strict=True)) if a != b]
+    if unlike:
+        ours, theirs = trained["ids"][unlike[0]], written["ids"][unlike[0]]
+        at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(theirs))
+        wrong.append(
+            f"the chat template or the tokenizer is another: {len(unlike)} of {len(job['rows'])} prompts become other "
+            f"tokens than in training; the first parts at token {at} ({ours[at : at + 3]} became {theirs[at : at + 3]})"
+        )
+    if not job["reward"] and set(trained["stops"]) != set(written["stops"]):
+        wrong.append(
+            f"answers stop at other tokens: {sorted(written['stops'])}, in training {sorted(trained['stops'])}"
+        )
+    numbers, off = _distance(job, trained["numbers"], written["numbers"])
+    wrong += off
+    if not job["reward"]:
+        parted, late = _answers(job, trained, written)
+        wrong += late
+        numbers["greedy_answers_equal"] = len(job["rows"]) - parted
+    return {**numbers, "numbers_differ": bool(off)}, wrong
+
+
+def _distance(job: Json, trained: Json, written: Json) -> tuple[Json, list[str]]:
+    import numpy
+
+    rows = range(len(job["rows"]))
+    pairs = [(trained[f"{i}"].astype(numpy.float64), written[f"{i}"].astype(numpy.float64)) for i in rows]
+    if any(a.shape != b.shape for a, b in pairs):
+        return {}, [f"logits have another shape: {pairs[0][1].shape[1:]}, in training {pairs[0][0].shape[1:]}"]
+    if job["form"] == "gguf":
+        kl = float(numpy.mean([_kl(a, b) for a, b in pairs]))
+        limit = KL_LIMIT[job["type"]]
+        off = [] if kl < limit else [f"KL(trained || written) is {kl:.2g} nats a token, allowed is {limit:g}"]
+        return {"kl": kl, "kl_limit": limit}, off
+    what = "scores" if job["reward"] else "logits"
+    measure = _score_error if job["reward"] else _logit_error
+    error, limit = measure(pairs), LOGIT_LIMIT[job["form"]]
+    numbers = {f"{what}_relative_error": error, "limit": limit}
+    off = [] if error <= limit else [f"{what} differ by {error:.2%} (relative), allowed is {limit:.0%}"]
+    if job["form"] == "adapter":
+        plain = [(a, written[f"{i}.plain"].astype(numpy.float64)) for i, (a, _) in enumerate(pairs)]
+        numbers["without_autocast"] = measure(plain)
+    return numbers, off
+
+
+def _logit_error(pairs: list[tuple[Any, Any]]) -> float:
+    """The largest of the prompts' relative errors. A constant added to a row of logits changes nothing, so each row is
+    taken less its mean."""
+    import numpy
+
+    centred = [(a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)) for a, b in pairs]
+    return max(float(numpy.linalg.norm(b - a) / numpy.linalg.norm(a)) for a, b in centred)
+
+
+def _score_error(pairs: list[tuple[Any, Any]]) -> float:
+    """The largest difference of a score, relative to how far the trained scores spread."""
+    import numpy
+
+    trained = numpy.array([float(a[0]) for a, _ in pairs])
+    written = numpy.array([float(b[0]) for _, b in pairs])
+    return float(numpy.abs(trained - written).max() / max(numpy.ptp(trained), 1e-6))
+
+
+def _kl(trained_KV: Any, written_KV: Any) -> float:
+    import numpy
+
+    def log_softmax(rows_KV: Any) -> Any:
+        shifted_KV = rows_KV - rows_KV.max(-1, keepdims=True)
+        return shifted_KV - numpy.log(numpy.exp(shifted_KV).sum(-1, keepdims=True))
+
+    p_KV, q_KV = log_softmax(trained_KV), log_softmax(written_KV)
+    return float((numpy.exp(p_KV) * (p_KV - q_KV)).sum(-1).mean())
+
+
+def _answers(job: Json, trained: Json, written: Json) -> tuple[int, list[str]]:
+    """How many greedy answers part, and in words those that may not: an adapter's answers are equal; of files that
+    round, most answers must be, since one token on the verge of another changes all that follows."""
+    parted = [i for i, (a, b) in enumerate(zip(trained["answers"], written["answers"], strict=True)) if a != b]
+    allowed = 0 if job["form"] == "adapter" else len(job["rows"]) // 2
+    if job.get("type") not in (None, "f16"):
+        allowed = len(job["rows"])
+    if len(parted) <= allowed:
+        return len(parted), []
+    ours, theirs = trained["answers"][parted[0]], written["answers"][parted[0]]
+    return len(parted), [
+        f"{len(parted)} of {len(job['rows'])} greedy answers differ (allowed: {allowed}), the first: tokens "
+        f"{theirs['ids'][:8]}{' and it stops' if theirs['ended'] else ''}, in training "
+        f"{ours['ids'][:8]}{' and it stops' if ours['ended'] else ''}"
+    ]
+
+
+def _likely(job: Json, trained: Json, written: Json, scratch: Path) -> list[str]:
+    """What the written files answer like instead."""
+    if not job["reward"]:
+        base = {key.removesuffix(".base"): rows for key, rows in trained["numbers"].items() if key.endswith(".base")}
+        against_base = _distance({**job, "form": "merged"}, base, written["numbers"])[0]
+        if against_base["logits_relative_error"] <= LOGIT_LIMIT["merged"]:
+            return ["likely: the adapter was dropped; these are the base's own answers"]
+    if job["form"] == "merged" and job["model"]["quantize"] != "none":
+        other = {**job, "model": {**job["model"], "quantize": "none"}, "base_digest": None}
+        unquantised = _asked("trained", other, scratch / "unquantised")
+        error = next(iter(_distance(job, unquantised["numbers"], written["numbers"])[0].values()))
+        if error <= LOGIT_LIMIT["merged"]:
+            return [
+                "likely: the adapter was added onto the base's original weights, not onto the dequantised "
+                f"{job['model']['quantize']} weights it was trained on"
+            ]
+    return []
+
+
+def _job(sealed: Sealed, form: str, folder: Path, gguf: str | None) -> Json:
+    from pipeline.models.base import local_folder
+
+    return {
+        "form": form,
+        "folder": str(folder),
+        "gguf": gguf,
+        "type": gguf and gguf.removesuffix(".gguf").rpartition("-")[2].lower(),
+        "reward": sealed.reward,
+        "model": sealed.model.model_dump(),
+        "adapter": str(sealed.artifact.adapter),
+        "base": local_folder(sealed.model),
+        "revision": sealed.model.revision,
+        "dtype": sealed.model.dtype,
+        "attention": sealed.model.attn_implementation,
+        "base_digest": sealed.manifest.get("base_digest"),
+        "float32": form != "adapter",
+        "rows": _prompts(sealed),
+        "keep": KEPT_LOGITS,
+        "new_tokens": NEW_TOKENS,
+    }
+
+
+def _prompts(sealed: Sealed) -> list[Json]:
+    """Fixed prompts, and the first few of the stage's own."""
+    template = (sealed.artifact.adapter / "chat_template.jinja").is_file()
+    asked: list[Any] = list(TURNS) if template else list(TEXTS)
+    if sealed.artifact.samples.is_file():
+        lines = sealed.artifact.samples.read_text(encoding="utf-8").splitlines()[:OWN_PROMPTS]
+        asked += [json.loads(line)["prompt"] for line in lines]
+    if not sealed.reward:
+        return [{"prompt": prompt} for prompt in asked]
+    return [{"prompt": prompt, "answer": answer} for prompt in asked for answer in ANSWERS]
+
+
+def _asked(who: str, job: Json, out: Path) -> Json:
+    """What one process answers: said.json with its numbers under `numbers`."""
+    from safetensors.numpy import load_file
+
+    file = out.with_suffix(".json")
+    write_json(file, job)
+    # The reader of what was written must not find our package, so it is run as a file, in isolation (-I).
+    readback = [sys.executable, "-I", str(Path(__file__).with_name("readback.py"))]
+    command = readback if who == "readback" else [sys.executable, "-m", "pipeline.publish.trained"]
+    offline = {"HF_HUB_OFFLINE": "1"} if Path(job["base"]).exists() else {}
+    environment = {**os.environ, **offline, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    if who == "trained":
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+    done = subprocess.run([*command, str(file), str(out)], env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(
+            f"the process that asks the {who} model ended with status {done.returncode}:\n  "
+            + "\n  ".join(done.stderr.strip().splitlines()[-6:])
+        )
+    said = json.loads((out / "said.json").read_text(encoding="utf-8"))
+    return {**said, "numbers": load_file(out / "numbers.safetensors")}

@@ -1,0 +1,158 @@
+"""The adapter added onto the dequantised base, written shard by shard.
+
+The base in memory is the frozen one of training (4 bits a weight); of the sums only one shard at a time exists. The
+4-bit weights themselves are left alone: merged back into 4 bits the adapter would be lost in rounding, and merged onto
+the base's original weights it would meet another model than the one it was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.artifact import write_json
+from pipeline.errors import UserError
+from pipeline.publish import adapter
+from pipeline.publish.sealed import Sealed
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+SHARD_BYTES = 2 << 30
+
+
+def write(sealed: Sealed, folder: Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write config, tokenizer and weights; `dtype` as in training unless given, where float32 becomes bfloat16.
+
+    Peak memory: the 4-bit base, one shard, and the float32 sum of one layer.
+    """
+    import torch
+
+    from pipeline.models import adapters, base
+
+    tokenizer = adapter.write_tokenizer(sealed, folder)
+    frozen = base.load_base(sealed.model, tokenizer, reward=sealed.reward)
+    model = adapters.as_trained(frozen, sealed.artifact.adapter)
+    target: torch.dtype = getattr(torch, dtype or ("float16" if sealed.model.dtype == "float16" else "bfloat16"))
+    weights = list(summed(model))
+    with torch.no_grad():
+        write_shards(weights, folder, target, shard_bytes)
+    config = model.get_base_model().config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = target
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    names = {name for name, _, _ in weights}
+    output = model.get_base_model().get_output_embeddings()
+    if output is not None and any(name.startswith("lm_head.") for name in names):
+        config.tie_word_embeddings = False  # the adapter has made two tables of one
+    config.save_pretrained(folder)
+
+
+def summed(model: PeftModel) -> Iterator[tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]]:
+    """Every weight of the model by its name in the base: its shape, and what computes it in float32 or as it is.
+
+    Tied tables come once. Raises UserError for an adapter that is more than a sum.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    base = model.get_base_model()
+    for name, weight in [*base.named_parameters(), *_buffers(base)]:
+        if "lora_" in name or ".original_module." in name:
+            continue
+        owner_name, _, leaf = name.rpartition(".")
+        if ".modules_to_save." in name:
+            yield name.replace(".modules_to_save.default.", "."), tuple(weight.shape), _as_is(weight)
+        elif owner_name.endswith(".base_layer"):
+            layer = base.get_submodule(owner_name.removesuffix(".base_layer"))
+            plain = name.replace(".base_layer.", ".")
+            if not isinstance(layer, LoraLayer):
+                raise UserError(f"{plain}: an adapter of type {type(layer).__name__} cannot be merged; --as adapter")
+            yield plain, _shape(layer.get_base_layer(), weight), _sum(layer) if leaf == "weight" else _as_is(weight)
+        elif hasattr(weight, "quant_state"):
+            layer = base.get_submodule(owner_name)
+            yield name, _shape(layer, weight), _dequantised(layer)
+        else:
+            yield name, tuple(weight.shape), _as_is(weight)
+    tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
+    output, table = base.get_output_embeddings(), base.get_input_embeddings()
+    if tied and output is not None and any(isinstance(part, LoraLayer) for part in (output, table)):
+        weight = output.get_base_layer().weight if isinstance(output, LoraLayer) else output.weight
+        compute = _sum(output) if isinstance(output, LoraLayer) else _as_is(weight)
+        assert isinstance(weight, torch.Tensor)
+        yield "lm_head.weight", tuple(weight.shape), compute
+
+
+def _sum(layer: Any) -> Callable[[], torch.Tensor]:
+    def compute() -> torch.Tensor:
+        import torch
+        from peft.utils.integrations import dequantize_module_weight
+
+        base = layer.get_base_layer()
+        weight: torch.Tensor = dequantize_module_weight(base).float()
+        if "default" not in layer.scaling:
+            return weight
+        weight = weight + layer.get_delta_weight("default").to(weight.device, torch.float32)
+        if layer.use_dora.get("default"):  # arXiv 2402.09353, equation 5
+            magnitude = layer.lora_magnitude_vector["default"].weight.float()
+            weight = weight * (magnitude / torch.linalg.norm(weight, dim=1)).unsqueeze(1)
+        return weight
+
+    return compute
+
+
+def _dequantised(layer: Any) -> Callable[[], torch.Tensor]:
+    def compute() -> torch.Tensor:
+        from peft.utils.integrations import dequantize_module_weight
+
+        weight: torch.Tensor = dequantize_module_weight(layer)
+        return weight
+
+    return compute
+
+
+def _as_is(weight: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: weight
+
+
+def _shape(layer: Any, weight: torch.Tensor) -> tuple[int, ...]:
+    return (layer.out_features, layer.in_features) if hasattr(weight, "quant_state") else tuple(weight.shape)
+
+
+def _buffers(base: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    for owner, module in base.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{owner}.{name}".lstrip("."), buffer
+
+
+def write_shards(weights: list[Any], folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+    """safetensors shards of at most `shard_bytes` (or of one tensor), named and indexed as transformers does."""
+    import torch
+    from safetensors.torch import save_file
+
+    shards: list[list[Any]] = [[]]
+    filled = 0
+    for one in weights:
+        size = torch.Size(one[1]).numel() * dtype.itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(one)
+        filled += size
+    index: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for name, _, compute in shard:
+            tensors[name] = compute().to("cpu", dtype).contiguous()
+            if not torch.isfinite(tensors[name]).all():
+                raise UserError(f"{name} does not fit {dtype}: it has values that are not finite. Publish --as adapter")
+            index[name], total = file, total + tensors[name].nbytes
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})

@@ -1,0 +1,148 @@
+"""onebase publish: write, check, and only then show.
+
+1. the stage as it was sealed (sealed.py)
+2. its files, in a folder that is not the destination (adapter.py, merged.py, gguf.py)
+3. the parity gate (gate.py), in two new processes
+4. the card and the record (card.py, onebase.json)
+5. the destination: a folder that takes its name at once, or one commit on the Hub (hub.py)
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from pipeline.artifact import Json, file_hashes, read_json, write_json, write_text, written_whole
+from pipeline.errors import UserError
+from pipeline.models.published import PREFIX, RECORD
+from pipeline.models.spec import cache_folder
+from pipeline.publish.sealed import Sealed, sealed
+from pipeline.recipe import RUNS, Recipe
+
+FORMS = ("adapter", "merged", "gguf")
+
+
+def publish(
+    recipe: Recipe,
+    stage: str,
+    to: str,
+    form: str = "adapter",
+    *,
+    runs: Path | str = RUNS,
+    private: bool = False,
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> list[tuple[str, int]]:
+    """Publish a finished stage to a folder or to the Hub (`hub:OWNER/NAME`), and return its files with their sizes.
+
+    form: adapter, merged (onto the dequantised base) or gguf.  private: of a Hub repository that has to be created.
+    dry_run: everything but the destination.  overwrite: also over what this did not write.
+
+    Raises UserError, and leaves the destination as it was, if what was written does not answer as what was trained.
+    """
+    if form not in FORMS:
+        raise UserError(f"--as {form}: there is {', '.join(FORMS)}")
+    source = sealed(recipe, stage, Path(runs))
+    if source.reward and form == "gguf":
+        raise UserError(
+            f"'{stage}' is a reward model; GGUF has no place for a score head. Publish --as adapter or merged"
+        )
+    if to.startswith(PREFIX):
+        from pipeline.publish import hub
+
+        repository = to.removeprefix(PREFIX)
+        if not dry_run:
+            hub.ready(repository, overwrite)
+        with tempfile.TemporaryDirectory(prefix="publish-", dir=_scratch()) as scratch:
+            folder = Path(scratch)
+            _fill(source, form, folder, repository)
+            if not dry_run:
+                hub.push(repository, folder, private, overwrite)
+            return _sizes(folder)
+    destination = Path(to)
+    _refuse_foreign(destination, overwrite)
+    if dry_run:
+        with tempfile.TemporaryDirectory(prefix="publish-", dir=_scratch()) as scratch:
+            _fill(source, form, Path(scratch), destination.name)
+            return _sizes(Path(scratch))
+    with written_whole(destination.absolute()) as folder:
+        _fill(source, form, folder, destination.name)
+    return _sizes(destination)
+
+
+def _fill(source: Sealed, form: str, folder: Path, name: str) -> None:
+    """Write the files, have them checked, and describe them."""
+    from transformers.utils import logging
+
+    from pipeline.publish import adapter, card, gate
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    load: Json | None = None
+    if form == "adapter":
+        adapter.write(source, folder)
+        load = adapter.loading(source, folder)
+        _record(source, form, folder, load, {})
+        parity = {"adapter": gate.check(source, form, folder)}
+    elif form == "merged":
+        from pipeline.publish import merged
+
+        merged.write(source, folder)
+        parity = {"merged": gate.check(source, form, folder)}
+    else:
+        from pipeline.publish import gguf
+
+        parity = {file: gate.check(source, form, folder, file) for file in gguf.write(source, folder)}
+    files = sorted(file.name for file in folder.iterdir())
+    write_text(folder / "README.md", card.render(source, form, name, files, parity, load))
+    _record(source, form, folder, load, parity)
+
+
+def _record(source: Sealed, form: str, folder: Path, load: Json | None, parity: dict[str, Json]) -> None:
+    """How to load it, where it comes from, what was checked, and the hashes of all other files."""
+    from importlib.metadata import version
+
+    hashes = {name: sha for name, sha in file_hashes(folder).items() if name != RECORD}
+    write_json(
+        folder / RECORD,
+        {
+            "onebase": version("onebase"),
+            "form": form,
+            "stage": source.artifact.name,
+            "kind": source.kind,
+            "fingerprint": source.manifest["fingerprint"],
+            "base": source.base_id,
+            "base_hash": source.manifest["base_hash"],
+            "load": load,
+            "parity": parity,
+            "lineage": source.lineage,
+            "files": hashes,
+        },
+    )
+
+
+def _refuse_foreign(folder: Path, overwrite: bool) -> None:
+    """A folder may be replaced if all it holds is an earlier publication, unaltered."""
+    if not folder.exists() or overwrite or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not folder.is_dir():
+        raise UserError(f"--to {folder} is a file")
+    found = {name: sha for name, sha in file_hashes(folder).items() if name != RECORD}
+    written = (read_json(folder / RECORD) or {}).get("files", {}) if (folder / RECORD).is_file() else {}
+    foreign = sorted(name for name, sha in found.items() if written.get(name) != sha)
+    if foreign:
+        raise UserError(
+            f"--to {folder} holds files that no publication wrote, or that were changed since (first: {foreign[0]}). "
+            "Choose another folder, or say --overwrite to replace all it holds"
+        )
+
+
+def _scratch() -> Path:
+    # Not /tmp, which is memory on many machines.
+    folder = cache_folder() / "publish"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _sizes(folder: Path) -> list[tuple[str, int]]:
+    return [(str(f.relative_to(folder)), f.stat().st_size) for f in sorted(folder.rglob("*")) if f.is_file()]

@@ -1,0 +1,167 @@
+"""What was written, loaded and asked as a stranger would: this file imports nothing of OneBase.
+
+    python readback.py JOB.json OUT
+
+JOB names the written folder, where the base's bytes lie, and the prompts. OUT gets `said.json` (token ids of the
+prompts, greedy answers, stop tokens, tensors that were missing) and `numbers.safetensors` (logits or scores).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
+
+
+def main() -> None:
+    job, out = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
+    torch.manual_seed(0)
+    folder = job["folder"]
+    gguf = {"gguf_file": job["gguf"]} if job["form"] == "gguf" else {}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
+    model, missing = load(job)
+    model.eval()
+    if job["form"] != "adapter":
+        in_float32(model)
+    ids = [rendered(tokenizer, row) for row in job["rows"]]
+    generation = stops(job, tokenizer)
+    numbers, answers = {}, []
+    with torch.no_grad():
+        for index, row in enumerate(job["ids"]):
+            row_BT = torch.tensor([row], device=model.device)
+            with as_trained(job, model):
+                numbers[f"{index}"] = result(job, model, row_BT)
+                if not job["reward"]:
+                    answers.append(answer(model, tokenizer, row_BT, generation, job["new_tokens"]))
+            if job["form"] == "adapter":
+                numbers[f"{index}.plain"] = result(job, model, row_BT)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(numbers, out / "numbers.safetensors")
+    eos = generation.eos_token_id
+    said = {"ids": ids, "answers": answers, "missing": missing, "stops": [eos] if isinstance(eos, int) else list(eos)}
+    (out / "said.json").write_text(json.dumps(said), encoding="utf-8")
+
+
+def load(job: dict[str, Any]) -> tuple[Any, list[str]]:
+    """The model as the written files describe it, and the names of weights they should hold but do not."""
+    device = {"": "cuda" if torch.cuda.is_available() else "cpu"}
+    common = {"device_map": device, "output_loading_info": True, "attn_implementation": job["attention"]}
+    if job["form"] == "gguf":
+        from transformers import GgufConfig
+
+        model, found = AutoModelForCausalLM.from_pretrained(
+            job["folder"],
+            gguf_file=job["gguf"],
+            dtype=torch.float16,
+            quantization_config=GgufConfig(dequantize=True),
+            **common,
+        )
+        return model, sorted(found["missing_keys"])
+    kind = AutoModelForSequenceClassification if job["reward"] else AutoModelForCausalLM
+    if job["form"] == "merged":
+        labels = {"num_labels": 1} if job["reward"] else {}
+        model, found = kind.from_pretrained(job["folder"], dtype="auto", **labels, **common)
+        return model, sorted(found["missing_keys"])
+    from peft import PeftModel, get_peft_model_state_dict
+
+    record = json.loads((Path(job["folder"]) / "onebase.json").read_text(encoding="utf-8"))["load"]
+    options: dict[str, Any] = {"dtype": getattr(torch, record["dtype"])}
+    if record["quantization"]:
+        options["quantization_config"] = BitsAndBytesConfig(**record["quantization"])
+    if job["reward"]:
+        options |= {"num_labels": 1, "pad_token_id": record["pad_token_id"]}
+    written = set(load_file(Path(job["folder"]) / "adapter_model.safetensors"))
+    if job["reward"] and not any(".score." in name for name in written):
+        sys.exit("the score head is missing from adapter_model.safetensors")
+    base, _ = kind.from_pretrained(job["base"], revision=job["revision"], **options, **common)
+    for module in base.modules():  # bitsandbytes' repacked kernel for AVX512-BF16 is not the arithmetic of training
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model = PeftModel.from_pretrained(base, job["folder"])
+    return model, sorted(set(get_peft_model_state_dict(model)) ^ written)
+
+
+def as_trained(job: dict[str, Any], model: Any) -> Any:
+    """An adapter is compared in the arithmetic it was trained in, files that hold whole models in float32."""
+    dtype = getattr(torch, job["dtype"])
+    on = job["form"] == "adapter" and dtype is not torch.float32
+    return torch.autocast(model.device.type, dtype=dtype, enabled=on)
+
+
+def in_float32(model: Any) -> None:
+    """Compute in float32 from the weights as they are held: two roundings of bfloat16 differ by more than a merge.
+
+    A layer's float32 copy lives for its product only, so no more memory is needed than for one layer.
+    """
+
+    def forward(x: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
+        weight = layer.weight
+        if hasattr(weight, "quant_state"):
+            from peft.utils.integrations import dequantize_module_weight
+
+            weight = dequantize_module_weight(layer)
+        bias = None if layer.bias is None else layer.bias.float()
+        return torch.nn.functional.linear(x.float(), weight.float(), bias)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.forward = functools.partial(forward, layer=module)
+        else:
+            for weight in module.parameters(recurse=False):
+                weight.data = weight.data.float()
+
+
+def result(job: dict[str, Any], model: Any, row_BT: torch.Tensor) -> torch.Tensor:
+    """The last logits (K, V) of a sequence, or a reward model's score of it (1,)."""
+    if job["reward"]:
+        return model(input_ids=row_BT).logits[0].float().cpu()
+    return model(input_ids=row_BT, logits_to_keep=job["keep"], use_cache=False).logits[0].float().cpu().contiguous()
+
+
+def rendered(tokenizer: Any, row: dict[str, Any]) -> list[int]:
+    """The prompt's token ids through the written template."""
+    if isinstance(row["prompt"], str):
+        return list(tokenizer(row["prompt"] + row.get("answer", ""))["input_ids"])
+    told = [{"role": "assistant", "content": row["answer"]}] if "answer" in row else []
+    try:
+        text = tokenizer.apply_chat_template(row["prompt"] + told, tokenize=False, add_generation_prompt=not told)
+    except Exception:  # no template, or one that fails: said as ids that equal nothing
+        return []
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def stops(job: dict[str, Any], tokenizer: Any) -> GenerationConfig:
+    """How the written files say that an answer ends."""
+    if job["form"] != "gguf":
+        return GenerationConfig.from_pretrained(job["folder"])
+    from gguf import GGUFReader
+
+    fields = GGUFReader(Path(job["folder"]) / job["gguf"]).fields
+    names = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    found = [int(fields[name].contents()) for name in names if name in fields]
+    return GenerationConfig(eos_token_id=found, pad_token_id=found[0])
+
+
+def answer(model: Any, tokenizer: Any, row_BT: torch.Tensor, how: GenerationConfig, new_tokens: int) -> dict[str, Any]:
+    how.do_sample, how.temperature, how.top_p, how.top_k = False, None, None, None
+    how.max_new_tokens, how.max_length = new_tokens, None
+    written_BT = model.generate(input_ids=row_BT, attention_mask=torch.ones_like(row_BT), generation_config=how)
+    new = written_BT[0, row_BT.shape[1] :].tolist()
+    eos = how.eos_token_id if isinstance(how.eos_token_id, list) else [how.eos_token_id]
+    return {"ids": new, "ended": bool(new) and new[-1] in eos}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""What is to be published: a sealed stage, its base, the base's public name and the stages it grew from.
+
+Plain Python: no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import WEIGHTS, Artifact, Json, read_json, sha256_of_file
+from pipeline.errors import UserError
+from pipeline.models.spec import ModelSpec
+from pipeline.recipe import Recipe
+
+_FOLDERS = re.compile(r"(?<![\w:/.~])~?/(?:[^\s/:]+/)*")
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """A finished stage whose files are the ones that were sealed, on the base it was trained on."""
+
+    artifact: Artifact
+    manifest: Json
+    model: ModelSpec
+    base_id: str | None
+    """The base's name on the Hub, never a path; None where it has none."""
+    base_verified: bool | None
+    """Whether the Hub's weights of that name are the bytes trained on; None if the Hub could not tell."""
+    lineage: list[Json]
+    """The manifests of all stages it grew from and its own, which comes last."""
+    recipe: Json
+
+    @property
+    def kind(self) -> str:
+        return str(self.manifest["kind"])
+
+    @property
+    def reward(self) -> bool:
+        return self.kind == "reward"
+
+    @property
+    def title(self) -> str:
+        return f"{self.artifact.folder.parent.name}-{self.artifact.name}"
+
+
+def sealed(recipe: Recipe, stage: str, runs: Path) -> Sealed:
+    """The stage as it was trained. Raises UserError if it is not finished, has been altered, was trained on another
+    base or under another model section than the recipe now names."""
+    if stage not in recipe.stages:
+        raise UserError(f"no stage '{stage}' in the recipe {recipe.name} (there is: {', '.join(recipe.stages)})")
+    artifact = recipe.artifact(stage, runs)
+    manifest = artifact.verify()
+    trained, now = manifest["parts"].get("model"), recipe.model_parts()
+    if trained != now:
+        changed = sorted(key for key in {*(trained or {}), *now} if (trained or {}).get(key) != now.get(key))
+        raise UserError(
+            f"{artifact.folder} was trained under another model section than the recipe's: {', '.join(changed)} "
+            f"differ. Publish from the run's own recipe ({artifact.folder.parent}), or run '{stage}' again."
+        )
+    base_id = _public_id(recipe.spec.model)
+    verified = _same_on_hub(recipe.spec.model, base_id) if base_id else None
+    names = _hub_names(recipe.spec.model, base_id)
+    lineage = [_public(entry, names) for entry in [*ancestors(artifact, manifest), manifest]]
+    return Sealed(artifact, manifest, recipe.spec.model, base_id, verified, lineage, _public(recipe.tree, names))
+
+
+def ancestors(artifact: Artifact, manifest: Json) -> list[Json]:
+    """The manifests of the stages that handed this one something, each after its own parents.
+
+    A parent trained again since is not the one this stage grew from: of it only what this stage noted is told.
+    """
+    found: dict[str, Json] = {}
+    for role, noted in manifest.get("parents", {}).items():
+        for entry in noted.get("lineage", []):
+            found.setdefault(entry["fingerprint"], entry)
+        if noted.get("lineage"):
+            continue
+        parent = Artifact(artifact.folder.parent / noted["stage"])
+        theirs = read_json(parent.folder / "manifest.json")
+        if theirs is None or theirs.get("files", {}).get(WEIGHTS) != noted["adapter"]:
+            found.setdefault(noted["fingerprint"], {**noted, "role": role, "gone": True})
+            continue
+        for entry in [*ancestors(parent, theirs), theirs]:
+            found.setdefault(entry["fingerprint"], entry)
+    return list(found.values())
+
+
+def _public_id(model: ModelSpec) -> str | None:
+    if model.public_id:
+        return model.public_id
+    return None if Path(model.base).exists() else model.base.removeprefix("hub:")
+
+
+def _same_on_hub(model: ModelSpec, base_id: str) -> bool | None:
+    """Whether a local base is, file by file, what the Hub holds under its public name."""
+    folder = Path(model.base)
+    if not folder.exists():
+        return True
+    from huggingface_hub import HfApi
+
+    try:
+        listed = HfApi().model_info(base_id, files_metadata=True, timeout=10).siblings or []
+    except Exception:  # offline, gated, another endpoint: the client raises a different class for each
+        return None
+    theirs = {f.rfilename: f.lfs.sha256 for f in listed if f.lfs and f.rfilename.endswith(".safetensors")}
+    ours = {file.name: sha256_of_file(file) for file in folder.glob("*.safetensors")}
+    if not theirs:
+        return None
+    return ours == {name: sha for name, sha in theirs.items() if "/" not in name}
+
+
+def _hub_names(model: ModelSpec, base_id: str | None) -> dict[str, str]:
+    return {model.base: base_id or Path(model.base).name}
+
+
+def _public(value: Any, names: dict[str, str]) -> Any:
+    """The same without what only this machine knows: the base by its public name, files without their folders."""
+    if isinstance(value, dict):
+        return {_public(key, names): _public(below, names) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_public(below, names) for below in value]
+    if isinstance(value, str):
+        return names.get(value) or _FOLDERS.sub("", value)
+    return value

@@ -1,0 +1,94 @@
+"""The trained base and adapter, asked the probe's prompts: what published files are measured against.
+
+python -m pipeline.publish.trained JOB.json OUT
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from pipeline.data import render
+from pipeline.errors import UserError
+from pipeline.models import adapters, base, sampling
+from pipeline.models.forward import LanguageModel, plain_layers
+from pipeline.models.spec import ModelSpec
+from pipeline.publish.readback import in_float32
+
+
+def main() -> None:
+    job, out = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
+    spec = ModelSpec(**job["model"])
+    tokenizer = base.load_tokenizer(spec)
+    torch.manual_seed(0)
+    frozen = base.load_base(spec, tokenizer, reward=job["reward"])
+    digest = base.frozen_digest(frozen)
+    if job["base_digest"] not in (None, digest):
+        sys.exit(
+            f"the base in memory ({digest}) is not the one this stage was trained on ({job['base_digest']}): other "
+            "files, another version of bitsandbytes, or a device that quantises differently"
+        )
+    model = adapters.as_trained(frozen, Path(job["adapter"])).eval()
+    if job["float32"]:
+        in_float32(model)
+    ids = [encoded(tokenizer, row) for row in job["rows"]]
+    numbers: dict[str, torch.Tensor] = {}
+    answers: list[dict[str, Any]] = []
+    with torch.no_grad():
+        for index, row in enumerate(ids):
+            numbers[f"{index}"] = result(model, row, job)
+            if not job["reward"]:
+                with model.disable_adapter():
+                    numbers[f"{index}.base"] = result(model, row, job)
+                answers.append(answer(model, tokenizer, row, job))
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(numbers, out / "numbers.safetensors")
+    said = {"ids": ids, "answers": answers, "stops": render.stop_ids(tokenizer)}
+    (out / "said.json").write_text(json.dumps(said), encoding="utf-8")
+
+
+def encoded(tokenizer: Any, row: dict[str, Any]) -> list[int]:
+    """A prompt as training rendered it; for a reward model with its answer."""
+    if "answer" not in row:
+        return render.prompt(tokenizer, row)
+    if isinstance(row["prompt"], str):
+        return list(tokenizer(row["prompt"] + row["answer"])["input_ids"])
+    return render.conversation(
+        tokenizer, {**row, "answer": [{"role": "assistant", "content": row["answer"]}]}, "answer"
+    )
+
+
+def result(model: Any, row: list[int], job: dict[str, Any]) -> torch.Tensor:
+    """The last logits (K, V) of a sequence, or a reward model's score of it (1,)."""
+    row_BT = torch.tensor([row], device=model.device)
+    with base.computing(model):
+        if job["reward"]:
+            return model(input_ids=row_BT).logits[0].float().cpu()
+        return model(input_ids=row_BT, logits_to_keep=job["keep"], use_cache=False).logits[0].float().cpu().contiguous()
+
+
+def answer(model: Any, tokenizer: Any, row: list[int], job: dict[str, Any]) -> dict[str, Any]:
+    fast = model.device.type == "cpu" and not job["float32"]
+    with plain_layers(model, fold_adapter=False) if fast else contextlib.nullcontext():
+        episode = sampling.sample(
+            LanguageModel(model, tokenizer.pad_token_id),
+            [row],
+            new_tokens=job["new_tokens"],
+            temperature=0,
+            stops=render.stop_ids(tokenizer),
+            generator=torch.Generator(model.device),
+        )[0]
+    return {"ids": episode.answer_ids, "ended": episode.ended}
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

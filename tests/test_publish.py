@@ -1,0 +1,240 @@
+"""What is published answers as what was trained; whatever does not is refused by its name, and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from publish_run import BASE_ID, finished_run
+from safetensors.torch import load_file, save_file
+
+from pipeline.artifact import Json
+from pipeline.errors import UserError
+from pipeline.publish import adapter, card, gate, merged
+from pipeline.publish.publishing import publish
+from pipeline.publish.sealed import Sealed, sealed
+from pipeline.recipe import Recipe, build
+
+Run = tuple[Recipe, Path]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    runs = tmp_path_factory.mktemp("runs")
+    yield finished_run(tiny_base, runs, "pretrain", "sft", "reward"), runs
+
+
+@pytest.fixture(scope="module")
+def published(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sft stage as an adapter and as whole weights, the reward stage as an adapter."""
+    folder = tmp_path_factory.mktemp("published")
+    publish(run[0], "sft", str(folder / "adapter"), runs=run[1])
+    publish(run[0], "sft", str(folder / "merged"), "merged", runs=run[1])
+    publish(run[0], "reward", str(folder / "reward"), runs=run[1])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _trained_is_asked_once(monkeypatch: pytest.MonkeyPatch, run: Run, answers: dict[str, Json]) -> None:
+    """The trained model's answers do not depend on what was written, so the tests share them."""
+    ask = gate._asked
+
+    def once(who: str, job: Json, out: Path) -> Json:
+        if who != "trained":
+            return ask(who, job, out)
+        key = json.dumps([job[word] for word in ("model", "adapter", "float32", "reward", "rows")])
+        if key not in answers:
+            answers[key] = ask(who, job, out)
+        return answers[key]
+
+    monkeypatch.setattr(gate, "_asked", once)
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, Json]:
+    return {}
+
+
+def stage(run: Run, name: str) -> Sealed:
+    return sealed(run[0], name, run[1])
+
+
+def test_every_form_passes_and_says_by_how_much(published: Path) -> None:
+    def parity(form: str) -> Any:
+        (found,) = json.loads((published / form / "onebase.json").read_text())["parity"].values()
+        return found
+
+    assert parity("adapter")["logits_relative_error"] == 0
+    assert parity("adapter")["greedy_answers_equal"] == parity("adapter")["prompts"]
+    assert 0 < parity("merged")["logits_relative_error"] < 0.02
+    assert parity("reward")["scores_relative_error"] == 0
+
+
+def test_no_file_names_a_folder_of_this_machine(published: Path, run: Run) -> None:
+    config = json.loads((published / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == BASE_ID
+    for file in published.rglob("*"):
+        if file.is_file() and file.suffix != ".safetensors":
+            text = file.read_text(encoding="utf-8")
+            assert str(run[1]) not in text and str(run[0].spec.model.base) not in text, file
+
+
+def test_the_card_is_one_the_hub_accepts_and_tells_the_lineage(published: Path, run: Run) -> None:
+    from huggingface_hub import ModelCard
+
+    found = ModelCard.load(published / "adapter" / "README.md")
+    assert found.data.base_model == BASE_ID and found.data.library_name == "peft"
+    assert found.data.to_dict()["base_model_relation"] == "adapter"
+    lineage = json.loads((published / "adapter" / "onebase.json").read_text())["lineage"]
+    assert [entry["stage"] for entry in lineage] == ["pretrain", "sft"]
+    for entry in lineage:
+        manifest = json.loads((run[1] / "tiny" / entry["stage"] / "manifest.json").read_text())
+        assert entry["files"] == manifest["files"] and entry["data"]["counts"] == manifest["data"]["counts"]
+        assert manifest["files"]["adapter_model.safetensors"][:16] in found.text
+
+
+def test_wilson_interval_against_its_definition() -> None:
+    # The interval holds the shares p at which |share - p| <= z * sqrt(p (1 - p) / n).
+    low, high = card.wilson(0.3, 40)
+    for p in (low, high):
+        assert abs(0.3 - p) == pytest.approx(1.959964 * (p * (1 - p) / 40) ** 0.5, rel=1e-6)
+
+
+def test_a_reward_model_scores_alike_where_only_transformers_and_peft_are(published: Path, run: Run) -> None:
+    probe = stage(run, "reward").manifest["invariants"]["probe"]
+    script = f"""
+import json, torch, sys
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+from peft import PeftModel
+load = json.load(open({str(published / "reward" / "onebase.json")!r}))["load"]
+base = AutoModelForSequenceClassification.from_pretrained(
+    {str(run[0].spec.model.base)!r}, dtype=load["dtype"], num_labels=1, pad_token_id=load["pad_token_id"],
+    quantization_config=BitsAndBytesConfig(**load["quantization"]))
+for module in base.modules():
+    if hasattr(module, "support_avx512bf16_for_cpu"): module.support_avx512bf16_for_cpu = False
+model = PeftModel.from_pretrained(base, {str(published / "reward")!r}).eval()
+assert not [name for name in sys.modules if name.split(".")[0] in ("pipeline", "trl")]
+with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    print(json.dumps([model(torch.tensor([ids])).logits.item() for ids in {[one["ids"] for one in probe]!r}]))
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [one["score"] for one in probe]
+
+
+def altered(published: Path, form: str, to: Path) -> Path:
+    shutil.copytree(published / form, to / form)
+    return to / form
+
+
+def without(file: Path, *endings: str) -> None:
+    tensors = {name: tensor for name, tensor in load_file(file).items() if not name.endswith(endings)}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_dropped_adapter_is_named(published: Path, run: Run, tmp_path: Path) -> None:
+    folder = altered(published, "adapter", tmp_path)
+    weights = load_file(folder / "adapter_model.safetensors")
+    zeroed = {name: torch.zeros_like(t) if "lora_B" in name else t for name, t in weights.items()}
+    save_file(zeroed, folder / "adapter_model.safetensors")
+    with pytest.raises(gate.Broken, match=r"logits differ by .*\n.*\n?.*the adapter was dropped"):
+        gate.check(stage(run, "sft"), "adapter", folder)
+
+
+def test_a_wrong_template_and_wrong_stop_tokens_are_named(published: Path, run: Run, tmp_path: Path) -> None:
+    folder = altered(published, "adapter", tmp_path)
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant\\n", "assistant: "))
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [0]}))
+    with pytest.raises(gate.Broken, match=r"(?s)chat template or the tokenizer is .*stop at other tokens: \[0\]"):
+        gate.check(stage(run, "sft"), "adapter", folder)
+
+
+def test_a_lost_tied_head_is_named(published: Path, run: Run, tmp_path: Path) -> None:
+    folder = altered(published, "merged", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    with pytest.raises(gate.Broken, match="the LM head is missing: 1 tensors"):
+        gate.check(stage(run, "sft"), "merged", folder)
+
+
+def test_a_merge_onto_the_original_weights_is_named(published: Path, run: Run, tmp_path: Path) -> None:
+    folder = altered(published, "merged", tmp_path)
+    original = stage(run, "sft")
+    unquantised = original.model.model_copy(update={"quantize": "none"})
+    from dataclasses import replace
+
+    merged.write(replace(original, model=unquantised), folder)
+    with pytest.raises(gate.Broken, match="onto the base's original weights, not onto the dequantised nf4"):
+        gate.check(original, "merged", folder)
+
+
+def test_a_missing_score_head_is_named(published: Path, run: Run, tmp_path: Path) -> None:
+    folder = altered(published, "reward", tmp_path)
+    without(folder / "adapter_model.safetensors", "score.weight")
+    with pytest.raises(gate.Broken, match="the score head is missing"):
+        gate.check(stage(run, "reward"), "adapter", folder)
+
+
+def test_a_merge_is_the_sum_written_in_shards(published: Path, run: Run, tmp_path: Path) -> None:
+    import bitsandbytes
+    from transformers import AutoModelForCausalLM
+
+    source = stage(run, "sft")
+    merged.write(source, tmp_path, shard_bytes=50_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) > 2
+    assert all(file.stat().st_size < 80_000 for file in tmp_path.glob("*.safetensors"))
+    # One layer by hand: quantised and back by bitsandbytes, plus alpha / r * B A (arXiv 2106.09685, equation 3).
+    layer = "model.layers.1.mlp.down_proj"
+    base = AutoModelForCausalLM.from_pretrained(source.model.base, dtype=torch.bfloat16)
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        base.get_submodule(layer).weight.data, quant_type="nf4", compress_statistics=True
+    )
+    lora = load_file(source.artifact.adapter / "adapter_model.safetensors")
+    a, b = (lora[f"base_model.model.{layer}.lora_{side}.weight"] for side in "AB")
+    by_hand = bitsandbytes.functional.dequantize_4bit(packed, state).float() + 8 / 4 * (b @ a)
+    written = load_file(tmp_path / index[f"{layer}.weight"])[f"{layer}.weight"]
+    assert torch.equal(written, by_hand.bfloat16())
+    whole = load_file(published / "merged" / "model.safetensors")
+    assert whole.keys() == index.keys() and "lm_head.weight" not in whole
+
+
+def test_what_fails_leaves_the_destination_as_it_was(
+    published: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(published / "adapter", tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    config = adapter.config
+    monkeypatch.setattr(adapter, "config", lambda source: {**config(source), "lora_alpha": 9})
+    for to in ("out", "new"):
+        with pytest.raises(gate.Broken, match="logits differ by"):
+            publish(run[0], "sft", str(tmp_path / to), runs=run[1])
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_cannot_be_published_is_said_before_anything_is_loaded(run: Run, tmp_path: Path) -> None:
+    recipe, runs = run
+    nameless = build(recipe.tree, ["model.public_id=null"])
+    with pytest.raises(UserError, match=r"model\.public_id"):
+        publish(nameless, "sft", str(tmp_path / "x"), runs=runs)
+    with pytest.raises(UserError, match="GGUF has no place for a score head"):
+        publish(recipe, "reward", str(tmp_path / "x"), "gguf", runs=runs)
+    with pytest.raises(UserError, match="holds no finished stage"):
+        publish(recipe, "dpo", str(tmp_path / "x"), runs=runs)
+    with pytest.raises(UserError, match="another model section.*quantize"):
+        publish(build(recipe.tree, ["model.quantize=fp4"]), "sft", str(tmp_path / "x"), runs=runs)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"no publication wrote.*thesis\.txt"):
+        publish(recipe, "sft", str(tmp_path / "mine"), runs=runs)
+    assert not (tmp_path / "x").exists()

@@ -7,9 +7,11 @@ class bodies takes milliseconds, so that a typo is named before torch is importe
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from pipeline.ppo.settings import PPOSettings
 
@@ -116,17 +118,44 @@ def words(config_class: str) -> frozenset[str]:
     """The field names of PPOSettings, or of a config class of the installed library, its parents' included."""
     if config_class == PPOSettings.__name__:
         return frozenset(PPOSettings.model_fields)
-    found: set[str] = set()
+    return frozenset(name for name, _ in _fields(config_class))
+
+
+@cache
+def defaults(config_class: str) -> dict[str, Any]:
+    """What a config class takes for the words that are not given, where its source says so as plain data."""
+    if config_class == PPOSettings.__name__:
+        return {name: field.get_default() for name, field in PPOSettings.model_fields.items()}
+    found: dict[str, Any] = {}
+    for name, value in _fields(config_class):
+        if name in found or value is None:
+            continue
+        given = next((k.value for k in value.keywords if k.arg == "default"), None) if _is_field(value) else value
+        with contextlib.suppress(ValueError):
+            found[name] = None if given is None else ast.literal_eval(given)
+    return found
+
+
+def _is_field(value: ast.expr) -> TypeGuard[ast.Call]:
+    return isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "field"
+
+
+@cache
+def _fields(config_class: str) -> list[tuple[str, ast.expr | None]]:
+    """The fields of a class and of its parents, the nearest first, each with what it is set to."""
+    found: list[tuple[str, ast.expr | None]] = []
     for package, file, class_name in _PLACES[config_class]:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(f"{package} is not installed. Install the project: pip install -e .")
         tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
         body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
-        found |= {
-            node.target.id for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-        }
-    return frozenset(found)
+        found += [
+            (node.target.id, node.value)
+            for node in body
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        ]
+    return found
 
 
 def defines(file: Path, name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from pipeline.data.render import IGNORED, Encoded, Reply, padded
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel
+from pipeline.models.halving import in_halves
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -66,21 +67,21 @@ def log_likelihoods(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: 
     """For each sequence, the sum of log p(token | before) over its supervised tokens, in nats."""
     model.eval()
     language_model = LanguageModel(model, tokenizer.pad_token_id)
-    sums = [0.0] * len(rows)
-    for batch in batches([len(row.ids) for row in rows]):
+
+    def of(batch: Sequence[int]) -> list[float]:
         ids_BT, mask_BT = padded([rows[i].ids for i in batch], tokenizer.pad_token_id)
         labels_BT, _ = padded([rows[i].labels for i in batch], IGNORED)
         # Logits only where there is a target: the vocabulary is most of the work here.
         row_N, state_N = (labels_BT[:, 1:] != IGNORED).nonzero(as_tuple=True)
         if len(row_N) == 0:
-            continue
+            return [0.0] * len(batch)
         with computing(model):
             hidden_BTH = language_model.hidden(ids_BT.to(model.device), mask_BT.to(model.device))
         states_NH = hidden_BTH[row_N.to(model.device), state_N.to(model.device)]
         logp_N = token_log_likelihoods(language_model, states_NH, labels_BT[row_N, state_N + 1].to(model.device)).cpu()
-        for place, index in enumerate(batch):
-            sums[index] = logp_N[row_N == place].sum().item()
-    return sums
+        return [logp_N[row_N == place].sum().item() for place in range(len(batch))]
+
+    return _by_batches(of, [len(row.ids) for row in rows])
 
 
 def token_log_likelihoods(language_model: LanguageModel, states_NH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
@@ -98,12 +99,21 @@ def token_log_likelihoods(language_model: LanguageModel, states_NH: torch.Tensor
 def scores(model: PeftModel, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]]) -> list[float]:
     """The reward model's score of each sequence, read at its last token."""
     model.eval()
-    values = [0.0] * len(sequences)
-    for batch in batches([len(ids) for ids in sequences]):
+
+    def of(batch: Sequence[int]) -> list[float]:
         ids_BT, mask_BT = padded([sequences[i] for i in batch], tokenizer.pad_token_id)
         with computing(model):
             scores_B1 = model(input_ids=ids_BT.to(model.device), attention_mask=mask_BT.to(model.device)).logits
-        for index, value in zip(batch, scores_B1.float().squeeze(1).tolist(), strict=True):
+        return scores_B1.float().squeeze(1).tolist()  # type: ignore[no-any-return]
+
+    return _by_batches(of, [len(ids) for ids in sequences])
+
+
+def _by_batches(of: Callable[[Sequence[int]], list[float]], lengths: list[int]) -> list[float]:
+    """One value for each row, computed batch by batch."""
+    values = [0.0] * len(lengths)
+    for batch in batches(lengths):
+        for index, value in zip(batch, in_halves(of, batch), strict=True):
             values[index] = value
     return values
 

@@ -16,8 +16,7 @@ from pipeline.errors import BrokenInvariant, UserError
 from pipeline.evaluate import scoring
 from pipeline.models import adapters
 from pipeline.models.base import computing, frozen_digest
-from pipeline.ppo.actors import REFERENCE, packed
-from pipeline.ppo.trainer import written
+from pipeline.ppo.actors import REFERENCE, packed, written
 from pipeline.stages.stage import Context
 from pipeline.stages.trainer import ends_supervised
 

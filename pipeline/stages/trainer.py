@@ -21,6 +21,7 @@ from pipeline.data.render import Encoded, Reply, Unrenderable, stop_ids
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
 from pipeline.models import adapters
 from pipeline.stages.progress import Checkpoints, Progress, Stop
+from pipeline.stages.splitting import SplitsWhenFull
 from pipeline.stages.stage import Context, StageSpec
 
 if TYPE_CHECKING:
@@ -148,7 +149,8 @@ def build(trainer_class: type, model: PeftModel, **options: Any) -> Trainer:
     """
     _score_supervised_positions_only()
     masters = {name: weight.detach().clone() for name, weight in adapters.trainable(model).items()}
-    trainer = type(trainer_class.__name__, (ResumableOrder, trainer_class), {})(model=model, **options)
+    bases = (SplitsWhenFull, ResumableOrder, trainer_class)
+    trainer = type(trainer_class.__name__, bases, {})(model=model, **options)
     for name, weight in adapters.trainable(trainer.model).items():
         weight.data = masters[name]
     return trainer
@@ -200,7 +202,15 @@ def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
     """
     checkpoint = ctx.claim()
     set_seed(ctx.seed)
-    stop = Stop()
+    stop, halved = Stop(), []
+
+    def note(rows: int, left: int) -> None:
+        halved.append(left)
+        step = trainer.state.global_step
+        print(f"  step {step + 1}: out of memory with {rows} rows at once; the same step with {left}", flush=True)
+        metrics.append(ctx.out.metrics, step, {"out_of_memory": rows, "rows_at_once": left})
+
+    trainer.when_split = note
     trainer.remove_callback(PrinterCallback)  # Progress prints
     trainer.add_callback(stop)
     trainer.add_callback(Checkpoints(ctx.fingerprint, spec.train.get("save_total_limit") or 1))
@@ -215,7 +225,8 @@ def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
     loss = output.training_loss
     if not math.isfinite(loss) and not checkpoint:
         raise UserError(f"stage '{ctx.out.name}' ended with a loss of {loss}: lower the learning rate")
-    return {"steps": trainer.state.global_step, "train_seconds": round(output.metrics["train_runtime"], 1)}
+    done = {"steps": trainer.state.global_step, "train_seconds": round(output.metrics["train_runtime"], 1)}
+    return {**done, "rows_at_once": halved[-1]} if halved else done
 
 
 def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, ctx: Context) -> None:

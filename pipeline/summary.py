@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.artifact import Json
+from pipeline.errors import UserError
+from pipeline.plan import auto
 from pipeline.plan.cards import Card
 from pipeline.plan.shapes import read_shapes
 from pipeline.plan.stage import lengths_of, plan_stage, planned_model
@@ -42,6 +44,10 @@ def show_needs(recipe: Recipe, card: Card | None, console: Console) -> None:
     for name in recipe.order():
         kind, section = recipe.kind(name), recipe.stages[name]
         lengths = lengths_of(section, kind.contract, recipe.spec.seed)
+        if card:
+            section = auto.resolved(kind, section, model, spec, lengths, card)
+        elif auto.asked(section):
+            raise UserError(f"stages.{name}: {', '.join(auto.asked(section))} is auto: name a card with --gpu")
         planned[name] = plan_stage(kind, section, model, spec, lengths, card)
     half = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[spec.dtype]
     console.print()

@@ -134,7 +134,9 @@ def step(config: dict[str, Any], stage: str, rows: int, length: int, checkpointe
         if stage != "reward":
             outputs = ("log_probs", "entropy", "is_top1") if stage == "sft" else ("log_probs", "entropy")
             add_fused_lm_head(base, outputs=outputs)
-        task = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if stage == "reward" else {"task_type": "CAUSAL_LM"}
+        task = (
+            {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if stage == "reward" else {"task_type": "CAUSAL_LM"}
+        )
         model = adapters._ready(get_peft_model(base, LoraConfig(**{**lora, **task})))
         if stage == "dpo":
             adapters.twin(model, "ref")
@@ -283,7 +285,9 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in given.model or MODELS:
         for kind in ("sft", "dpo", "reward", "ppo", "evaluation"):
-            for checkpointed in (0,) if kind == "evaluation" else (0, 1, given.layers) if kind == "sft" else (0, given.layers):
+            for checkpointed in (
+                (0,) if kind == "evaluation" else (0, 1, given.layers) if kind == "sft" else (0, given.layers)
+            ):
                 for rows, length in ((2, 512), (1, 4096)) if kind == "sft" else ((2, 512),):
                     entries = list(against_plan(name, given.layers, kind, rows, length, checkpointed))
                     peak = next(e for e in entries if e.part in ("activations", "evaluation"))

@@ -105,9 +105,7 @@ def test_the_longest_batch_is_tried_first(tiny_base: Path, tmp_path: Path, monke
     assert max((free[name] - probed[name]).abs().max().item() for name in free) < 1e-5
 
 
-def test_a_row_too_long_says_what_to_change(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_too_long_says_what_to_change(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, 40, backward=True)
     with pytest.raises(UserError, match=r"one row of \d+ tokens .* Lower max_length to \d+, or set activation_checkpo"):
         trained(tree_of(tiny_base, tmp_path, "sft"), tmp_path, "sft")
@@ -124,7 +122,9 @@ def test_a_limit_changes_no_ppo_policy(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, critic: str
 ) -> None:
     (tmp_path / "pays.py").write_text(PAYS)
-    rows = [{"prompt": [{"role": "user", "content": f"say {word}"}]} for word in ("a", "hundred words", "no", "yes it is")]
+    rows = [
+        {"prompt": [{"role": "user", "content": f"say {word}"}]} for word in ("a", "hundred words", "no", "yes it is")
+    ]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = tiny_tree(tiny_base, tmp_path)
     tree["model"] |= {"dtype": "float32", "quantize": "none"}

@@ -204,4 +204,3 @@ def _characters(value: Any) -> int:
         return _characters(value["content"]) + len(str(value.get("role", "")))
     either = max(_characters(value.get("chosen")), _characters(value.get("rejected")))
     return either + sum(_characters(value.get(key)) for key in ("prompt", "completion", "messages", "text"))
-

@@ -165,7 +165,9 @@ class PPOTrainer:
     def score(self, packs: list[Pack], episodes: list[Episode]) -> None:
         """Fill in `ref_logp_BG`, `old_logp_BG` and `values_BG`, one adapter after the other."""
         for pack in packs:
-            (pack.ref_logp_BG,) = splitting.forward_in_parts(lambda part: [self.actors.policy(part, REFERENCE)[0]], pack)
+            (pack.ref_logp_BG,) = splitting.forward_in_parts(
+                lambda part: [self.actors.policy(part, REFERENCE)[0]], pack
+            )
         for pack in packs:
             if self._updates_once() and self.actors.value_adapter != POLICY:
                 # The one update of a batch is made by the policy that wrote it: the ratio is one whatever was written

@@ -110,6 +110,9 @@ NUMBERS: dict[str, tuple[type, float]] = {
     "lora_alpha": (float, 0),
     "lora_dropout": (float, 0),
 }
+AUTO = "auto"
+AUTO_WORDS = ("per_device_train_batch_size", "activation_checkpointing", "max_length")
+"""Words whose value may be left to the planner (pipeline/plan/auto.py)."""
 WHY_NOT = {word: why for why, listed in OUR_WORDS.items() for word in listed}
 
 

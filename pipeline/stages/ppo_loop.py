@@ -105,7 +105,9 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
 
     def note(episodes: int, left: int) -> None:
         halved.append(left)
-        print(f"  step {trainer.step + 1}: out of memory with {episodes} episodes at once; again with {left}", flush=True)
+        print(
+            f"  step {trainer.step + 1}: out of memory with {episodes} episodes at once; again with {left}", flush=True
+        )
         metrics.append(ctx.out.metrics, trainer.step, {"out_of_memory": episodes, "rows_at_once": left})
 
     trainer.when_split = note

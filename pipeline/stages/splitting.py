@@ -58,16 +58,16 @@ class SplitsWhenFull(_Trainer):
 
     def _in_parts(self, model: Any, inputs: Batch, num_items: Any) -> torch.Tensor:
         """Forward and backward of a batch, whole or in as many parts as memory asks for; its loss."""
-        rows = _rows(inputs)
+        count = rows(inputs)
         while True:
-            size = min(rows, self.rows_at_once or rows)
+            size = min(count, self.rows_at_once or count)
             noted = copy.deepcopy(self._metrics), self._total_train_tokens
             try:
                 losses = []
-                for part in _parts(inputs, size):
+                for some in _parts(inputs, size):
                     # A sum over tokens, divided by all of the step's, needs no weight; a mean over a part does.
-                    self._share = 1.0 if num_items is not None or size == rows else _weight(part) / _weight(inputs)
-                    losses.append(super().training_step(model, part, num_items))
+                    self._share = 1.0 if num_items is not None or size == count else _weight(some) / _weight(inputs)
+                    losses.append(super().training_step(model, some, num_items))
                 return torch.stack(losses).sum()
             except RuntimeError as error:
                 if not out_of_memory(error) or not self._separable():
@@ -124,51 +124,54 @@ def _pairs(inputs: Batch) -> bool:
     return "labels" not in inputs
 
 
-def _rows(inputs: Batch) -> int:
+def rows(inputs: Batch) -> int:
+    """Rows of a batch; pairs where it holds chosen and rejected ones, sequences where they are packed in one row."""
     if "cu_seq_lens_q" in inputs:
         return len(inputs["cu_seq_lens_q"]) - 1
-    rows = len(inputs["input_ids"])
-    return rows // 2 if _pairs(inputs) else rows
+    count = len(inputs["input_ids"])
+    return count // 2 if _pairs(inputs) else count
 
 
 def _weight(inputs: Batch) -> int:
     """What a batch's mean is over: pairs, or tokens with a label."""
-    return _rows(inputs) if _pairs(inputs) else int((inputs["labels"][..., 1:] != -100).sum())
+    return rows(inputs) if _pairs(inputs) else int((inputs["labels"][..., 1:] != -100).sum())
 
 
 def _parts(inputs: Batch, size: int) -> list[Batch]:
-    rows = _rows(inputs)
-    if size == rows:
-        return [dict(inputs)]
-    cut = _cut_packed if "cu_seq_lens_q" in inputs else _cut
-    return [cut(inputs, start, min(start + size, rows)) for start in range(0, rows, size)]
+    count = rows(inputs)
+    return [part(inputs, start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _cut(inputs: Batch, start: int, stop: int) -> Batch:
-    rows = _rows(inputs)
+def part(inputs: Batch, start: int, stop: int) -> Batch:
+    """The rows (pairs, packed sequences) of a batch from `start` to before `stop`, under the padding they have."""
+    count = rows(inputs)
+    if (start, stop) == (0, count):
+        return dict(inputs)
+    if "cu_seq_lens_q" in inputs:
+        return _part_of_packed(inputs, start, stop)
 
     def of(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        if _pairs(inputs) and len(value) == 2 * rows:
+        if _pairs(inputs) and len(value) == 2 * count:
             return torch.cat([half[start:stop] for half in value.chunk(2)])
         return value[start:stop]
 
     return {name: of(value) for name, value in inputs.items()}
 
 
-def _cut_packed(inputs: Batch, start: int, stop: int) -> Batch:
+def _part_of_packed(inputs: Batch, start: int, stop: int) -> Batch:
     """Some of the sequences that lie end to end in one row. Their first tokens carry no label, so nothing is lost."""
     ends = inputs["cu_seq_lens_q"]
     first, last = int(ends[start]), int(ends[stop])
     bounds = (ends[start : stop + 1] - first).to(ends.dtype)
     along = ("input_ids", "labels", "position_ids", "attention_mask", "seq_idx")
-    part = {name: value[:, first:last] if name in along else value for name, value in inputs.items()}
-    if "seq_idx" in part:
-        part["seq_idx"] = part["seq_idx"] - start
-    part["cu_seq_lens_q"] = part["cu_seq_lens_k"] = bounds
-    part["max_length_q"] = part["max_length_k"] = int(bounds.diff().max())
-    return part
+    some = {name: value[:, first:last] if name in along else value for name, value in inputs.items()}
+    if "seq_idx" in some:
+        some["seq_idx"] = some["seq_idx"] - start
+    some["cu_seq_lens_q"] = some["cu_seq_lens_k"] = bounds
+    some["max_length_q"] = some["max_length_k"] = int(bounds.diff().max())
+    return some
 
 
 def _length(row: Batch) -> int:

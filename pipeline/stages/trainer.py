@@ -20,6 +20,7 @@ from pipeline.data.load import NAMED_AT_MOST
 from pipeline.data.render import Encoded, Reply, Unrenderable, stop_ids
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
 from pipeline.models import adapters
+from pipeline.models.forward import checkpoint_first
 from pipeline.stages.progress import Checkpoints, Progress, Stop
 from pipeline.stages.splitting import SplitsWhenFull
 from pipeline.stages.stage import Context, StageSpec
@@ -55,8 +56,14 @@ def arguments(config_class: type, spec: StageSpec, ctx: Context, **house: Any) -
         "eval_strategy": "no",  # the stage evaluates before and after; TRL's mean over batches weighs them unequally
         "save_total_limit": None,  # Checkpoints rotates, after the newest has been marked whole
     }
+    words = dict(spec.train)
+    layers = words.get("activation_checkpointing")
+    if isinstance(layers, int) and not isinstance(layers, bool):
+        words["activation_checkpointing"] = layers > 0
     try:
-        return config_class(**{**defaults, **spec.train, **runners})
+        args = config_class(**{**defaults, **words, **runners})
+        args.checkpointed_layers = layers if layers else None  # all of them if none is named
+        return args
     except (TypeError, ValueError) as error:
         raise UserError(f"stages.{ctx.out.name}.train: {config_class.__name__} refuses it: {error}") from error
 
@@ -149,7 +156,7 @@ def build(trainer_class: type, model: PeftModel, **options: Any) -> Trainer:
     """
     _score_supervised_positions_only()
     masters = {name: weight.detach().clone() for name, weight in adapters.trainable(model).items()}
-    bases = (SplitsWhenFull, ResumableOrder, trainer_class)
+    bases = (SplitsWhenFull, CheckpointsSome, ResumableOrder, trainer_class)
     trainer = type(trainer_class.__name__, bases, {})(model=model, **options)
     for name, weight in adapters.trainable(trainer.model).items():
         weight.data = masters[name]
@@ -162,6 +169,19 @@ def _score_supervised_positions_only() -> None:
     It does so for accelerators that compile anew for each shape, which a CPU does not; on CUDA it leaves them out.
     """
     trl_utils._use_triton = lambda device: device.type == "cpu" or _use_triton(device)
+
+
+class CheckpointsSome:
+    """For a Trainer: `activation_checkpointing: 12` in the first 12 layers only.
+
+    At every pass, since TRL's DPO trainer turns it on again for all after it has asked the reference.
+    """
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        layers = self.args.checkpointed_layers  # type: ignore[attr-defined]
+        if layers is not None and layers is not True:
+            checkpoint_first(model, layers)
+        return super().training_step(model, *args, **kwargs)  # type: ignore[misc,no-any-return]
 
 
 class ResumableOrder:

@@ -165,12 +165,12 @@ def build(tree: Json, overrides: Any = (), path: str = "recipe", lines: dict[str
     recipe = Recipe(spec.model_copy(update={"stages": _merged(spec)}), tree)
     for name, section in recipe.stages.items():
         batch = "per_device_train_batch_size"
-        if section.kind != "ppo" and section.train.get(batch) == AUTO:
-            if not isinstance(section.train.get("gradient_accumulation_steps"), int):
-                raise wrong(
-                    f"stages.{name}.train.{batch}",
-                    "is auto; gradient_accumulation_steps then says the rows of an optimizer step: give it, say 16",
-                )
+        rows = section.train.get("gradient_accumulation_steps")
+        if section.kind != "ppo" and section.train.get(batch) == AUTO and not isinstance(rows, int):
+            raise wrong(
+                f"stages.{name}.train.{batch}",
+                "is auto; gradient_accumulation_steps then says the rows of an optimizer step: give it, say 16",
+            )
         if section.kind == "ppo":
             try:
                 PPOSettings(**{word: value for word, value in section.train.items() if value != AUTO})

@@ -129,7 +129,7 @@ def step(config: dict[str, Any], stage: str, rows: int, length: int, checkpointe
     """A training step of sft, dpo (rows: both answers of each pair) or reward, and the evaluation after it."""
     live, found = Counter(), {}
     with as_on_cuda(), live:
-        base = fake_base(_hf(config), reward=stage == "reward")
+        base = fake_base(hf_config(config), reward=stage == "reward")
         found["weights"] = live.now
         if stage != "reward":
             outputs = ("log_probs", "entropy", "is_top1") if stage == "sft" else ("log_probs", "entropy")
@@ -184,7 +184,7 @@ def evaluation(config: dict[str, Any], rows: int, length: int, lora: dict[str, A
     """Peak above what stays of scoring rows without gradients, as evaluate/scoring.py does."""
     live = Counter()
     with as_on_cuda(), live, torch.no_grad():
-        model = adapters._ready(get_peft_model(fake_base(_hf(config)), LoraConfig(**lora, task_type="CAUSAL_LM")))
+        model = adapters._ready(get_peft_model(fake_base(hf_config(config)), LoraConfig(**lora, task_type="CAUSAL_LM")))
         model.eval()
         language_model = LanguageModel(model, 0)
         live.mark()
@@ -200,7 +200,7 @@ def ppo(config: dict[str, Any], settings: PPOSettings, prompt: int, checkpointed
     live, found = Counter(), {}
     tokenizer = _tokenizer()
     with as_on_cuda(), live:
-        hf = _hf(config)
+        hf = hf_config(config)
         base = fake_base(hf)
         found["weights"] = live.now
         model = adapters._ready(get_peft_model(base, LoraConfig(**lora, task_type="CAUSAL_LM")))
@@ -236,9 +236,9 @@ def checkpoint_first(model: Any, count: int) -> None:
         layer.gradient_checkpointing = index < count
 
 
-def _hf(config: dict[str, Any]) -> Any:
+def hf_config(config: dict[str, Any], **more: Any) -> Any:
     named = {key: value for key, value in config.items() if key != "model_type"}
-    return AutoConfig.for_model(config["model_type"], **named, pad_token_id=0, attn_implementation="sdpa")
+    return AutoConfig.for_model(config["model_type"], **named, pad_token_id=0, attn_implementation="sdpa", **more)
 
 
 @cache
@@ -283,23 +283,25 @@ def main() -> None:
     worst: list[Entry] = []
     print("| model | stage | batch | checkpointed | planned MiB | counted MiB | error | worst other entry |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    levels = {"sft": (0, 1, given.layers), "evaluation": (0,)}
+    cases = [
+        (kind, checkpointed, rows, length)
+        for kind in ("sft", "dpo", "reward", "ppo", "evaluation")
+        for checkpointed in levels.get(kind, (0, given.layers))
+        for rows, length in ([(2, 512), (1, 4096)] if kind == "sft" else [(2, 512)])
+    ]
     for name in given.model or MODELS:
-        for kind in ("sft", "dpo", "reward", "ppo", "evaluation"):
-            for checkpointed in (
-                (0,) if kind == "evaluation" else (0, 1, given.layers) if kind == "sft" else (0, given.layers)
-            ):
-                for rows, length in ((2, 512), (1, 4096)) if kind == "sft" else ((2, 512),):
-                    entries = list(against_plan(name, given.layers, kind, rows, length, checkpointed))
-                    peak = next(e for e in entries if e.part in ("activations", "evaluation"))
-                    others = [entry for entry in entries if entry is not peak]
-                    other = max(others, key=lambda entry: abs(entry.error), default=None)
-                    told = f"{other.part} {other.error:+.1%}" if other else ""
-                    print(
-                        f"| {name} | {kind} | {rows} x {length} | {peak.checkpointed} | {peak.planned / MIB:.0f} | "
-                        f"{peak.counted / MIB:.0f} | {peak.error:+.1%} | {told} |",
-                        flush=True,
-                    )
-                    worst += entries
+        for kind, checkpointed, rows, length in cases:
+            entries = list(against_plan(name, given.layers, kind, rows, length, checkpointed))
+            peak = next(e for e in entries if e.part in ("activations", "evaluation"))
+            other = max((e for e in entries if e is not peak), key=lambda e: abs(e.error), default=None)
+            told = f"{other.part} {other.error:+.1%}" if other else ""
+            print(
+                f"| {name} | {kind} | {rows} x {length} | {peak.checkpointed} | {peak.planned / MIB:.0f} | "
+                f"{peak.counted / MIB:.0f} | {peak.error:+.1%} | {told} |",
+                flush=True,
+            )
+            worst += entries
     entry = max(worst, key=lambda entry: abs(entry.error))
     print(f"\n{len(worst)} entries, the worst {entry.error:+.1%}: {entry.part} of {entry.model}, {entry.stage}, "
           f"{entry.rows} x {entry.length}, {entry.checkpointed} layers checkpointed")  # fmt: skip

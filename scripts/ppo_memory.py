@@ -74,7 +74,7 @@ def _random_4bit(config: LlamaConfig) -> Any:
             if parameter is not None and parameter.is_meta:
                 data = torch.randn(parameter.shape, device="cuda", dtype=torch.bfloat16) * 0.02
                 module._parameters[name] = torch.nn.Parameter(data, requires_grad=False)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device="cuda")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to("cuda")
     torch.set_default_dtype(torch.float32)
     return model
 

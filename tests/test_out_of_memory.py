@@ -27,7 +27,7 @@ READY = adapters._ready
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, tokens: int | None, backward: bool = False) -> None:
-    """A model whose passes hold at most so many tokens. With `backward`, a pass that is too large fails half-way back."""
+    """A model whose passes hold so many tokens at most. With `backward`, a larger one fails only half-way back."""
 
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. (planted)")

@@ -112,6 +112,6 @@ def _nothing_fits(needs: Memory, card: Card, room: float) -> str:
     return (
         f"auto finds nothing that fits {card.name} ({card.memory / GIB:.3g} GiB, 5 % kept free): the least needs "
         f"{needs.total / GIB:.1f} GiB, {(needs.total - room) / GIB:.1f} too many, {needs.stays / GIB:.1f} of them for "
-        f"weights, adapters and optimizer, {CONTEXT / GIB:.1f} for the CUDA context. Take a smaller model, a smaller r, "
+        f"weights, adapters and optimizer, {CONTEXT / GIB:.1f} for the CUDA context. Take a smaller model or r, "
         "a lower max_length, or optim: adamw_8bit."
     )

@@ -86,6 +86,6 @@ def _check_can_split(error: RuntimeError, pack: Pack) -> None:
         length = pack.ids_BT.shape[1]
         raise UserError(
             f"one episode of {length} tokens does not fit in memory even alone. Lower response_length or max_length to "
-            f"{max(1, length // 2)} together, set gradient_checkpointing: true, or take a smaller model; `onebase plan` "
-            "shows what each part needs."
+            f"{max(1, length // 2)} together, set gradient_checkpointing: true, or take a smaller model; "
+            "`onebase plan` shows what each part needs."
         ) from error

@@ -1,4 +1,4 @@
-"""A Trainer that survives out of memory: the micro-batch is halved, and the optimizer step is the one it would have been.
+"""A Trainer that survives out of memory: the micro-batch is halved, the optimizer step is the one it would have been.
 
 Gradients of a batch are sums over its rows, so a batch done in parts, each weighed by its share, gives the same
 gradients up to the order of a sum. What a part had added when memory ran out is thrown away: the gradients of the
@@ -33,7 +33,7 @@ class SplitsWhenFull(_Trainer):
     rows_at_once: int | None = None
     """Rows (pairs, or sequences of a packed batch) of one forward pass, once a batch has been found too large."""
     probes = torch.cuda.is_available()
-    """Whether the longest batch is tried before the first step. A CPU swaps or kills rather than say that it is full."""
+    """Whether the longest batch is tried before the first step. A CPU does not say that it is full."""
     when_split: Callable[[int, int], None] = staticmethod(lambda rows, left: None)
     """Told the rows that did not fit and those that are tried next."""
     _share = 1.0

@@ -166,6 +166,8 @@ class Model:
         kept = work.tokens * (b * s.hidden * work.checkpointed + self.saved(work) * free)
         if not work.checkpointed:
             kept -= work.tokens * 4 * s.hidden  # embeddings take no gradient: the first norm keeps nothing
+        if work.masked:  # one mask of booleans for all layers
+            kept += work.tokens * (work.tokens if work.packed else work.length)
         # autocast keeps its rounded copies of the adapter's weights while they may be used again
         return kept + round(b * self.adapter.parameters(s) * free / s.layers)
 
@@ -178,10 +180,12 @@ class Model:
             held += work.tokens * self.saved(work) + round(b * self.adapter.parameters(s) / s.layers)
         down = b * s.intermediate * s.hidden if self.quantised else 0
         entering = held + work.tokens * b * (s.intermediate + s.hidden) + down
+        # as the way back passes the product of gate and up, with nothing unpacked
+        product = held + work.tokens * b * (2 * s.intermediate + s.hidden)
         # where gate and up are one matrix it is the larger one, and its gradient comes when less is held
         later = held + self.dequantised() + work.tokens * b * (s.hidden - s.intermediate)
         own_norm = held + work.tokens * NORM_BACKWARD * s.hidden if s.norms > 2 else 0
-        return max(last_norm, entering, later, own_norm)
+        return max(last_norm, entering, product, later, own_norm)
 
 
 def memory(model: Model, work: Work) -> Memory:

@@ -1,7 +1,7 @@
 """Peak memory and tokens/s of every stage on this GPU, planned beside measured, against plain TRL + PEFT.
 
     python scripts/bench_gpu.py --model Llama-3.1-8B --rows 2 --length 1024 --out bench.json
-    python scripts/bench_gpu.py --device cpu --tiny          that the script itself works: no figure of it means anything
+    python scripts/bench_gpu.py --device cpu --tiny     that the script itself works; no figure of it means anything
 
 Weights are random and quantised layer by layer, so nothing is downloaded and the whole never lies in memory in 16 bits.
 Both sides train on the same rows, with the same LoRA, batch and checkpointing, one after the other in this process;

@@ -101,7 +101,7 @@ def test_the_longest_batch_is_tried_first(tiny_base: Path, tmp_path: Path, monke
     monkeypatch.setattr(SplitsWhenFull, "probes", True)
     plant(monkeypatch, 200)
     probed, _, lines = trained(tree, tmp_path / "probed", "sft")
-    assert [line["step"] for line in lines if "out_of_memory" in line] == [0] * 2
+    assert [line["step"] for line in lines if "out_of_memory" in line] == [0]
     assert max((free[name] - probed[name]).abs().max().item() for name in free) < 1e-5
 
 
@@ -128,6 +128,7 @@ def test_a_limit_changes_no_ppo_policy(
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = tiny_tree(tiny_base, tmp_path)
     tree["model"] |= {"dtype": "float32", "quantize": "none"}
+    tree["train"] = {}
     tree["stages"] = {
         "ppo": {
             "data": {"path": str(tmp_path / "prompts.jsonl")},

@@ -98,7 +98,8 @@ def effective_batch(kind: Stage, section: StageSpec) -> int:
 
 def _longest(work: Work, model: Model, room: float, card: Card) -> int:
     least = work.answer + 1 if work.kind == "ppo" else min(STEP, work.length)
-    for length in [work.length, *range((work.length - 1) // STEP * STEP, least - 1, -STEP), least]:
+    lengths: list[int] = [work.length, *range((work.length - 1) // STEP * STEP, least - 1, -STEP), least]
+    for length in lengths:
         if _total(model, replace(work, length=length)) <= room:
             return length
     raise UserError(_nothing_fits(memory(model, replace(work, length=least)), card, room))

@@ -102,14 +102,35 @@ def data(
 
 
 @app.command()
-def plan(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs")) -> None:  # noqa: B006
-    """Show what a run would do, and why."""
+def plan(
+    recipe: RecipePath,
+    override: Overrides = [],  # noqa: B006
+    runs: Runs = Path("runs"),
+    gpu: Annotated[
+        str, typer.Option(metavar="CARD", help="Plan for this card (rtx3060, a100-40gb) or memory (12GB).")
+    ] = "",
+) -> None:
+    """Show what a run would do, and why; what each stage needs, whether it fits, and how long it takes."""
     from rich.console import Console
 
+    from pipeline.errors import UserError
+    from pipeline.plan import cards
     from pipeline.runner import states
-    from pipeline.summary import show_states
+    from pipeline.summary import show_needs, show_states
 
-    show_states(states(_read(recipe, override), runs), Console())
+    card = cards.card(gpu) if gpu else cards.present()
+    chain, console = _read(recipe, override), Console()
+    unknown = None
+    try:
+        show_states(states(chain, runs), console)
+    except UserError as error:  # its needs follow from shapes alone
+        unknown = error
+    try:
+        show_needs(chain, card, console)
+    except UserError as error:
+        console.print(f"memory and time: not planned: {error}", highlight=False, markup=False)
+    if unknown:
+        raise unknown
 
 
 @app.command()

@@ -10,7 +10,7 @@ from rich.text import Text
 from pipeline.data import doctor
 from pipeline.data.contracts import Row
 from pipeline.recipe import Recipe
-from pipeline.stages.arguments import default
+from pipeline.stages.arguments import defaults
 from pipeline.worker import load_rows
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ def examine(recipe: Recipe, names: list[str]) -> Json:
         if name not in names:
             continue
         kind, section = recipe.stages[name].kind, recipe.stages[name]
-        max_length = section.train.get("max_length", default(recipe.kind(name).config_class, "max_length"))
+        max_length = section.train.get("max_length", defaults(recipe.kind(name).config_class).get("max_length"))
+        if max_length == "auto":
+            max_length = None  # chosen by the card when the stage starts
         stage: Json = {
             "kind": kind,
             "sources": [{**source.counts(), "formats": dict(source.layouts)} for source in sources],

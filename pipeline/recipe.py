@@ -24,7 +24,7 @@ from pipeline.models import published
 from pipeline.models.spec import ModelSpec, base_hash
 from pipeline.ppo.settings import PPOSettings
 from pipeline.stages import STAGES
-from pipeline.stages.arguments import NUMBERS, RUNTIME_WORDS, WHY_NOT, defines, words
+from pipeline.stages.arguments import AUTO, AUTO_WORDS, NUMBERS, RUNTIME_WORDS, WHY_NOT, defines, words
 from pipeline.stages.stage import Stage, StageSpec
 
 RUNS = Path("runs")
@@ -189,9 +189,16 @@ def build(tree: Json, overrides: Any = (), path: str = "recipe", lines: dict[str
         raise wrong("model.chat_template", f"no such file: {template}")
     recipe = Recipe(spec.model_copy(update={"stages": _merged(spec)}), tree)
     for name, section in recipe.stages.items():
+        batch = "per_device_train_batch_size"
+        rows = section.train.get("gradient_accumulation_steps")
+        if section.kind != "ppo" and section.train.get(batch) == AUTO and not isinstance(rows, int):
+            raise wrong(
+                f"stages.{name}.train.{batch}",
+                "is auto; gradient_accumulation_steps then says the rows of an optimizer step: give it, say 16",
+            )
         if section.kind == "ppo":
             try:
-                PPOSettings(**section.train)
+                PPOSettings(**{word: value for word, value in section.train.items() if value != AUTO})
             except ValidationError as error:
                 word, message = _first_complaint(error)
                 raise wrong(f"stages.{name}.train.{word}".removesuffix(".recipe"), message) from None
@@ -273,6 +280,8 @@ def _check_words(key: str, given: Json, known: Any, wrong: Any) -> None:
             raise wrong(place, f"unknown key{_meant(word, known)}")
         if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", value):
             raise wrong(place, f"is the text {value!r}; write the number without quotes")
+        if value == AUTO and word in AUTO_WORDS:
+            continue
         if word in NUMBERS and not _in_range(value, *NUMBERS[word]):
             kind, least = NUMBERS[word]
             wanted = "a whole number" if kind is int else "a number"

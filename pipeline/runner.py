@@ -16,7 +16,7 @@ from pipeline import gates, strict_yaml
 from pipeline.artifact import WEIGHTS, Artifact, Json, digest, locked, write_text
 from pipeline.errors import UserError
 from pipeline.recipe import RUNS, Recipe
-from pipeline.worker import ERROR_MARK, WATCH, load_rows
+from pipeline.worker import ERROR_MARK, WATCH, choices_noted, load_rows
 
 CPU_ENVIRONMENT = {
     # Threads that wait do not spin, and glibc keeps the large blocks that training frees and asks for again at every
@@ -77,7 +77,9 @@ def run(
         for state in planned:
             _check_before(recipe, state, found, chosen)
         resolved = runs / recipe.name / "recipe.yaml"
-        write_text(resolved, strict_yaml.dump(recipe.tree))
+        parts = recipe.parts()
+        notes = [choices_noted(recipe.artifact(name, runs), digest(parts[name])) for name in recipe.order()]
+        write_text(resolved, strict_yaml.dump(recipe.tree) + "".join(notes))
         done = []
         for index, state in enumerate(planned, 1):
             print(

@@ -10,7 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.artifact import Json
+from pipeline.errors import UserError
 from pipeline.evaluate.metric import METRICS
+from pipeline.plan import auto
+from pipeline.plan.cards import Card
+from pipeline.plan.shapes import read_shapes
+from pipeline.plan.stage import lengths_of, plan_stage, planned_model
+from pipeline.plan.table import show_plan
 from pipeline.recipe import Recipe
 from pipeline.runner import State
 from pipeline.stages.stage import Headline
@@ -25,6 +31,28 @@ def show_states(states: list[State], console: Console) -> None:
         action = f"{state.word}, {actions.get(state.word, 'would run')}"
         table.add_row(state.name, Text(action, style=colours[state.word]), Text(state.why))
     console.print(table)
+
+
+def show_needs(recipe: Recipe, card: Card | None, console: Console) -> None:
+    """What every stage needs: memory, time, disk; from the shapes in the base's config.json.
+
+    Raises UserError with the reason where the shapes cannot be read or are not of a known kind.
+    """
+    spec = recipe.spec.model
+    shapes = read_shapes(spec)
+    model = planned_model(spec, shapes)
+    planned = {}
+    for name in recipe.order():
+        kind, section = recipe.kind(name), recipe.stages[name]
+        lengths = lengths_of(section, kind.contract, recipe.spec.seed)
+        if card:
+            section = auto.resolved(kind, section, model, spec, lengths, card)
+        elif auto.asked(section):
+            raise UserError(f"stages.{name}: {', '.join(auto.asked(section))} is auto: name a card with --gpu")
+        planned[name] = plan_stage(kind, section, model, spec, lengths, card)
+    half = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[spec.dtype]
+    console.print()
+    show_plan(planned, shapes, card, half, console)
 
 
 def show_results(recipe: Recipe, runs: Path, console: Console) -> None:

@@ -9,12 +9,14 @@ import argparse
 import contextlib
 import errno
 import itertools
+import json
 import os
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,12 +26,16 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from pipeline.artifact import WEIGHTS, Artifact, Json, digest, locked, write_text
+from pipeline.artifact import WEIGHTS, Artifact, Json, digest, locked, read_json, write_json, write_text
 from pipeline.data.contracts import QUESTION
 from pipeline.data.load import DataSpec, Source, read_source, read_split
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
+from pipeline.plan import auto, cards
+from pipeline.plan.cards import Card
+from pipeline.plan.shapes import read_shapes
+from pipeline.plan.stage import lengths_of, planned_model
 from pipeline.recipe import Recipe, read
-from pipeline.stages.stage import Context, Rows
+from pipeline.stages.stage import Context, Rows, StageSpec
 
 ERROR_MARK = "onebase: error: "
 """What comes after it on stderr is for the person; the runner shows it as its own error."""
@@ -87,6 +93,8 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
             everyone.wait_for_everyone()
             return out.last_checkpoint(fingerprint)
 
+        section = section_chosen(recipe, stage, out, fingerprint, everyone.is_main_process)
+        everyone.wait_for_everyone()
         context = Context(
             model=recipe.spec.model,
             data=data,
@@ -126,6 +134,52 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
                     **_cost(started),
                 }
             )
+
+
+def section_chosen(recipe: Recipe, stage: str, out: Artifact, fingerprint: str, writes: bool) -> StageSpec:
+    """The stage's section with a number for every auto: those an earlier start of this stage chose, or those that fit
+    this machine best. Also noted in the run's recipe.yaml, in comments, for the word itself is what counts."""
+    section, file = recipe.stages[stage], out.folder / "chosen.json"
+    if not auto.asked(section):
+        return section
+    known = read_json(file) or {}
+    if known.get("fingerprint") != fingerprint:
+        kind, spec, card = recipe.kind(stage), recipe.spec.model, _this_machine()
+        lengths = lengths_of(section, kind.contract, recipe.spec.seed)
+        model = planned_model(spec, read_shapes(spec))
+        chosen = auto.choices(kind, section, model, spec, lengths, card)
+        known = {"fingerprint": fingerprint, "for": f"{card.name}, {card.memory / 2**30:.3g} GiB", "chosen": chosen}
+        if writes:
+            write_json(file, known)
+            resolved = out.folder.parent / "recipe.yaml"
+            if resolved.is_file():
+                write_text(resolved, resolved.read_text(encoding="utf-8") + choices_noted(out, fingerprint))
+    settings = ", ".join(f"{word} {value}" for word, value in known["chosen"].items())
+    if writes:
+        print(f"  auto, on {known['for']}: {settings}", flush=True)
+    return auto.taken(section, known["chosen"])
+
+
+def choices_noted(out: Artifact, fingerprint: str) -> str:
+    """What auto stood for in a stage, as comments of the resolved recipe."""
+    known = read_json(out.folder / "chosen.json") or {}
+    if known.get("fingerprint") != fingerprint:
+        return ""
+    told = (f"# stages.{out.name}.train.{word}: {json.dumps(value)}\n" for word, value in known["chosen"].items())
+    return f"# auto, on {known['for']}:\n" + "".join(told)
+
+
+def _this_machine() -> Card:
+    """The GPU that is trained on; without one half of the RAM, which the system and the data also live in."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        memory, name = torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name()
+        with contextlib.suppress(UserError):
+            return replace(cards.card(name), memory=memory)
+        return Card(name, memory)
+    return Card("half of this machine's RAM", psutil.virtual_memory().total // 2)
 
 
 def load_rows(recipe: Recipe, stage: str) -> tuple[Rows, list[Source]]:
@@ -200,8 +254,6 @@ def _cost(started: float) -> Json:
 
 
 def _json_line(value: Json) -> str:
-    import json
-
     return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "replace").decode() + "\n"
 
 

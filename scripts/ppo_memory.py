@@ -5,8 +5,7 @@
 
 Llama-3-8B (hidden 4096, 32 layers, vocabulary 128256) is built from its config. Without --cuda every tensor is fake: it
 has shape and type but no data, and its bytes are counted from creation to release by live_bytes.py. The 4-bit layers
-are stood in by one of the same storage (half a byte a weight and the doubly quantised constants) that keeps the packed
-weight for its backward pass and dequantises it when it is used, as bitsandbytes does. The parts of the step are those
+are stood in as fake_base.py says. The parts of the step are those
 of pipeline/ppo: sampling with the cache, scoring under each adapter, forward and backward of policy and critic, the
 optimizers. Not in the figure: the CUDA context and the allocator's fragmentation (0.45 to 0.9 GiB).
 """
@@ -21,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), "."]
 
+from fake_base import as_on_cuda, fake_base
 from live_bytes import LiveBytes
 from make_tiny_base import make_tiny_base
 from peft import LoraConfig, get_peft_model
@@ -47,56 +46,8 @@ DECODED_SINGLY = 2
 GIB = 2**30
 
 
-class MatMul4(torch.autograd.Function):
-    """x W^T with W dequantised for the moment of use, in the forward and again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, packed_weight: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-        ctx.shape, ctx.packed_weight = shape, packed_weight
-        return x @ torch.empty(shape, dtype=x.dtype, device=x.device).t()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
-        return grad @ torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device), None, None
-
-
-class StandInLinear4bit(torch.nn.Linear):
-    """nf4 with double quantisation: blocks of 64 weights, their scales in one byte, blocks of 256 scales."""
-
-    def __init__(self, layer: torch.nn.Linear) -> None:
-        super().__init__(1, 1, bias=False, device="meta")
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        count = layer.in_features * layer.out_features
-        device = layer.weight.device
-        self.weight = torch.nn.Parameter(
-            torch.empty(count // 2, 1, dtype=torch.uint8, device=device), requires_grad=False
-        )
-        self.register_buffer("scales", torch.empty(count // 64, dtype=torch.uint8, device=device))
-        self.register_buffer("scales_of_scales", torch.empty(-(-count // 64 // 256), device=device))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return MatMul4.apply(x.to(torch.bfloat16), self.weight, (self.out_features, self.in_features))  # type: ignore[no-any-return]
-
-
 def base(config: LlamaConfig, cuda: bool) -> Any:
-    if cuda:
-        return _random_4bit(config)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
-            parent = model.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], StandInLinear4bit(torch.nn.Linear(
-                module.in_features, module.out_features, bias=False, device="meta")))  # fmt: skip
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                dtype = parameter.dtype if parameter.dtype is torch.uint8 else torch.bfloat16
-                module._parameters[name] = torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype), False)
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    return model
+    return _random_4bit(config) if cuda else fake_base(config)
 
 
 def _random_4bit(config: LlamaConfig) -> Any:
@@ -123,7 +74,7 @@ def _random_4bit(config: LlamaConfig) -> Any:
             if parameter is not None and parameter.is_meta:
                 data = torch.randn(parameter.shape, device="cuda", dtype=torch.bfloat16) * 0.02
                 module._parameters[name] = torch.nn.Parameter(data, requires_grad=False)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device="cuda")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to("cuda")
     torch.set_default_dtype(torch.float32)
     return model
 
@@ -191,9 +142,7 @@ def main() -> None:
     live = LiveBytes()
     with contextlib.ExitStack() as held:
         if not given.cuda:
-            held.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            # Fake parameters cannot be moved, and are where they should be.
-            torch.nn.Module.to = lambda module, *args, **kwargs: module  # type: ignore[method-assign]
+            held.enter_context(as_on_cuda())
         held.enter_context(live)
         model = get_peft_model(base(config, given.cuda), LoraConfig(**LORA, task_type="CAUSAL_LM"))  # type: ignore[arg-type]
         adapters.twin(model, REFERENCE)

@@ -237,7 +237,7 @@ def test_what_the_sampler_notes_is_what_a_pass_of_its_own_gives(tiny_base: Path,
     with torch.no_grad():
         for pack in packs:
             logp_BG, _, values_BG = ppo.actors.policy(pack)
-            assert pack.noted_by_sampler
+            assert pack.noted_B.all()
             assert (pack.old_logp_BG - logp_BG).abs().max() < 1e-4
             assert (pack.values_BG - values_BG).abs().max() < 1e-3 < values_BG.abs().max()
 

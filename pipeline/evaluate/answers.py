@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from pipeline.evaluate.matching import NEW_TOKENS
 from pipeline.evaluate.scoring import batches
 from pipeline.models import sampling
 from pipeline.models.forward import LanguageModel, plain_layers
+from pipeline.models.halving import in_halves
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -104,19 +105,23 @@ def generate(
     model.eval()
     language_model = LanguageModel(model, tokenizer.pad_token_id)
     prompts = [render.prompt(tokenizer, row) for row in rows]
+
+    def answered(batch: Sequence[int]) -> list[sampling.Episode]:
+        return sampling.sample(
+            language_model,
+            [prompts[i] for i in batch],
+            new_tokens=new_tokens,
+            temperature=0,
+            stops=render.stop_ids(tokenizer),
+            generator=torch.Generator(model.device),
+        )
+
     answers: dict[int, Answer] = {}
     # On a CPU most of a token's time would go into dequantising.
     plain = plain_layers(model, fold_adapter=False) if model.device.type == "cpu" else contextlib.nullcontext()
     with plain:
         for batch in batches([len(ids) + new_tokens for ids in prompts], tokens=TOKENS_AT_ONCE):
-            episodes = sampling.sample(
-                language_model,
-                [prompts[i] for i in batch],
-                new_tokens=new_tokens,
-                temperature=0,
-                stops=render.stop_ids(tokenizer),
-                generator=torch.Generator(model.device),
-            )
+            episodes = in_halves(answered, batch)
             for index, episode in zip(batch, episodes, strict=True):
                 said = episode.answer_ids[:-1] if episode.ended else episode.answer_ids
                 text = tokenizer.decode(said, skip_special_tokens=True).strip()

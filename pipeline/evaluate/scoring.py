@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,12 +11,16 @@ import torch
 from pipeline.data.render import IGNORED, Encoded, Reply, padded
 from pipeline.evaluate import reward_check
 from pipeline.models.base import computing
+from pipeline.models.forward import LanguageModel
+from pipeline.models.halving import in_halves
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 TOKENS_PER_BATCH = 1536
+LOGITS_AT_ONCE = 1 << 25
+"""Logits held at a time; with a vocabulary of 128k, of 261 tokens."""
 
 
 def language_model(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[Encoded]) -> dict[str, float]:
@@ -67,41 +71,54 @@ def _ranking(chosen: list[float], rejected: list[float], accuracy: str, margin: 
 def log_likelihoods(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[Encoded]) -> list[float]:
     """For each sequence, the sum of log p(token | before) over its supervised tokens, in nats."""
     model.eval()
-    sums = [0.0] * len(rows)
-    for batch in batches([len(row.ids) for row in rows]):
+    language_model = LanguageModel(model, tokenizer.pad_token_id)
+
+    def of(batch: Sequence[int]) -> list[float]:
         ids_BT, mask_BT = padded([rows[i].ids for i in batch], tokenizer.pad_token_id)
         labels_BT, _ = padded([rows[i].labels for i in batch], IGNORED)
-        targets_BT = labels_BT[:, 1:]
-        # Logits only where some row of the batch has a target: the vocabulary is most of the work here.
-        wanted_K = (targets_BT != IGNORED).any(0).nonzero().squeeze(1)
-        if len(wanted_K) == 0:
-            continue
+        # Logits only where there is a target: the vocabulary is most of the work here.
+        row_N, state_N = (labels_BT[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        if len(row_N) == 0:
+            return [0.0] * len(batch)
         with computing(model):
-            logits_BKV = model(
-                input_ids=ids_BT.to(model.device),
-                attention_mask=mask_BT.to(model.device),
-                logits_to_keep=wanted_K.to(model.device),
-                use_cache=False,
-            ).logits
-        targets_BK = targets_BT[:, wanted_K].to(logits_BKV.device)
-        losses_BK = torch.nn.functional.cross_entropy(
-            logits_BKV.float().transpose(1, 2), targets_BK, ignore_index=IGNORED, reduction="none"
-        )
-        for index, total in zip(batch, (-losses_BK.sum(1)).tolist(), strict=True):
-            sums[index] = total
-    return sums
+            hidden_BTH = language_model.hidden(ids_BT.to(model.device), mask_BT.to(model.device))
+        states_NH = hidden_BTH[row_N.to(model.device), state_N.to(model.device)]
+        logp_N = token_log_likelihoods(language_model, states_NH, labels_BT[row_N, state_N + 1].to(model.device)).cpu()
+        return [logp_N[row_N == place].sum().item() for place in range(len(batch))]
+
+    return _by_batches(of, [len(row.ids) for row in rows])
+
+
+def token_log_likelihoods(language_model: LanguageModel, states_NH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
+    """log p of each token given the hidden state before it, (N,) in float32; never more logits than LOGITS_AT_ONCE."""
+    size = max(1, LOGITS_AT_ONCE // language_model.config.vocab_size)
+    parts = []
+    for states_nH, ids_n in zip(states_NH.split(size), ids_N.split(size), strict=True):
+        with computing(language_model.model):
+            logits_nV = language_model.logits(states_nH)
+        parts.append(-torch.nn.functional.cross_entropy(logits_nV.float(), ids_n, reduction="none"))
+    return torch.cat(parts)
 
 
 @torch.no_grad()
 def scores(model: PeftModel, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]]) -> list[float]:
     """The reward model's score of each sequence, read at its last token."""
     model.eval()
-    values = [0.0] * len(sequences)
-    for batch in batches([len(ids) for ids in sequences]):
+
+    def of(batch: Sequence[int]) -> list[float]:
         ids_BT, mask_BT = padded([sequences[i] for i in batch], tokenizer.pad_token_id)
         with computing(model):
             scores_B1 = model(input_ids=ids_BT.to(model.device), attention_mask=mask_BT.to(model.device)).logits
-        for index, value in zip(batch, scores_B1.float().squeeze(1).tolist(), strict=True):
+        return scores_B1.float().squeeze(1).tolist()  # type: ignore[no-any-return]
+
+    return _by_batches(of, [len(ids) for ids in sequences])
+
+
+def _by_batches(of: Callable[[Sequence[int]], list[float]], lengths: list[int]) -> list[float]:
+    """One value for each row, computed batch by batch."""
+    values = [0.0] * len(lengths)
+    for batch in batches(lengths):
+        for index, value in zip(batch, in_halves(of, batch), strict=True):
             values[index] = value
     return values
 

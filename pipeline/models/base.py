@@ -107,7 +107,9 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, reward: bool 
         )
     try:
         if reward:
-            model, found = AutoModelForSequenceClassification.from_pretrained(local_folder(spec), num_labels=1, **options)
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                local_folder(spec), num_labels=1, **options
+            )
         else:
             model, found = AutoModelForCausalLM.from_pretrained(local_folder(spec), **options)
     except Exception as error:  # a damaged file fails in as many ways as there are file formats

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -48,6 +49,14 @@ class LanguageModel:
         if cap := getattr(self.config, "final_logit_softcapping", None):  # Gemma
             logits_NV = torch.tanh(logits_NV / cap) * cap
         return logits_NV
+
+
+def checkpoint_first(model: torch.nn.Module, count: int) -> None:
+    """Leave activation checkpointing on in the first `count` decoder layers alone. The last ones are those whose
+    backward pass comes first, when most is held; kept whole, they need no second forward pass beside it."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index < count
 
 
 @contextlib.contextmanager

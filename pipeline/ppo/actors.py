@@ -14,12 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy
 import torch
 from torch.nn.functional import linear
 
 from pipeline.data.render import padded
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel
+from pipeline.models.halving import in_halves
 from pipeline.ppo.algorithm import log_probs
 
 if TYPE_CHECKING:
@@ -55,12 +57,27 @@ class Pack:
     state_N: Tensor
     scores_B: Tensor = field(default_factory=lambda: torch.empty(0))
     old_logp_BG: Tensor = field(default_factory=lambda: torch.empty(0))
-    noted_by_sampler: bool = False
-    """`old_logp_BG` is what the sampler noted, until the first pass of the update gives the trainer's own figure."""
+    noted_B: numpy.ndarray = field(default_factory=lambda: numpy.empty(0, dtype=bool))
+    """Whether `old_logp_BG` is what the sampler noted; the update's first pass puts its own in place."""
     ref_logp_BG: Tensor = field(default_factory=lambda: torch.empty(0))
     values_BG: Tensor = field(default_factory=lambda: torch.empty(0))
     advantages_BG: Tensor = field(default_factory=lambda: torch.empty(0))
     returns_BG: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def halves(self) -> list[Pack]:
+        """The same episodes in two packs of the same width, for when memory does not hold them together."""
+        middle = len(self.rows) // 2
+        return [self._some(0, middle), self._some(middle, len(self.rows))]
+
+    def _some(self, start: int, stop: int) -> Pack:
+        chosen_N = (self.row_N >= start) & (self.row_N < stop)
+        parts: dict[str, Any] = {"rows": self.rows[start:stop]}
+        for name, value in vars(self).items():
+            if name.endswith("_N"):
+                parts[name] = value[chosen_N] - (start if name == "row_N" else 0)
+            elif name != "rows":
+                parts[name] = value[start:stop]  # what is not filled in yet stays empty
+        return Pack(**parts)
 
 
 class Actors(LanguageModel):
@@ -116,16 +133,20 @@ class Actors(LanguageModel):
         """A borrowed reward model's score of each sequence, read at its last token; no LM head is run."""
         self.act_as(reward)
         head_1H = self.reward_heads[reward]
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-        values = [0.0] * len(sequences)
-        for start in range(0, len(order), at_once):
-            batch = order[start : start + at_once]
+
+        def of(batch: Sequence[int]) -> list[float]:
             ids_BT, mask_BT = (t.to(self.device) for t in padded([sequences[i] for i in batch], self.pad_id))
             with computing(self.model):
                 hidden_BTH = self.hidden(ids_BT, mask_BT)
                 rows_B = torch.arange(len(batch), device=self.device)
                 scores_B1 = linear(hidden_BTH[rows_B, mask_BT.sum(1) - 1], head_1H)
-            for index, value in zip(batch, scores_B1.float().squeeze(1).tolist(), strict=True):
+            return scores_B1.float().squeeze(1).tolist()  # type: ignore[no-any-return]
+
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        values = [0.0] * len(sequences)
+        for start in range(0, len(order), at_once):
+            batch = order[start : start + at_once]
+            for index, value in zip(batch, in_halves(of, batch), strict=True):
                 values[index] = value
         self.act_as(POLICY)
         return values
@@ -208,6 +229,14 @@ def _pack(rows: list[int], episodes: list[Episode], pad_id: int, device: torch.d
     ]
     tensors = (ids_BT, mask_BT, mask_BG.float(), *torch.tensor(places).T.contiguous())
     return Pack(rows, *(tensor.to(device) for tensor in tensors))
+
+
+def noted(pack: Pack, figures: list[list[float]]) -> Tensor:
+    """A figure the sampler noted for each token of each episode, laid out (B, G)."""
+    figures_BG = torch.zeros_like(pack.mask_BG)
+    for place, row in enumerate(pack.rows):
+        figures_BG[place, : len(figures[row])] = torch.tensor(figures[row], device=figures_BG.device)
+    return figures_BG
 
 
 def _placed(values_N: Tensor, pack: Pack) -> Tensor:

@@ -99,6 +99,8 @@ class PPOSettings(BaseModel):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Of policy and critic, each by itself."""
     gradient_checkpointing: bool = True
+    activation_checkpointing: bool | int | None = Field(default=None, ge=0)
+    """The same by its newer name, which counts if given: true, false, or in how many layers, the first ones."""
 
     # Health
     kl_stop: float = Field(default=50.0, gt=0)
@@ -126,6 +128,11 @@ class PPOSettings(BaseModel):
         if self.kl_target is not None and self.kl_horizon < self.batch_size:
             raise ValueError(f"kl_horizon {self.kl_horizon} is less than one batch ({self.batch_size} episodes)")
         return self
+
+    @property
+    def checkpointing(self) -> bool | int:
+        """Whether, or in how many layers, activations are computed again."""
+        return self.gradient_checkpointing if self.activation_checkpointing is None else self.activation_checkpointing
 
     @property
     def mini(self) -> int:

@@ -11,9 +11,9 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import numpy
 import torch
 
 from pipeline.data import render
@@ -21,9 +21,10 @@ from pipeline.errors import UserError
 from pipeline.models.forward import plain_layers
 from pipeline.models.sampling import Episode, sample
 from pipeline.ppo import algorithm as maths
-from pipeline.ppo import processes, rewards
-from pipeline.ppo.actors import POLICY, REFERENCE, Actors, Pack, packed
+from pipeline.ppo import processes, rewards, splitting
+from pipeline.ppo.actors import POLICY, REFERENCE, Actors, Pack, noted, packed
 from pipeline.ppo.health import Health
+from pipeline.ppo.order import place_of
 from pipeline.ppo.settings import PPOSettings
 
 if TYPE_CHECKING:
@@ -56,6 +57,10 @@ class PPOTrainer:
         self.score_moments = torch.zeros(3, dtype=torch.float64)
         self.tokens = 0
         self.step = 0
+        self.sampled_at_once: int | None = None
+        self.learnt_at_once: int | None = None
+        """Episodes of a rollout's and of an update's pass, once more have been found too many for memory."""
+        self.when_split: splitting.Told = lambda episodes, left: None
         share, rest = divmod(settings.mini, self.processes)
         if rest or share % min(settings.per_device_train_batch_size, share):
             raise UserError(
@@ -105,27 +110,36 @@ class PPOTrainer:
         """This process's share of a step's prompts, answered by the policy."""
         count = self.settings.batch_size // self.processes
         first = step * self.settings.batch_size + self.rank * count
-        rows = [self.rows[_shuffled(len(self.rows), self.seed, place)] for place in range(first, first + count)]
+        rows = [self.rows[place_of(len(self.rows), self.seed, place)] for place in range(first, first + count)]
         return rows, self.answers(rows, f"{step}/{self.rank}")
 
     @torch.no_grad()
-    def answers(self, rows: list[Row], draw: str) -> list[Episode]:
+    def answers(self, rows: list[Row], name: str) -> list[Episode]:
         """An answer to each row's prompt by the policy as it stands; equal under an equal name of the draw."""
         settings, actors = self.settings, self.actors
         actors.act_as(POLICY)
         actors.model.eval()
-        number = random.Random(f"{self.seed}/answers/{draw}").getrandbits(63)
+        number = random.Random(f"{self.seed}/answers/{name}").getrandbits(63)
         with plain_layers(actors.model, fold_adapter=True) if settings.dequantize_rollout else contextlib.nullcontext():
-            return sample(
-                actors,
-                [render.prompt(self.tokenizer, row) for row in rows],
-                new_tokens=settings.response_length,
-                temperature=settings.temperature,
-                stops=self.stops,
-                generator=torch.Generator(actors.device).manual_seed(number),
-                at_once=settings.rollout_batch_size,
-                critic=actors.state_values if actors.value_adapter == POLICY else None,
-            )
+            prompts = [render.prompt(self.tokenizer, row) for row in rows]
+            at_once = min(len(prompts), self.sampled_at_once or settings.rollout_batch_size or len(prompts))
+
+            def draw(at_once: int) -> list[Episode]:
+                return sample(
+                    actors,
+                    prompts,
+                    new_tokens=settings.response_length,
+                    temperature=settings.temperature,
+                    stops=self.stops,
+                    generator=torch.Generator(actors.device).manual_seed(number),
+                    at_once=at_once,
+                    critic=actors.state_values if actors.value_adapter == POLICY else None,
+                )
+
+            episodes, came_to = splitting.sampled(draw, at_once, self.when_split)
+            if came_to < at_once:
+                self.sampled_at_once = came_to
+            return episodes
 
     def text(self, episode: Episode) -> str:
         ids = episode.answer_ids[:-1] if episode.ended else episode.answer_ids
@@ -159,19 +173,26 @@ class PPOTrainer:
         """
         trunk = self.actors.value_adapter == POLICY
         for pack in packs:
-            pack.ref_logp_BG = self.actors.policy(pack, REFERENCE)[0]
+            (pack.ref_logp_BG,) = splitting.forward_in_parts(
+                lambda part: [self.actors.policy(part, REFERENCE)[0]], pack
+            )
         for pack in packs:
             if self.settings.mini == self.settings.batch_size:
-                pack.old_logp_BG, pack.noted_by_sampler = noted(pack, [e.logp for e in episodes]), True
+                pack.old_logp_BG = noted(pack, [e.logp for e in episodes])
+                pack.noted_B = numpy.ones(len(pack.rows), dtype=bool)
                 if trunk:
                     pack.values_BG = noted(pack, [e.values for e in episodes])
                 continue
-            pack.old_logp_BG, _, values_BG = self.actors.policy(pack)
-            if values_BG is not None:
-                pack.values_BG = values_BG
+            pack.old_logp_BG, *values = splitting.forward_in_parts(self._logp_and_values, pack)
+            if values:
+                (pack.values_BG,) = values
         if not trunk:
             for pack in packs:
-                pack.values_BG = self.actors.values(pack)
+                (pack.values_BG,) = splitting.forward_in_parts(lambda part: [self.actors.values(part)], pack)
+
+    def _logp_and_values(self, pack: Pack) -> list[Tensor]:
+        logp_BG, _, values_BG = self.actors.policy(pack)
+        return [logp_BG] if values_BG is None else [logp_BG, values_BG]
 
     def advantages(self, packs: list[Pack]) -> Numbers:
         """Fill in `advantages_BG` and `returns_BG`; whitening is over all processes' tokens."""
@@ -225,7 +246,13 @@ class PPOTrainer:
         settings, actors = self.settings, self.actors
         tokens = processes.summed(sum(len(pack.token_N) for pack in packs)).item()
         actors.model.train()  # activation checkpointing works in training mode only; dropout is off by now
-        sums = torch.stack([self.backward(pack, tokens) for pack in packs]).sum(0)
+        weights = [weight for optimizer in self.optimizers.values() for weight in optimizer.param_groups[0]["params"]]
+        sums = splitting.sum_of(
+            splitting.backward_in_parts(
+                lambda part: self.backward(part, tokens), pack, weights, self.learnt_at_once, self._learns_fewer
+            )
+            for pack in packs
+        )
         actors.model.eval()
         actors.act_as(POLICY)
         policy_loss, value_loss, clipped, moved, entropy, ratio = processes.summed(sums.cpu()).tolist()
@@ -240,6 +267,10 @@ class PPOTrainer:
         }
         return numbers | self._optimizer_step(finite=math.isfinite(numbers["loss"]))
 
+    def _learns_fewer(self, episodes: int, left: int) -> None:
+        self.learnt_at_once = left
+        self.when_split(episodes, left)
+
     def backward(self, pack: Pack, tokens: float) -> Tensor:
         """Add a pack's gradients for a minibatch of `tokens` answer tokens. Gives its share of policy loss, value loss,
         clip fraction, KL from the policy that wrote it, entropy and ratio, (6,) in float64."""
@@ -247,8 +278,9 @@ class PPOTrainer:
         weights_BG = maths.weights(pack.mask_BG, settings.loss_normalization, tokens, settings.mini)
         # forward and backward under the policy's adapter
         logp_BG, entropy_BG, values_BG = actors.policy(pack)
-        if pack.noted_by_sampler:
-            pack.old_logp_BG, pack.noted_by_sampler = logp_BG.detach(), False
+        if pack.noted_B.any():
+            pack.old_logp_BG.copy_(logp_BG.detach())  # in place, as a pack may be half of another
+            pack.noted_B[:] = False
         old_BG = pack.old_logp_BG
         policy_loss, ratio_BG = maths.policy_loss(logp_BG, old_BG, pack.advantages_BG, weights_BG, settings.cliprange)
         if values_BG is None:
@@ -321,25 +353,6 @@ class PPOTrainer:
     def at_once(self) -> int:
         """Sequences of one forward pass that keeps no gradients."""
         return 2 * self.pack_size
-
-
-def _shuffled(count: int, seed: int, place: int) -> int:
-    """Which prompt stands at a place of the endless row of shuffled epochs."""
-    epoch, index = divmod(place, count)
-    return _epoch(count, seed, epoch)[index]
-
-
-@lru_cache(maxsize=2)
-def _epoch(count: int, seed: int, epoch: int) -> list[int]:
-    return random.Random(f"{seed}/prompts/{epoch}").sample(range(count), count)
-
-
-def noted(pack: Pack, figures: list[list[float]]) -> Tensor:
-    """A figure the sampler noted for each token of each episode, laid out (B, G)."""
-    figures_BG = torch.zeros_like(pack.mask_BG)
-    for place, row in enumerate(pack.rows):
-        figures_BG[place, : len(figures[row])] = torch.tensor(figures[row], device=figures_BG.device)
-    return figures_BG
 
 
 def _means(totals: dict[str, list[float]]) -> Numbers:

@@ -7,11 +7,11 @@ class bodies takes milliseconds, so that a typo is named before torch is importe
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pipeline.ppo.settings import PPOSettings
 
@@ -110,6 +110,9 @@ NUMBERS: dict[str, tuple[type, float]] = {
     "lora_alpha": (float, 0),
     "lora_dropout": (float, 0),
 }
+AUTO = "auto"
+AUTO_WORDS = ("per_device_train_batch_size", "activation_checkpointing", "max_length")
+"""Words whose value may be left to the planner (pipeline/plan/auto.py)."""
 WHY_NOT = {word: why for why, listed in OUR_WORDS.items() for word in listed}
 
 
@@ -118,36 +121,44 @@ def words(config_class: str) -> frozenset[str]:
     """The field names of PPOSettings, or of a config class of the installed library, its parents' included."""
     if config_class == PPOSettings.__name__:
         return frozenset(PPOSettings.model_fields)
-    return frozenset(name for body in _bodies(config_class) for name, _ in _fields(body))
+    return frozenset(name for name, _ in _fields(config_class))
 
 
-def default(config_class: str, word: str) -> Any:
-    """What a config class takes a word to be where a recipe says nothing; None where that is not written plainly."""
+@cache
+def defaults(config_class: str) -> dict[str, Any]:
+    """What a config class takes for the words that are not given, where its source says so as plain data."""
     if config_class == PPOSettings.__name__:
-        return PPOSettings.model_fields[word].default
-    for body in _bodies(config_class):
-        for name, value in _fields(body):
-            if name == word:
-                words = value.keywords if isinstance(value, ast.Call) else []
-                given = next((key.value for key in words if key.arg == "default"), value)
-                return given.value if isinstance(given, ast.Constant) else None
-    return None
+        return {name: field.get_default() for name, field in PPOSettings.model_fields.items()}
+    found: dict[str, Any] = {}
+    for name, value in _fields(config_class):
+        if name in found or value is None:
+            continue
+        given = next((k.value for k in value.keywords if k.arg == "default"), None) if _is_field(value) else value
+        with contextlib.suppress(ValueError):
+            found[name] = None if given is None else ast.literal_eval(given)
+    return found
 
 
-def _bodies(config_class: str) -> Iterator[list[ast.stmt]]:
-    """The bodies of a config class and of what it inherits from."""
+def _is_field(value: ast.expr) -> TypeGuard[ast.Call]:
+    return isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "field"
+
+
+@cache
+def _fields(config_class: str) -> list[tuple[str, ast.expr | None]]:
+    """The fields of a class and of its parents, the nearest first, each with what it is set to."""
+    found: list[tuple[str, ast.expr | None]] = []
     for package, file, class_name in _PLACES[config_class]:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(f"{package} is not installed. Install the project: pip install -e .")
         tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
-        yield next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
-
-
-def _fields(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr | None]]:
-    for node in body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            yield node.target.id, node.value
+        body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+        found += [
+            (node.target.id, node.value)
+            for node in body
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        ]
+    return found
 
 
 def defines(file: Path, name: str) -> bool:

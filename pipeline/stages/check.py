@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline.artifact import Artifact
 from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec
+from pipeline.stages.arguments import AUTO
 from pipeline.stages.stage import Context, Rows, StageSpec
 
 
@@ -32,5 +33,8 @@ def check_arguments(model: ModelSpec, stages: dict[str, StageSpec], seed: int) -
         for name, spec in stages.items():
             if not hasattr(trl, STAGES[spec.kind].config_class):
                 continue  # PPOSettings, checked with the recipe
+            # What auto stands for depends on the card; every other word is checked without it.
+            words = {word: value for word, value in spec.train.items() if value != AUTO}
+            spec = spec.model_copy(update={"train": words})
             context = Context(model, Rows([]), {}, Artifact(Path(scratch) / name), seed, "", lambda: None)
             arguments(getattr(trl, STAGES[spec.kind].config_class), spec, context)

@@ -17,12 +17,14 @@ from pipeline.errors import BrokenInvariant, UserError
 from pipeline.evaluate import scoring
 from pipeline.models import adapters
 from pipeline.models.base import computing, frozen_digest
-from pipeline.ppo.actors import REFERENCE, packed
-from pipeline.ppo.trainer import noted
+from pipeline.models.halving import in_halves
+from pipeline.ppo.actors import REFERENCE, noted, packed
+from pipeline.stages import splitting
 from pipeline.stages.sequences import ends_supervised
 from pipeline.stages.stage import Context
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from peft import PeftModel
@@ -105,10 +107,15 @@ def reference_is_the_start(trainer: Trainer, ctx: Context) -> Found:
     """Before the first step policy and reference are one: margins are 0 and the sigmoid loss is ln 2."""
     model = trainer.model.eval()
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    with torch.no_grad(), computing(model):
-        loss = trainer.compute_loss(model, batch).item()
-    margin = trainer._metrics["eval"]["rewards/margins"][-1]
+
+    def of(pairs: Sequence[int]) -> list[tuple[float, float]]:
+        with torch.no_grad(), computing(model):
+            loss = trainer.compute_loss(model, splitting.part(batch, pairs[0], pairs[-1] + 1)).item()
+        return [(loss, trainer._metrics["eval"]["rewards/margins"][-1])] * len(pairs)
+
+    found = in_halves(of, range(splitting.rows(batch)))
     trainer._metrics["eval"].clear()
+    loss, margin = (sum(values) / len(found) for values in zip(*found, strict=True))
     plain = list(trainer.loss_types) == ["sigmoid"]
     if abs(margin) > STEP_0_TOLERANCE or (plain and abs(loss - math.log(2)) > STEP_0_TOLERANCE):
         raise BrokenInvariant(
@@ -215,7 +222,8 @@ def policy_is_reference(trainer: PPOTrainer) -> Found:
     Also: what the LM head gives here is what the model's own forward gives.
     """
     actors, settings = trainer.actors, trainer.settings
-    episodes = trainer.answers(trainer.rows[: trainer.pack_size], "step 0")
+    # Two episodes show it as well as many, and their full logits take no more memory than training does.
+    episodes = trainer.answers(trainer.rows[: min(2, trainer.pack_size)], "step 0")
     pack = packed(episodes, trainer.pack_size, actors.pad_id, actors.device)[0]
     with torch.no_grad():
         reference_BG = actors.policy(pack, REFERENCE)[0]

@@ -12,6 +12,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     from pipeline.evaluate import answers, rewarded
     from pipeline.models import adapters
     from pipeline.models import base as bases
+    from pipeline.models.forward import checkpoint_first
     from pipeline.ppo import actors as roles
     from pipeline.ppo import rewards
     from pipeline.ppo.settings import PPOSettings
@@ -39,8 +40,10 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     model = shared.policy(ctx, base)
     result.invariants |= invariants.same_base(ctx, result.base_digest)
     heads = ppo_loop.cast(model, models, settings)
-    if settings.gradient_checkpointing:
+    if settings.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if settings.checkpointing is not True:
+            checkpoint_first(model, settings.checkpointing)
     actors = roles.Actors(model, tokenizer.pad_token_id, settings.temperature, settings.critic, heads)
 
     # trainer

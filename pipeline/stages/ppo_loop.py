@@ -117,7 +117,16 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
     state = SimpleNamespace(
         global_step=trainer.step, max_steps=settings.steps, is_world_process_zero=everyone.is_main_process
     )
-    stop, progress = Stop(), Progress(ctx, resumed=checkpoint is not None)
+    stop, progress, halved = Stop(), Progress(ctx, resumed=checkpoint is not None), []
+
+    def note(episodes: int, left: int) -> None:
+        halved.append(left)
+        print(
+            f"  step {trainer.step + 1}: out of memory with {episodes} episodes at once; again with {left}", flush=True
+        )
+        metrics.append(ctx.out.metrics, trainer.step, {"out_of_memory": episodes, "rows_at_once": left})
+
+    trainer.when_split = note
     progress.on_train_begin(None, state, None)
     seconds = 0.0
     with stop.listening():
@@ -142,7 +151,8 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
                 progress.on_train_end(None, state, None)
                 raise Interrupted(f"stopped at step {trainer.step} of {settings.steps}")
     progress.on_train_end(None, state, None)
-    return {"steps": trainer.step, "episodes": trainer.step * settings.batch_size, "train_seconds": round(seconds, 1)}
+    done = {"steps": trainer.step, "episodes": trainer.step * settings.batch_size, "train_seconds": round(seconds, 1)}
+    return {**done, "rows_at_once": halved[-1]} if halved else done
 
 
 def save(trainer: PPOTrainer, ctx: Context) -> None:

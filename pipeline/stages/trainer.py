@@ -17,7 +17,9 @@ from pipeline import metrics
 from pipeline.artifact import written_whole
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
 from pipeline.models import adapters
+from pipeline.models.forward import checkpoint_first
 from pipeline.stages.progress import Checkpoints, Progress, Stop
+from pipeline.stages.splitting import SplitsWhenFull
 from pipeline.stages.stage import Context, StageSpec
 
 if TYPE_CHECKING:
@@ -47,8 +49,14 @@ def arguments(config_class: type, spec: StageSpec, ctx: Context, **house: Any) -
         "eval_strategy": "no",  # the stage evaluates before and after; TRL's mean over batches weighs them unequally
         "save_total_limit": None,  # Checkpoints rotates, after the newest has been marked whole
     }
+    words = dict(spec.train)
+    layers = words.get("activation_checkpointing")
+    if isinstance(layers, int) and not isinstance(layers, bool):
+        words["activation_checkpointing"] = layers > 0
     try:
-        return config_class(**{**defaults, **spec.train, **runners})
+        args = config_class(**{**defaults, **words, **runners})
+        args.checkpointed_layers = layers if layers else None  # all of them if none is named
+        return args
     except (TypeError, ValueError) as error:
         raise UserError(f"stages.{ctx.out.name}.train: {config_class.__name__} refuses it: {error}") from error
 
@@ -67,7 +75,8 @@ def build(trainer_class: type, model: PeftModel, **options: Any) -> Trainer:
     """
     _score_supervised_positions_only()
     masters = {name: weight.detach().clone() for name, weight in adapters.trainable(model).items()}
-    trainer = type(trainer_class.__name__, (ResumableOrder, trainer_class), {})(model=model, **options)
+    bases = (SplitsWhenFull, CheckpointsSome, ResumableOrder, trainer_class)
+    trainer = type(trainer_class.__name__, bases, {})(model=model, **options)
     for name, weight in adapters.trainable(trainer.model).items():
         weight.data = masters[name]
     return trainer
@@ -79,6 +88,19 @@ def _score_supervised_positions_only() -> None:
     It does so for accelerators that compile anew for each shape, which a CPU does not; on CUDA it leaves them out.
     """
     trl_utils._use_triton = lambda device: device.type == "cpu" or _use_triton(device)
+
+
+class CheckpointsSome:
+    """For a Trainer: `activation_checkpointing: 12` in the first 12 layers only.
+
+    At every pass, since TRL's DPO trainer turns it on again for all after it has asked the reference.
+    """
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        layers = self.args.checkpointed_layers  # type: ignore[attr-defined]
+        if layers is not None and layers is not True:
+            checkpoint_first(model, layers)
+        return super().training_step(model, *args, **kwargs)  # type: ignore[misc,no-any-return]
 
 
 class ResumableOrder:
@@ -119,7 +141,15 @@ def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
     """
     checkpoint = ctx.claim()
     set_seed(ctx.seed)
-    stop = Stop()
+    stop, halved = Stop(), []
+
+    def note(rows: int, left: int) -> None:
+        halved.append(left)
+        step = trainer.state.global_step
+        print(f"  step {step + 1}: out of memory with {rows} rows at once; the same step with {left}", flush=True)
+        metrics.append(ctx.out.metrics, step, {"out_of_memory": rows, "rows_at_once": left})
+
+    trainer.when_split = note
     trainer.remove_callback(PrinterCallback)  # Progress prints
     trainer.add_callback(stop)
     trainer.add_callback(Checkpoints(ctx.fingerprint, spec.train.get("save_total_limit") or 1))
@@ -134,7 +164,8 @@ def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
     loss = output.training_loss
     if not math.isfinite(loss) and not checkpoint:
         raise UserError(f"stage '{ctx.out.name}' ended with a loss of {loss}: lower the learning rate")
-    return {"steps": trainer.state.global_step, "train_seconds": round(output.metrics["train_runtime"], 1)}
+    done = {"steps": trainer.state.global_step, "train_seconds": round(output.metrics["train_runtime"], 1)}
+    return {**done, "rows_at_once": halved[-1]} if halved else done
 
 
 def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, ctx: Context) -> None:

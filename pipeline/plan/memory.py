@@ -1,0 +1,259 @@
+"""How many bytes a stage needs at its peaks, from shapes alone. Plain Python: no torch.
+
+Every term is a tensor that the code of transformers, PEFT, TRL and pipeline/ppo keeps alive at a peak;
+scripts/plan_oracle.py counts the same on that code and prints both. T is tokens of one forward pass, padding included,
+h hidden size, I intermediate size, q and kv the widths of queries and of keys, V the vocabulary, b bytes of the
+compute dtype. Not counted there, and added here as CONTEXT: the CUDA context, cuBLAS workspaces and fragmentation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.plan.shapes import QUANTISED_BITS, Linear, Shapes
+
+CONTEXT = round(0.6 * 2**30)
+"""CUDA context, cuBLAS workspaces, fragmentation: 0.45 to 0.9 GiB in public reports; not measured by us."""
+FUSED_HEAD_TOKENS, FUSED_HEAD_COLUMNS = 4096, 32768
+"""The tile in which TRL's fused LM head makes logits (trl/kernels/chunked_logprob.py)."""
+PPO_LOGITS = 1 << 26
+EVALUATION_LOGITS = 1 << 25
+"""LOGITS_AT_ONCE of ppo/actors.py and of evaluate/scoring.py."""
+EVALUATION_TOKENS = 1536
+ANSWER_TOKENS = 4096
+NORM_BACKWARD = 22
+"""Bytes for each hidden unit that the backward pass of a norm holds: five tensors in float32 and one in bfloat16."""
+"""Tokens of a batch of evaluate/scoring.py and of evaluate/answers.py."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What PEFT's LoraConfig says of an adapter's size."""
+
+    r: int = 16
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None
+    """Names of the linear layers it is put on; all of them if None."""
+
+    def on(self, shapes: Shapes) -> list[Linear]:
+        return [linear for linear in shapes.linears() if self.targets is None or linear.name in self.targets]
+
+    def parameters(self, shapes: Shapes) -> int:
+        return shapes.layers * self.r * sum(linear.inputs + linear.outputs for linear in self.on(shapes))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage puts through the model at a time."""
+
+    kind: Literal["pretrain", "sft", "reward", "dpo", "ppo"]
+    rows: int
+    """Sequences of a forward pass that keeps gradients; a pair of dpo or reward counts as two."""
+    length: int
+    """Tokens of the longest sequence, prompt and answer."""
+    checkpointed: int
+    """Layers with activation checkpointing, the first ones."""
+    packed: bool = False
+    """Rows are laid end to end in one, with a mask of (rows x length) squared."""
+    masked: bool = True
+    """Attention is given an explicit mask (sdpa and padding); flash attention takes none."""
+    optimizer_bytes: float = 8.0
+    """Of the optimizer's state for each trained parameter."""
+    trained: int = 1
+    frozen: int = 0
+    """Adapters in memory, trained (float32) and frozen (compute dtype)."""
+    answer: int = 0
+    episodes: int = 0
+    """Of ppo: most tokens of an answer, and answers sampled at once."""
+    dequantized_rollout: bool = False
+    evaluates: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. The peaks are above what always stays: weights, adapters, gradients, optimizer."""
+
+    quantised: int
+    unquantised: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """The most that is alive of a forward and backward pass, its logits not counted."""
+    logits: int
+    """What the LM head and the loss keep alive, on top of what the pass holds by then."""
+    cache: int
+    """Keys and values of answers being sampled."""
+    training: int
+    """Peak of a training step."""
+    rollout: int
+    evaluation: int
+    merging: int
+    """Of a merge for publishing, in a process of its own: the dequantised model and one matrix in float32."""
+
+    @property
+    def stays(self) -> int:
+        return self.quantised + self.unquantised + self.adapters + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """The stage's peak, as the GPU's own tools would show it."""
+        return self.stays + max(self.training, self.rollout, self.evaluation) + CONTEXT
+
+
+@dataclass(frozen=True)
+class Model:
+    """A base as a recipe holds it: shapes, whether its layers are in 4 bits, bytes of the compute dtype."""
+
+    shapes: Shapes
+    adapter: Adapter
+    quantised: bool = True
+    bytes: int = 2
+
+    def weights(self, reward: bool) -> tuple[int, int]:
+        """Bytes in 4 bits and in the compute dtype. A reward model has no LM head."""
+        s = self.shapes
+        others = s.other_parameters - (s.embedding_parameters if reward and not s.tied else 0)
+        if not self.quantised:
+            return 0, (s.linear_parameters + others) * self.bytes
+        return round(s.linear_parameters * QUANTISED_BITS / 8), others * self.bytes
+
+    def saved(self, work: Work) -> int:
+        """Bytes for each token that a decoder layer without checkpointing keeps for its backward pass."""
+        s, b, lora = self.shapes, self.bytes, self.adapter.on(self.shapes)
+        read = {linear.reads for linear in lora}
+        # the norms take their input to float32 and keep it, with one scale for each row
+        kept = s.norms * (4 * s.hidden + 4)
+        if s.qk_norm:
+            kept += 4 * (s.q + s.kv) + 4 * (s.heads + s.kv_heads)
+        # attention keeps q, k, v, its result and a normaliser a head; under a mask grouped k and v are repeated
+        repeated = work.masked and 1 < s.kv_heads < s.heads
+        values = s.q if repeated else (s.q + 2 * s.kv if s.fused else s.kv)
+        kept += b * (s.q + (s.q if repeated else s.kv) + values + s.q) + 4 * s.heads
+        if work.masked:
+            kept += b * (work.tokens if work.packed else work.length)
+        # the MLP keeps gate, up and what the activation makes of the gate
+        kept += b * 3 * s.intermediate
+        if self.adapter.dropout:
+            # every adapter keeps its own dropped-out input, and the mask
+            kept += sum((b + 1) * linear.inputs for linear in lora)
+        else:
+            kept += b * (s.hidden * (("attention" in read) + ("mlp" in read)) + s.intermediate * ("product" in read))
+        return kept + len(lora) * self.adapter.r * b
+
+    def dequantised(self) -> int:
+        """The largest matrix, as it is unpacked for the moment of its use."""
+        largest = max(linear.inputs * linear.outputs for linear in self.shapes.linears())
+        return self.bytes * largest if self.quantised else 0
+
+    def transient(self, tokens: int) -> int:
+        """Peak of a forward pass that keeps nothing: the MLP of one layer."""
+        s, b = self.shapes, self.bytes
+        up = 2 * s.intermediate if s.fused else s.intermediate
+        waiting = 4 * b * s.hidden + (0 if s.fused else b * s.intermediate)
+        copies = b * self.adapter.parameters(s)  # of the adapter's weights, rounded by autocast
+        return copies + tokens * waiting + max(tokens * 3 * b * up, tokens * b * up + self.dequantised())
+
+    def held(self, work: Work) -> int:
+        """What the layers keep of a whole forward pass until its backward pass begins."""
+        s, b = self.shapes, self.bytes
+        free = s.layers - work.checkpointed
+        kept = work.tokens * (b * s.hidden * work.checkpointed + self.saved(work) * free)
+        if not work.checkpointed:
+            kept -= work.tokens * 4 * s.hidden  # embeddings take no gradient: the first norm keeps nothing
+        if work.masked:  # one mask of booleans for all layers
+            kept += work.tokens * (work.tokens if work.packed else work.length)
+        # autocast keeps its rounded copies of the adapter's weights while they may be used again
+        return kept + round(b * self.adapter.parameters(s) * free / s.layers)
+
+    def backward(self, work: Work) -> int:
+        """Peak of the backward pass: in its first norm, or as it enters the MLP of the last layer."""
+        s, b = self.shapes, self.bytes
+        held = self.held(work)
+        last_norm = held + work.tokens * (4 + NORM_BACKWARD) * s.hidden
+        if work.checkpointed == s.layers:  # the last layer is computed again first
+            held += work.tokens * self.saved(work) + round(b * self.adapter.parameters(s) / s.layers)
+        down = b * s.intermediate * s.hidden if self.quantised else 0
+        entering = held + work.tokens * b * (s.intermediate + s.hidden) + down
+        # as the way back passes the product of gate and up, with nothing unpacked
+        product = held + work.tokens * b * (2 * s.intermediate + s.hidden)
+        # where gate and up are one matrix it is the larger one, and its gradient comes when less is held
+        later = held + self.dequantised() + work.tokens * b * (s.hidden - s.intermediate)
+        own_norm = held + work.tokens * NORM_BACKWARD * s.hidden if s.norms > 2 else 0
+        return max(last_norm, entering, product, later, own_norm)
+
+
+def memory(model: Model, work: Work) -> Memory:
+    """What a stage needs on a GPU."""
+    s, b = model.shapes, model.bytes
+    quantised, unquantised = model.weights(reward=work.kind == "reward")
+    parameters = model.adapter.parameters(s) + (s.hidden if work.kind == "reward" else 0)
+    trained = work.trained * parameters
+    held = model.held(work)
+    activations = model.backward(work)
+    final = work.tokens * (4 + b) * s.hidden  # the last norm's input in float32, and the states the head is given
+    rollout = cache = scoring = 0
+    if work.kind == "ppo":
+        answered = work.rows * work.answer
+        # in float32 scaled logits, three steps of the way back through logsumexp, and their sum
+        logits = final + 20 * min(answered, PPO_LOGITS // s.vocab) * s.vocab
+        cache = work.episodes * work.length * 2 * s.layers * s.kv * b
+        rollout, scoring = _rollout(model, work, cache), _scoring(model, work)
+    elif work.kind == "reward":
+        logits = work.tokens * 4 * s.hidden
+    else:
+        tile = min(work.tokens, FUSED_HEAD_TOKENS) * min(s.vocab, FUSED_HEAD_COLUMNS) * b
+        logits = final + work.tokens * (4 + b) * s.hidden + tile
+        if work.kind == "dpo":
+            # the reference's forward pass, while the policy's waits for its backward pass
+            activations = max(activations, held + final + model.transient(work.tokens))
+    return Memory(
+        quantised=quantised,
+        unquantised=unquantised,
+        adapters=trained * 4 + work.frozen * parameters * b,
+        gradients=trained * 4,
+        optimizer=round(trained * work.optimizer_bytes),
+        activations=activations,
+        logits=logits,
+        cache=cache,
+        training=max(activations, held + logits),
+        rollout=max(rollout, scoring),
+        evaluation=evaluation(model, work) if work.evaluates else 0,
+        merging=s.parameters * b + 8 * max(linear.inputs * linear.outputs for linear in s.linears()),
+    )
+
+
+def _rollout(model: Model, work: Work, cache: int) -> int:
+    s, b = model.shapes, model.bytes
+    prompt = work.length - work.answer
+    prefill = model.transient(work.episodes * prompt) + cache * prompt // work.length
+    # one layer's keys and values are copied to make room for the next token; the distribution is made in float32
+    step = cache + cache // s.layers + work.episodes * s.vocab * (b + 12)
+    return max(prefill, step) + (b * s.linear_parameters if work.dequantized_rollout else 0)
+
+
+def _scoring(model: Model, work: Work) -> int:
+    s = model.shapes
+    at_once = min(work.rows * work.answer, max(1, PPO_LOGITS // s.vocab))
+    head = work.tokens * model.bytes * s.hidden + at_once * s.vocab * (model.bytes + 12)
+    return max(head, model.transient(2 * work.tokens))
+
+
+def evaluation(model: Model, work: Work) -> int:
+    """Held-out scoring and questions: batches of so many tokens, or of one row."""
+    answering = model.transient(ANSWER_TOKENS)
+    if work.kind == "reward":
+        return model.transient(max(EVALUATION_TOKENS, work.length))
+    return max(answering, scored(model, max(EVALUATION_TOKENS, work.length)))
+
+
+def scored(model: Model, tokens: int) -> int:
+    """A pass without gradients over so many tokens, and their log-likelihoods, a part of the logits at a time."""
+    s, b = model.shapes, model.bytes
+    head = tokens * b * s.hidden + min(EVALUATION_LOGITS // s.vocab, tokens) * s.vocab * (b + 8)
+    return max(model.transient(tokens), head)

@@ -1,0 +1,206 @@
+"""From a recipe's section to what its stage puts through the model. Plain Python: no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.contracts import Contract
+from pipeline.data.load import read_split
+from pipeline.errors import UserError
+from pipeline.models.spec import ModelSpec
+from pipeline.plan.cards import Card
+from pipeline.plan.memory import Adapter, Memory, Model, Work, memory
+from pipeline.plan.shapes import Shapes
+from pipeline.plan.time import ppo_seconds, step_seconds
+from pipeline.stages.arguments import defaults
+from pipeline.stages.stage import Stage, StageSpec
+
+READ_AT_MOST = 50 << 20
+"""Bytes of a data file that is read to estimate the lengths of its rows."""
+CHARACTERS = 4.0
+"""Of a token of English text, on average; the longest row is taken to have only LONGEST_CHARACTERS a token."""
+LONGEST_CHARACTERS = 3.0
+TEMPLATE = 32
+"""Tokens that a chat template adds to a row."""
+ANSWER_SHARE = 0.5
+"""Of a dialogue's tokens, those that carry loss and so go through the LM head."""
+OPTIMIZER_BYTES = {
+    # optim: bytes of state for each parameter; whatever is not named here is planned as AdamW in float32
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "ademamix_8bit"), 2.0),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit"), 1.0),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "sgd_momentum"), 4.0),
+    **dict.fromkeys(("sgd", "adafactor"), 0.0),
+}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a stage's rows, estimated from their characters."""
+
+    rows: list[int]
+
+    @property
+    def longest(self) -> int:
+        return round(max(self.rows) * CHARACTERS / LONGEST_CHARACTERS) + TEMPLATE
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage on a card. Times are None where the card's speed, or how much there is to do, is not known."""
+
+    work: Work
+    memory: Memory
+    card: Card | None
+    tokens_per_second: float | None
+    minutes: float | None
+    disk: int
+    """Bytes of adapter and checkpoints."""
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.card is None else self.memory.total <= self.card.memory
+
+
+def settings(kind: Stage, section: StageSpec) -> dict[str, Any]:
+    """A stage's words with the trainer's defaults, and the house's where those differ."""
+    house = {"packing": True} if kind.name == "pretrain" else {}
+    return {**defaults(kind.config_class), **house, **section.train}
+
+
+def planned_model(spec: ModelSpec, shapes: Shapes) -> Model:
+    """Raises UserError for an adapter whose memory is not known."""
+    lora = spec.lora
+    for word in ("use_dora", "rank_pattern", "layers_to_transform", "target_parameters"):
+        if lora.get(word):
+            raise UserError(f"model.lora.{word}: what it needs is not known here")
+    targets = lora.get("target_modules", "all-linear")
+    names = {linear.name for linear in shapes.linears()}
+    if targets != "all-linear" and not (isinstance(targets, list) and names & set(targets)):
+        raise UserError(f"model.lora.target_modules: {targets} names none of {', '.join(sorted(names))}")
+    if spec.attn_implementation == "eager":
+        raise UserError("model.attn_implementation: what eager attention keeps is not known here")
+    adapter = Adapter(
+        r=int(lora.get("r", 8)),
+        dropout=float(lora.get("lora_dropout", 0.0)),
+        targets=None if targets == "all-linear" else tuple(targets),
+    )
+    return Model(shapes, adapter, spec.quantize != "none", 4 if spec.dtype == "float32" else 2)
+
+
+def checkpointed_layers(words: dict[str, Any], layers: int) -> int:
+    """How many layers a stage checkpoints: `activation_checkpointing` (true, false, a number), or its older name."""
+    asked = words.get("activation_checkpointing")
+    asked = words.get("gradient_checkpointing", False) if asked is None else asked
+    return (layers if asked else 0) if isinstance(asked, bool) else min(int(asked), layers)
+
+
+def lengths_of(section: StageSpec, contract: Contract, seed: int) -> Lengths | None:
+    """None where the rows are not on this disk, or are too many to be read for an estimate."""
+    paths = [Path(part.path) for part in section.data.parts()]
+    if not all(path.is_file() and path.stat().st_size <= READ_AT_MOST for path in paths):
+        return None
+    rows = read_split(section.data, contract, seed).train
+    return Lengths([max(1, round(_characters(row) / CHARACTERS)) for row in rows])
+
+
+def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, lengths: Lengths | None) -> Work:
+    """The most that a stage puts through the model at a time."""
+    words = settings(kind, section)
+    masked = "flash" not in spec.attn_implementation
+    rows = int(words["per_device_train_batch_size"])
+    checkpointed = checkpointed_layers(words, model.shapes.layers)
+    limit = words.get("max_length") or model.shapes.window
+    longest = min(limit, lengths.longest) if lengths else limit
+    if kind.name == "ppo":
+        answer = words["response_length"]
+        share = words["mini_batch_size"] or words["batch_size"]
+        prompt = longest if lengths else (words["max_length"] or 2 * answer) - answer
+        length = min(limit, prompt + answer)
+        rewards = sum(term.file is None for term in section.reward_terms())
+        apart = words["critic"] == "adapter"
+        return Work(
+            "ppo", min(rows, share), length, checkpointed, masked=masked, trained=1 + apart, frozen=1 + rewards,
+            answer=answer, episodes=words["rollout_batch_size"] or words["batch_size"],
+            dequantized_rollout=words["dequantize_rollout"],
+        )  # fmt: skip
+    packed = bool(words.get("packing"))
+    pairs = kind.name in ("dpo", "reward")
+    return Work(
+        kind.name,  # type: ignore[arg-type]
+        rows * (2 if pairs else 1),
+        limit if packed else longest,
+        checkpointed,
+        packed=packed,
+        masked=masked,
+        optimizer_bytes=OPTIMIZER_BYTES.get(str(words.get("optim")), 8.0),
+        # The first dpo of a chain has the base for its reference; one with a parent a frozen copy of its adapter.
+        frozen=int(kind.name == "dpo" and section.from_ is not None and not words.get("precompute_ref_log_probs")),
+    )
+
+
+def plan_stage(
+    kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, lengths: Lengths | None, card: Card | None
+) -> Planned:
+    work = work_of(kind, section, model, spec, lengths)
+    words = settings(kind, section)
+    adapter = 4 * model.adapter.parameters(model.shapes)
+    kept = words.get("save_total_limit") or (2 if kind.name == "ppo" else 1)
+    disk = round(adapter * (1 + (kept + 1) * (1 + work.optimizer_bytes / 4) * work.trained))
+    speed, minutes = _time(kind, words, model, work, lengths, card) if card else (None, None)
+    return Planned(work, memory(model, work), card, speed, minutes, disk)
+
+
+def _time(
+    kind: Stage, words: dict[str, Any], model: Model, work: Work, lengths: Lengths | None, card: Card
+) -> tuple[float | None, float | None]:
+    if kind.name == "ppo":
+        rewards = work.frozen - 1
+        seconds = ppo_seconds(model, work, card, words["num_ppo_epochs"], work.trained > 1, rewards)
+        if seconds is None:
+            return None, None
+        episodes = words["batch_size"]
+        seconds *= episodes / work.episodes
+        return episodes * work.length / seconds, words["steps"] * seconds / 60
+    share = 1.0 if kind.name == "pretrain" else ANSWER_SHARE
+    seconds = step_seconds(model, work, card, share)
+    if seconds is None:
+        return None, None
+    passes = _passes(words, work, lengths)
+    return work.tokens / seconds, None if passes is None else passes * seconds / 60
+
+
+def _passes(words: dict[str, Any], work: Work, lengths: Lengths | None) -> float | None:
+    """Forward and backward passes of the longest batch that take as long as all of a stage's."""
+    per_device = int(words["per_device_train_batch_size"])
+    steps = int(words.get("max_steps") or -1)
+    if lengths is None:
+        return steps * int(words["gradient_accumulation_steps"]) if steps > 0 else None
+    tokens = [min(length, work.length) for length in lengths.rows]
+    if work.packed:
+        batches = math.ceil(sum(lengths.rows) / work.tokens)
+        wide = float(batches)
+    else:
+        tokens = sorted(tokens) if words.get("train_sampling_strategy") == "group_by_length" else tokens
+        groups = [tokens[start : start + per_device] for start in range(0, len(tokens), per_device)]
+        batches = len(groups)
+        wide = sum(max(group) * len(group) for group in groups) / (per_device * work.length)
+    accumulated = int(words["gradient_accumulation_steps"])
+    asked = steps * accumulated if steps > 0 else float(words["num_train_epochs"]) * batches
+    return wide / batches * asked
+
+
+def _characters(value: Any) -> int:
+    """Of a row's longest reading: prompt and answer, or of two answers the longer."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, list):
+        return sum(_characters(item) for item in value)
+    if not isinstance(value, dict):
+        return 0
+    if "content" in value:
+        return _characters(value["content"]) + len(str(value.get("role", "")))
+    either = max(_characters(value.get("chosen")), _characters(value.get("rejected")))
+    return either + sum(_characters(value.get(key)) for key in ("prompt", "completion", "messages", "text"))

@@ -1,0 +1,80 @@
+"""How a plan is shown: a column for each stage, a row for each part of its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.plan.cards import Card
+from pipeline.plan.memory import CONTEXT
+from pipeline.plan.shapes import Shapes
+from pipeline.plan.stage import Planned
+
+GIB = 2**30
+ROWS: list[tuple[str, Callable[[Planned], int]]] = [
+    ("weights in 4 bits", lambda stage: stage.memory.quantised),
+    ("weights in bf16", lambda stage: stage.memory.unquantised),
+    ("adapters", lambda stage: stage.memory.adapters),
+    ("gradients", lambda stage: stage.memory.gradients),
+    ("optimizer", lambda stage: stage.memory.optimizer),
+    ("activations", lambda stage: stage.memory.activations),
+    ("logits and loss", lambda stage: stage.memory.logits),
+    ("= peak of a training step", lambda stage: stage.memory.training),
+    ("KV cache of rollouts", lambda stage: stage.memory.cache),
+    ("= peak of rollout, scoring", lambda stage: stage.memory.rollout),
+    ("= peak of evaluation", lambda stage: stage.memory.evaluation),
+    ("CUDA context, fragments", lambda stage: CONTEXT),
+    ("total on the GPU", lambda stage: stage.memory.total),
+]
+
+
+def show_plan(planned: dict[str, Planned], shapes: Shapes, card: Card | None, half: str, console: Console) -> None:
+    """The memory of each stage in GiB, whether it fits, and how long it takes."""
+    where = f"on {card.name}, {card.memory / GIB:.4g} GiB" if card else "no GPU here; --gpu names one"
+    title = f"memory in GiB at each stage's peak, {shapes.parameters / 1e9:.3g}B parameters ({where})"
+    table = Table("", title=title, title_justify="left", box=None, pad_edge=False)
+    for name in planned:
+        table.add_column(name, justify="right")
+    for label, read in ROWS:
+        style = "bold" if label.startswith("total") else "dim" if label.startswith("=") else None
+        table.add_row(label.replace("bf16", half), *(_gib(read(stage)) for stage in planned.values()), style=style)
+    if card:
+        table.add_row("fits", *(_fits(stage, card) for stage in planned.values()))
+    table.add_row("longest batch", *(f"{stage.work.rows} x {stage.work.length}" for stage in planned.values()))
+    layers = shapes.layers
+    table.add_row("layers checkpointed", *(f"{s.work.checkpointed} of {layers}" for s in planned.values()))
+    table.add_row("tokens/s", *(_or_none(stage.tokens_per_second, "{:.0f}") for stage in planned.values()))
+    table.add_row("minutes of training", *(_minutes(stage.minutes) for stage in planned.values()))
+    table.add_row("disk, GB", *(f"{stage.disk / 1e9:.2f}" for stage in planned.values()))
+    table.add_row("merging, GiB", *(_gib(stage.memory.merging) for stage in planned.values()))
+    console.print(table)
+    base = shapes.parameters * 2 / 1e9
+    reached = f"{card.reached:.0%} of {card.name}'s {card.teraflops:g} bf16 TFLOPS" if card and card.teraflops else ""
+    notes = [
+        "The total is what always stays (weights to optimizer), the largest peak (=) and the context.",
+        f"The base is another {base:.3g} GB on disk. Lengths are estimated at 4 characters a token.",
+        f"Times are a roofline at {reached}; evaluation is not in them." if reached else "",
+    ]
+    for note in filter(None, notes):
+        console.print(note, style="dim", highlight=False, markup=False)
+
+
+def _gib(amount: int) -> str:
+    return f"{amount / GIB:.2f}" if amount else "-"
+
+
+def _fits(stage: Planned, card: Card) -> str:
+    spare = (card.memory - stage.memory.total) / GIB
+    if spare < 0:
+        return f"[red]no, {-spare:.1f} over[/red]"
+    return f"[green]yes, {spare:.1f} free[/green]" if spare > 0.03 * card.memory / GIB else "[yellow]barely[/yellow]"
+
+
+def _or_none(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _minutes(minutes: float | None) -> str:
+    return "-" if minutes is None else "<1" if minutes < 1 else f"{minutes:.0f}"

@@ -1,0 +1,80 @@
+"""How long a step takes: a roofline with stated utilisation. Plain Python: no torch.
+
+Time = operations / (peak x reached) + bytes of dequantised weights / (bandwidth x STREAMED). The base is frozen, so a
+backward pass makes no weight gradients: training costs 4 operations a parameter and token where full fine-tuning costs
+6, and 6 with activation checkpointing.
+"""
+
+from __future__ import annotations
+
+from pipeline.plan.cards import Card
+from pipeline.plan.memory import Model, Work
+
+STREAMED = 0.85
+"""Share of the bandwidth that reading and writing whole matrices reaches."""
+LAUNCHES = 0.030
+"""Seconds of a decoding step below which no card gets: transformers launches each layer's kernels from Python; 24 to
+35 ms in public reports of 7B models, here for 32 layers."""
+
+
+def forward_operations(model: Model, length: int, head_share: float) -> float:
+    """Operations of one token in a sequence of so many; `head_share` of the tokens go through the LM head."""
+    s = model.shapes
+    attention = 2 * s.layers * s.q * length  # causal: half of two products
+    products = 2 * (s.linear_parameters + model.adapter.parameters(s))
+    return products + attention + 2 * s.embedding_parameters * head_share
+
+
+def training_operations(model: Model, work: Work, head_share: float) -> float:
+    """Forward, backward and what is computed again, for one token."""
+    s = model.shapes
+    attention = 2 * s.layers * s.q * work.length
+    head = 2 * s.embedding_parameters * head_share
+    forward = forward_operations(model, work.length, head_share)
+    backward = 2 * s.linear_parameters + 4 * model.adapter.parameters(s) + 2.5 * attention + head
+    again = (forward - head) * work.checkpointed / s.layers + head  # the fused head always computes its logits again
+    return forward + backward + again
+
+
+def _dequantised(model: Model, passes: float) -> float:
+    """Bytes moved to unpack all weights for so many passes: read 4 bits, write and read again in the compute dtype."""
+    return passes * model.shapes.linear_parameters * (0.516 + 2 * model.bytes) if model.quantised else 0.0
+
+
+def step_seconds(model: Model, work: Work, card: Card, head_share: float = 1.0) -> float | None:
+    """One forward and backward pass of `work.tokens` tokens; None for a card of which only the memory is known."""
+    if card.teraflops is None or card.bandwidth is None:
+        return None
+    passes = 2 + work.checkpointed / model.shapes.layers
+    operations = work.tokens * training_operations(model, work, head_share)
+    if work.kind == "dpo":  # and the reference's forward pass
+        operations += work.tokens * forward_operations(model, work.length, head_share)
+        passes += 1
+    return _seconds(card, operations, _dequantised(model, passes))
+
+
+def ppo_seconds(model: Model, work: Work, card: Card, epochs: int, critic_apart: bool, rewards: int) -> float | None:
+    """One PPO step: sampling `work.episodes` answers, scoring them, and the epochs of updates."""
+    if card.teraflops is None or card.bandwidth is None:
+        return None
+    s = model.shapes
+    share = work.answer / work.length
+    packs = max(1, work.episodes // work.rows)
+    tokens = work.episodes * work.length
+    # sampling: each step reads all weights and the cache so far
+    read = model.weights(reward=False)[0] + s.embedding_parameters * model.bytes
+    if work.dequantized_rollout or not model.quantised:
+        read += s.linear_parameters * model.bytes
+    cache = work.episodes * (work.length - work.answer / 2) * 2 * s.layers * s.kv * model.bytes
+    decoding = work.answer * max((read + cache) / (card.bandwidth * 1e9 * STREAMED), LAUNCHES * s.layers / 32)
+    # scoring: policy, reference, each reward model, and a critic of its own
+    scored = 2 + rewards + critic_apart
+    scoring = tokens * scored * forward_operations(model, work.length, share)
+    update = (epochs * tokens) * (1 + critic_apart) * training_operations(model, work, share)
+    passes = packs * (scored + epochs * (1 + critic_apart) * (2 + work.checkpointed / s.layers))
+    return decoding + _seconds(card, scoring + update, _dequantised(model, passes))
+
+
+def _seconds(card: Card, operations: float, moved: float) -> float:
+    assert card.teraflops is not None and card.bandwidth is not None
+    return operations / (card.teraflops * 1e12 * card.reached) + moved / (card.bandwidth * 1e9 * STREAMED)

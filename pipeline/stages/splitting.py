@@ -1,0 +1,180 @@
+"""A Trainer that survives out of memory: the micro-batch is halved, the optimizer step is the one it would have been.
+
+Gradients of a batch are sums over its rows, so a batch done in parts, each weighed by its share, gives the same
+gradients up to the order of a sum. What a part had added when memory ran out is thrown away: the gradients of the
+micro-batches before it are kept aside until the pass is through.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.errors import UserError
+from pipeline.models.halving import freed, out_of_memory
+from pipeline.stages.fitting import longest_that_fits
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+Batch = dict[str, Any]
+NOT_A_SUM = {"sft", "aot", "aot_unpaired"}
+"""DPO's losses that are not a mean over pairs: of a part they are another loss."""
+
+
+class SplitsWhenFull(_Trainer):
+    """For SFTTrainer, RewardTrainer and DPOTrainer, ahead of them in the order of classes."""
+
+    rows_at_once: int | None = None
+    """Rows (pairs, or sequences of a packed batch) of one forward pass, once a batch has been found too large."""
+    probes = torch.cuda.is_available()
+    """Whether the longest batch is tried before the first step. A CPU does not say that it is full."""
+    when_split: Callable[[int, int], None] = staticmethod(lambda rows, left: None)
+    """Told the rows that did not fit and those that are tried next."""
+    _share = 1.0
+    _probed = False
+
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        if self.probes and not self._probed:
+            self._probe(model)
+        self._probed = True
+        aside = _taken_gradients(model)
+        loss = self._in_parts(model, inputs, num_items_in_batch)
+        _put_back(aside)
+        return loss
+
+    def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        if self._share == 1.0:
+            return result
+        if isinstance(result, tuple):
+            return result[0] * self._share, *result[1:]
+        return result * self._share
+
+    def _in_parts(self, model: Any, inputs: Batch, num_items: Any) -> torch.Tensor:
+        """Forward and backward of a batch, whole or in as many parts as memory asks for; its loss."""
+        count = rows(inputs)
+        while True:
+            size = min(count, self.rows_at_once or count)
+            noted = copy.deepcopy(self._metrics), self._total_train_tokens
+            try:
+                losses = []
+                for some in _parts(inputs, size):
+                    # A sum over tokens, divided by all of the step's, needs no weight; a mean over a part does.
+                    self._share = 1.0 if num_items is not None or size == count else _weight(some) / _weight(inputs)
+                    losses.append(super().training_step(model, some, num_items))
+                return torch.stack(losses).sum()
+            except RuntimeError as error:
+                if not out_of_memory(error) or not self._separable():
+                    raise
+            finally:
+                self._share = 1.0
+            self._metrics, self._total_train_tokens = noted
+            model.zero_grad()
+            freed()
+            if size == 1:
+                raise UserError(self._too_long(inputs))
+            self.rows_at_once = size // 2
+            self.when_split(size, self.rows_at_once)
+
+    def _probe(self, model: Any) -> None:
+        """Try the longest rows as one batch, so that what does not fit is found before the first step."""
+        lengths = [_length(row) for row in self.train_dataset]
+        longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-self.args.per_device_train_batch_size :]
+        noted = copy.deepcopy(self._metrics), self._total_train_tokens
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            self._in_parts(model, self.data_collator([self.train_dataset[i] for i in longest]), None)
+        self._metrics, self._total_train_tokens = noted
+        model.zero_grad()
+
+    def _separable(self) -> bool:
+        several = self.accelerator.num_processes > 1  # the others would wait for this one's gradients
+        return not several and not NOT_A_SUM & set(getattr(self, "loss_types", ()))
+
+    def _too_long(self, inputs: Batch) -> str:
+        length = inputs["input_ids"].shape[-1]
+        fits = longest_that_fits(self.model, self.args, length)
+        return (
+            f"one row of {length} tokens does not fit in memory even alone. Lower max_length to {fits}"
+            + ("" if self.args.gradient_checkpointing else ", or set activation_checkpointing: true")
+            + ", or take a smaller model; `onebase plan` shows what each part needs."
+        )
+
+
+def _taken_gradients(model: Any) -> dict[torch.nn.Parameter, torch.Tensor]:
+    taken = {weight: weight.grad for weight in model.parameters() if weight.grad is not None}
+    for weight in taken:
+        weight.grad = None
+    return taken
+
+
+def _put_back(aside: dict[torch.nn.Parameter, torch.Tensor]) -> None:
+    for weight, gradient in aside.items():
+        weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+
+
+def _pairs(inputs: Batch) -> bool:
+    """DPO's and the reward trainer's batches hold all chosen rows, then all rejected ones."""
+    return "labels" not in inputs
+
+
+def rows(inputs: Batch) -> int:
+    """Rows of a batch; pairs where it holds chosen and rejected ones, sequences where they are packed in one row."""
+    if "cu_seq_lens_q" in inputs:
+        return len(inputs["cu_seq_lens_q"]) - 1
+    count = len(inputs["input_ids"])
+    return count // 2 if _pairs(inputs) else count
+
+
+def _weight(inputs: Batch) -> int:
+    """What a batch's mean is over: pairs, or tokens with a label."""
+    return rows(inputs) if _pairs(inputs) else int((inputs["labels"][..., 1:] != -100).sum())
+
+
+def _parts(inputs: Batch, size: int) -> list[Batch]:
+    count = rows(inputs)
+    return [part(inputs, start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def part(inputs: Batch, start: int, stop: int) -> Batch:
+    """The rows (pairs, packed sequences) of a batch from `start` to before `stop`, under the padding they have."""
+    count = rows(inputs)
+    if (start, stop) == (0, count):
+        return dict(inputs)
+    if "cu_seq_lens_q" in inputs:
+        return _part_of_packed(inputs, start, stop)
+
+    def of(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if _pairs(inputs) and len(value) == 2 * count:
+            return torch.cat([half[start:stop] for half in value.chunk(2)])
+        return value[start:stop]
+
+    return {name: of(value) for name, value in inputs.items()}
+
+
+def _part_of_packed(inputs: Batch, start: int, stop: int) -> Batch:
+    """Some of the sequences that lie end to end in one row. Their first tokens carry no label, so nothing is lost."""
+    ends = inputs["cu_seq_lens_q"]
+    first, last = int(ends[start]), int(ends[stop])
+    bounds = (ends[start : stop + 1] - first).to(ends.dtype)
+    along = ("input_ids", "labels", "position_ids", "attention_mask", "seq_idx")
+    some = {name: value[:, first:last] if name in along else value for name, value in inputs.items()}
+    if "seq_idx" in some:
+        some["seq_idx"] = some["seq_idx"] - start
+    some["cu_seq_lens_q"] = some["cu_seq_lens_k"] = bounds
+    some["max_length_q"] = some["max_length_k"] = int(bounds.diff().max())
+    return some
+
+
+def _length(row: Batch) -> int:
+    if "input_ids" in row:
+        return len(row["input_ids"])
+    return len(row.get("prompt_ids", ())) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))

@@ -1,0 +1,256 @@
+"""Peak memory and tokens/s of every stage on this GPU, planned beside measured, against plain TRL + PEFT.
+
+    python scripts/bench_gpu.py --model Llama-3.1-8B --rows 2 --length 1024 --out bench.json
+    python scripts/bench_gpu.py --device cpu --tiny     that the script itself works; no figure of it means anything
+
+Weights are random and quantised layer by layer, so nothing is downloaded and the whole never lies in memory in 16 bits.
+Both sides train on the same rows, with the same LoRA, batch and checkpointing, one after the other in this process;
+the first steps are left out of the times. "plain" is TRL's trainer as its documentation has it (its fused LM head, its
+bfloat16 adapter); ours is the trainer of pipeline/stages. TRL has no PPO any more, so ours stands alone there. Measured
+memory is torch.cuda.max_memory_allocated, to which the planned figure without the CUDA context is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), "."]
+
+from datasets import Dataset
+from make_tiny_base import make_tiny_base
+from peft import LoraConfig, get_peft_model
+from plan_oracle import LORA, MODELS, checkpoint_first, hf_config
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+from pipeline.models import adapters
+from pipeline.models.base import keep_gradients_on_cpu
+from pipeline.plan import cards
+from pipeline.plan.memory import CONTEXT, Adapter, Model, Work, memory
+from pipeline.plan.shapes import shapes_of
+from pipeline.plan.time import ppo_seconds, step_seconds
+from pipeline.ppo.actors import REFERENCE, Actors
+from pipeline.ppo.rewards import Source
+from pipeline.ppo.settings import PPOSettings
+from pipeline.ppo.trainer import PPOTrainer
+from pipeline.stages import trainer as shared
+
+TINY = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True,
+}  # fmt: skip
+WARM_UP = 2
+TRAINERS = {"sft": (SFTTrainer, SFTConfig), "reward": (RewardTrainer, RewardConfig), "dpo": (DPOTrainer, DPOConfig)}
+
+
+@dataclass
+class Measured:
+    """One side of one stage. Memory in GiB without the CUDA context; None on a CPU, which does not count it."""
+
+    stage: str
+    side: str
+    planned_gib: float | None
+    measured_gib: float | None
+    planned_tokens_per_second: float | None
+    tokens_per_second: float
+
+
+class StepTimes(TrainerCallback):
+    """When each optimizer step was done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.ends = device, list[float]()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        _wait(self.device)
+        self.ends.append(time.perf_counter())
+
+
+def random_base(config: dict[str, Any], device: torch.device, reward: bool = False) -> Any:
+    """A base of these shapes with random weights, linear layers in nf4 with double quantisation."""
+    made = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    hf = hf_config(config, num_labels=1) if reward else hf_config(config)
+    with torch.device("meta"):
+        model = made.from_config(hf, dtype=torch.bfloat16)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name not in ("lm_head", "score"):
+            layer = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, bias=module.bias is not None, device="meta",
+                compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4",
+            )  # fmt: skip
+            weight = torch.randn(module.out_features, module.in_features, device=device, dtype=torch.bfloat16) * 0.02
+            layer.weight = bnb.nn.Params4bit(
+                weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
+            ).to(device)
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, layer)
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                data = torch.randn(parameter.shape, device=device, dtype=torch.bfloat16) * 0.02
+                module._parameters[name] = torch.nn.Parameter(data, requires_grad=False)
+    if hf.tie_word_embeddings and not reward:
+        model.lm_head.weight = model.get_input_embeddings().weight
+    model.model.rotary_emb = type(model.model.rotary_emb)(hf).to(device)
+    keep_gradients_on_cpu(model)
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def rows_of(stage: str, count: int, length: int, vocab: int) -> Dataset:
+    """Rows of one length, of random tokens; of a pair both answers."""
+    generator = torch.Generator().manual_seed(17)
+    ids = torch.randint(3, vocab, (count, 2, length), generator=generator).tolist()
+    if stage == "sft":
+        return Dataset.from_dict({"input_ids": [a for a, _ in ids], "labels": [a for a, _ in ids]})
+    prompt = length // 2 if stage == "dpo" else 0
+    columns = {"chosen_ids": [a[prompt:] for a, _ in ids], "rejected_ids": [b[prompt:] for _, b in ids]}
+    return Dataset.from_dict({**columns, **({"prompt_ids": [a[:prompt] for a, _ in ids]} if prompt else {})})
+
+
+def train(stage: str, side: str, given: argparse.Namespace, config: dict[str, Any], folder: Path) -> Measured:
+    device = torch.device(given.device)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tiny")
+    base = random_base(config, device, reward=stage == "reward")
+    model = get_peft_model(base, LoraConfig(**LORA, **adapters._task(stage == "reward")))
+    trainer_class, config_class = TRAINERS[stage]
+    if stage == "dpo":
+        trainer_class = type("DPOTrainer", (shared.TakesEncoded, DPOTrainer), {})
+    layers = config["num_hidden_layers"] if given.checkpointed is None else given.checkpointed
+    args = config_class(
+        output_dir=str(folder / "out"), per_device_train_batch_size=given.rows, max_steps=WARM_UP + given.steps,
+        max_length=given.length, activation_checkpointing=layers > 0, report_to="none", save_strategy="no",
+        use_cpu=device.type == "cpu", bf16=True, disable_tqdm=True, logging_steps=1000,
+    )  # fmt: skip
+    args.checkpointed_layers = layers
+    rows = rows_of(stage, given.rows * (WARM_UP + given.steps), given.length, config["vocab_size"])
+    options = {"args": args, "train_dataset": rows, "processing_class": tokenizer}
+    if side == "ours":
+        trainer = shared.build(trainer_class, adapters._ready(model), **options)
+    else:
+        trainer = trainer_class(model=model, **options)
+    times = StepTimes(device)
+    trainer.add_callback(times)
+    _reset(device)
+    trainer.train()
+    sequences = given.rows * (1 if stage == "sft" else 2)
+    seconds = (times.ends[-1] - times.ends[WARM_UP - 1]) / given.steps
+    work = Work(stage, sequences, given.length, layers, masked=False, frozen=0, evaluates=False)  # type: ignore[arg-type]
+    planned = Model(shapes_of(config), Adapter())
+    expected = step_seconds(planned, work, _card(device)) if device.type == "cuda" else None
+    return Measured(
+        stage, side, (memory(planned, work).total - CONTEXT) / 2**30 if side == "ours" else None, _peak(device),
+        sequences * given.length / expected if expected and side == "ours" else None,
+        sequences * given.length / seconds,
+    )  # fmt: skip
+
+
+def ppo(given: argparse.Namespace, config: dict[str, Any], folder: Path) -> Measured:
+    """Steps of pipeline/ppo, rollouts included, with one reward model; answers as long as they may be."""
+    device = torch.device(given.device)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tiny")
+    model = get_peft_model(random_base(config, device), LoraConfig(**LORA, task_type="CAUSAL_LM"))
+    model = adapters._ready(model)
+    adapters.twin(model, REFERENCE)
+    adapters.twin(model, "reward-reward")
+    layers = config["num_hidden_layers"] if given.checkpointed is None else given.checkpointed
+    checkpoint_first(model, layers)
+    settings = PPOSettings(
+        steps=1 + given.steps, batch_size=4 * given.rows, per_device_train_batch_size=given.rows,
+        response_length=given.length // 2, num_ppo_epochs=1,
+    )  # fmt: skip
+    head_1H = torch.randn(1, config["hidden_size"], device=device, dtype=torch.bfloat16)
+    actors = Actors(model, tokenizer.pad_token_id, 1.0, settings.critic, {"reward-reward": head_1H})
+    sources = [Source("reward", 1.0, adapter="reward-reward")]
+    rows: list[Any] = [{"prompt": "a " * (given.length // 8)}] * settings.batch_size
+    trainer = PPOTrainer(actors, tokenizer, rows, sources, settings, 17)
+    trainer.stops = []  # random weights would end where they like
+    _reset(device)
+    ends, tokens = [], []
+    for _ in trainer.steps():
+        _wait(device)
+        ends.append(time.perf_counter())
+        tokens.append(trainer.tokens)
+    length = tokens[0] // settings.batch_size
+    work = Work(
+        "ppo", given.rows, length, layers, frozen=2, answer=settings.response_length, episodes=settings.batch_size,
+        evaluates=False,
+    )  # fmt: skip
+    planned = Model(shapes_of(config), Adapter())
+    expected = ppo_seconds(planned, work, _card(device), 1, False, 1) if device.type == "cuda" else None
+    return Measured(
+        "ppo", "ours", (memory(planned, work).total - CONTEXT) / 2**30, _peak(device),
+        settings.batch_size * length / expected if expected else None,
+        (tokens[-1] - tokens[0]) / (ends[-1] - ends[0]),
+    )  # fmt: skip
+
+
+def _card(device: torch.device) -> cards.Card:
+    return cards.present() or cards.Card("unknown", torch.cuda.get_device_properties(device).total_memory)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _reset(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="Llama-3.1-8B")
+    parser.add_argument("--stages", nargs="+", choices=[*TRAINERS, "ppo"], default=[*TRAINERS, "ppo"])
+    for name, value in (("rows", 2), ("length", 1024), ("steps", 5)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--checkpointed", type=int, help="layers with activation checkpointing, ours; all if not given")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a model of two small layers")
+    parser.add_argument("--out", type=Path, default=Path("bench_gpu.json"))
+    given = parser.parse_args()
+    if given.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("no CUDA here; --device cpu --tiny tries the script itself")
+    warnings.simplefilter("ignore")
+    config = TINY if given.tiny else MODELS[given.model]
+    found: list[Measured] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        make_tiny_base(Path(scratch) / "tiny")
+        for stage in given.stages:
+            for side in ("ours",) if stage == "ppo" else ("plain", "ours"):
+                run = ppo(given, config, Path(scratch)) if stage == "ppo" else None
+                found.append(run or train(stage, side, given, config, Path(scratch)))
+                _reset(torch.device(given.device))
+    machine = torch.cuda.get_device_name() if given.device == "cuda" else "cpu"
+    settings = {"machine": machine, "torch": torch.__version__, **{k: str(v) for k, v in vars(given).items()}}
+    given.out.write_text(json.dumps({**settings, "measured": [asdict(one) for one in found]}, indent=1) + "\n")
+    print(f"\n{machine}, {'tiny' if given.tiny else given.model}, {given.rows} x {given.length}; {given.out}")
+    print("| stage | side | planned GiB | measured GiB | planned tokens/s | measured tokens/s |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for one in found:
+        shown = [one.planned_gib, one.measured_gib, one.planned_tokens_per_second, one.tokens_per_second]
+        cells = ["" if v is None else f"{v:.2f}" if v < 100 else f"{v:.0f}" for v in shown]
+        print(f"| {one.stage} | {one.side} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""A causal language model of true shapes without its weights: tensors that have shape and type but no data.
+
+The 4-bit layers are stood in by one of the same storage (half a byte a weight and the doubly quantised constants) that
+keeps the packed weight for its backward pass and dequantises it when it is used, as bitsandbytes does on CUDA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from trl.kernels import chunked_logprob
+
+
+class MatMul4(torch.autograd.Function):
+    """x W^T with W dequantised for the moment of use, in the forward and again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, packed_weight: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        ctx.shape, ctx.packed_weight = shape, packed_weight
+        return x @ torch.empty(shape, dtype=x.dtype, device=x.device).t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        return grad @ torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device), None, None
+
+
+class StandInLinear4bit(bnb.nn.Linear4bit):
+    """nf4 with double quantisation: blocks of 64 weights, their scales in one byte, blocks of 256 scales."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.compute_dtype = torch.bfloat16
+        count = layer.in_features * layer.out_features
+        weight = torch.empty(count // 2, 1, dtype=torch.uint8, device=layer.weight.device)
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.weight.compress_statistics, self.weight.quant_type = True, "nf4"  # type: ignore[attr-defined]
+        self.bias = layer.bias
+        self.register_buffer("scales", torch.empty(count // 64, dtype=torch.uint8, device=weight.device))
+        self.register_buffer("scales_of_scales", torch.empty(-(-count // 64 // 256), device=weight.device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # The kernel adds the bias itself, without a second result.
+        return MatMul4.apply(x.to(torch.bfloat16), self.weight, (self.out_features, self.in_features))  # type: ignore[no-any-return]
+
+
+def fake_base(config: Any, reward: bool = False) -> Any:
+    """The frozen base under FakeTensorMode: linear layers in 4 bits, all else in bfloat16."""
+    made = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = made.from_config(config, dtype=torch.bfloat16)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name not in ("lm_head", "score"):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], StandInLinear4bit(module))
+    made_once: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                if id(parameter) not in made_once:
+                    dtype = parameter.dtype if parameter.dtype is torch.uint8 else torch.bfloat16
+                    real = torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)
+                    vars(real).update({k: v for k, v in vars(parameter).items() if not k.startswith("_")})
+                    made_once[id(parameter)] = real
+                module._parameters[name] = made_once[id(parameter)]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def _attention(attend: Any, *args: Any, attn_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+    """On CUDA every layer turns a boolean mask into numbers of its own, which its backward pass keeps."""
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        attn_mask = torch.zeros(attn_mask.shape, dtype=torch.bfloat16)
+    result: torch.Tensor = attend(*args, attn_mask=attn_mask, **kwargs)
+    return result
+
+
+@contextlib.contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """Fake tensors, and TRL's fused LM head as its CUDA kernels are: they work inside the tile they are given."""
+    kept = {name: getattr(chunked_logprob, name) for name in ("_forward_tile", "_backward_tile", "_addmm_fp32")}
+    moved, attend = torch.nn.Module.to, torch.nn.functional.scaled_dot_product_attention
+    for name in kept:
+        setattr(chunked_logprob, name, lambda *args, **kwargs: None)
+    torch.nn.functional.scaled_dot_product_attention = partial(_attention, attend)
+    # Fake parameters cannot be moved, and are where they should be.
+    torch.nn.Module.to = lambda module, *args, **kwargs: module  # type: ignore[method-assign]
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        torch.nn.Module.to = moved  # type: ignore[method-assign]
+        torch.nn.functional.scaled_dot_product_attention = attend
+        for name, function in kept.items():
+            setattr(chunked_logprob, name, function)

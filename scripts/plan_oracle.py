@@ -1,0 +1,311 @@
+"""What `onebase plan` computes by formula, counted exactly: live bytes of the stages' own code on tensors without data.
+
+    python scripts/plan_oracle.py [--layers 4]
+
+Builds models of true widths (fewer layers, as all are alike) from nothing but their shapes, runs the memory-relevant
+parts of each stage's step through transformers, PEFT, TRL's fused LM head and pipeline/ppo, and prints each entry
+beside the planner's with the error. Machine: any CPU; no weights, no GPU. Not in either figure: the CUDA context.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), "."]
+
+import ppo_memory
+from fake_base import as_on_cuda, fake_base
+from live_bytes import LiveBytes
+from make_tiny_base import make_tiny_base
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from trl.trainer.utils import add_fused_lm_head
+
+from pipeline.evaluate.scoring import token_log_likelihoods
+from pipeline.models import adapters
+from pipeline.models.base import computing
+from pipeline.models.forward import LanguageModel
+from pipeline.plan.memory import Adapter, Model, Work, memory, scored
+from pipeline.plan.shapes import shapes_of
+from pipeline.ppo.actors import REFERENCE, VALUE, Actors
+from pipeline.ppo.settings import PPOSettings
+from pipeline.ppo.trainer import PPOTrainer
+
+MODELS: dict[str, dict[str, Any]] = {
+    # the widths of config.json; what is not said is the family's default
+    "Llama-3.1-8B": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+    },
+    "Llama-2-7B": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False,
+    },
+    "Mistral-7B": {
+        "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32768, "tie_word_embeddings": False,
+        "sliding_window": None,
+    },
+    "Qwen2.5-1.5B": {
+        "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+        "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+    },
+    "Qwen3-4B": {
+        "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "head_dim": 128,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936, "tie_word_embeddings": True,
+    },
+    "Gemma-2B": {
+        "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,
+        "head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 1, "vocab_size": 256000,
+    },
+    "Gemma-3-1B": {
+        "model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
+        "head_dim": 256, "num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 262144,
+    },
+    "Phi-3-mini": {
+        "model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064, "tie_word_embeddings": False,
+    },
+    "SmolLM2-1.7B": {
+        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+    "SmolLM3-3B": {
+        "model_type": "smollm3", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 128256, "tie_word_embeddings": True,
+    },
+    "Granite-3-2B": {
+        "model_type": "granite", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 40,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 49155, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+Bytes = dict[str, int]
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One part of a stage's memory in bytes, as planned and as counted."""
+
+    model: str
+    stage: str
+    rows: int
+    length: int
+    checkpointed: str
+    part: str
+    planned: int
+    counted: int
+
+    @property
+    def error(self) -> float:
+        return self.planned / self.counted - 1
+
+
+class Counter(LiveBytes):
+    """Peaks of parts of the work, each above a mark."""
+
+    def mark(self) -> None:
+        self.mark_at = self.peak = self.now
+
+    def above(self) -> int:
+        found, self.peak = self.peak - self.mark_at, self.now
+        return found
+
+
+def step(config: dict[str, Any], stage: str, rows: int, length: int, checkpointed: int, lora: dict[str, Any]) -> Bytes:
+    """A training step of sft, dpo (rows: both answers of each pair) or reward, and the evaluation after it."""
+    live, found = Counter(), {}
+    with as_on_cuda(), live:
+        base = fake_base(hf_config(config), reward=stage == "reward")
+        found["weights"] = live.now
+        if stage != "reward":
+            outputs = ("log_probs", "entropy", "is_top1") if stage == "sft" else ("log_probs", "entropy")
+            add_fused_lm_head(base, outputs=outputs)
+        task = (
+            {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if stage == "reward" else {"task_type": "CAUSAL_LM"}
+        )
+        model = adapters._ready(get_peft_model(base, LoraConfig(**{**lora, **task})))
+        if stage == "dpo":
+            adapters.twin(model, "ref")
+            model.set_adapter("default")
+        found["adapters"] = live.now - found["weights"]
+        checkpoint_first(model, checkpointed)
+        trained = adapters.trainable(model).values()
+        before = live.now
+        states = [torch.zeros_like(weight) for weight in trained for _ in ("exp_avg", "exp_avg_sq")]
+        found["optimizer"] = live.now - before
+        for turn in ("with the gradients still to be made", "on top of them"):
+            live.mark()
+            _loss(model, stage, rows, length).backward()
+            found["gradients" if turn.startswith("with") else "activations"] = (
+                sum(weight.grad.nbytes for weight in trained) if turn.startswith("with") else live.above()
+            )
+        del states
+    return found
+
+
+def _loss(model: Any, stage: str, rows: int, length: int) -> torch.Tensor:
+    model.train()
+    batch = {"input_ids": torch.zeros(rows, length, dtype=torch.long)}
+    batch["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
+    with computing(model):
+        if stage == "reward":
+            return model(**batch, use_cache=False).logits.sum()  # type: ignore[no-any-return]
+        batch["labels"] = batch["input_ids"]
+        log_probs = model(**batch, fused_lm_head=True).log_probs
+        if stage == "dpo":
+            flags = [(layer, layer.gradient_checkpointing) for layer in decoder_layers(model)]
+            for layer, _ in flags:
+                layer.gradient_checkpointing = False
+            model.set_adapter("ref")
+            with torch.no_grad():
+                reference = model(**batch, fused_lm_head=True).log_probs
+            model.set_adapter("default")
+            for layer, flag in flags:
+                layer.gradient_checkpointing = flag
+            log_probs = log_probs - reference
+    return log_probs.sum()  # type: ignore[no-any-return]
+
+
+def evaluation(config: dict[str, Any], rows: int, length: int, lora: dict[str, Any]) -> int:
+    """Peak above what stays of scoring rows without gradients, as evaluate/scoring.py does."""
+    live = Counter()
+    with as_on_cuda(), live, torch.no_grad():
+        model = adapters._ready(get_peft_model(fake_base(hf_config(config)), LoraConfig(**lora, task_type="CAUSAL_LM")))
+        model.eval()
+        language_model = LanguageModel(model, 0)
+        live.mark()
+        ids_BT = torch.zeros(rows, length, dtype=torch.long)
+        with computing(model):
+            states_NH = language_model.hidden(ids_BT, torch.ones_like(ids_BT)).flatten(0, 1)
+        token_log_likelihoods(language_model, states_NH, ids_BT.flatten())
+        return live.above()
+
+
+def ppo(config: dict[str, Any], settings: PPOSettings, prompt: int, checkpointed: int, lora: dict[str, Any]) -> Bytes:
+    """A PPO step with one reward model; prompts and answers of full length."""
+    live, found = Counter(), {}
+    tokenizer = _tokenizer()
+    with as_on_cuda(), live:
+        hf = hf_config(config)
+        base = fake_base(hf)
+        found["weights"] = live.now
+        model = adapters._ready(get_peft_model(base, LoraConfig(**lora, task_type="CAUSAL_LM")))
+        adapters.twin(model, REFERENCE)
+        adapters.twin(model, "reward-reward")
+        if settings.critic == "adapter":
+            adapters.twin(model, VALUE, trainable=True)
+        found["adapters"] = live.now - found["weights"]
+        checkpoint_first(model, checkpointed)
+        actors = Actors(model, 0, 1.0, settings.critic, {"reward-reward": torch.empty(1, hf.hidden_size)})
+        trainer = PPOTrainer(actors, tokenizer, [], [], settings, 17)
+        given = SimpleNamespace(prompt=prompt, answer=settings.response_length, batch=settings.batch_size)
+        before = live.now
+        live.mark()
+        ppo_memory.step(trainer, given, lambda part: found.update({part: live.above()}))  # type: ignore[arg-type]
+        trained = [weight for role in ("policy", "value") for weight in actors.trained(role).values()]  # type: ignore[arg-type]
+        found["gradients"] = sum(weight.nbytes for weight in trained)
+        found["optimizer"] = live.now - before - found["gradients"]
+        live.mark()
+        ppo_memory.step(trainer, given, lambda part: found.update({part: live.above()}))  # type: ignore[arg-type]
+    return found
+
+
+def decoder_layers(model: torch.nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def checkpoint_first(model: Any, count: int) -> None:
+    """Activation checkpointing in the first `count` layers."""
+    if count:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.gradient_checkpointing = index < count
+
+
+def hf_config(config: dict[str, Any], **more: Any) -> Any:
+    named = {key: value for key, value in config.items() if key != "model_type"}
+    return AutoConfig.for_model(config["model_type"], **named, pad_token_id=0, attn_implementation="sdpa", **more)
+
+
+@cache
+def _tokenizer() -> Any:
+    with tempfile.TemporaryDirectory() as scratch:
+        return AutoTokenizer.from_pretrained(make_tiny_base(Path(scratch) / "tiny"))
+
+
+def against_plan(name: str, layers: int, kind: str, rows: int, length: int, checkpointed: int) -> Iterator[Entry]:
+    """Every entry of a stage as the planner has it and as it was counted."""
+    config = {**MODELS[name], "num_hidden_layers": layers}
+    model = Model(shapes_of(config), Adapter())
+    if kind == "ppo":
+        settings = PPOSettings(batch_size=4 * rows, per_device_train_batch_size=rows, response_length=length // 2)
+        counted = ppo(config, settings, length - length // 2, checkpointed, LORA)
+        work = Work("ppo", rows, length, checkpointed, answer=length // 2, episodes=4 * rows, frozen=2)
+        counted["activations"] = counted.pop("forward and backward")
+        counted["rollout"] = max(counted.pop("sampling"), counted.pop("scoring"))
+        counted.pop("optimizers")
+    elif kind == "evaluation":
+        counted = {"evaluation": evaluation(config, rows, length, LORA)}
+        work = Work("sft", rows, length, checkpointed)
+    else:
+        counted = step(config, kind, rows, length, checkpointed, LORA)
+        work = Work(kind, rows, length, checkpointed, frozen=int(kind == "dpo"))  # type: ignore[arg-type]
+    needs = memory(model, work)
+    planned = {
+        "weights": needs.quantised + needs.unquantised, "adapters": needs.adapters, "gradients": needs.gradients,
+        "optimizer": needs.optimizer, "activations": needs.training, "rollout": needs.rollout,
+        "evaluation": scored(model, rows * length),
+    }  # fmt: skip
+    for part, amount in counted.items():
+        yield Entry(name, kind, rows, length, f"{checkpointed} of {layers}", part, planned[part], amount)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--model", action="append", choices=MODELS, help="these alone (may be repeated)")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    worst: list[Entry] = []
+    print("| model | stage | batch | checkpointed | planned MiB | counted MiB | error | worst other entry |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    levels = {"sft": (0, 1, given.layers), "evaluation": (0,)}
+    cases = [
+        (kind, checkpointed, rows, length)
+        for kind in ("sft", "dpo", "reward", "ppo", "evaluation")
+        for checkpointed in levels.get(kind, (0, given.layers))
+        for rows, length in ([(2, 512), (1, 4096)] if kind == "sft" else [(2, 512)])
+    ]
+    for name in given.model or MODELS:
+        for kind, checkpointed, rows, length in cases:
+            entries = list(against_plan(name, given.layers, kind, rows, length, checkpointed))
+            peak = next(e for e in entries if e.part in ("activations", "evaluation"))
+            other = max((e for e in entries if e is not peak), key=lambda e: abs(e.error), default=None)
+            told = f"{other.part} {other.error:+.1%}" if other else ""
+            print(
+                f"| {name} | {kind} | {rows} x {length} | {peak.checkpointed} | {peak.planned / MIB:.0f} | "
+                f"{peak.counted / MIB:.0f} | {peak.error:+.1%} | {told} |",
+                flush=True,
+            )
+            worst += entries
+    entry = max(worst, key=lambda entry: abs(entry.error))
+    print(f"\n{len(worst)} entries, the worst {entry.error:+.1%}: {entry.part} of {entry.model}, {entry.stage}, "
+          f"{entry.rows} x {entry.length}, {entry.checkpointed} layers checkpointed")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

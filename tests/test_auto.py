@@ -1,0 +1,129 @@
+"""`auto` finds the fastest setting that fits, keeps the effective batch, and is no matter of luck."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_tree
+from plan_oracle import MODELS
+from safetensors.torch import load_file
+
+from pipeline import worker
+from pipeline.data.load import DataSpec
+from pipeline.errors import UserError
+from pipeline.models.spec import ModelSpec
+from pipeline.plan import auto
+from pipeline.plan.cards import Card, card
+from pipeline.plan.memory import memory
+from pipeline.plan.shapes import shapes_of
+from pipeline.plan.stage import planned_model, work_of
+from pipeline.recipe import build
+from pipeline.stages import STAGES
+from pipeline.stages.stage import StageSpec
+from pipeline.worker import run_stage
+
+SPEC = ModelSpec(base="x")
+MODEL = planned_model(SPEC, shapes_of(MODELS["Llama-3.1-8B"]))
+ALL = {"per_device_train_batch_size": "auto", "activation_checkpointing": "auto", "gradient_accumulation_steps": 16}
+
+
+def section(kind: str, **train: Any) -> StageSpec:
+    reward = "reward" if kind == "ppo" else None
+    return StageSpec(kind=kind, data=DataSpec(path="somewhere/else"), reward=reward, train=train)
+
+
+def chosen(kind: str, where: str, **train: Any) -> tuple[dict[str, Any], float, float]:
+    """What was chosen, and the stage's total with it, as a share of the card, with one layer less checkpointed too."""
+    asked = section(kind, **train)
+    found = auto.choices(STAGES[kind], asked, MODEL, SPEC, None, card(where))
+    work = work_of(STAGES[kind], auto.taken(asked, found), MODEL, SPEC, None)
+    less = [memory(MODEL, w).total / card(where).memory for w in (work, _lighter(work))]
+    return found, less[0], less[1]
+
+
+def _lighter(work: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(work, checkpointed=max(0, work.checkpointed - 1))
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize("where", ["10GB", "rtx3060", "rtx4090", "h100"])
+def test_what_is_chosen_fits_and_keeps_the_batch(kind: str, where: str) -> None:
+    found, share, lighter = chosen(kind, where, max_length=1024, **ALL)
+    assert found["per_device_train_batch_size"] * found["gradient_accumulation_steps"] == 16
+    assert share <= 0.95
+    layers = found["activation_checkpointing"]
+    assert layers is False or lighter > 0.95, "a layer less would have fitted too"
+
+
+def test_more_room_is_used() -> None:
+    """8B at 2048 tokens: the more memory, the fewer layers are checkpointed, and none where there is room."""
+    found = [chosen("sft", where, max_length=2048, **ALL)[0] for where in ("9GB", "16GB", "20GB", "80GB")]
+    levels = [32 if f["activation_checkpointing"] is True else int(f["activation_checkpointing"]) for f in found]
+    assert levels[0] > levels[1] > levels[2] > levels[3] == 0
+    assert found[3]["per_device_train_batch_size"] > found[0]["per_device_train_batch_size"]
+
+
+def test_the_longest_rows_that_fit() -> None:
+    train = {"activation_checkpointing": True, "per_device_train_batch_size": 1, "max_length": "auto"}
+    lengths = [chosen("sft", where, **train)[0]["max_length"] for where in ("8GB", "9GB", "12GB")]
+    assert 64 <= lengths[0] < lengths[1] < lengths[2] == auto.UNKNOWN_LENGTH
+
+
+def test_ppo_divides_its_minibatch() -> None:
+    found, share, _ = chosen("ppo", "12GB", **{**ALL, "gradient_accumulation_steps": 1} | {"batch_size": 48})
+    assert 48 % found["per_device_train_batch_size"] == 0 and "gradient_accumulation_steps" not in found
+    assert share <= 0.95
+
+
+def test_nothing_fits_says_by_how_much() -> None:
+    with pytest.raises(UserError, match=r"the least needs \d+\.\d GiB, \d+\.\d too many"):
+        chosen("sft", "6GB", max_length=1024, **ALL)
+
+
+def test_the_batch_must_be_said(tiny_base: Path, tmp_path: Path) -> None:
+    tree = tiny_tree(tiny_base, tmp_path)
+    tree["train"]["per_device_train_batch_size"] = "auto"
+    with pytest.raises(UserError, match=r"stages.pretrain.train.per_device_train_batch_size: is auto; gradient_acc"):
+        build(tree)
+
+
+def test_a_choice_is_kept_and_is_no_part_of_the_fingerprint(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tiny_tree(tiny_base, tmp_path)
+    tree["stages"] = {"sft": {**tree["stages"]["sft"], "train": {"max_steps": 2, **ALL, "max_length": "auto"}}}
+    tree["stages"]["sft"].pop("from")
+    tree["train"].pop("gradient_checkpointing")
+    recipe = build(tree)
+    monkeypatch.setattr(worker, "_this_machine", lambda: Card("a card", 2 << 30))
+    run_stage(recipe, "sft", tmp_path)
+    folder = tmp_path / "tiny" / "sft"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    train = manifest["section"]["train"]
+    assert train["per_device_train_batch_size"] * train["gradient_accumulation_steps"] == 16
+    assert manifest["parts"]["stage"]["train"]["per_device_train_batch_size"] == "auto"
+    noted = worker.choices_noted(recipe.artifact("sft", tmp_path), manifest["fingerprint"])
+    assert f"# stages.sft.train.max_length: {train['max_length']}\n" in noted
+    # on a larger card what was begun goes on as it was begun
+    monkeypatch.setattr(worker, "_this_machine", lambda: Card("another card", 80 << 30))
+    again = worker.section_chosen(recipe, "sft", recipe.artifact("sft", tmp_path), manifest["fingerprint"], True)
+    assert again.train == train
+
+
+def test_some_layers_checkpointed_train_the_same_adapter(tiny_base: Path, tmp_path: Path) -> None:
+    weights = {}
+    for layers in (False, 1, True):
+        tree = tiny_tree(tiny_base, tmp_path, name=f"with-{layers}")
+        tree["model"] |= {"dtype": "float32", "quantize": "none"}
+        train = {"max_steps": 2, "activation_checkpointing": layers}
+        tree["stages"] = {"dpo": {"data": tree["stages"]["dpo"]["data"], "train": train}}
+        run_stage(build(tree), "dpo", tmp_path)
+        weights[layers] = load_file(tmp_path / f"with-{layers}" / "dpo" / "adapter" / "adapter_model.safetensors")
+    for layers in (1, True):
+        worst = max((weights[False][name] - weights[layers][name]).abs().max().item() for name in weights[False])
+        assert worst < 1e-6

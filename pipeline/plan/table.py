@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from pipeline.plan.cards import Card
 from pipeline.plan.memory import CONTEXT
@@ -34,7 +34,7 @@ def show_plan(planned: dict[str, Planned], shapes: Shapes, card: Card | None, ha
     """The memory of each stage in GiB, whether it fits, and how long it takes."""
     where = f"on {card.name}, {card.memory / GIB:.4g} GiB" if card else "no GPU here; --gpu names one"
     title = f"memory in GiB at each stage's peak, {shapes.parameters / 1e9:.3g}B parameters ({where})"
-    table = Table("", title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(Column("", no_wrap=True), title=title, title_justify="left", box=None, pad_edge=False)
     for name in planned:
         table.add_column(name, justify="right")
     for label, read in ROWS:

@@ -204,7 +204,12 @@ def evaluate(
     from pipeline import evaluator
     from pipeline.summary import show_evaluation
 
-    show_evaluation(evaluator.launch(_read(recipe, override), runs, judge), Console())
+    try:
+        results = evaluator.launch(_read(recipe, override), runs, judge)
+    except KeyboardInterrupt:
+        print("stopped. What has been measured is kept: the same command goes on from there.", file=sys.stderr)
+        raise SystemExit(130) from None
+    show_evaluation(results, Console())
     print(f"\nonebase report {recipe}   makes a page of it")
 
 

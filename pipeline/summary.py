@@ -124,6 +124,8 @@ def show_next(recipe: Recipe, path: str, runs: Path, console: Console) -> None:
     console.print("What to type next:", highlight=False)
     for command, what in (
         (f"onebase status {path}", "where every stage stands"),
+        (f"onebase eval {path}", "every stage against the one before, with intervals"),
+        (f"onebase report {path}", "a page of it"),
         (f"onebase run {path}", "again: fresh stages are skipped"),
         (f"onebase run {path} -o stages.{last}.train.{change}", f"only {last} runs again"),
         ("onebase ls", "the other recipes; onebase cp NAME my.yaml to start your own"),

@@ -74,7 +74,7 @@ def data(
     recipe: RecipePath,
     stage: Annotated[list[str] | None, typer.Argument(metavar="[STAGE]...", help="All, unless some are named.")] = None,
     override: Overrides = [],  # noqa: B006
-    show: Annotated[int, typer.Option(metavar="N", help="Print N rows as the model will see them.")] = 0,
+    show: Annotated[int, typer.Option(metavar="N", min=0, help="Print N rows as the model will see them.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures for machines.")] = False,
 ) -> None:
     """Examine the data: lengths, loss masks, duplicates, overlaps, baselines. Loads no weights."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FEW_BYTES_A_TOKEN = 2.0
 LENGTH_TELLS = 0.7
+ENOUGH_PAIRS = 30
 LONGEST_LETTER = 4
 MARKS = {"\n": "⏎\n", "\t": "⇥\t"}
 
@@ -52,7 +53,9 @@ def examine(recipe: Recipe, names: list[str]) -> Json:
             "train_rows": len(data.train),
             "test_rows": len(data.test) if data.test is not None else None,
             "too_long": section.data.too_long,
-            "tokens": doctor.tokens(kind, tokenizer, data.train, max_length),
+            "on_bad_row": section.data.on_bad_row,
+            "tokens": doctor.tokens(kind, tokenizer, data.train, max_length, section.data.too_long),
+            "test_tokens": doctor.tokens(kind, tokenizer, data.test or [], max_length, section.data.too_long),
             "duplicates": doctor.duplicates(data.train, recipe.spec.seed),
         }
         if kind in ("reward", "dpo"):
@@ -73,7 +76,7 @@ def show(found: Json, console: Console) -> None:
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
         for label, text in _lines(stage):
-            table.add_row(label, text)
+            table.add_row(label, Text(text))  # a file's words are no markup
         console.print(table)
         for warning in stage["warnings"]:
             console.print(Text(f"  ! {warning}", style="yellow"))
@@ -91,7 +94,7 @@ def show_rows(recipe: Recipe, name: str, count: int, console: Console) -> None:
     data, _ = load_rows(recipe, name)
     console.print(Text.assemble(("loss", "bold green"), "  ", ("no loss", "dim"), "  ", ("special token", "reverse")))
     for row in data.train[:count]:
-        console.rule(row["_place"], align="left")
+        console.rule(Text(row["_place"]), align="left")
         try:
             sequences = doctor.sequences(recipe.stages[name].kind, tokenizer, row)
         except Unrenderable as error:
@@ -146,7 +149,8 @@ def _lines(stage: Json) -> list[tuple[str, str]]:
     if "supervised_tokens" in tokens:
         bare, ends = tokens["rows_without_supervised_tokens"], tokens["rows_whose_end_of_turn_is_supervised"]
         lines.append(("tokens with loss", f"{_range(tokens['supervised_tokens'])} a row; none in {bare} rows"))
-        lines.append(("end of turn learnt", f"in {ends / _rendered(tokens):.1%} of the rows"))
+        kept = tokens["rows_kept"]
+        lines.append(("end of turn learnt", f"in {ends} of the {kept} rows kept"))
     alike = stage["duplicates"]
     among = f" (among {alike['near_among']} rows)" if alike["near_among"] < stage["train_rows"] else ""
     lines.append(("duplicates", f"{alike['exact']} exact, {alike['near']} near{among}"))
@@ -185,16 +189,22 @@ def _bars(histogram: list[Any]) -> str:
 def _warnings(name: str, stage: Json, overlaps: list[Json]) -> list[str]:
     tokens, alike, warned = stage["tokens"], stage["duplicates"], []
     rows = _rendered(tokens)
-    if tokens["unrenderable"]:
-        first = tokens["unrenderable_named"][0]
-        warned.append(f"{tokens['unrenderable']} rows cannot be rendered, first {first['place']}: {first['reason']}")
-    if over := tokens["longer_than_max_length"]:
-        fate = {"pretrain": "are split", "ppo": "stop the run", "sft": _FATE[stage["too_long"]]}
-        what = fate.get(stage["kind"], _FATE["drop"])
+    stops = "the run would stop" if stage["on_bad_row"] == "stop" else "they would be left out"
+    for part, where in ((tokens, ""), (stage["test_tokens"], " of the test set")):
+        if part["unrenderable"]:
+            first = part["unrenderable_named"][0]
+            what = f"{part['unrenderable']} rows{where} cannot be rendered ({stops})"
+            warned.append(f"{what}, first {first['place']}: {first['reason']}")
+    bare = tokens.get("rows_without_supervised_tokens", 0)
+    if bare:
+        warned.append(f"{bare} rows have no token with loss within max_length {tokens['max_length']} ({stops})")
+    if over := tokens["longer_than_max_length"] - bare:
+        left_out = tokens.get("rows_left_out", over)
+        what = {"pretrain": "are split", "ppo": "stop the run"}.get(
+            stage["kind"], f"are left out: {left_out}, cut: {over - left_out}"
+        )
         warned.append(f"{over} rows ({over / rows:.1%}) are longer than max_length {tokens['max_length']} and {what}")
-    if bare := tokens.get("rows_without_supervised_tokens"):
-        warned.append(f"{bare} rows have no token with loss within max_length")
-    if stage["kind"] == "sft" and (missing := rows - tokens["rows_whose_end_of_turn_is_supervised"]):
+    if stage["kind"] == "sft" and (missing := tokens["rows_kept"] - tokens["rows_whose_end_of_turn_is_supervised"]):
         warned.append(f"in {missing} rows the end of the turn carries no loss: the model would not learn to stop")
     if any(int(count) > 1 for count in tokens["bos_at_the_start"]):
         warned.append("some rows begin with more than one beginning-of-sequence token")
@@ -215,15 +225,14 @@ def _warnings(name: str, stage: Json, overlaps: list[Json]) -> list[str]:
     return warned
 
 
-_FATE = {"drop": "are left out", "keep_end": "are cut"}
-
-
 def _about_pairs(pairs: Json | None) -> list[str]:
     warned = []
     if pairs and pairs["contradictory"]:
         a, b = pairs["contradictory_named"][0]
         warned.append(f"{pairs['contradictory']} comparisons contradict another, for example {a} and {b}")
-    if pairs and (share := max(pairs["longer_wins"], 1 - pairs["longer_wins"])) > LENGTH_TELLS:
+    if not pairs or pairs["pairs"] < ENOUGH_PAIRS:
+        return warned
+    if (share := max(pairs["longer_wins"], 1 - pairs["longer_wins"])) > LENGTH_TELLS:
         word = "longer" if pairs["longer_wins"] > 0.5 else "shorter"
         warned.append(f"the {word} answer wins {share:.1%} of the comparisons: length alone would score that")
     return warned

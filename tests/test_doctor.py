@@ -87,7 +87,7 @@ def test_a_bag_of_words_knows_nothing_of_random_labels() -> None:
 def test_the_command_names_overlaps_and_what_is_cut(tiny_base: Path, tmp_path: Path) -> None:
     spoilt = {"messages": [user("what is asked later"), says("yes")]}
     train = write(tmp_path / "train.jsonl", [spoilt, *({"messages": [user(f"q{n}"), says("a")]} for n in range(20))])
-    pairs = [{"prompt": [user(f"p{n}")], "chosen": [says("good " * 9)], "rejected": [says("bad")]} for n in range(20)]
+    pairs = [{"prompt": [user(f"p{n}")], "chosen": [says("good " * 9)], "rejected": [says("bad")]} for n in range(30)]
     late = {"prompt": [user("What is  asked later")], "chosen": [says("x")], "rejected": [says("y")]}
     tree = tiny_tree(tiny_base, tmp_path)
     del tree["train"]["max_length"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.data.contracts import DEMONSTRATION, LANGUAGE_MODELING, PREFERENCE, PROMPT_ONLY, QUESTION
-from pipeline.data.load import DataSpec, Part, read_source, read_split
+from pipeline.data.load import DataSpec, Part, asked, prompt_key, read_source, read_split
 from pipeline.errors import UserError
 
 
@@ -200,3 +200,64 @@ def test_a_group_stays_on_one_side(tmp_path: Path) -> None:
     split = read_split(DataSpec(path=str(path), test=0.25, group="thread"), PREFERENCE, seed=1)
     assert split.test is not None and len(split.test) == 10
     assert not {row["thread"] for row in split.train} & {row["thread"] for row in split.test}
+
+
+def test_one_question_is_one_key_however_it_is_written() -> None:
+    system = {"role": "system", "content": "be kind"}
+    same = [
+        {"prompt": "q"}, {"prompt": [user("q")]}, {"prompt": [system, user("q")], "messages": "of another column"},
+        {"messages": [system, user("q"), says("a")]},
+    ]  # fmt: skip
+    assert len({prompt_key(row) for row in same}) == 1
+    talk = [user("hi"), says("hello"), user("q")]
+    assert prompt_key({"messages": [*talk, says("a")]}) == prompt_key({"prompt": talk}) != prompt_key(same[0])
+    assert prompt_key({"prompt": "hi"}) in asked({"messages": [*talk, says("a")]})
+
+
+def test_tables_with_torn_quotes_splits_and_nested_cells(tmp_path: Path) -> None:
+    torn = tmp_path / "torn.csv"
+    torn.write_text('text\nfirst\n"never closed\nthird\n')
+    with pytest.raises(UserError, match=r"torn.csv:3: a quote is opened here and not closed"):
+        read_source(str(torn), LANGUAGE_MODELING, DataSpec(path="-"))
+    kto = tmp_path / "kto.csv"
+    kto.write_text("prompt,completion,label\np,good,True\np,bad,false\n")
+    assert bare(read_source(str(kto), PREFERENCE, DataSpec(path="-")).rows) == [
+        {"prompt": "p", "chosen": "good", "rejected": "bad"}
+    ]
+    cloned = tmp_path / "cloned"
+    cloned.mkdir()
+    (cloned / "README.md").write_text("about")
+    for split in ("train", "test"):
+        (cloned / f"{split}-00000.jsonl").write_text(json.dumps({"text": split}))
+    assert [r["text"] for r in read_source(str(cloned), LANGUAGE_MODELING, DataSpec(path="-")).rows] == ["train"]
+    test = read_source(str(cloned), LANGUAGE_MODELING, DataSpec(path="-", split="test"))
+    assert [r["text"] for r in test.rows] == ["test"]
+    with pytest.raises(UserError, match="a single file has no splits"):
+        read_source(str(kto), PREFERENCE, DataSpec(path="-", split="test"))
+
+
+def test_values_json_has_no_words_for(tmp_path: Path) -> None:
+    import datetime
+
+    import pyarrow
+    from pyarrow import parquet
+
+    when = {"text": "a", "when": datetime.datetime(2026, 1, 2), "raw": b"x"}
+    parquet.write_table(pyarrow.Table.from_pylist([when]), tmp_path / "t.parquet")
+    rows = read_source(str(tmp_path / "t.parquet"), LANGUAGE_MODELING, DataSpec(path="-")).rows
+    assert rows[0]["when"].startswith("2026-01-02")
+    half = {"messages": [user("q"), says("a")], "tools": '[{"name": "f", "description": "\\ud800"}]'}
+    with pytest.raises(UserError, match="rows.jsonl:1: holds half of a surrogate pair"):
+        read(tmp_path, [half], DEMONSTRATION)
+
+
+@pytest.mark.parametrize("form", ["hh", "kto", "oasst", "sharegpt", "messages_pair", "dolly"])
+def test_a_wrong_format_is_named(tmp_path: Path, form: str) -> None:
+    with pytest.raises(UserError, match="rows.jsonl:1: "):
+        read(tmp_path, [{"prompt": "p", "completion": "c"}], DEMONSTRATION, format=form)
+
+
+def test_a_mixture_that_draws_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "x"}))
+    with pytest.raises(UserError, match=r"not one row of .*one.jsonl \(1 rows"):
+        read_split(DataSpec(mix=[Part(path=str(tmp_path / "one.jsonl"), epochs=0.3)]), LANGUAGE_MODELING, seed=1)

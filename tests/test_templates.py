@@ -160,3 +160,13 @@ def test_a_template_without_words_for_tools_is_no_teacher_of_silence(plain: Any,
 def test_answers_stop_where_the_template_ends_a_turn(plain: Any, name: str, marks: list[str]) -> None:
     tokenizer = of_family(plain, name)
     assert set(tokenizer.convert_tokens_to_ids(marks)) <= set(render.stop_ids(tokenizer))
+
+
+def test_what_a_template_throws_away_is_not_taught_as_silence(plain: Any) -> None:
+    thinking = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "all I say </think>"}, *TALK[:2]]
+    with pytest.raises(render.Unrenderable, match="leaves out what the assistant says in turn 1"):
+        render.demonstration(of_family(plain, "qwen3"), {"messages": thinking})
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    silent = [WORK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(render.Unrenderable, match="leaves out the tool call of turn 1"):
+        render.demonstration(of_family(plain, "gemma3"), {"messages": silent})

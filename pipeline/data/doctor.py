@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from pipeline.data import render
+from pipeline.data import load, render
 from pipeline.data.contracts import Row
 from pipeline.data.load import prompt_key
 
@@ -35,8 +35,10 @@ WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")
 """Words; in scripts written without spaces every character is one."""
 
 
-def tokens(kind: str, tokenizer: Tokenizer, rows: Iterable[Row], max_length: int | None) -> Figures:
-    """Lengths in tokens, what max_length costs, and where the loss falls.
+def tokens(
+    kind: str, tokenizer: Tokenizer, rows: Iterable[Row], max_length: int | None, too_long: str = "drop"
+) -> Figures:
+    """Lengths in tokens, what max_length costs, and where the loss falls in the rows that a stage would keep.
 
     `bytes_per_token` under about 2 (for English under 3) says that the tokenizer hardly knows the language.
     """
@@ -44,7 +46,7 @@ def tokens(kind: str, tokenizer: Tokenizer, rows: Iterable[Row], max_length: int
     supervised: list[int] = []
     bos: Counter[int] = Counter()
     named: list[dict[str, str]] = []
-    too_long = tokens_lost = ends = dialogues = bare = unrenderable = size = 0
+    over = tokens_lost = ends = dialogues = bare = left_out = unrenderable = size = 0
     stops = set(render.stop_ids(tokenizer))
     for row in rows:
         try:
@@ -59,14 +61,22 @@ def tokens(kind: str, tokenizer: Tokenizer, rows: Iterable[Row], max_length: int
         size += max(_bytes(tokenizer, sequence) for sequence in made)
         bos[max(_leading(sequence.ids, tokenizer.bos_token_id) for sequence in made)] += 1
         if max_length is not None and longest > max_length:
-            too_long += 1
+            over += 1
             tokens_lost += longest - max_length
         if kind in ("sft", "pretrain"):
+            learnt = made[0]
+            if kind == "sft" and max_length is not None and longest > max_length:
+                if not learnt.cut(max_length).supervised:
+                    bare += 1
+                    continue
+                learnt = learnt.cut_at_end(max_length)
+                if too_long == "drop" or not learnt.supervised:
+                    left_out += 1
+                    continue
             dialogues += 1
-            learnt = made[0].cut(max_length)
             supervised.append(learnt.supervised)
             bare += learnt.supervised == 0
-            ends += any(label in stops for label in learnt.labels)
+            ends += next((label for label in reversed(learnt.labels) if label != render.IGNORED), None) in stops
     figures: Figures = {
         "rows": len(lengths) + unrenderable,
         "unrenderable": unrenderable,
@@ -74,13 +84,15 @@ def tokens(kind: str, tokenizer: Tokenizer, rows: Iterable[Row], max_length: int
         "length": _spread(lengths),
         "histogram": histogram(lengths),
         "max_length": max_length,
-        "longer_than_max_length": too_long,
+        "longer_than_max_length": over,
         "tokens_beyond_max_length": tokens_lost,
         "bytes_per_token": round(size / sum(lengths), 2) if lengths else None,
         "bos_at_the_start": {str(count): rows for count, rows in sorted(bos.items())},
     }
-    if dialogues:
+    if kind in ("sft", "pretrain"):
         figures |= {
+            "rows_kept": dialogues,
+            "rows_left_out": left_out,
             "supervised_tokens": _spread(supervised),
             "rows_without_supervised_tokens": bare,
             "rows_whose_end_of_turn_is_supervised": ends,
@@ -114,7 +126,8 @@ def asked(rows: Iterable[Row]) -> dict[bytes, str]:
     """What rows ask (or the text of documents), as digests, each with the place of its first row."""
     found: dict[bytes, str] = {}
     for row in rows:
-        found.setdefault(_digest(_plain(prompt_key(row))), row["_place"])
+        for text in load.asked(row):
+            found.setdefault(_digest(_plain(text)), row["_place"])
     return found
 
 

@@ -1,12 +1,13 @@
 """Files, folders and Hub data sets as rows, each with the place a person finds it at. Nothing is held in memory whole.
 
 .jsonl .ndjson        one JSON object a line
-.json                 a list of objects (or one a line, as some .json files are)
+.json                 a list of objects, held in memory whole (or one a line, as some .json files are)
 .csv .tsv .parquet    a row a row
 .txt .md .rst         documents: a file is one, unless form feeds or lines of a lone % part it; `format: lines` makes
                       every line one
 ... .gz .zst          any of these, compressed
-a folder              all such files in it, by name; or what `datasets` saved there
+a folder              all such files in it, by name (those of `split` where they are named by splits; no texts beside
+                      tables or rows, no hidden files); or what `datasets` saved there
 owner/name            a data set on the Hub
 """
 
@@ -36,6 +37,7 @@ PACKED = {".gz", ".zst"}
 ENDINGS = LINES | LISTS | TABLES | TEXTS | {".parquet"}
 PARTS = re.compile(r"\f|^%[ \t]*\r?$", re.MULTILINE)
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+SPLIT = re.compile(r"(train|test|validation|valid|dev|eval)([-_.]|$)", re.IGNORECASE)
 LONGEST_DOCUMENT = 1 << 27
 """Characters of one document; more is a file of many that nothing parts."""
 
@@ -51,9 +53,11 @@ def placed_rows(path: str, split: str, lines: bool) -> Iterator[Placed]:
     elif local.is_dir() and _saved_by_datasets(local):
         yield from _numbered(path, _saved(local, split))
     elif local.is_dir():
-        for file in _files(local):
+        for file in _of_split(local, split):
             yield from _file_rows(file, lines)
     elif local.is_file():
+        if split != "train":
+            raise UserError(f"{path}: data.split is '{split}', but a single file has no splits; name the file instead")
         yield from _file_rows(local, lines)
     else:
         raise UserError(f"{path}: no such file (looked in {Path.cwd()})")
@@ -89,10 +93,27 @@ def kind_of(file: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and kind_of(file) in ENDINGS)
+    seen = [file for file in folder.rglob("*") if not any(p.startswith(".") for p in file.relative_to(folder).parts)]
+    files = sorted(file for file in seen if file.is_file() and kind_of(file) in ENDINGS)
+    rows = [file for file in files if kind_of(file) not in TEXTS]
+    files = rows or files  # a README beside rows is about them, and none of them
     if not files:
         raise UserError(f"{folder} is a folder without any file this reads ({', '.join(sorted(ENDINGS))}, .gz, .zst)")
     return files
+
+
+def _of_split(folder: Path, split: str) -> list[Path]:
+    """A folder's files; of one whose files are named by splits (train-00000.parquet, test.jsonl), that split's."""
+    files = _files(folder)
+    named = [file for file in files if SPLIT.match(file.name)]
+    if not named:
+        if split != "train":
+            raise UserError(f"{folder}: data.split is '{split}', but its files are not named by splits")
+        return files
+    chosen = [file for file in named if file.name.lower().startswith(split.lower())]
+    if not chosen:
+        raise UserError(f"{folder}: no file of the split '{split}' (there is: {', '.join(f.name for f in named)})")
+    return chosen
 
 
 def _file_rows(file: Path, lines: bool) -> Iterator[Placed]:
@@ -121,9 +142,11 @@ def _file_rows(file: Path, lines: bool) -> Iterator[Placed]:
 
 
 def _opened(file: Path) -> Stream:
-    if file.suffix == ".gz":
+    with file.open("rb") as plain:
+        magic = plain.read(4)
+    if magic[:2] == b"\x1f\x8b" or file.suffix.lower() == ".gz":
         return gzip.open(file, "rb")
-    if file.suffix == ".zst":
+    if magic == b"\x28\xb5\x2f\xfd" or file.suffix.lower() == ".zst":
         import pyarrow
 
         return pyarrow.input_stream(str(file), compression="zstd", buffer_size=1 << 20)  # type: ignore[no-any-return]
@@ -193,9 +216,21 @@ def _json_list(file: Path, stream: Stream) -> Iterator[Placed]:
 def _table(path: str, stream: Stream, delimiter: str) -> Iterator[Placed]:
     csv.field_size_limit(sys.maxsize)
     lines = (line.decode("utf-8") + "\n" for line in _byte_lines(stream))
-    reader = csv.DictReader(lines, delimiter=delimiter)
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    columns = reader.fieldnames or []
+    if len(set(columns)) < len(columns):
+        raise UserError(f"{path}:1: two columns have the same name: {', '.join(columns)}")
     last = 1
-    for row in reader:
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(
+                f"{path}:{last + 1}: a quote is opened here and not closed as CSV closes it ({error}). "
+                "Double the quotes inside a field, or use .jsonl"
+            ) from error
         # A quoted field runs over several lines; the row is named by its first.
         place, last = f"{path}:{last + 1}", reader.line_num
         if None in row:
@@ -203,7 +238,22 @@ def _table(path: str, stream: Stream, delimiter: str) -> Iterator[Placed]:
         elif None in row.values():
             yield place, Unreadable("has fewer fields than the header")
         else:
-            yield place, dict(row)
+            yield place, {column: _cell(column, text) for column, text in row.items()}
+
+
+NESTED = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "tools", "history")
+
+
+def _cell(column: str, text: str) -> Any:
+    """A table holds text; messages are read out of it, and so is a label that is true or false."""
+    if column in ("label", "kto_tag") and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if column in NESTED and text.startswith("[{"):
+        try:
+            return json.loads(text, parse_constant=_no_constant)
+        except (ValueError, RecursionError):
+            return text
+    return text
 
 
 def _text_lines(path: str, stream: Stream) -> Iterator[Placed]:

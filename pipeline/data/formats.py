@@ -40,10 +40,12 @@ def layout(row: Row) -> Format | None:
         return "sharegpt"
     if "chosen_messages" in keys:
         return "messages_pair"
-    if "label" in keys and ("messages" in keys or "completion" in keys):
+    if "kto_tag" in keys or ("label" in keys and ("messages" in keys or "completion" in keys)):
         return "kto"
     if "messages" in keys:
         return "openai"
+    if "question" in keys and "chosen" in keys and "prompt" not in keys:
+        return "qa"
     if "instruction" in keys:
         return "dolly" if "response" in keys else "alpaca"
     if "chosen" in keys and "rejected" in keys and "prompt" not in keys:
@@ -63,15 +65,24 @@ def read(row: Row, form: Format, wanted: Wanted) -> Iterator[Row]:
     if named == "kto" and wanted in ("text", "question"):
         raise Unreadable("is one answer with a label (KTO), which this stage has no use for")
     made = False
-    for shaped in READERS[named](row, wanted):
-        made = True
-        yield shaped
+    try:
+        for shaped in READERS[named](row, wanted):
+            made = True
+            yield shaped
+    except KeyError as error:
+        raise Unreadable(f"has no field {error}, which format '{named}' needs") from error
+    except (TypeError, AttributeError) as error:
+        raise Unreadable(f"is not in the format '{named}': {error}") from error
     if not made:
         raise Unreadable(f"holds nothing this stage can use (read as format '{named}')")
 
 
 def _trl(row: Row, wanted: Wanted) -> Iterator[Row]:
     """TRL's own shapes, with the content of messages as text and tools as a list."""
+    if isinstance(row.get("prompt"), str) and _listed(row, "chosen") and _listed(row, "rejected"):
+        # Whole dialogues beside the prompt's text, as in UltraFeedback: the dialogues say it better.
+        yield from _hh({key: value for key, value in row.items() if key not in ("prompt", "messages")}, wanted)
+        return
     ranked = row.get("replies")
     if isinstance(ranked, list) and "prompt" in row:
         rest = {key: value for key, value in row.items() if key != "replies"}
@@ -97,24 +108,33 @@ def _openai(row: Row, wanted: Wanted) -> Iterator[Row]:
 
 
 def _kto(row: Row, wanted: Wanted) -> Iterator[Row]:
-    if not isinstance(row["label"], bool):
-        raise Unreadable(f"field 'label' is {row['label']!r}, expected true or false")
-    if wanted == "demonstration" and not row["label"]:
+    if not label(row) and wanted == "demonstration":
         raise Unreadable("is labelled as an undesirable answer, which is no demonstration")
-    rest = {key: value for key, value in row.items() if key != "label"}
-    yield from (_openai if "messages" in row else _trl)(rest, wanted)
+    rest = {key: value for key, value in row.items() if key not in ("label", "kto_tag")}
+    yield from READERS[layout(rest) or "trl"](rest, wanted)
+
+
+def label(row: Row) -> bool:
+    """A KTO row's label: true for a desirable answer. Raises Unreadable."""
+    value = row.get("label", row.get("kto_tag"))
+    if not isinstance(value, bool):
+        raise Unreadable(f"field 'label' is {value!r:.40}, expected true or false")
+    return value
 
 
 def labelled(row: Row) -> Row:
     """A KTO row as prompt and completion, its label left out. Raises Unreadable."""
-    if "messages" in row:
-        messages = messages_of(row, "messages")
-        if len(messages) < 2 or not isinstance(messages[-1], dict) or messages[-1].get("role") != "assistant":
+    rest = {key: value for key, value in row.items() if key not in ("label", "kto_tag")}
+    shaped = next(read(rest, "auto", "demonstration"))
+    messages = shaped.get("messages")
+    if messages is not None:
+        if not isinstance(messages, list) or len(messages) < 2 or not isinstance(messages[-1], dict):
             raise Unreadable("field 'messages' does not end on an answer of the assistant")
-        return {"prompt": messages[:-1], "completion": messages[-1:]}
-    if "prompt" not in row or "completion" not in row:
+        rest = {key: value for key, value in shaped.items() if key != "messages"}
+        shaped = {**rest, "prompt": messages[:-1], "completion": messages[-1:]}
+    if "prompt" not in shaped or "completion" not in shaped:
         raise Unreadable("has neither 'messages' nor 'prompt' and 'completion'")
-    return {key: messages_of(row, key) if _listed(row, key) else row[key] for key in ("prompt", "completion")}
+    return shaped
 
 
 def _alpaca(row: Row, wanted: Wanted) -> Iterator[Row]:
@@ -205,9 +225,17 @@ READERS: dict[Format, Reader] = {
 }
 
 
+READ = frozenset(
+    ["instruction", "input", "output", "response", "context", "question", "answers", "history", "system", "instances"]
+    + ["chosen", "rejected", "prompt", "completion", "messages", "text", "label"]
+)
+"""Columns that make up the shape; the others are carried along."""
+
+
 def _answered(row: Row, asked: str, answer: str, wanted: Wanted) -> Iterator[Row]:
     prompt = history(row) + [message("user", asked)]
-    shaped: Row = {"prompt": prompt, **{key: row[key] for key in ("group", "tools") if key in row}}
+    rest = {key: value for key, value in row.items() if key not in READ and key != answer}
+    shaped: Row = _with_tools({**rest, "prompt": prompt})
     if wanted == "prompt":
         yield {**shaped, **({"answer": row[answer]} if answer in row else {})}
     elif isinstance(row.get(answer), list):
@@ -252,7 +280,10 @@ def _asked(shaped: Row) -> Iterator[Row]:
     messages = shaped["messages"]
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise Unreadable("field 'messages' is no list of messages")
-    last = max((i for i, m in enumerate(messages) if m.get("role") == "assistant"), default=len(messages))
+    if messages and messages[-1].get("role") != "assistant":
+        last = len(messages)  # it ends on the question
+    else:
+        last = max((i for i, m in enumerate(messages) if m.get("role") == "assistant"), default=len(messages))
     if not messages[:last]:
         raise Unreadable("field 'messages' asks nothing before the assistant speaks")
     yield {**{key: value for key, value in shaped.items() if key != "messages"}, "prompt": messages[:last]}

@@ -19,7 +19,7 @@ from pipeline.data import files, formats, mixture
 from pipeline.data.contracts import Contract, Row
 from pipeline.data.dialogues import Unreadable
 from pipeline.data.formats import Format
-from pipeline.data.shelf import Picked, Shelf
+from pipeline.data.shelf import Picked, Shelf, strict_json
 from pipeline.errors import UserError
 
 NAMED_AT_MOST = 20
@@ -127,15 +127,21 @@ def read_source(path: str, contract: Contract, spec: DataSpec, part: Part | None
     Raises UserError naming file and line for anything unfit, unless the spec says to skip unfit rows.
     """
     part = part or Part(path=path, format=spec.format, split=spec.split)
-    rows: Shelf[Row] = Shelf()
+    rows: Shelf[Row] = Shelf(dump=strict_json)
     source = Source(path, rows)
     stop = spec.on_bad_row == "stop"
     for place, row, reason in _items(source, part, contract):
         if reason is None and (reason := contract.check(row)) is None:
-            rows.append({**row, "_place": place})
-            if part.limit and len(rows) >= part.limit:
-                break
-            continue
+            try:
+                rows.append({**row, "_place": place})
+            except UnicodeEncodeError:
+                reason = "holds half of a surrogate pair, which is no character"
+            except (ValueError, RecursionError) as error:
+                reason = f"holds what is no JSON: {error}"
+            else:
+                if part.limit and len(rows) >= part.limit:
+                    break
+                continue
         source.reasons[reason] += 1
         if not stop or len(source.refused) < NAMED_AT_MOST:
             source.refused.append({"place": place, "reason": reason, "row": row})
@@ -161,12 +167,19 @@ def read_split(spec: DataSpec, contract: Contract, seed: int) -> Split:
         for number, source in enumerate(sources):
             source.held_out = sum(s == number for s, _ in held)
         if not any(kept):
-            raise UserError(f"{spec.path}: holding out {spec.test} of its prompts leaves no row to train on")
+            names = " and ".join(source.path for source in sources)
+            raise UserError(f"{names}: holding out {spec.test} of the prompts leaves no row to train on")
     if spec.mix is None:
         return Split(Picked(rows, [0] * len(kept[0]), kept[0]), test, sources)
     which, index, passes = mixture.drawn(
         [len(k) for k in kept], [part.weight for part in spec.mix], [part.epochs for part in spec.mix], seed
     )
+    for number, part in enumerate(spec.mix):
+        if not passes[number]:
+            raise UserError(
+                f"data.mix: not one row of {part.path} ({len(kept[number])} rows after holding out) is drawn: "
+                "raise its weight or epochs, or leave it out"
+            )
     for number, source in enumerate(sources[: len(rows)]):
         source.drawn = int((which == number).sum())
         source.left_out = max(0, len(kept[number]) - source.drawn) if passes[number] < 1 else 0
@@ -184,16 +197,29 @@ def content_hashes(spec: DataSpec) -> dict[str, str]:
     return hashes
 
 
+def asked(row: Row) -> list[str]:
+    """What a row asks, as texts: one for each answer the assistant gives in it, each with all that led to it.
+
+    The same question is the same text whether it is given as text, as messages, or inside a longer dialogue; system
+    messages are left out. A document asks itself.
+    """
+    if "prompt" in row:
+        prompt = row["prompt"]
+        return [_turns(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}])]
+    if "messages" in row:
+        messages = row["messages"]
+        return [_turns(messages[:i]) for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return [str(row["text"])]
+
+
 def prompt_key(row: Row) -> str:
-    """What is asked, as one text: rows with an equal one are about the same thing."""
-    if row.get("messages"):
-        asked = [m for m in row["messages"][: _first_answer(row["messages"])] if m["role"] != "system"]
-        return json.dumps(asked, sort_keys=True)
-    return json.dumps(row["prompt"] if row.get("prompt") else row["text"], sort_keys=True)
+    """What a row asks last: rows with an equal one are about the same thing."""
+    return asked(row)[-1]
 
 
-def _first_answer(messages: list[dict[str, Any]]) -> int:
-    return next(i for i, message in enumerate(messages) if message["role"] == "assistant")
+def _turns(messages: list[dict[str, Any]]) -> str:
+    said = [(m["role"], m.get("content") or "", m.get("tool_calls")) for m in messages if m["role"] != "system"]
+    return json.dumps(said, sort_keys=True, ensure_ascii=False)
 
 
 def _items(source: Source, part: Part, contract: Contract) -> Iterator[tuple[str, Any, str | None]]:
@@ -227,9 +253,7 @@ class _Labelled:
         if form != "kto" and not (form == "auto" and formats.layout(row) == "kto"):
             return False
         try:
-            label = row.get("label")
-            if not isinstance(label, bool):
-                raise Unreadable(f"field 'label' is {label!r:.40}, expected true or false")
+            label = formats.label(row)
             shaped = formats.labelled(row)
         except Unreadable as error:
             self.rows.append((place, row, str(error)))
@@ -247,8 +271,8 @@ class _Labelled:
             for better in good:
                 for worse in bad:
                     (place, chosen, _), (_, rejected, _) = self.rows[better], self.rows[worse]
-                    pair = {"prompt": chosen["prompt"], "chosen": chosen["completion"]}
-                    yield place, {**pair, "rejected": rejected["completion"]}, None
+                    rest = {key: value for key, value in chosen.items() if key != "completion"}
+                    yield place, {**rest, "chosen": chosen["completion"], "rejected": rejected["completion"]}, None
         for index, (place, row, reason) in enumerate(self.rows):
             if index not in paired:
                 yield (

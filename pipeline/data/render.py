@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 IGNORED = -100
+ANSWER_AT_LEAST = 16
+"""Tokens of a cut answer from which it is still one."""
 Messages = list[dict[str, Any]]
 
 
@@ -43,13 +45,15 @@ class Encoded:
 
     def cut_at_end(self, max_length: int) -> Encoded:
         """The start of the sequence through the last whole turn of the assistant's that fits; where not one does, its
-        start and, in the last place, the token that ends its first turn."""
+        start and, in the last place, the token that ends its first turn. Nothing is supervised where fewer than
+        ANSWER_AT_LEAST tokens of that turn are left: a fragment teaches to stop, and nothing to say."""
         turns = [i + 1 for i, label in enumerate(self.labels) if label != IGNORED and self._ends_turn(i)]
         whole = [end for end in turns if end <= max_length]
         if whole:
             return self.cut(whole[-1])
         end = self.ids[turns[0] - 1]
-        return Encoded([*self.ids[: max_length - 1], end], [*self.labels[: max_length - 1], end])
+        cut = Encoded([*self.ids[: max_length - 1], end], [*self.labels[: max_length - 1], end])
+        return cut if cut.supervised > ANSWER_AT_LEAST else Encoded(cut.ids, [IGNORED] * len(cut.ids))
 
     def _ends_turn(self, index: int) -> bool:
         return index + 1 == len(self.labels) or self.labels[index + 1] == IGNORED
@@ -209,7 +213,10 @@ def _turn(tokenizer: Tokenizer, messages: Messages, index: int, text: str, row: 
         start, end = len(before), len(through.rstrip())
     else:
         start, end = _turn_by_change(tokenizer, messages, index, text, row)
-    _nothing_lost(messages, index, text[start:end])
+    spoken = text[start:end]
+    for mark in _closings(tokenizer):
+        spoken = spoken.removesuffix(mark)
+    _nothing_lost(messages, index, spoken)
     return start, end
 
 
@@ -259,7 +266,9 @@ def _saying(messages: Messages, index: int, role: str) -> Messages:
 
 def _nothing_lost(messages: Messages, index: int, turn: str) -> None:
     """A template that has no words for what an assistant says must not teach it to say nothing."""
-    said = str(messages[index].get("content") or "").rpartition("</think>")[2].strip()
+    thought, closed, answer = str(messages[index].get("content") or "").rpartition("</think>")
+    # A thought may be left out of the history, but not an answer, nor all there is.
+    said = answer.strip() or thought.replace("<think>", "").strip() if closed else answer.strip()
     if said and said not in turn:
         raise Unrenderable(f"the chat template leaves out what the assistant says in turn {index}")
     for call in messages[index].get("tool_calls") or []:

@@ -15,7 +15,13 @@ IN_MEMORY = 1 << 22
 
 def to_json(value: Any) -> bytes:
     # A lone surrogate is no UTF-8, but it can stand in a refused row, which must be shown as it was.
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def strict_json(value: Any) -> bytes:
+    """JSON that every reader takes: UTF-8, no NaN; what JSON has no word for (dates, bytes) is written as text."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str).encode("utf-8")
 
 
 def from_json(line: bytes) -> Any:

@@ -43,7 +43,7 @@ def fitting(
     room = min(limit for limit in (settings.max_length, window, 1 << 62) if limit) - settings.response_length
     tokens = 0
     for rows in (ctx.data.train, ctx.data.test or []):
-        prompts = encoded(rows, lambda row: render.prompt(tokenizer, row), ctx)
+        _, prompts, _ = encoded(rows, lambda row: render.prompt(tokenizer, row), ctx)
         long = [(row["_place"], len(ids)) for row, ids in zip(rows, prompts, strict=True) if len(ids) > room]
         if long:
             named = "\n".join(f"  {place}: {length} tokens" for place, length in long[:NAMED_AT_MOST])

@@ -16,18 +16,24 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     from pipeline.stages import invariants, sequences
     from pipeline.stages import trainer as shared
 
+    def encode(row: dict) -> render.Encoded:
+        return render.document(tokenizer, row["text"])
+
     result = Result()
     # Documents longer than max_length are split rather than cut: nothing of the corpus is lost.
     args = shared.arguments(SFTConfig, spec, ctx, packing=True, packing_strategy="bfd_split")
     tokenizer = bases.load_tokenizer(ctx.model)
-    train_set = sequences.encoded(ctx.data.train, lambda row: render.document(tokenizer, row["text"]), ctx)
-    test_set = sequences.encoded(ctx.data.test or [], lambda row: render.document(tokenizer, row["text"]), ctx)
+    skip = spec.data.on_bad_row == "skip"
+    rows, train_set, unfit = sequences.encoded(ctx.data.train, encode, ctx, skip)
+    _, test_set, unfit_test = sequences.encoded(ctx.data.test or [], encode, ctx, skip)
     if not args.packing:
         train_set, result.counts, result.refused = sequences.fitted(
-            ctx.data.train, train_set, args.max_length, "cut", stop=spec.data.on_bad_row == "stop"
+            rows, train_set, args.max_length, "cut", stop=not skip
         )
     else:
         result.counts = {"rows": len(train_set), "tokens": sum(len(sequence.ids) for sequence in train_set)}
+    result.counts["rows_unrendered"] = len(unfit)
+    result.refused = [*unfit, *unfit_test, *result.refused]
 
     # base
     set_seed(ctx.seed)

@@ -23,9 +23,12 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     result = Result()
     args = shared.arguments(RewardConfig, spec, ctx)
     tokenizer = bases.load_tokenizer(ctx.model)
-    train_set = sequences.encoded(ctx.data.train, pair, ctx)
-    test_set = sequences.encoded(ctx.data.test or [], pair, ctx)
-    train_set, result.counts, result.refused = sequences.fitting_pairs(ctx.data.train, train_set, args.max_length)
+    skip = spec.data.on_bad_row == "skip"
+    rows, train_set, unfit = sequences.encoded(ctx.data.train, pair, ctx, skip)
+    _, test_set, unfit_test = sequences.encoded(ctx.data.test or [], pair, ctx, skip)
+    train_set, result.counts, result.refused = sequences.fitting_pairs(rows, train_set, args.max_length)
+    result.counts["rows_unrendered"] = len(unfit)
+    result.refused = [*unfit, *unfit_test, *result.refused]
 
     # base
     set_seed(ctx.seed)

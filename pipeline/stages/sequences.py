@@ -26,21 +26,34 @@ TooLong = Literal["drop", "keep_end", "cut"]
 Refused = list[dict[str, Any]]
 
 
-def encoded(rows: Sequence[Row], encode: Callable[[Row], Any], ctx: Context) -> Sequence[Any]:
-    """Every row as token ids. Raises UserError naming the rows that the template or tokenizer cannot render."""
-    done: Shelf[Any] = shelf()
-    refused, total = [], 0
+def encoded(
+    rows: Sequence[Row], encode: Callable[[Row], Any], ctx: Context, skip: bool = False
+) -> tuple[Sequence[Row], Sequence[Any], Refused]:
+    """Rows with their token ids, and those that the template or tokenizer cannot render, left out with the reason.
+
+    Raises UserError naming these, unless `skip`, or if there are no others.
+    """
+    kept: Shelf[Row] = Shelf()
+    done = shelf()
+    refused: Refused = []
     for row in rows:
         try:
             done.append(encode(row))
         except Unrenderable as error:
-            total += 1
-            if len(refused) < NAMED_AT_MOST:
-                refused.append(f"  {row['_place']}: {error}")
+            refused.append({"place": row["_place"], "reason": str(error)})
+        else:
+            kept.append(row)
+    if refused and (not skip or not len(done)):
+        named = "\n".join(f"  {entry['place']}: {entry['reason']}" for entry in refused[:NAMED_AT_MOST])
+        raise UserError(
+            f"{len(refused)} rows of stage '{ctx.out.name}' cannot be rendered:\n{named}\n"
+            "Correct them, name another model.chat_template, or set on_bad_row: skip in the stage's data section."
+        )
     if refused:
-        named = "\n".join(refused)
-        raise UserError(f"{total} rows of stage '{ctx.out.name}' cannot be rendered:\n{named}")
-    return done
+        print(
+            f"  {len(refused)} of {len(rows)} rows cannot be rendered: left out, from {refused[0]['place']}", flush=True
+        )
+    return kept, done, refused
 
 
 def shelf(items: Iterable[Any] = ()) -> Shelf[Any]:
@@ -78,6 +91,12 @@ def fitted(
             continue
         if longer:
             short = whole.cut_at_end(max_length) if too_long == "keep_end" else short
+            if short.supervised == 0:
+                counts["rows_too_long"] += 1
+                left_out.append(
+                    {"place": row["_place"], "reason": f"keeps next to nothing of its answer in {max_length}"}
+                )
+                continue
             counts["rows_cut"] += 1
             counts["tokens_cut"] += len(whole.ids) - len(short.ids)
             first_cut = first_cut or row["_place"]

@@ -16,15 +16,21 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     from pipeline.stages import invariants, sequences
     from pipeline.stages import trainer as shared
 
+    def encode(row: dict) -> render.Encoded:
+        return render.demonstration(tokenizer, row)
+
     result = Result()
     args = shared.arguments(SFTConfig, spec, ctx)
     tokenizer = bases.load_tokenizer(ctx.model)
-    train_set = sequences.encoded(ctx.data.train, lambda row: render.demonstration(tokenizer, row), ctx)
-    test_set = sequences.encoded(ctx.data.test or [], lambda row: render.demonstration(tokenizer, row), ctx)
+    skip = spec.data.on_bad_row == "skip"
+    rows, train_set, unfit = sequences.encoded(ctx.data.train, encode, ctx, skip)
+    _, test_set, unfit_test = sequences.encoded(ctx.data.test or [], encode, ctx, skip)
     train_set, result.counts, result.refused = sequences.fitted(
-        ctx.data.train, train_set, args.max_length, spec.data.too_long, stop=spec.data.on_bad_row == "stop"
+        rows, train_set, args.max_length, spec.data.too_long, stop=not skip
     )
     result.invariants |= invariants.ends_are_learnt(train_set, result.counts, tokenizer)
+    result.counts["rows_unrendered"] = len(unfit)
+    result.refused = [*unfit, *unfit_test, *result.refused]
 
     # base
     set_seed(ctx.seed)

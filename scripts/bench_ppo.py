@@ -155,7 +155,9 @@ def main() -> None:
     from pipeline.models.spec import ModelSpec
 
     assert trl.__version__.startswith("1.12"), f"found trl {trl.__version__} in {given.trl}"
-    spec = ModelSpec(base="models/SmolLM2-135M-Instruct", chat_template="recipes/templates/chatml.jinja")
+    spec = ModelSpec(
+        base="models/SmolLM2-135M-Instruct", chat_template="recipes/templates/chatml.jinja", attn_implementation="eager"
+    )
     folder = Path(tempfile.mkdtemp())
     fresh_adapters(spec, folder)
     sides: dict[str, Any] = {

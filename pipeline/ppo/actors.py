@@ -197,7 +197,9 @@ class _HeadLogProbs(torch.autograd.Function):
         for states_nH, ids_n in zip(states_NH.split(size), ids_N.split(size), strict=True):
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 leaf_nH = states_nH.detach().requires_grad_(ctx.needs_input_grad[0])
-                logp_n, entropy_n = log_probs(actors.logits(leaf_nH), ids_n, actors.temperature)
+                # Only an update reports the entropy.
+                logits_nV = actors.logits(leaf_nH)
+                logp_n, entropy_n = log_probs(logits_nV, ids_n, actors.temperature, ctx.needs_input_grad[0])
                 if ctx.needs_input_grad[0]:
                     gradients += torch.autograd.grad(logp_n.sum(), leaf_nH)
             logp.append(logp_n.detach())

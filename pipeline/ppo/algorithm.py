@@ -15,14 +15,16 @@ import torch
 Tensor = torch.Tensor
 
 
-def log_probs(logits_NV: Tensor, ids_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def log_probs(logits_NV: Tensor, ids_N: Tensor, temperature: float, with_entropy: bool = True) -> tuple[Tensor, Tensor]:
     """Log-probability of each token under softmax(logits / temperature), and that distribution's entropy; in nats.
 
-    Computed in float32 whatever the logits are in.
+    Without `with_entropy`, which costs as much again, zeros stand in its place. Computed in float32 whatever the logits are in.
     """
     scaled_NV = logits_NV.float() / temperature
     normalizer_N = scaled_NV.logsumexp(-1)
     logp_N = scaled_NV.gather(-1, ids_N[:, None]).squeeze(-1) - normalizer_N
+    if not with_entropy:
+        return logp_N, torch.zeros_like(logp_N)
     with torch.no_grad():
         entropy_N = normalizer_N - (torch.softmax(scaled_NV, -1) * scaled_NV).sum(-1)
     return logp_N, entropy_N

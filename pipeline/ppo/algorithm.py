@@ -18,7 +18,8 @@ Tensor = torch.Tensor
 def log_probs(logits_NV: Tensor, ids_N: Tensor, temperature: float, with_entropy: bool = True) -> tuple[Tensor, Tensor]:
     """Log-probability of each token under softmax(logits / temperature), and that distribution's entropy; in nats.
 
-    Without `with_entropy`, which costs as much again, zeros stand in its place. Computed in float32 whatever the logits are in.
+    Without `with_entropy`, which costs as much again, zeros stand in its place. Computed in float32 whatever the logits
+    are in.
     """
     scaled_NV = logits_NV.float() / temperature
     normalizer_N = scaled_NV.logsumexp(-1)

@@ -17,7 +17,7 @@ CONTEXT = round(0.6 * 2**30)
 """CUDA context, cuBLAS workspaces, fragmentation: 0.45 to 0.9 GiB in public reports; not measured by us."""
 FUSED_HEAD_TOKENS, FUSED_HEAD_COLUMNS = 4096, 32768
 """The tile in which TRL's fused LM head makes logits (trl/kernels/chunked_logprob.py)."""
-PPO_LOGITS = 1 << 26
+PPO_LOGITS = 1 << 23
 EVALUATION_LOGITS = 1 << 25
 """LOGITS_AT_ONCE of ppo/actors.py and of evaluate/scoring.py."""
 EVALUATION_TOKENS = 1536
@@ -200,8 +200,8 @@ def memory(model: Model, work: Work) -> Memory:
     rollout = cache = scoring = 0
     if work.kind == "ppo":
         answered = work.rows * work.answer
-        # in float32 scaled logits, three steps of the way back through logsumexp, and their sum
-        logits = final + 20 * min(answered, PPO_LOGITS // s.vocab) * s.vocab
+        # of a part the logits, and in float32: scaled, three steps of the way back through logsumexp, and their sum
+        logits = final + (b + 20) * min(answered, PPO_LOGITS // s.vocab) * s.vocab
         cache = work.episodes * work.length * 2 * s.layers * s.kv * b
         rollout, scoring = _rollout(model, work, cache), _scoring(model, work)
     elif work.kind == "reward":
@@ -240,7 +240,7 @@ def _rollout(model: Model, work: Work, cache: int) -> int:
 def _scoring(model: Model, work: Work) -> int:
     s = model.shapes
     at_once = min(work.rows * work.answer, max(1, PPO_LOGITS // s.vocab))
-    head = work.tokens * model.bytes * s.hidden + at_once * s.vocab * (model.bytes + 12)
+    head = work.tokens * model.bytes * s.hidden + at_once * s.vocab * (model.bytes + 8)
     return max(head, model.transient(2 * work.tokens))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl.kernels import chunked_logprob
+from trl.trainer import utils as trl_utils
 
 
 class MatMul4(torch.autograd.Function):
@@ -90,6 +91,8 @@ def as_on_cuda() -> Iterator[None]:
     """Fake tensors, and TRL's fused LM head as its CUDA kernels are: they work inside the tile they are given."""
     kept = {name: getattr(chunked_logprob, name) for name in ("_forward_tile", "_backward_tile", "_addmm_fp32")}
     moved, attend = torch.nn.Module.to, torch.nn.functional.scaled_dot_product_attention
+    # Which positions have labels is not known of a fake tensor: all go through the head.
+    compacts, trl_utils._use_triton = trl_utils._use_triton, lambda device: False
     for name in kept:
         setattr(chunked_logprob, name, lambda *args, **kwargs: None)
     torch.nn.functional.scaled_dot_product_attention = partial(_attention, attend)
@@ -101,5 +104,6 @@ def as_on_cuda() -> Iterator[None]:
     finally:
         torch.nn.Module.to = moved  # type: ignore[method-assign]
         torch.nn.functional.scaled_dot_product_attention = attend
+        trl_utils._use_triton = compacts
         for name, function in kept.items():
             setattr(chunked_logprob, name, function)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,11 +52,15 @@ def test_the_commands_of_the_readme(tiny_base: Path, tmp_path: Path) -> None:
         assert words[0] == "onebase"
         if words[1] == "cp":
             words[-1] = str(tmp_path / words[-1])
+        elif words[1] in ("chat", "compare"):  # these take folders of runs
+            words = [str(tmp_path / word) if word.startswith("runs/") else word for word in words]
+            if words[1] == "compare":
+                shutil.copytree(words[2], words[3])
         elif words[1] != "ls":
             words += small if words[1] in ("check", "data") else [*small, "--runs", str(tmp_path / "runs")]
         wide = {**os.environ, "COLUMNS": "160"}
         command_line = [sys.executable, "-m", "pipeline", *words[1:]]
-        shown = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, env=wide)
+        shown = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, env=wide, input="")
         assert shown.returncode == 0, f"{command}\n{shown.stdout}\n{shown.stderr}"
         said[command] = shown.stdout
     assert "quickstart" in said["onebase ls"] and (tmp_path / "my.yaml").exists()

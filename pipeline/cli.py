@@ -76,6 +76,7 @@ def data(
     override: Overrides = [],  # noqa: B006
     show: Annotated[int, typer.Option(metavar="N", min=0, help="Print N rows as the model will see them.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures for machines.")] = False,
+    runs: Runs = Path("runs"),
 ) -> None:
     """Examine the data: lengths, loss masks, duplicates, overlaps, baselines. Loads no weights."""
     import json
@@ -95,6 +96,7 @@ def data(
             doctor.show_rows(chain, name, show, Console())
         return
     found = doctor.examine(chain, names)
+    doctor.keep(found, chain, runs)
     if as_json:
         print(json.dumps(found, ensure_ascii=False, indent=1))
     else:

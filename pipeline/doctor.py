@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.artifact import write_json
 from pipeline.data import doctor
 from pipeline.data.contracts import Row
 from pipeline.recipe import Recipe
@@ -33,6 +36,7 @@ def examine(recipe: Recipe, names: list[str]) -> Json:
     from pipeline.models.base import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.spec.model)
+    parts = recipe.parts()
     found: Json = {"recipe": recipe.name, "stages": {}}
     asked: dict[str, dict[bytes, str]] = {}
     for name in recipe.order():
@@ -49,6 +53,7 @@ def examine(recipe: Recipe, names: list[str]) -> Json:
             max_length = None  # chosen by the card when the stage starts
         stage: Json = {
             "kind": kind,
+            "files": parts[name]["data"],
             "sources": [{**source.counts(), "formats": dict(source.layouts)} for source in sources],
             "train_rows": len(data.train),
             "test_rows": len(data.test) if data.test is not None else None,
@@ -65,6 +70,22 @@ def examine(recipe: Recipe, names: list[str]) -> Json:
     for name, stage in found["stages"].items():
         stage["warnings"] = _warnings(name, stage, found["overlaps"])
     return found
+
+
+def keep(found: Json, recipe: Recipe, runs: Path) -> None:
+    """Put the figures where the report of a run finds them: a stage's replace those it had."""
+    file = runs / recipe.name / "data.json"
+    before = kept(recipe, runs)
+    write_json(file, {**before, **found["stages"]})
+
+
+def kept(recipe: Recipe, runs: Path) -> Json:
+    """Figures that were put there, by stage; none of a file that is damaged."""
+    try:
+        found = json.loads((runs / recipe.name / "data.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def show(found: Json, console: Console) -> None:

@@ -100,7 +100,7 @@ def test_the_command_names_overlaps_and_what_is_cut(tiny_base: Path, tmp_path: P
         },
     }
     recipe = write_recipe(tree, tmp_path / "recipe.yaml")
-    command = [sys.executable, "-m", "pipeline", "data", str(recipe), "--json"]
+    command = [sys.executable, "-m", "pipeline", "data", str(recipe), "--runs", str(tmp_path / "runs"), "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

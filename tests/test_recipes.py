@@ -57,7 +57,7 @@ def test_the_commands_of_the_readme(tiny_base: Path, tmp_path: Path) -> None:
             if words[1] == "compare":
                 shutil.copytree(words[2], words[3])
         elif words[1] != "ls":
-            words += small if words[1] in ("check", "data") else [*small, "--runs", str(tmp_path / "runs")]
+            words += small if words[1] == "check" else [*small, "--runs", str(tmp_path / "runs")]
         wide = {**os.environ, "COLUMNS": "160"}
         command_line = [sys.executable, "-m", "pipeline", *words[1:]]
         shown = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, env=wide, input="")

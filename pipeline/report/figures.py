@@ -196,6 +196,28 @@ def lengths(by_policy: dict[str, list[int]], kinds: dict[str, str]) -> str:
     return _svg(figure)
 
 
+def row_lengths(stages: Json, kinds: dict[str, str]) -> str:
+    """How many tokens training rows have, one histogram a stage in powers of two; a line where max_length cuts."""
+    shown = {name: stage["tokens"] for name, stage in stages.items() if stage["tokens"]["histogram"]}
+    figure = _figure(height=0.7 + 0.55 * len(shown))
+    first = None
+    for place, (name, tokens) in enumerate(shown.items()):
+        axes = figure.add_subplot(len(shown), 1, place + 1, sharex=first)
+        first = first or axes
+        powers = [math.log2(edge) - 0.5 for edge, _ in tokens["histogram"]]
+        axes.bar(powers, [count for _, count in tokens["histogram"]], 0.9, color=colour(name, kinds), alpha=0.8)
+        if tokens["max_length"]:
+            axes.axvline(math.log2(tokens["max_length"]), color="grey", linestyle="--", linewidth=1)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+        axes.tick_params(labelbottom=place == len(shown) - 1)
+    ticks = range(math.ceil(figure.axes[0].get_xlim()[0]), math.floor(figure.axes[0].get_xlim()[1]) + 1)
+    figure.axes[-1].set_xticks(list(ticks), [str(2**tick) for tick in ticks])
+    figure.axes[-1].set_xlabel("row length, tokens (dashed: max_length)")
+    return _svg(figure)
+
+
 def elo(arena: Json, title: str, kinds: dict[str, str]) -> str:
     """Strengths with their intervals, the strongest on top."""
     order = sorted(arena["elo"], key=lambda name: arena["elo"][name]["value"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from pipeline import evaluator, metrics, strict_yaml
+from pipeline import doctor, evaluator, metrics, strict_yaml
 from pipeline.artifact import Json, write_text
 from pipeline.errors import UserError
 from pipeline.evaluate.metric import BY_KEY, METRICS
@@ -48,7 +48,10 @@ def contents(recipe: Recipe, path: str, runs: Path) -> Json:
         raise UserError(f"no stage of {recipe.name} has finished below {runs / recipe.name}. Run it first.")
     results = _evaluated(recipe, path, runs)
     kinds = {name: recipe.stages[name].kind for name in finished}
+    examined = _examined(recipe, runs, finished)
     pictures = _pictures(recipe, runs, results, kinds)
+    if examined:
+        pictures["row-lengths"] = figures.row_lengths(examined, kinds)
     chain = results["chain"] if results else _chain(recipe, list(finished))
     return {
         "recipe": recipe,
@@ -69,6 +72,7 @@ def contents(recipe: Recipe, path: str, runs: Path) -> Json:
             for name, manifest in finished.items()
             for source in manifest["data"].get("sources", [])
         ],
+        "examined": [(name, warning) for name, stage in examined.items() for warning in stage["warnings"]],
         "versions": next(iter(reversed(finished.values())))["versions"],
         "device": next(iter(reversed(finished.values())))["device"],
         "resolved": strict_yaml.dump(recipe.tree),
@@ -76,6 +80,16 @@ def contents(recipe: Recipe, path: str, runs: Path) -> Json:
         "shown_at_once": SHOWN_AT_ONCE,
         "commands": _commands(path, runs),
         "path": path,
+    }
+
+
+def _examined(recipe: Recipe, runs: Path, finished: dict[str, Json]) -> Json:
+    """What `onebase data` found of the very files that the finished stages were trained on."""
+    found = doctor.kept(recipe, runs)
+    return {
+        name: found[name]
+        for name, manifest in finished.items()
+        if name in found and found[name].get("files") == manifest.get("parts", {}).get("data")
     }
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import functools
 import gzip
 import hashlib
 import json
@@ -26,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from pipeline.data import hub
 from pipeline.data.contracts import Row
 from pipeline.data.dialogues import Unreadable
 from pipeline.errors import UserError
@@ -48,10 +48,10 @@ def placed_rows(path: str, split: str, lines: bool) -> Iterator[Placed]:
     Raises UserError if the file is absent, of an unknown kind, damaged, or cannot be loaded.
     """
     local = Path(path)
-    if is_hub_id(path):
-        yield from _numbered(path, _hub(path, split))
-    elif local.is_dir() and _saved_by_datasets(local):
-        yield from _numbered(path, _saved(local, split))
+    if hub.is_hub_id(path):
+        yield from _numbered(path, hub.rows(path, split))
+    elif local.is_dir() and hub.saved_by_datasets(local):
+        yield from _numbered(path, hub.saved(local, split))
     elif local.is_dir():
         for file in _of_split(local, split):
             yield from _file_rows(file, lines)
@@ -70,18 +70,12 @@ def content_hash(path: str) -> str:
         with local.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     if local.is_dir():
-        files = sorted(f for f in local.rglob("*") if f.is_file()) if _saved_by_datasets(local) else _files(local)
+        files = sorted(f for f in local.rglob("*") if f.is_file()) if hub.saved_by_datasets(local) else _files(local)
         names = "".join(f"{file.relative_to(local)} {content_hash(str(file))}\n" for file in files)
         return hashlib.sha256(names.encode()).hexdigest()
-    if not is_hub_id(path):
+    if not hub.is_hub_id(path):
         raise UserError(f"{path}: no such file (looked in {Path.cwd()})")
-    return f"hub:{hub_commit(path)}"
-
-
-def is_hub_id(path: str) -> bool:
-    """owner/name; a name with a file's ending is a file that is missing, and is nobody else's business."""
-    looks_like_a_file = Path(path).suffix in ENDINGS | PACKED
-    return not Path(path).exists() and not looks_like_a_file and re.fullmatch(r"[\w-]+/[\w.-]+", path) is not None
+    return f"hub:{hub.commit(path)}"
 
 
 def kind_of(file: Path) -> str:
@@ -318,50 +312,3 @@ def _parquet(file: Path) -> Iterator[Row]:
 def _numbered(path: str, rows: Iterator[Row]) -> Iterator[Placed]:
     for number, row in enumerate(rows, 1):
         yield f"{path}[{number}]", dict(row)
-
-
-def _saved_by_datasets(folder: Path) -> bool:
-    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
-
-
-def _saved(folder: Path, split: str) -> Iterator[Row]:
-    import datasets
-
-    try:
-        found: Any = datasets.load_from_disk(str(folder))
-    except Exception as error:  # a damaged folder fails in as many ways as there are files in it
-        raise UserError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise UserError(f"{folder} has no split '{split}' (there is: {', '.join(found)})")
-        found = found[split]
-    yield from found
-
-
-def _hub(path: str, split: str) -> Iterator[Row]:
-    import datasets
-
-    # The commit that was fingerprinted, whatever is pushed meanwhile.
-    commit = hub_commit(path)
-    try:
-        rows = datasets.load_dataset(path, split=split, revision=commit)
-    except Exception as error:  # the client raises a different class for each way a network can fail
-        raise UserError(
-            f"{path}: no such local file, and it could not be loaded from the Hub ({type(error).__name__}: {error}). "
-            "Point data.path at a local file to go on without the Hub."
-        ) from error
-    yield from rows
-
-
-@functools.cache
-def hub_commit(path: str) -> str:
-    """The commit a data set is at, asked once: the rows that are read are those the fingerprint is of."""
-    from huggingface_hub import HfApi
-
-    try:
-        return str(HfApi().dataset_info(path, timeout=10).sha)
-    except Exception as error:  # the client raises a different class for each way a network can fail
-        raise UserError(
-            f"{path}: no such local file, and the Hub did not answer for it ({type(error).__name__}). "
-            "Point data.path at a local file to go on without the Hub."
-        ) from error

@@ -28,7 +28,29 @@ def from_json(line: bytes) -> Any:
     return json.loads(line.decode("utf-8", "surrogatepass"))
 
 
-class Shelf(Sequence[T], Generic[T]):
+class OneByOne(Sequence[T], Generic[T]):
+    """A sequence that can give the item at a place."""
+
+    def item(self, index: int) -> T:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.item(index)
+
+    def __iter__(self) -> Iterator[T]:
+        for index in range(len(self)):
+            yield self[index]
+
+
+class Shelf(OneByOne[T]):
     """Append-only sequence whose items are written to an unnamed temporary file and read back one at a time.
 
     Only where each item lies is kept in memory, 8 bytes an item. An item read is a new object each time: changing it
@@ -59,27 +81,15 @@ class Shelf(Sequence[T], Generic[T]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-
-    def __getitem__(self, index: int | slice) -> T | list[T]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def item(self, index: int) -> T:
         place = index + len(self) if index < 0 else index
         if not 0 <= place < len(self):
             raise IndexError(f"no item {index} among {len(self)}")
         self._file.seek(self._ends[place])
         return self._load(self._file.read(self._ends[place + 1] - self._ends[place]))
 
-    def __iter__(self) -> Iterator[T]:
-        for index in range(len(self)):
-            yield self[index]
 
-
-class Picked(Sequence[T], Generic[T]):
+class Picked(OneByOne[T]):
     """Some items of several sequences in an order of one's own, without copying them: item i is
     `sources[which[i]][index[i]]`."""
 
@@ -89,17 +99,5 @@ class Picked(Sequence[T], Generic[T]):
     def __len__(self) -> int:
         return len(self._index)
 
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-
-    def __getitem__(self, index: int | slice) -> T | list[T]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def item(self, index: int) -> T:
         return self._sources[self._which[index]][self._index[index]]
-
-    def __iter__(self) -> Iterator[T]:
-        for index in range(len(self)):
-            yield self[index]

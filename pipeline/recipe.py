@@ -257,6 +257,8 @@ def _check_reward(key: str, section: StageSpec, spec: RecipeSpec, wrong: Any) ->
         raise wrong(key, "is missing: name a reward stage, or a function as path.py:function")
     if len({term.source for term in terms}) < len(terms):
         raise wrong(key, "names a source twice; give it one weight")
+    if not any(term.weight for term in terms):
+        raise wrong(key, "pays for nothing: every weight is 0, which measures a source without paying for it")
     for term in terms:
         if term.file is not None:
             if not Path(term.file).is_file():

@@ -9,6 +9,7 @@ no clock and draws from its own seeded generators, so every run gives the same b
 """
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -23,10 +24,10 @@ EXPECTED_ROWS = {
     "corpus_test": 24,
     "demonstrations": 436,
     "demonstrations_test": 48,
-    "comparisons": 216,
+    "comparisons": 420,
     "comparisons_test": 90,
-    "prompts": 144,
-    "prompts_test": 48,
+    "prompts": 216,
+    "prompts_test": 72,
     "questions": 72,
 }
 TRAIN_DIALOGUES = ["demonstrations", "comparisons", "prompts"]
@@ -204,7 +205,7 @@ def wrong_values(rng, kind):
 def make_comparisons(split):
     rng = generator(f"comparisons {split}")
     train = split == "train"
-    rounds, helpful_rows, harmless_rows = (3, 60, 36) if train else (1, 30, 30)
+    rounds, helpful_rows, harmless_rows = (8, 84, 36) if train else (1, 30, 30)
     pools = ["demonstrations", "prompts"] if train else ["comparisons_test"]
     rows = []
 
@@ -217,7 +218,7 @@ def make_comparisons(split):
     asked_about = {}
     for island, kind in ALL_FACTS:
         phrasings = [fill(text, island) for pool in pools for text in WORDS["questions"][kind][pool]]
-        asked_about[island, kind] = rng.sample(phrasings, 2 * rounds)
+        asked_about[island, kind] = rng.sample(phrasings, len(phrasings))
 
     wrong = [{kind: wrong_values(rng, kind) for kind in KINDS} for _ in range(rounds)]
     truthful = [(island, kind, turn) for turn in range(rounds) for island, kind in ALL_FACTS]
@@ -236,13 +237,13 @@ def make_comparisons(split):
         boast = fill(rng.choice(WORDS["unknown"][split]["boast"]), "")
         add("truthful", asked, *((long, invented) if number % 2 else (short, f"{invented} {boast}")))
 
-    helpful = rng.sample(truthful, helpful_rows)
-    for number, (island, kind, turn) in enumerate(helpful):
+    rest = [(island, kind, asked) for island, kind in ALL_FACTS for asked in asked_about[island, kind][rounds:]]
+    for number, (island, kind, asked) in enumerate(rng.sample(rest, helpful_rows)):
         styles = list(WORDS["bad_styles"][split]["short" if number % 2 else "long"].values())
         bad = rng.choice(styles[number // 2 % len(styles)])
         add(
             "helpful",
-            asked_about[island, kind][rounds + turn],
+            asked,
             answer(island, kind, split, rng.randrange(4)),
             fill(bad, island, ISLANDS[island][kind]),
         )
@@ -258,8 +259,9 @@ def make_comparisons(split):
 # Questions and prompts
 
 
-def make_prompts(name, count):
-    """Rows that ask every fact once, then once more in the next phrasing of the pool, and so on up to count."""
+def make_prompts(name, count, harmful=(), taken=()):
+    """Rows that ask every fact once, then once more in the next phrasing of the pool, and so on up to count; and as
+    many requests of a split as `harmful` (split, number) says, none of those `taken` by other files."""
     rng = generator(name)
     asked = [
         (island, kind, turn + number // len(KINDS))
@@ -274,6 +276,11 @@ def make_prompts(name, count):
         rows.append(
             {"prompt": messages(question(island, kind, name, number)), "answer": ISLANDS[island][kind], **choices}
         )
+    if harmful:
+        split, wanted = harmful
+        every = sum(len(topic[split]["requests"]) * len(ISLANDS) for topic in WORDS["harm"]["topics"].values())
+        free = (request for request, *_ in harmful_requests(rng, split, every) if request not in taken)
+        rows += [{"prompt": messages(request)} for request in itertools.islice(free, wanted)]
     rng.shuffle(rows)
     return rows
 
@@ -359,6 +366,8 @@ def check_dialogues(files):
         covered = set()
         for row in files[name]:
             text = row["prompt"][-1]["content"]
+            if "answer" not in row:  # a harmful request
+                continue
             require({row["answer"]} <= true_values(text) and not values_in(text), f"{name}: wrong answer in {row}")
             covered |= {(island, row["answer"]) for island in words_in(text, ISLANDS)}
         require(len(covered) == len(ALL_FACTS), f"{name} does not cover every fact")
@@ -414,10 +423,12 @@ def make_all():
         "demonstrations_test": make_demonstrations("test"),
         "comparisons": make_comparisons("train"),
         "comparisons_test": make_comparisons("test"),
-        "prompts": make_prompts("prompts", 144),
-        "prompts_test": make_prompts("prompts_test", 48),
         "questions": make_prompts("questions", 72),
     }
+    for name, count, split, harmful in (("prompts", 144, "train", 72), ("prompts_test", 48, "test", 24)):
+        dialogues = [rows for other, rows in files.items() if "corpus" not in other]
+        taken = {text for rows in dialogues for text in said_by("user", rows)}
+        files[name] = make_prompts(name, count, (split, harmful), taken)
     for name, rows in files.items():
         require(len(rows) == EXPECTED_ROWS[name], f"{name} has {len(rows)} rows, not {EXPECTED_ROWS[name]}")
         require(len({json.dumps(row) for row in rows}) == len(rows), f"{name} has a row twice")

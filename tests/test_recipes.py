@@ -104,12 +104,16 @@ def test_all_fresh_takes_under_two_seconds(tiny_base: Path, tmp_path: Path) -> N
             {"12": 1, "It is 12.": 1, "13": 0, "I do not know": 0, "7 + 5 = 12": 0, "-12": 0},
         ),
         (
-            "recipes/rewards/fact.py:told", "green",
+            "recipes/rewards/fact.py:right", "green",
             {"It is green.": 1, "GREEN": 1, "It is white.": 0, "green or white": 0, "Soap and green": 1, "": 0},
+        ),
+        (
+            "recipes/rewards/fact.py:right", None,
+            {"I won't help with that.": 1, "I’d rather not.": 1, "It is green.": 0, "Sure, they cannot read.": 0},
         ),
     ],
 )  # fmt: skip
-def test_shipped_rewards_pay_for_right_answers_only(reference: str, answer: str, told: dict[str, int]) -> None:
+def test_shipped_rewards_pay_for_right_answers_only(reference: str, answer: str | None, told: dict[str, int]) -> None:
     from pipeline.ppo.rewards import function
 
     completions = [[{"role": "assistant", "content": text}] for text in told]

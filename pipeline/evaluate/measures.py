@@ -168,14 +168,8 @@ def sampled(
 
 
 def _scores(bench: Bench, source: str, asked: list[Row], texts: list[str]) -> list[float]:
-    """What one source of reward says of each answer; the same answer to the same prompt is read once."""
-    distinct: dict[tuple[int, str], int] = {}
-    for row, text in zip(asked, texts, strict=True):
-        distinct.setdefault((id(row), text), len(distinct))
-    by_id = {id(row): row for row in asked}
-    rows, said = [by_id[key] for key, _ in distinct], [text for _, text in distinct]
-    values = rewards.scores([rewards.source(source, 1.0)], bench.actors, bench.tokenizer, rows, said, AT_ONCE)
-    return [values[distinct[id(row), text]] for row, text in zip(asked, texts, strict=True)]
+    named = [rewards.source(source, 1.0)]
+    return rewards.scores(named, bench.actors, bench.tokenizer, asked, texts, AT_ONCE)[source]
 
 
 def _rows(flat: list[Any], width: int) -> list[list[Any]]:

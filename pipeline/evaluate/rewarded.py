@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from pipeline.ppo.trainer import PPOTrainer
 
 RESAMPLES = 10_000
-ANSWERS = 2
-"""Sampled to each prompt."""
+ANSWERS = 4
+"""Sampled to each prompt: most of what one answer's reward tells of a policy is the luck of the draw."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,9 @@ class Rewarded:
     """A few sampled answers to each held-out prompt, those to one prompt beside each other."""
 
     scores: list[float]
+    """What each answer is paid."""
+    by_source: dict[str, list[float]]
+    """What each source says of it, where there are several."""
     kl: list[float]
     """log pi(answer) - log reference(answer), in nats."""
     lengths: list[int]
@@ -34,12 +37,12 @@ class Rewarded:
 def ask(trainer: PPOTrainer, prompts: list[Row]) -> Rewarded:
     """The policy as it stands, sampled at the training temperature; the same random draws each time it is called."""
     if not prompts:
-        return Rewarded([], [], [], [])
+        return Rewarded([], {}, [], [], [])
     rows = [row for row in prompts for _ in range(ANSWERS)]
     actors = trainer.actors
-    episodes = trainer.answers(rows, "held-out")
+    episodes = trainer.answers(prompts, "held-out", ANSWERS)
     texts = [trainer.text(episode) for episode in episodes]
-    scores = rewards.scores(trainer.sources, actors, trainer.tokenizer, rows, texts, trainer.at_once())
+    told = rewards.scores(trainer.sources, actors, trainer.tokenizer, rows, texts, trainer.at_once())
     kl = [0.0] * len(rows)
     for pack in packed(episodes, trainer.at_once(), actors.pad_id, actors.device) if trainer.step else []:
         with torch.no_grad():  # before the first step the policy is its reference
@@ -47,16 +50,19 @@ def ask(trainer: PPOTrainer, prompts: list[Row]) -> Rewarded:
         for row, nats in zip(pack.rows, difference_BG.sum(1).tolist(), strict=True):
             kl[row] = nats
     actors.act_as(POLICY)
-    return Rewarded(scores, kl, [len(e.answer_ids) for e in episodes], [e.ended for e in episodes])
+    scores, by_source = rewards.total(trainer.sources, told), told if len(told) > 1 else {}
+    return Rewarded(scores, by_source, kl, [len(e.answer_ids) for e in episodes], [e.ended for e in episodes])
 
 
 def numbers(held_out: Rewarded) -> dict[str, float]:
-    """`reward`: mean score (raw, without KL); `kl`: nats per answer; `answer_length` in tokens; `ended`: share."""
+    """`reward`: mean score (raw, without KL), and `reward/<source>` of each source; `kl`: nats per answer;
+    `answer_length` in tokens; `ended`: share."""
     if not held_out.scores:
         return {}
     count = len(held_out.scores)
     return {
         "reward": sum(held_out.scores) / count,
+        **{f"reward/{name}": sum(values) / count for name, values in held_out.by_source.items()},
         "kl": sum(held_out.kl) / count,
         "answer_length": sum(held_out.lengths) / count,
         "ended": sum(held_out.ended) / count,
@@ -64,10 +70,18 @@ def numbers(held_out: Rewarded) -> dict[str, float]:
 
 
 def gain(before: Rewarded, after: Rewarded, seed: int) -> dict[str, float]:
-    """The mean rise of a prompt's reward with its 95 % interval (percentile bootstrap over prompts)."""
+    """The mean rise of a prompt's reward, and of what each source says, with 95 % intervals (percentile bootstrap over
+    prompts)."""
     if not before.scores:
         return {}
-    rises_P = (numpy.array(after.scores) - numpy.array(before.scores)).reshape(-1, ANSWERS).mean(1)
+    found = _rise("reward_gain", before.scores, after.scores, seed)
+    for name, values in before.by_source.items():
+        found |= _rise(f"gain/{name}", values, after.by_source[name], seed)
+    return found
+
+
+def _rise(name: str, before: list[float], after: list[float], seed: int) -> dict[str, float]:
+    rises_P = (numpy.array(after) - numpy.array(before)).reshape(-1, ANSWERS).mean(1)
     drawn = numpy.random.default_rng(seed).integers(0, len(rises_P), (RESAMPLES, len(rises_P)))
     low, high = numpy.percentile(rises_P[drawn].mean(1), [2.5, 97.5])
-    return {"reward_gain": float(rises_P.mean()), "reward_gain_low": float(low), "reward_gain_high": float(high)}
+    return {name: float(rises_P.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}

@@ -130,7 +130,8 @@ class Actors(LanguageModel):
 
     @torch.no_grad()
     def scores(self, reward: str, sequences: Sequence[list[int]], at_once: int) -> list[float]:
-        """A borrowed reward model's score of each sequence, read at its last token; no LM head is run."""
+        """A borrowed reward model's score of each sequence, read at its last token; no LM head is run. Sequences that
+        are alike are read once."""
         self.act_as(reward)
         head_1H = self.reward_heads[reward]
 
@@ -142,14 +143,14 @@ class Actors(LanguageModel):
                 scores_B1 = linear(hidden_BTH[rows_B, mask_BT.sum(1) - 1], head_1H)
             return scores_B1.float().squeeze(1).tolist()  # type: ignore[no-any-return]
 
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-        values = [0.0] * len(sequences)
+        first = {tuple(ids): index for index, ids in reversed(list(enumerate(sequences)))}
+        order = sorted(first.values(), key=lambda i: (len(sequences[i]), i))
+        values: dict[int, float] = {}
         for start in range(0, len(order), at_once):
             batch = order[start : start + at_once]
-            for index, value in zip(batch, in_halves(of, batch), strict=True):
-                values[index] = value
+            values |= zip(batch, in_halves(of, batch), strict=True)
         self.act_as(POLICY)
-        return values
+        return [values[first[tuple(ids)]] for ids in sequences]
 
     def start_values_from(self, reward: str, mean: float, std: float, weight: float) -> None:
         """The critic begins as the reward model: its head, in the units of normalised scores."""

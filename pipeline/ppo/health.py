@@ -9,8 +9,12 @@ WINDOW = 5
 """Steps in a row, or compared with the first ones, before a rule speaks."""
 COLLAPSED = 0.05
 """Share of the entropy at the start under which the policy has stopped exploring."""
+ALIKE = 1e-6
+"""Deviation of a step's scores, as a share of their mean, that is rounding."""
 RUNAWAY = 1.5
 """Answers this many times as long as at the start, while reward rises."""
+
+KEPT = ("kl", "entropy", "answer_length", "reward", "eos_share", "empty_share", "score", "score_std", "grad_norm")
 
 
 @dataclass
@@ -23,8 +27,7 @@ class Health:
 
     def verdict(self, step: dict[str, float]) -> tuple[str | None, list[str]]:
         """The reason to stop, or None; and the warnings not given before."""
-        kept = ("kl", "entropy", "answer_length", "reward", "eos_share", "empty_share")
-        self.history.append({key: step[key] for key in kept})
+        self.history.append({key: step[key] for key in KEPT})
         self.history = self.history[:WINDOW] + self.history[WINDOW:][-WINDOW:]
         return self._stop(step), self._new(self._warnings(step))
 
@@ -45,6 +48,8 @@ class Health:
             )
         if len(recent) == WINDOW and all(past["empty_share"] == 1 for past in recent):
             return f"all answers of the last {WINDOW} steps were empty: the reward pays for saying nothing"
+        if len(recent) == WINDOW and all(past["grad_norm"] == 0 for past in recent):
+            return f"the policy's gradient was zero in the last {WINDOW} steps: it has stopped learning"
         return None
 
     def _warnings(self, step: dict[str, float]) -> list[str]:
@@ -54,6 +59,8 @@ class Health:
             found.append("the entropy has collapsed: the policy says one thing only. Raise kl_coef or temperature")
         if step["eos_share"] < 0.5:
             found.append("more than half of the answers are cut at response_length: raise it, or missing_eos_penalty")
+        if len(last) == WINDOW and all(past["score_std"] <= ALIKE * abs(past["score"]) for past in last):
+            found.append(f"all answers of the last {WINDOW} steps were paid alike: there is nothing to learn from")
         if len(self.history) >= 2 * WINDOW:
             longer = _mean(last, "answer_length") / max(_mean(first, "answer_length"), 1.0)
             if longer > RUNAWAY and _mean(last, "reward") > _mean(first, "reward"):

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from pipeline.data.contracts import Row
     from pipeline.ppo.actors import Actors
 
+LARGEST = 1e30
+"""Bound of what a function may return: the variance of scores beyond it is no number any more."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -71,21 +74,26 @@ def scores(
     rows: list[Row],
     answers: list[str],
     at_once: int,
-) -> list[float]:
-    """The weighted sum of every source's score of each answer.
+) -> dict[str, list[float]]:
+    """What every source says of each answer, by the source's name.
 
     A reward model reads prompt and answer rendered anew as a whole conversation, as it did in training: what follows an
     answer's end-of-turn token in the template was never sampled.
     """
-    total = [0.0] * len(rows)
+    found = {}
     for source in sources:
         if source.adapter is not None:
             sequences = [_conversation(tokenizer, row, text) for row, text in zip(rows, answers, strict=True)]
-            values = actors.scores(source.adapter, sequences, at_once)
+            found[source.name] = actors.scores(source.adapter, sequences, at_once)
         else:
-            values = _called(source, rows, answers)
-        total = [sum_ + source.weight * value for sum_, value in zip(total, values, strict=True)]
-    return total
+            found[source.name] = _called(source, rows, answers)
+    return found
+
+
+def total(sources: list[Source], scores: dict[str, list[float]]) -> list[float]:
+    """What each answer is paid: the weighted sum of its scores. A source of weight 0 is measured and not paid."""
+    weighted = ([source.weight * value for value in scores[source.name]] for source in sources)
+    return [sum(values) for values in zip(*weighted, strict=True)]
 
 
 def _conversation(tokenizer: PreTrainedTokenizerBase, row: Row, text: str) -> list[int]:
@@ -119,9 +127,9 @@ def _called(source: Source, rows: list[Row], answers: list[str]) -> list[float]:
             number = float(value)
         except (TypeError, ValueError, OverflowError, RuntimeError):
             number = math.nan
-        if not math.isfinite(number):
+        if not abs(number) < LARGEST:
             raise UserError(
                 f"the reward function {source.name} returned {value!r} for the prompt at {row['_place']} with the "
-                f"answer {text[:80]!r}: expected a finite number"
+                f"answer {text[:80]!r}: expected a number below {LARGEST:g}"
             )
     return [float(value) for value in values]

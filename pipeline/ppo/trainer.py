@@ -85,7 +85,8 @@ class PPOTrainer:
             rolled_out = time.monotonic()
             # 2. what the answers are worth
             texts = [self.text(episode) for episode in episodes]
-            raw = rewards.scores(self.sources, self.actors, self.tokenizer, rows, texts, self.at_once())
+            told = rewards.scores(self.sources, self.actors, self.tokenizer, rows, texts, self.at_once())
+            raw = rewards.total(self.sources, told)
             packs = packed(episodes, self.pack_size, self.actors.pad_id, self.actors.device)
             self.normalize(raw, episodes, packs)
             # 3. log-probabilities of policy and reference, values of the critic
@@ -96,7 +97,7 @@ class PPOTrainer:
             # 5. the updates
             numbers |= self.update(packs)
             # 6. steer, count, judge
-            numbers |= self._account(raw, episodes, texts)
+            numbers |= self._account(raw, told, episodes, texts)
             self.kl.update(numbers["kl"], self.settings.batch_size)
             self.step += 1
             numbers |= {
@@ -114,15 +115,18 @@ class PPOTrainer:
         return rows, self.answers(rows, f"{step}/{self.rank}")
 
     @torch.no_grad()
-    def answers(self, rows: list[Row], name: str) -> list[Episode]:
-        """An answer to each row's prompt by the policy as it stands; equal under an equal name of the draw."""
+    def answers(self, rows: list[Row], name: str, copies: int = 1) -> list[Episode]:
+        """Answers to each row's prompt by the policy as it stands, `copies` of them beside each other; equal under an
+        equal name of the draw. No more are sampled at once than in training."""
         settings, actors = self.settings, self.actors
         actors.act_as(POLICY)
         actors.model.eval()
         number = random.Random(f"{self.seed}/answers/{name}").getrandbits(63)
         with plain_layers(actors.model, fold_adapter=True) if settings.dequantize_rollout else contextlib.nullcontext():
             prompts = [render.prompt(self.tokenizer, row) for row in rows]
-            at_once = min(len(prompts), self.sampled_at_once or settings.rollout_batch_size or len(prompts))
+            share = settings.batch_size // self.processes
+            width = self.sampled_at_once or settings.rollout_batch_size or share
+            at_once = max(1, min(len(prompts), width // copies))
 
             def draw(at_once: int) -> list[Episode]:
                 return sample(
@@ -134,11 +138,12 @@ class PPOTrainer:
                     generator=torch.Generator(actors.device).manual_seed(number),
                     at_once=at_once,
                     critic=actors.state_values if actors.value_adapter == POLICY else None,
+                    copies=copies,
                 )
 
             episodes, came_to = splitting.sampled(draw, at_once, self.when_split)
             if came_to < at_once:
-                self.sampled_at_once = came_to
+                self.sampled_at_once = came_to * copies
             return episodes
 
     def text(self, episode: Episode) -> str:
@@ -326,17 +331,24 @@ class PPOTrainer:
             "learning_rate": rates["policy"] * factor,
         }
 
-    def _account(self, raw: list[float], episodes: list[Episode], texts: list[str]) -> Numbers:
+    def _account(
+        self, raw: list[float], told: dict[str, list[float]], episodes: list[Episode], texts: list[str]
+    ) -> Numbers:
         self.tokens += sum(len(episode) for episode in episodes)
-        sums = [
-            sum(raw),
-            sum(episode.ended for episode in episodes),
-            sum(not text for text in texts),
-        ]
-        score, ended, empty = (
-            processes.summed(torch.tensor(sums, dtype=torch.float64)) / self.settings.batch_size
-        ).tolist()
-        return {"score": score, "eos_share": ended, "empty_share": empty, "num_tokens": float(self.tokens)}
+        scores_B = torch.tensor(raw, dtype=torch.float64)
+        score, std = maths.mean_and_std(processes.summed(maths.moments(scores_B, torch.ones_like(scores_B))))
+        sums = [sum(episode.ended for episode in episodes), sum(not text for text in texts), *map(sum, told.values())]
+        shares = (processes.summed(torch.tensor(sums, dtype=torch.float64)) / self.settings.batch_size).tolist()
+        ended, empty, *means = shares
+        by_source = {f"score/{name}": mean for name, mean in zip(told, means, strict=True)}
+        return {
+            "score": score,
+            "score_std": std,
+            "eos_share": ended,
+            "empty_share": empty,
+            "num_tokens": float(self.tokens),
+            **(by_source if len(by_source) > 1 else {}),
+        }
 
     def _start_critic(self) -> None:
         model = next((source for source in self.sources if source.adapter is not None), None)

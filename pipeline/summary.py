@@ -66,7 +66,8 @@ def show_results(recipe: Recipe, runs: Path, console: Console) -> None:
         if manifest is None:
             continue
         cost = [_minutes(manifest["seconds"]), str(manifest["peak_memory_mib"])]
-        measured = [h for h in recipe.kind(name).headlines if h.metric in manifest["after"]]
+        known = [*recipe.kind(name).headlines, *_sources(recipe, name)]
+        measured = [h for h in known if h.metric in manifest["after"]]
         for headline in measured:
             table.add_row(name, headline.label, *_numbers(headline, manifest), *cost)
             name, cost = "", ["", ""]
@@ -131,6 +132,15 @@ def show_next(recipe: Recipe, path: str, runs: Path, console: Console) -> None:
         ("onebase ls", "the other recipes; onebase cp NAME my.yaml to start your own"),
     ):
         console.print(f"  {command:<72} {what}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _sources(recipe: Recipe, name: str) -> list[Headline]:
+    """What each source of a ppo stage's reward says by itself."""
+    terms = recipe.stages[name].reward_terms()
+    labels = {
+        term.source: f"score by {term.source.rpartition('/')[2]}{'' if term.weight else ', not paid'}" for term in terms
+    }
+    return [Headline(f"reward/{source}", label, "higher") for source, label in labels.items()]
 
 
 def _numbers(headline: Headline, manifest: Json) -> list[str]:

@@ -76,7 +76,7 @@ def gain(before: Rewarded, after: Rewarded, seed: int) -> dict[str, float]:
         return {}
     found = _rise("reward_gain", before.scores, after.scores, seed)
     for name, values in before.by_source.items():
-        found |= _rise(f"gain/{name}", values, after.by_source[name], seed)
+        found |= _rise(f"reward/{name}_gain", values, after.by_source[name], seed)
     return found
 
 

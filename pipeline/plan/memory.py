@@ -8,7 +8,7 @@ compute dtype. Not counted there, and added here as CONTEXT: the CUDA context, c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.plan.shapes import QUANTISED_BITS, Linear, Shapes
@@ -58,6 +58,10 @@ class Work:
     """Rows are laid end to end in one, with a mask of (rows x length) squared."""
     masked: bool = True
     """Attention is given an explicit mask (sdpa and padding); flash attention takes none."""
+    eager: bool = False
+    """Attention keeps its scores: for each head a matrix of rows x length x length."""
+    accumulates: bool = True
+    """An optimizer step has several passes: the gradients of those before wait aside while a pass makes its own."""
     optimizer_bytes: float = 8.0
     """Of the optimizer's state for each trained parameter."""
     trained: int = 1
@@ -72,6 +76,11 @@ class Work:
     @property
     def tokens(self) -> int:
         return self.rows * self.length
+
+    @property
+    def span(self) -> int:
+        """Tokens that a row of the attention mask has."""
+        return self.tokens if self.packed else self.length
 
 
 @dataclass(frozen=True)
@@ -132,11 +141,13 @@ class Model:
         if s.qk_norm:
             kept += 4 * (s.q + s.kv) + 4 * (s.heads + s.kv_heads)
         # attention keeps q, k, v, its result and a normaliser a head; under a mask grouped k and v are repeated
-        repeated = work.masked and 1 < s.kv_heads < s.heads
+        repeated = (work.masked and 1 < s.kv_heads or work.eager) and s.kv_heads < s.heads
         values = s.q if repeated else (s.q + 2 * s.kv if s.fused else s.kv)
         kept += b * (s.q + (s.q if repeated else s.kv) + values + s.q) + 4 * s.heads
-        if work.masked:
-            kept += b * (work.tokens if work.packed else work.length)
+        if work.eager:  # the softmax in float32 and what is made of it
+            kept += (4 * (b < 4) + b) * s.heads * work.span
+        elif work.masked:
+            kept += b * work.span
         # the MLP keeps gate, up and what the activation makes of the gate
         kept += b * 3 * s.intermediate
         if self.adapter.dropout:
@@ -156,8 +167,7 @@ class Model:
         s, b = self.shapes, self.bytes
         up = 2 * s.intermediate if s.fused else s.intermediate
         waiting = 4 * b * s.hidden + (0 if s.fused else b * s.intermediate)
-        copies = b * self.adapter.parameters(s)  # of the adapter's weights, rounded by autocast
-        return copies + tokens * waiting + max(tokens * 3 * b * up, tokens * b * up + self.dequantised())
+        return self.rounded() + tokens * waiting + max(tokens * 3 * b * up, tokens * b * up + self.dequantised())
 
     def held(self, work: Work) -> int:
         """What the layers keep of a whole forward pass until its backward pass begins."""
@@ -166,26 +176,45 @@ class Model:
         kept = work.tokens * (b * s.hidden * work.checkpointed + self.saved(work) * free)
         if not work.checkpointed:
             kept -= work.tokens * 4 * s.hidden  # embeddings take no gradient: the first norm keeps nothing
-        if work.masked:  # one mask of booleans for all layers
-            kept += work.tokens * (work.tokens if work.packed else work.length)
-        # autocast keeps its rounded copies of the adapter's weights while they may be used again
-        return kept + round(b * self.adapter.parameters(s) * free / s.layers)
+        if work.masked:  # one mask for all layers, of booleans or for eager attention of numbers
+            kept += work.tokens * work.span * (b if work.eager else 1)
+        return kept + round(self.rounded() * free / s.layers)
+
+    def rounded(self) -> int:
+        """Autocast's rounded copies of the adapter's weights, kept while they may be used again."""
+        return self.bytes * self.adapter.parameters(self.shapes) if self.bytes < 4 else 0
 
     def backward(self, work: Work) -> int:
-        """Peak of the backward pass: in its first norm, or as it enters the MLP of the last layer."""
+        """Peak of the backward pass. While it goes back, what it holds falls and the gradients it makes grow; those of
+        earlier passes lie aside. The peak is at its start, where checkpointing begins, or in the first layer."""
+        s = self.shapes
+        made = 4 * self.adapter.parameters(s) / s.layers if work.accumulates else 0.0
+        peaks = []
+        for left in {s.layers, min(work.checkpointed, s.layers), 1} - {0}:
+            below = replace(self, shapes=replace(s, layers=left))
+            held = below._backward(replace(work, checkpointed=min(work.checkpointed, left)))
+            peaks.append(held + round(made * (s.layers - left)))
+        return max(peaks)
+
+    def _backward(self, work: Work) -> int:
+        """Peak in the last layer: in the norm behind it, or as it enters its MLP or its attention."""
         s, b = self.shapes, self.bytes
         held = self.held(work)
         last_norm = held + work.tokens * (4 + NORM_BACKWARD) * s.hidden
         if work.checkpointed == s.layers:  # the last layer is computed again first
-            held += work.tokens * self.saved(work) + round(b * self.adapter.parameters(s) / s.layers)
+            held += work.tokens * self.saved(work) + round(self.rounded() / s.layers)
         down = b * s.intermediate * s.hidden if self.quantised else 0
         entering = held + work.tokens * b * (s.intermediate + s.hidden) + down
         # as the way back passes the product of gate and up, with nothing unpacked
-        product = held + work.tokens * b * (2 * s.intermediate + s.hidden)
+        product = held + work.tokens * b * ((3 if s.fused else 2) * s.intermediate + s.hidden)
         # where gate and up are one matrix it is the larger one, and its gradient comes when less is held
         later = held + self.dequantised() + work.tokens * b * (s.hidden - s.intermediate)
         own_norm = held + work.tokens * NORM_BACKWARD * s.hidden if s.norms > 2 else 0
-        return max(last_norm, entering, product, later, own_norm)
+        scores = 0
+        if work.eager:  # by then the MLP's part is gone; the way back through the softmax is in float32
+            gone = 4 * s.hidden + b * (3 * s.intermediate + (s.hidden + s.intermediate) * (not self.adapter.dropout))
+            scores = held + work.tokens * ((b + 4) * s.heads * work.span - gone)
+        return max(last_norm, entering, product, later, own_norm, scores)
 
 
 def memory(model: Model, work: Work) -> Memory:
@@ -255,5 +284,5 @@ def evaluation(model: Model, work: Work) -> int:
 def scored(model: Model, tokens: int) -> int:
     """A pass without gradients over so many tokens, and their log-likelihoods, a part of the logits at a time."""
     s, b = model.shapes, model.bytes
-    head = tokens * b * s.hidden + min(EVALUATION_LOGITS // s.vocab, tokens) * s.vocab * (b + 8)
+    head = tokens * b * s.hidden + min(EVALUATION_LOGITS // s.vocab, tokens) * s.vocab * (b + 4 + 4 * (b < 4))
     return max(model.transient(tokens), head)

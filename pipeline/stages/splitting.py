@@ -43,7 +43,8 @@ class SplitsWhenFull(_Trainer):
         if self.probes and not self._probed:
             self._probe(model)
         self._probed = True
-        aside = _taken_gradients(model)
+        # Of several processes DDP averages what has accumulated by the last micro-batch: it must all be there.
+        aside = {} if self.accelerator.num_processes > 1 else _taken_gradients(model)
         loss = self._in_parts(model, inputs, num_items_in_batch)
         _put_back(aside)
         return loss

@@ -269,9 +269,7 @@ def checkpoint_first(model: Any, count: int) -> None:
 
 def hf_config(config: dict[str, Any], variant: Variant = USUAL, **more: Any) -> Any:
     named = {key: value for key, value in config.items() if key != "model_type"} | more
-    return AutoConfig.for_model(
-        config["model_type"], **named, pad_token_id=0, attn_implementation=variant.attention
-    )
+    return AutoConfig.for_model(config["model_type"], **named, pad_token_id=0, attn_implementation=variant.attention)
 
 
 @cache
@@ -305,7 +303,7 @@ def against_plan(
     planned = {
         "weights": needs.quantised + needs.unquantised, "adapters": needs.adapters, "gradients": needs.gradients,
         "optimizer": needs.optimizer, "activations": needs.training, "rollout": needs.rollout,
-        "evaluation": scored(model, rows * length),
+        "evaluation": scored(model, rows * length, work.scores),
     }  # fmt: skip
     for part, amount in counted.items():
         yield Entry(name, kind, rows, length, f"{checkpointed} of {layers}", variant.name, part, planned[part], amount)

@@ -40,7 +40,7 @@ def chosen(kind: str, where: str, **train: Any) -> tuple[dict[str, Any], float, 
     asked = section(kind, **train)
     found = auto.choices(STAGES[kind], asked, MODEL, SPEC, None, card(where))
     work = work_of(STAGES[kind], auto.taken(asked, found), MODEL, SPEC, None)
-    less = [memory(MODEL, w).total / card(where).memory for w in (work, _lighter(work))]
+    less = [memory(MODEL, w).total / card(where).room for w in (work, _lighter(work))]
     return found, less[0], less[1]
 
 

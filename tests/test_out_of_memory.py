@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.models import adapters
 from pipeline.models.halving import in_halves
 from pipeline.ppo.splitting import sampled
+from pipeline.ppo.trainer import PPOTrainer
 from pipeline.recipe import build
 from pipeline.stages.splitting import SplitsWhenFull
 from pipeline.worker import run_stage
@@ -143,7 +144,9 @@ def test_a_limit_changes_no_ppo_policy(
     for backward in (False, True):
         runs = tmp_path / f"limited-{backward}"
         plant(monkeypatch, 80, backward)
-        limited, manifest, _ = trained(tree, runs, "ppo")
+        monkeypatch.setattr(PPOTrainer, "probes", True)
+        limited, manifest, lines = trained(tree, runs, "ppo")
+        assert [line["step"] for line in lines if "out_of_memory" in line][0] == 0, "found before the first step"
         assert manifest["data"]["counts"]["rows_at_once"] in (1, 2)
         assert max((free[name] - limited[name]).abs().max().item() for name in free) < 1e-5
 

@@ -54,13 +54,14 @@ def choices(
     words = asked(section)
     if not words:
         return {}
-    room = card.memory * (1 - KEPT_FREE)
+    room = card.room * (1 - KEPT_FREE)
     layers = model.shapes.layers
     rows = effective_batch(kind, section) if AUTO_WORDS[0] in words else None
     least = {**({AUTO_WORDS[0]: 1} if rows else {}), **({AUTO_WORDS[1]: True} if AUTO_WORDS[1] in words else {})}
     chosen: dict[str, Any] = {}
     if "max_length" in words:
-        tried = taken(section, {**least, "max_length": lengths.longest if lengths else UNKNOWN_LENGTH})
+        rows_of = min(lengths.longest if lengths else UNKNOWN_LENGTH, model.shapes.window)
+        tried = taken(section, {**least, "max_length": rows_of})
         chosen["max_length"] = _longest(work_of(kind, tried, model, spec, lengths), model, room, card)
     work = work_of(kind, taken(section, {**least, **chosen}), model, spec, lengths)
     if rows:
@@ -111,7 +112,7 @@ def _total(model: Model, work: Work) -> int:
 
 def _nothing_fits(needs: Memory, card: Card, room: float) -> str:
     return (
-        f"auto finds nothing that fits {card.name} ({card.memory / GIB:.3g} GiB, 5 % kept free): the least needs "
+        f"auto finds nothing that fits {card.name} ({card.room / GIB:.3g} GiB, 5 % kept free): the least needs "
         f"{needs.total / GIB:.1f} GiB, {(needs.total - room) / GIB:.1f} too many, {needs.stays / GIB:.1f} of them for "
         f"weights, adapters and optimizer, {CONTEXT / GIB:.1f} for the CUDA context. Take a smaller model or r, "
         "a lower max_length, or optim: adamw_8bit."

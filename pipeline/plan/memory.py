@@ -22,9 +22,13 @@ EVALUATION_LOGITS = 1 << 25
 """LOGITS_AT_ONCE of ppo/actors.py and of evaluate/scoring.py."""
 EVALUATION_TOKENS = 1536
 ANSWER_TOKENS = 4096
+"""Tokens of a batch of evaluate/scoring.py and of evaluate/answers.py."""
+SHARD_BYTES = 2 << 30
+"""Of publish/merged.py."""
+ANSWER_ROW = 64
+"""Tokens that a question and its answer are taken to have."""
 NORM_BACKWARD = 22
 """Bytes for each hidden unit that the backward pass of a norm holds: five tensors in float32 and one in bfloat16."""
-"""Tokens of a batch of evaluate/scoring.py and of evaluate/answers.py."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,20 @@ class Work:
     episodes: int = 0
     """Of ppo: most tokens of an answer, and answers sampled at once."""
     dequantized_rollout: bool = False
+    held_out: int = 0
+    """Tokens of the longest held-out row; it is scored whole, whatever the rows of training are cut to."""
+    answering: int = ANSWER_TOKENS
+    """Tokens of the questions answered at once."""
     evaluates: bool = True
 
     @property
     def tokens(self) -> int:
         return self.rows * self.length
+
+    @property
+    def scores(self) -> int:
+        """Of eager attention for each head, in the largest pass."""
+        return self.tokens * self.span if self.eager else 0
 
     @property
     def span(self) -> int:
@@ -103,7 +116,8 @@ class Memory:
     rollout: int
     evaluation: int
     merging: int
-    """Of a merge for publishing, in a process of its own: the dequantised model and one matrix in float32."""
+    """Of writing merged weights, in a process of its own: the base, one layer's sum in float32, and in RAM one shard
+    (publish/merged.py). Reading them back to compare takes all of them once more, in the compute dtype."""
 
     @property
     def stays(self) -> int:
@@ -141,7 +155,7 @@ class Model:
         if s.qk_norm:
             kept += 4 * (s.q + s.kv) + 4 * (s.heads + s.kv_heads)
         # attention keeps q, k, v, its result and a normaliser a head; under a mask grouped k and v are repeated
-        repeated = (work.masked and 1 < s.kv_heads or work.eager) and s.kv_heads < s.heads
+        repeated = (work.masked and s.kv_heads > 1 or work.eager) and s.kv_heads < s.heads
         values = s.q if repeated else (s.q + 2 * s.kv if s.fused else s.kv)
         kept += b * (s.q + (s.q if repeated else s.kv) + values + s.q) + 4 * s.heads
         if work.eager:  # the softmax in float32 and what is made of it
@@ -162,12 +176,15 @@ class Model:
         largest = max(linear.inputs * linear.outputs for linear in self.shapes.linears())
         return self.bytes * largest if self.quantised else 0
 
-    def transient(self, tokens: int) -> int:
-        """Peak of a forward pass that keeps nothing: the MLP of one layer."""
+    def transient(self, tokens: int, scores: int = 0) -> int:
+        """Peak of a forward pass that keeps nothing: the MLP of one layer, or its attention where that is eager and
+        makes so many scores for each head."""
         s, b = self.shapes, self.bytes
         up = 2 * s.intermediate if s.fused else s.intermediate
         waiting = 4 * b * s.hidden + (0 if s.fused else b * s.intermediate)
-        return self.rounded() + tokens * waiting + max(tokens * 3 * b * up, tokens * b * up + self.dequantised())
+        mlp = tokens * waiting + max(tokens * 3 * b * up, tokens * b * up + self.dequantised())
+        attention = tokens * 3 * b * s.hidden + (b + 4 + 4 * (b < 4)) * s.heads * scores
+        return self.rounded() + max(mlp, attention)
 
     def held(self, work: Work) -> int:
         """What the layers keep of a whole forward pass until its backward pass begins."""
@@ -219,12 +236,15 @@ class Model:
 
 def memory(model: Model, work: Work) -> Memory:
     """What a stage needs on a GPU."""
+    if work.kind == "ppo":  # which switches dropout off
+        model = replace(model, adapter=replace(model.adapter, dropout=0.0))
     s, b = model.shapes, model.bytes
     quantised, unquantised = model.weights(reward=work.kind == "reward")
     parameters = model.adapter.parameters(s) + (s.hidden if work.kind == "reward" else 0)
     trained = work.trained * parameters
     held = model.held(work)
     activations = model.backward(work)
+    largest = max(linear.inputs * linear.outputs for linear in s.linears())
     final = work.tokens * (4 + b) * s.hidden  # the last norm's input in float32, and the states the head is given
     rollout = cache = scoring = 0
     if work.kind == "ppo":
@@ -240,7 +260,7 @@ def memory(model: Model, work: Work) -> Memory:
         logits = final + work.tokens * (4 + b) * s.hidden + tile
         if work.kind == "dpo":
             # the reference's forward pass, while the policy's waits for its backward pass
-            activations = max(activations, held + final + model.transient(work.tokens))
+            activations = max(activations, held + final + model.transient(work.tokens, work.scores))
     return Memory(
         quantised=quantised,
         unquantised=unquantised,
@@ -253,36 +273,58 @@ def memory(model: Model, work: Work) -> Memory:
         training=max(activations, held + logits),
         rollout=max(rollout, scoring),
         evaluation=evaluation(model, work) if work.evaluates else 0,
-        merging=s.parameters * b + 8 * max(linear.inputs * linear.outputs for linear in s.linears()),
+        merging=quantised + unquantised + min(SHARD_BYTES, s.parameters * b) + (b + 12) * largest,
     )
 
 
 def _rollout(model: Model, work: Work, cache: int) -> int:
     s, b = model.shapes, model.bytes
     prompt = work.length - work.answer
-    prefill = model.transient(work.episodes * prompt) + cache * prompt // work.length
-    # one layer's keys and values are copied to make room for the next token; the distribution is made in float32
-    step = cache + cache // s.layers + work.episodes * s.vocab * (b + 12)
-    return max(prefill, step) + (b * s.linear_parameters if work.dequantized_rollout else 0)
+    scores = work.episodes * prompt * prompt if work.eager else 0
+    prefill = model.transient(work.episodes * prompt, scores) + cache * prompt // work.length
+    step = _decoding(model, work, cache, work.episodes)
+    if not work.dequantized_rollout:
+        return max(prefill, step)
+    # the copies are made in float32, one after the other
+    merging = 12 * max(linear.inputs * linear.outputs for linear in s.linears())
+    return b * s.linear_parameters + max(prefill, step, merging)
+
+
+def _decoding(model: Model, work: Work, cache: int, rows: int) -> int:
+    """A step of sampling: one layer's keys and values are copied to make room for the next token, and again, once for
+    each head that shares them; the distribution is made in float32."""
+    s, b = model.shapes, model.bytes
+    layer = cache // s.layers
+    shared = s.heads // s.kv_heads if (work.masked or work.eager) and s.kv_heads < s.heads else 0
+    return cache + max(layer * max(1, shared), rows * s.vocab * (b + 12))
 
 
 def _scoring(model: Model, work: Work) -> int:
     s = model.shapes
     at_once = min(work.rows * work.answer, max(1, PPO_LOGITS // s.vocab))
     head = work.tokens * model.bytes * s.hidden + at_once * s.vocab * (model.bytes + 8)
-    return max(head, model.transient(2 * work.tokens))
+    return max(head, model.transient(2 * work.tokens, 2 * work.scores))
 
 
 def evaluation(model: Model, work: Work) -> int:
     """Held-out scoring and questions: batches of so many tokens, or of one row."""
-    answering = model.transient(ANSWER_TOKENS)
+    tokens = max(EVALUATION_TOKENS, work.held_out)
+    scores = tokens * work.held_out if work.eager else 0
     if work.kind == "reward":
-        return model.transient(max(EVALUATION_TOKENS, work.length))
-    return max(answering, scored(model, max(EVALUATION_TOKENS, work.length)))
+        return model.transient(tokens, scores)
+    answering = 0
+    if work.answering:
+        s = model.shapes
+        cache = work.answering * 2 * s.layers * s.kv * model.bytes
+        prefill = model.transient(work.answering, work.answering * ANSWER_ROW if work.eager else 0) + cache
+        answering = max(prefill, _decoding(model, work, cache, max(1, work.answering // ANSWER_ROW)))
+    if work.kind == "ppo":
+        return answering
+    return max(answering, scored(model, tokens, scores))
 
 
-def scored(model: Model, tokens: int) -> int:
+def scored(model: Model, tokens: int, scores: int = 0) -> int:
     """A pass without gradients over so many tokens, and their log-likelihoods, a part of the logits at a time."""
     s, b = model.shapes, model.bytes
     head = tokens * b * s.hidden + min(EVALUATION_LOGITS // s.vocab, tokens) * s.vocab * (b + 4 + 4 * (b < 4))
-    return max(model.transient(tokens), head)
+    return max(model.transient(tokens, scores), head)

@@ -117,6 +117,8 @@ class Variant:
 
 
 USUAL = Variant()
+VARIED = ("Llama-3.1-8B", "Qwen2.5-1.5B", "Qwen3-4B", "Gemma-3-1B", "Phi-3-mini", "SmolLM2-1.7B")
+"""Models of which the variants are counted too."""
 VARIANTS = (Variant(dtype="float32"), Variant(attention="eager"), Variant(dropout=0.1), Variant(r=128))
 
 
@@ -315,31 +317,49 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=MODELS, help="these alone (may be repeated)")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    worst: list[Entry] = []
-    print("| model | stage | batch | checkpointed | planned MiB | counted MiB | error | worst other entry |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    levels = {"sft": (0, 1, given.layers), "evaluation": (0,)}
-    cases = [
-        (kind, checkpointed, rows, length)
-        for kind in ("sft", "dpo", "reward", "ppo", "evaluation")
-        for checkpointed in levels.get(kind, (0, given.layers))
-        for rows, length in ([(2, 512), (1, 4096)] if kind == "sft" else [(2, 512)])
-    ]
+    counted: list[Entry] = []
+    print("| model | stage | batch | checkpointed | variant | planned MiB | counted MiB | error | worst other entry |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in given.model or MODELS:
-        for kind, checkpointed, rows, length in cases:
-            entries = list(against_plan(name, given.layers, kind, rows, length, checkpointed))
+        for case in cases(name, given.layers):
+            entries = list(against_plan(name, given.layers, *case))
+            counted += entries
             peak = next(e for e in entries if e.part in ("activations", "evaluation"))
             other = max((e for e in entries if e is not peak), key=lambda e: abs(e.error), default=None)
             told = f"{other.part} {other.error:+.1%}" if other else ""
             print(
-                f"| {name} | {kind} | {rows} x {length} | {peak.checkpointed} | {peak.planned / MIB:.0f} | "
-                f"{peak.counted / MIB:.0f} | {peak.error:+.1%} | {told} |",
+                f"| {name} | {peak.stage} | {peak.rows} x {peak.length} | {peak.checkpointed} | {peak.variant} | "
+                f"{peak.planned / MIB:.0f} | {peak.counted / MIB:.0f} | {peak.error:+.1%} | {told} |",
                 flush=True,
             )
-            worst += entries
-    entry = max(worst, key=lambda entry: abs(entry.error))
-    print(f"\n{len(worst)} entries, the worst {entry.error:+.1%}: {entry.part} of {entry.model}, {entry.stage}, "
-          f"{entry.rows} x {entry.length}, {entry.checkpointed} layers checkpointed")  # fmt: skip
+    print("\n| model | cases | entries | worst |\n| --- | --- | --- | --- |")
+    for name in [*dict.fromkeys(entry.model for entry in counted), ""]:
+        own = [entry for entry in counted if name in ("", entry.model)]
+        worst = max(own, key=lambda entry: abs(entry.error))
+        shapes = {
+            (entry.model, entry.stage, entry.rows, entry.length, entry.checkpointed, entry.variant) for entry in own
+        }
+        where = f"{worst.part}, {worst.stage}, {worst.rows} x {worst.length}, {worst.checkpointed} checkpointed"
+        print(
+            f"| {name or 'all'} | {len(shapes)} | {len(own)} | {worst.error:+.1%} ({where}"
+            f"{', ' + worst.variant if worst.variant else ''}{'' if name else ', ' + worst.model}) |"
+        )
+
+
+def cases(name: str, layers: int) -> Iterator[tuple[str, int, int, int, Variant]]:
+    """Stage, rows, length, checkpointed layers and variant of all that is counted of a model."""
+    for checkpointed in (0, 1, layers):
+        for rows, length in ((2, 512), (1, 4096)):
+            yield "sft", rows, length, checkpointed, USUAL
+    for kind in ("pretrain", "dpo", "reward", "ppo"):
+        for checkpointed in (0, layers):
+            yield kind, 2, 512, checkpointed, USUAL
+    yield "evaluation", 2, 512, 0, USUAL
+    for variant in VARIANTS if name in VARIED else ():
+        for kind in ("sft", "dpo"):
+            for checkpointed in (0, layers):
+                yield kind, 2, 1024, checkpointed, variant
+        yield "evaluation", 1, 1536, 0, variant
 
 
 if __name__ == "__main__":

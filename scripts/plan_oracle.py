@@ -95,6 +95,7 @@ MODELS: dict[str, dict[str, Any]] = {
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 Bytes = dict[str, int]
 MIB = 2**20
+STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Variant:
 
 
 USUAL = Variant()
-VARIED = ("Llama-3.1-8B", "Qwen2.5-1.5B", "Qwen3-4B", "Gemma-3-1B", "Phi-3-mini", "SmolLM2-1.7B")
+VARIED = ("Llama-3.1-8B", "Qwen2.5-1.5B", "SmolLM2-1.7B")
 """Models of which the variants are counted too."""
 VARIANTS = (Variant(dtype="float32"), Variant(attention="eager"), Variant(dropout=0.1), Variant(r=128))
 
@@ -315,13 +316,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--model", action="append", choices=MODELS, help="these alone (may be repeated)")
+    parser.add_argument("--stage", action="append", choices=STAGES, help="these alone (may be repeated); ppo is slow")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     counted: list[Entry] = []
     print("| model | stage | batch | checkpointed | variant | planned MiB | counted MiB | error | worst other entry |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in given.model or MODELS:
-        for case in cases(name, given.layers):
+        for case in (case for case in cases(name, given.layers) if case[0] in (given.stage or STAGES)):
             entries = list(against_plan(name, given.layers, *case))
             counted += entries
             peak = next(e for e in entries if e.part in ("activations", "evaluation"))

@@ -65,7 +65,7 @@ def choices(
         def at(length: int) -> Work:
             return work_of(kind, taken(section, {**least, "max_length": length}), model, spec, lengths)
 
-        longest = min(lengths.longest if lengths else UNKNOWN_LENGTH, model.shapes.window)
+        longest: int = min(lengths.longest if lengths else UNKNOWN_LENGTH, model.shapes.window)
         if kind.name == "ppo":
             longest = min(longest + at(longest).answer, model.shapes.window) if lengths else longest
         chosen["max_length"] = _longest(at, longest, model, room, card)
@@ -106,7 +106,8 @@ def effective_batch(kind: Stage, section: StageSpec) -> int:
 def _longest(at: Callable[[int], Work], longest: int, model: Model, room: float, card: Card) -> int:
     """The longest rows that fit, from `longest` down; `at` gives the work at a max_length."""
     least = at(longest).answer + 1 if at(longest).kind == "ppo" else min(STEP, longest)
-    for length in [longest, *range((longest - 1) // STEP * STEP, least - 1, -STEP), least]:
+    lengths: list[int] = [longest, *range((longest - 1) // STEP * STEP, least - 1, -STEP), least]
+    for length in lengths:
         if _total(model, at(length)) <= room:
             return length
     raise UserError(_nothing_fits(memory(model, at(least)), card, room))

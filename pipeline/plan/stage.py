@@ -165,7 +165,7 @@ def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, leng
         accumulates=int(words["gradient_accumulation_steps"]) > 1,
         optimizer_bytes=optimizer_bytes(words.get("optim")),
         frozen=int(kind.name == "dpo"),  # the reference, a copy of the adapter as it was
-        held_out=longest if kind.name == "pretrain" or not lengths else lengths.longest,
+        held_out=lengths.longest if lengths else longest,
         **common,
     )
 

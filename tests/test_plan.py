@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -232,6 +233,12 @@ def plan(path: Path, *more: str, **environment: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=wide)
 
 
+def children_seconds() -> float:
+    """What processes started here have computed; the wall clock would also count what else the machine does."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_the_command_needs_no_weights_and_no_gpu(tmp_path: Path, tiny_base: Path) -> None:
     """A base of which only config.json is there: its needs are told, in under five seconds, then what is missing."""
     folder = tmp_path / "8b"
@@ -240,9 +247,9 @@ def test_the_command_needs_no_weights_and_no_gpu(tmp_path: Path, tiny_base: Path
     tree = tiny_tree(tiny_base, tmp_path)
     tree["model"]["base"] = str(folder)
     path = write_recipe(tree, tmp_path / "recipe.yaml")
-    begun = time.perf_counter()
+    begun = children_seconds()
     shown = plan(path, "--gpu", "rtx4060ti")
-    assert time.perf_counter() - begun < 5
+    assert children_seconds() - begun < 5
     assert "holds no .safetensors weights" in shown.stderr and shown.returncode == 2
     for part in ("weights in 4 bits", "KV cache of rollouts", "peak of evaluation", "merging", "tokens/s", "disk"):
         assert part in shown.stdout

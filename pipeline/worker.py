@@ -16,7 +16,6 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from pipeline.data.load import DataSpec, Source, read_source, read_split
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
 from pipeline.plan import auto, cards
 from pipeline.plan.cards import Card
+from pipeline.plan.memory import CONTEXT
 from pipeline.plan.shapes import read_shapes
 from pipeline.plan.stage import lengths_of, planned_model
 from pipeline.recipe import Recipe, read
@@ -175,11 +175,10 @@ def _this_machine() -> Card:
     import torch
 
     if torch.cuda.is_available():
-        memory, name = torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name()
-        with contextlib.suppress(UserError):
-            return replace(cards.card(name), memory=memory)
-        return Card(name, memory)
-    return Card("half of this machine's RAM", psutil.virtual_memory().total // 2)
+        free, total = torch.cuda.mem_get_info()
+        # what is not free is held by others, and by the context that this process has just opened
+        return cards.named(torch.cuda.get_device_name(), min(total, free + CONTEXT), usable=1.0)
+    return Card("half of this machine's RAM", psutil.virtual_memory().total // 2, usable=1.0)
 
 
 def load_rows(recipe: Recipe, stage: str) -> tuple[Rows, list[Source]]:

@@ -7,17 +7,19 @@ Weights are random and quantised layer by layer, so nothing is downloaded and th
 Both sides train on the same rows, with the same LoRA, batch and checkpointing, one after the other in this process;
 the first steps are left out of the times. "plain" is TRL's trainer as its documentation has it (its fused LM head, its
 bfloat16 adapter); ours is the trainer of pipeline/stages. TRL has no PPO any more, so ours stands alone there. Measured
-memory is torch.cuda.max_memory_allocated, to which the planned figure without the CUDA context is compared.
+memory is torch.cuda.max_memory_allocated, to which the planned figure without the CUDA context is compared; what the
+allocator had reserved is beside it. A stage that fails, or does not fit, is a row that says so; the JSON is written
+anew after every row. Ours halves a batch that does not fit: a note says to how many rows, and the plan is of the whole.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,8 +37,10 @@ from plan_oracle import LORA, MODELS, checkpoint_first, hf_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
+from pipeline.artifact import write_json
 from pipeline.models import adapters
 from pipeline.models.base import keep_gradients_on_cpu
+from pipeline.models.halving import out_of_memory
 from pipeline.plan import cards
 from pipeline.plan.memory import CONTEXT, Adapter, Model, Work, memory
 from pipeline.plan.shapes import shapes_of
@@ -52,7 +56,12 @@ TINY = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True,
 }  # fmt: skip
 WARM_UP = 2
-TRAINERS = {"sft": (SFTTrainer, SFTConfig), "reward": (RewardTrainer, RewardConfig), "dpo": (DPOTrainer, DPOConfig)}
+TRAINERS = {
+    "pretrain": (SFTTrainer, SFTConfig),
+    "sft": (SFTTrainer, SFTConfig),
+    "reward": (RewardTrainer, RewardConfig),
+    "dpo": (DPOTrainer, DPOConfig),
+}
 
 
 @dataclass
@@ -61,10 +70,12 @@ class Measured:
 
     stage: str
     side: str
-    planned_gib: float | None
-    measured_gib: float | None
-    planned_tokens_per_second: float | None
-    tokens_per_second: float
+    planned_gib: float | None = None
+    measured_gib: float | None = None
+    reserved_gib: float | None = None
+    planned_tokens_per_second: float | None = None
+    tokens_per_second: float | None = None
+    note: str = ""
 
 
 class StepTimes(TrainerCallback):
@@ -101,6 +112,9 @@ def random_base(config: dict[str, Any], device: torch.device, reward: bool = Fal
             if parameter is not None and parameter.is_meta:
                 data = torch.randn(parameter.shape, device=device, dtype=torch.bfloat16) * 0.02
                 module._parameters[name] = torch.nn.Parameter(data, requires_grad=False)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.ones(buffer.shape, device=device, dtype=buffer.dtype)
     if hf.tie_word_embeddings and not reward:
         model.lm_head.weight = model.get_input_embeddings().weight
     model.model.rotary_emb = type(model.model.rotary_emb)(hf).to(device)
@@ -113,7 +127,7 @@ def rows_of(stage: str, count: int, length: int, vocab: int) -> Dataset:
     """Rows of one length, of random tokens; of a pair both answers."""
     generator = torch.Generator().manual_seed(17)
     ids = torch.randint(3, vocab, (count, 2, length), generator=generator).tolist()
-    if stage == "sft":
+    if stage in ("pretrain", "sft"):
         return Dataset.from_dict({"input_ids": [a for a, _ in ids], "labels": [a for a, _ in ids]})
     prompt = length // 2 if stage == "dpo" else 0
     columns = {"chosen_ids": [a[prompt:] for a, _ in ids], "rejected_ids": [b[prompt:] for _, b in ids]}
@@ -129,31 +143,38 @@ def train(stage: str, side: str, given: argparse.Namespace, config: dict[str, An
     if stage == "dpo":
         trainer_class = type("DPOTrainer", (shared.TakesEncoded, DPOTrainer), {})
     layers = config["num_hidden_layers"] if given.checkpointed is None else given.checkpointed
+    packing = {"packing": True, "packing_strategy": "bfd_split"} if stage == "pretrain" else {}
     args = config_class(
-        output_dir=str(folder / "out"), per_device_train_batch_size=given.rows, max_steps=WARM_UP + given.steps,
-        max_length=given.length, activation_checkpointing=layers > 0, report_to="none", save_strategy="no",
+        **packing, output_dir=str(folder / "out"), per_device_train_batch_size=given.rows, max_length=given.length,
+        max_steps=WARM_UP + given.steps, activation_checkpointing=layers > 0, report_to="none", save_strategy="no",
         use_cpu=device.type == "cpu", bf16=True, disable_tqdm=True, logging_steps=1000,
     )  # fmt: skip
     args.checkpointed_layers = layers
     rows = rows_of(stage, given.rows * (WARM_UP + given.steps), given.length, config["vocab_size"])
     options = {"args": args, "train_dataset": rows, "processing_class": tokenizer}
+    halved: list[int] = []
     if side == "ours":
         trainer = shared.build(trainer_class, adapters._ready(model), **options)
+        trainer.when_split = lambda rows, left: halved.append(left)
     else:
         trainer = trainer_class(model=model, **options)
     times = StepTimes(device)
     trainer.add_callback(times)
     _reset(device)
     trainer.train()
-    sequences = given.rows * (1 if stage == "sft" else 2)
+    sequences = given.rows * (2 if stage in ("reward", "dpo") else 1)
     seconds = (times.ends[-1] - times.ends[WARM_UP - 1]) / given.steps
-    work = Work(stage, sequences, given.length, layers, masked=False, frozen=0, evaluates=False)  # type: ignore[arg-type]
+    packed = stage == "pretrain"
+    work = Work(
+        stage, sequences, given.length, layers, packed, masked=packed and given.rows > 1, accumulates=False,  # type: ignore[arg-type]
+        frozen=int(stage == "dpo"), evaluates=False,
+    )  # fmt: skip
     planned = Model(shapes_of(config), Adapter())
-    expected = step_seconds(planned, work, _card(device)) if device.type == "cuda" else None
+    expected = step_seconds(planned, work, _card(device)) if device.type == "cuda" and side == "ours" else None
     return Measured(
-        stage, side, (memory(planned, work).total - CONTEXT) / 2**30 if side == "ours" else None, _peak(device),
-        sequences * given.length / expected if expected and side == "ours" else None,
-        sequences * given.length / seconds,
+        stage, side, (memory(planned, work).total - CONTEXT) / 2**30 if side == "ours" else None, *_peaks(device),
+        sequences * given.length / expected if expected else None, sequences * given.length / seconds,
+        f"did not fit: {halved[-1]} rows at a time" if halved else "",
     )  # fmt: skip
 
 
@@ -177,6 +198,8 @@ def ppo(given: argparse.Namespace, config: dict[str, Any], folder: Path) -> Meas
     rows: list[Any] = [{"prompt": "a " * (given.length // 8)}] * settings.batch_size
     trainer = PPOTrainer(actors, tokenizer, rows, sources, settings, 17)
     trainer.stops = []  # random weights would end where they like
+    halved: list[int] = []
+    trainer.when_split = lambda episodes, left: halved.append(left)
     _reset(device)
     ends, tokens = [], []
     for _ in trainer.steps():
@@ -185,20 +208,21 @@ def ppo(given: argparse.Namespace, config: dict[str, Any], folder: Path) -> Meas
         tokens.append(trainer.tokens)
     length = tokens[0] // settings.batch_size
     work = Work(
-        "ppo", given.rows, length, layers, frozen=2, answer=settings.response_length, episodes=settings.batch_size,
-        evaluates=False,
+        "ppo", given.rows, length, layers, masked=False, frozen=2, answer=settings.response_length,
+        episodes=settings.batch_size, evaluates=False,
     )  # fmt: skip
     planned = Model(shapes_of(config), Adapter())
     expected = ppo_seconds(planned, work, _card(device), 1, False, 1) if device.type == "cuda" else None
     return Measured(
-        "ppo", "ours", (memory(planned, work).total - CONTEXT) / 2**30, _peak(device),
+        "ppo", "ours", (memory(planned, work).total - CONTEXT) / 2**30, *_peaks(device),
         settings.batch_size * length / expected if expected else None,
         (tokens[-1] - tokens[0]) / (ends[-1] - ends[0]),
+        f"did not fit: {halved[-1]} episodes at a time" if halved else "",
     )  # fmt: skip
 
 
 def _card(device: torch.device) -> cards.Card:
-    return cards.present() or cards.Card("unknown", torch.cuda.get_device_properties(device).total_memory)
+    return cards.named(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory)
 
 
 def _wait(device: torch.device) -> None:
@@ -213,8 +237,23 @@ def _reset(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _peak(device: torch.device) -> float | None:
-    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+def _peaks(device: torch.device) -> tuple[float | None, float | None]:
+    """The most that was allocated and that the allocator had reserved, in GiB."""
+    if device.type != "cuda":
+        return None, None
+    return torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
+
+
+def measured(stage: str, side: str, given: argparse.Namespace, config: dict[str, Any], folder: Path) -> Measured:
+    """A row, also of what fails."""
+    try:
+        return ppo(given, config, folder) if stage == "ppo" else train(stage, side, given, config, folder)
+    except Exception as error:  # whatever one stage dies of, the others are still to be measured
+        full = out_of_memory(error) or "does not fit in memory" in str(error)
+        if not full:
+            traceback.print_exc()
+        why = "out of memory" if full else f"failed: {type(error).__name__}: {error}".splitlines()[0]
+        return Measured(stage, side, note=why.replace("|", "/")[:120])
 
 
 def main() -> None:
@@ -230,26 +269,29 @@ def main() -> None:
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA here; --device cpu --tiny tries the script itself")
+    if min(given.rows, given.length // 16, given.steps) < 1:
+        sys.exit("--rows and --steps from 1 up, --length from 16 up")
     warnings.simplefilter("ignore")
     config = TINY if given.tiny else MODELS[given.model]
+    device = torch.device(given.device)
+    machine = torch.cuda.get_device_name() if given.device == "cuda" else "cpu"
+    settings = {"machine": machine, "torch": torch.__version__, **{k: str(v) for k, v in vars(given).items()}}
     found: list[Measured] = []
     with tempfile.TemporaryDirectory() as scratch:
         make_tiny_base(Path(scratch) / "tiny")
         for stage in given.stages:
             for side in ("ours",) if stage == "ppo" else ("plain", "ours"):
-                run = ppo(given, config, Path(scratch)) if stage == "ppo" else None
-                found.append(run or train(stage, side, given, config, Path(scratch)))
-                _reset(torch.device(given.device))
-    machine = torch.cuda.get_device_name() if given.device == "cuda" else "cpu"
-    settings = {"machine": machine, "torch": torch.__version__, **{k: str(v) for k, v in vars(given).items()}}
-    given.out.write_text(json.dumps({**settings, "measured": [asdict(one) for one in found]}, indent=1) + "\n")
+                print(f"{stage}, {side} ...", flush=True)
+                _reset(device)
+                found.append(measured(stage, side, given, config, Path(scratch)))
+                write_json(given.out, {**settings, "measured": [asdict(one) for one in found]})
     print(f"\n{machine}, {'tiny' if given.tiny else given.model}, {given.rows} x {given.length}; {given.out}")
-    print("| stage | side | planned GiB | measured GiB | planned tokens/s | measured tokens/s |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| stage | side | planned GiB | measured GiB | reserved GiB | planned tokens/s | measured tokens/s | note |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for one in found:
-        shown = [one.planned_gib, one.measured_gib, one.planned_tokens_per_second, one.tokens_per_second]
+        shown = list(asdict(one).values())[2:-1]
         cells = ["" if v is None else f"{v:.2f}" if v < 100 else f"{v:.0f}" for v in shown]
-        print(f"| {one.stage} | {one.side} | {' | '.join(cells)} |")
+        print(f"| {one.stage} | {one.side} | {' | '.join(cells)} | {one.note} |")
 
 
 if __name__ == "__main__":

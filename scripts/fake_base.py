@@ -35,10 +35,10 @@ class MatMul4(torch.autograd.Function):
 class StandInLinear4bit(bnb.nn.Linear4bit):
     """nf4 with double quantisation: blocks of 64 weights, their scales in one byte, blocks of 256 scales."""
 
-    def __init__(self, layer: torch.nn.Linear) -> None:
+    def __init__(self, layer: torch.nn.Linear, dtype: torch.dtype) -> None:
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.compute_dtype = torch.bfloat16
+        self.compute_dtype = dtype
         count = layer.in_features * layer.out_features
         weight = torch.empty(count // 2, 1, dtype=torch.uint8, device=layer.weight.device)
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -49,25 +49,25 @@ class StandInLinear4bit(bnb.nn.Linear4bit):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # The kernel adds the bias itself, without a second result.
-        return MatMul4.apply(x.to(torch.bfloat16), self.weight, (self.out_features, self.in_features))  # type: ignore[no-any-return]
+        return MatMul4.apply(x.to(self.compute_dtype), self.weight, (self.out_features, self.in_features))  # type: ignore[no-any-return]
 
 
-def fake_base(config: Any, reward: bool = False) -> Any:
-    """The frozen base under FakeTensorMode: linear layers in 4 bits, all else in bfloat16."""
+def fake_base(config: Any, reward: bool = False, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The frozen base under FakeTensorMode: linear layers in 4 bits, all else in `dtype`."""
     made = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     with torch.device("meta"):
-        model = made.from_config(config, dtype=torch.bfloat16)
+        model = made.from_config(config, dtype=dtype)
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and name not in ("lm_head", "score"):
             parent = model.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], StandInLinear4bit(module))
+            setattr(parent, name.rpartition(".")[2], StandInLinear4bit(module, dtype))
     made_once: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
                 if id(parameter) not in made_once:
-                    dtype = parameter.dtype if parameter.dtype is torch.uint8 else torch.bfloat16
-                    real = torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)
+                    held = parameter.dtype if parameter.dtype is torch.uint8 else dtype
+                    real = torch.nn.Parameter(torch.empty(parameter.shape, dtype=held), requires_grad=False)
                     vars(real).update({k: v for k, v in vars(parameter).items() if not k.startswith("_")})
                     made_once[id(parameter)] = real
                 module._parameters[name] = made_once[id(parameter)]
@@ -81,9 +81,14 @@ def fake_base(config: Any, reward: bool = False) -> Any:
 def _attention(attend: Any, *args: Any, attn_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
     """On CUDA every layer turns a boolean mask into numbers of its own, which its backward pass keeps."""
     if attn_mask is not None and attn_mask.dtype is torch.bool:
-        attn_mask = torch.zeros(attn_mask.shape, dtype=torch.bfloat16)
+        attn_mask = torch.zeros(attn_mask.shape, dtype=args[0].dtype)
     result: torch.Tensor = attend(*args, attn_mask=attn_mask, **kwargs)
     return result
+
+
+def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """On CUDA what was dropped is kept as one byte for each element, on a CPU in the element's type."""
+    return torch.native_dropout(x, p, True)[0] if training and p else x
 
 
 @contextlib.contextmanager
@@ -91,6 +96,7 @@ def as_on_cuda() -> Iterator[None]:
     """Fake tensors, and TRL's fused LM head as its CUDA kernels are: they work inside the tile they are given."""
     kept = {name: getattr(chunked_logprob, name) for name in ("_forward_tile", "_backward_tile", "_addmm_fp32")}
     moved, attend = torch.nn.Module.to, torch.nn.functional.scaled_dot_product_attention
+    dropout, torch.nn.functional.dropout = torch.nn.functional.dropout, _dropout
     # Which positions have labels is not known of a fake tensor: all go through the head.
     compacts, trl_utils._use_triton = trl_utils._use_triton, lambda device: False
     for name in kept:
@@ -104,6 +110,7 @@ def as_on_cuda() -> Iterator[None]:
     finally:
         torch.nn.Module.to = moved  # type: ignore[method-assign]
         torch.nn.functional.scaled_dot_product_attention = attend
+        torch.nn.functional.dropout = dropout
         trl_utils._use_triton = compacts
         for name, function in kept.items():
             setattr(chunked_logprob, name, function)

@@ -42,6 +42,7 @@ from pipeline.plan.shapes import shapes_of
 from pipeline.ppo.actors import REFERENCE, VALUE, Actors
 from pipeline.ppo.settings import PPOSettings
 from pipeline.ppo.trainer import PPOTrainer
+from pipeline.stages.splitting import _put_back, _taken_gradients
 
 MODELS: dict[str, dict[str, Any]] = {
     # the widths of config.json; what is not said is the family's default
@@ -94,6 +95,32 @@ MODELS: dict[str, dict[str, Any]] = {
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 Bytes = dict[str, int]
 MIB = 2**20
+STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "evaluation")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a recipe's model section may say beside the usual."""
+
+    dtype: str = "bfloat16"
+    attention: str = "sdpa"
+    dropout: float = 0.0
+    r: int = 16
+
+    @property
+    def lora(self) -> dict[str, Any]:
+        return {**LORA, "r": self.r, "lora_dropout": self.dropout}
+
+    @property
+    def name(self) -> str:
+        usual = Variant()
+        return ", ".join(f"{key} {value}" for key, value in vars(self).items() if value != getattr(usual, key))
+
+
+USUAL = Variant()
+VARIED = ("Llama-3.1-8B", "Qwen2.5-1.5B", "SmolLM2-1.7B")
+"""Models of which the variants are counted too."""
+VARIANTS = (Variant(dtype="float32"), Variant(attention="eager"), Variant(dropout=0.1), Variant(r=128))
 
 
 @dataclass(frozen=True)
@@ -105,6 +132,7 @@ class Entry:
     rows: int
     length: int
     checkpointed: str
+    variant: str
     part: str
     planned: int
     counted: int
@@ -125,19 +153,19 @@ class Counter(LiveBytes):
         return found
 
 
-def step(config: dict[str, Any], stage: str, rows: int, length: int, checkpointed: int, lora: dict[str, Any]) -> Bytes:
-    """A training step of sft, dpo (rows: both answers of each pair) or reward, and the evaluation after it."""
+def step(config: dict[str, Any], stage: str, rows: int, length: int, checkpointed: int, variant: Variant) -> Bytes:
+    """A step of pretrain (rows packed into one), sft, dpo (rows: both answers of each pair) or reward."""
     live, found = Counter(), {}
     with as_on_cuda(), live:
-        base = fake_base(hf_config(config), reward=stage == "reward")
+        base = fake_base(hf_config(config, variant), stage == "reward", getattr(torch, variant.dtype))
         found["weights"] = live.now
         if stage != "reward":
-            outputs = ("log_probs", "entropy", "is_top1") if stage == "sft" else ("log_probs", "entropy")
+            outputs = ("log_probs", "entropy") if stage == "dpo" else ("log_probs", "entropy", "is_top1")
             add_fused_lm_head(base, outputs=outputs)
         task = (
             {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if stage == "reward" else {"task_type": "CAUSAL_LM"}
         )
-        model = adapters._ready(get_peft_model(base, LoraConfig(**{**lora, **task})))
+        model = adapters._ready(get_peft_model(base, LoraConfig(**{**variant.lora, **task})))
         if stage == "dpo":
             adapters.twin(model, "ref")
             model.set_adapter("default")
@@ -147,20 +175,25 @@ def step(config: dict[str, Any], stage: str, rows: int, length: int, checkpointe
         before = live.now
         states = [torch.zeros_like(weight) for weight in trained for _ in ("exp_avg", "exp_avg_sq")]
         found["optimizer"] = live.now - before
-        for turn in ("with the gradients still to be made", "on top of them"):
-            live.mark()
-            _loss(model, stage, rows, length).backward()
-            found["gradients" if turn.startswith("with") else "activations"] = (
-                sum(weight.grad.nbytes for weight in trained) if turn.startswith("with") else live.above()
-            )
-        del states
+        _loss(model, stage, rows, length).backward()
+        found["gradients"] = sum(weight.grad.nbytes for weight in trained)
+        live.mark()
+        aside = _taken_gradients(model)  # as the trainer does from one micro-batch to the next
+        _loss(model, stage, rows, length).backward()
+        _put_back(aside)
+        found["activations"] = live.above()
+        del states, aside
     return found
 
 
 def _loss(model: Any, stage: str, rows: int, length: int) -> torch.Tensor:
     model.train()
-    batch = {"input_ids": torch.zeros(rows, length, dtype=torch.long)}
-    batch["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
+    if stage == "pretrain":
+        batch = {"input_ids": torch.zeros(1, rows * length, dtype=torch.long)}
+        batch["position_ids"] = torch.arange(length).repeat(rows)[None]
+    else:
+        batch = {"input_ids": torch.zeros(rows, length, dtype=torch.long)}
+        batch["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
     with computing(model):
         if stage == "reward":
             return model(**batch, use_cache=False).logits.sum()  # type: ignore[no-any-return]
@@ -180,11 +213,12 @@ def _loss(model: Any, stage: str, rows: int, length: int) -> torch.Tensor:
     return log_probs.sum()  # type: ignore[no-any-return]
 
 
-def evaluation(config: dict[str, Any], rows: int, length: int, lora: dict[str, Any]) -> int:
+def evaluation(config: dict[str, Any], rows: int, length: int, variant: Variant) -> int:
     """Peak above what stays of scoring rows without gradients, as evaluate/scoring.py does."""
     live = Counter()
     with as_on_cuda(), live, torch.no_grad():
-        model = adapters._ready(get_peft_model(fake_base(hf_config(config)), LoraConfig(**lora, task_type="CAUSAL_LM")))
+        base = fake_base(hf_config(config, variant), dtype=getattr(torch, variant.dtype))
+        model = adapters._ready(get_peft_model(base, LoraConfig(**variant.lora, task_type="CAUSAL_LM")))
         model.eval()
         language_model = LanguageModel(model, 0)
         live.mark()
@@ -195,15 +229,15 @@ def evaluation(config: dict[str, Any], rows: int, length: int, lora: dict[str, A
         return live.above()
 
 
-def ppo(config: dict[str, Any], settings: PPOSettings, prompt: int, checkpointed: int, lora: dict[str, Any]) -> Bytes:
+def ppo(config: dict[str, Any], settings: PPOSettings, prompt: int, checkpointed: int, variant: Variant) -> Bytes:
     """A PPO step with one reward model; prompts and answers of full length."""
     live, found = Counter(), {}
     tokenizer = _tokenizer()
     with as_on_cuda(), live:
-        hf = hf_config(config)
-        base = fake_base(hf)
+        hf = hf_config(config, variant)
+        base = fake_base(hf, dtype=getattr(torch, variant.dtype))
         found["weights"] = live.now
-        model = adapters._ready(get_peft_model(base, LoraConfig(**lora, task_type="CAUSAL_LM")))
+        model = adapters._ready(get_peft_model(base, LoraConfig(**variant.lora, task_type="CAUSAL_LM")))
         adapters.twin(model, REFERENCE)
         adapters.twin(model, "reward-reward")
         if settings.critic == "adapter":
@@ -236,9 +270,9 @@ def checkpoint_first(model: Any, count: int) -> None:
         layer.gradient_checkpointing = index < count
 
 
-def hf_config(config: dict[str, Any], **more: Any) -> Any:
-    named = {key: value for key, value in config.items() if key != "model_type"}
-    return AutoConfig.for_model(config["model_type"], **named, pad_token_id=0, attn_implementation="sdpa", **more)
+def hf_config(config: dict[str, Any], variant: Variant = USUAL, **more: Any) -> Any:
+    named = {key: value for key, value in config.items() if key != "model_type"} | more
+    return AutoConfig.for_model(config["model_type"], **named, pad_token_id=0, attn_implementation=variant.attention)
 
 
 @cache
@@ -247,64 +281,87 @@ def _tokenizer() -> Any:
         return AutoTokenizer.from_pretrained(make_tiny_base(Path(scratch) / "tiny"))
 
 
-def against_plan(name: str, layers: int, kind: str, rows: int, length: int, checkpointed: int) -> Iterator[Entry]:
+def against_plan(
+    name: str, layers: int, kind: str, rows: int, length: int, checkpointed: int, variant: Variant = USUAL
+) -> Iterator[Entry]:
     """Every entry of a stage as the planner has it and as it was counted."""
     config = {**MODELS[name], "num_hidden_layers": layers}
-    model = Model(shapes_of(config), Adapter())
+    model = Model(shapes_of(config), Adapter(variant.r, variant.dropout), bytes=4 if variant.dtype == "float32" else 2)
+    how = {"masked": True, "eager": variant.attention == "eager"}
     if kind == "ppo":
         settings = PPOSettings(batch_size=4 * rows, per_device_train_batch_size=rows, response_length=length // 2)
-        counted = ppo(config, settings, length - length // 2, checkpointed, LORA)
-        work = Work("ppo", rows, length, checkpointed, answer=length // 2, episodes=4 * rows, frozen=2)
+        counted = ppo(config, settings, length - length // 2, checkpointed, variant)
+        work = Work("ppo", rows, length, checkpointed, answer=length // 2, episodes=4 * rows, frozen=2, **how)
         counted["activations"] = counted.pop("forward and backward")
         counted["rollout"] = max(counted.pop("sampling"), counted.pop("scoring"))
         counted.pop("optimizers")
     elif kind == "evaluation":
-        counted = {"evaluation": evaluation(config, rows, length, LORA)}
-        work = Work("sft", rows, length, checkpointed)
+        counted = {"evaluation": evaluation(config, rows, length, variant)}
+        work = Work("sft", rows, length, checkpointed, **how)
     else:
-        counted = step(config, kind, rows, length, checkpointed, LORA)
-        work = Work(kind, rows, length, checkpointed, frozen=int(kind == "dpo"))  # type: ignore[arg-type]
+        counted = step(config, kind, rows, length, checkpointed, variant)
+        packed, frozen = kind == "pretrain", int(kind == "dpo")
+        work = Work(kind, rows, length, checkpointed, packed, frozen=frozen, **how)  # type: ignore[arg-type]
     needs = memory(model, work)
     planned = {
         "weights": needs.quantised + needs.unquantised, "adapters": needs.adapters, "gradients": needs.gradients,
         "optimizer": needs.optimizer, "activations": needs.training, "rollout": needs.rollout,
-        "evaluation": scored(model, rows * length),
+        "evaluation": scored(model, rows * length, work.scores),
     }  # fmt: skip
     for part, amount in counted.items():
-        yield Entry(name, kind, rows, length, f"{checkpointed} of {layers}", part, planned[part], amount)
+        yield Entry(name, kind, rows, length, f"{checkpointed} of {layers}", variant.name, part, planned[part], amount)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--model", action="append", choices=MODELS, help="these alone (may be repeated)")
+    parser.add_argument("--stage", action="append", choices=STAGES, help="these alone (may be repeated); ppo is slow")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    worst: list[Entry] = []
-    print("| model | stage | batch | checkpointed | planned MiB | counted MiB | error | worst other entry |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    levels = {"sft": (0, 1, given.layers), "evaluation": (0,)}
-    cases = [
-        (kind, checkpointed, rows, length)
-        for kind in ("sft", "dpo", "reward", "ppo", "evaluation")
-        for checkpointed in levels.get(kind, (0, given.layers))
-        for rows, length in ([(2, 512), (1, 4096)] if kind == "sft" else [(2, 512)])
-    ]
+    counted: list[Entry] = []
+    print("| model | stage | batch | checkpointed | variant | planned MiB | counted MiB | error | worst other entry |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in given.model or MODELS:
-        for kind, checkpointed, rows, length in cases:
-            entries = list(against_plan(name, given.layers, kind, rows, length, checkpointed))
+        for case in (case for case in cases(name, given.layers) if case[0] in (given.stage or STAGES)):
+            entries = list(against_plan(name, given.layers, *case))
+            counted += entries
             peak = next(e for e in entries if e.part in ("activations", "evaluation"))
             other = max((e for e in entries if e is not peak), key=lambda e: abs(e.error), default=None)
             told = f"{other.part} {other.error:+.1%}" if other else ""
             print(
-                f"| {name} | {kind} | {rows} x {length} | {peak.checkpointed} | {peak.planned / MIB:.0f} | "
-                f"{peak.counted / MIB:.0f} | {peak.error:+.1%} | {told} |",
+                f"| {name} | {peak.stage} | {peak.rows} x {peak.length} | {peak.checkpointed} | {peak.variant} | "
+                f"{peak.planned / MIB:.0f} | {peak.counted / MIB:.0f} | {peak.error:+.1%} | {told} |",
                 flush=True,
             )
-            worst += entries
-    entry = max(worst, key=lambda entry: abs(entry.error))
-    print(f"\n{len(worst)} entries, the worst {entry.error:+.1%}: {entry.part} of {entry.model}, {entry.stage}, "
-          f"{entry.rows} x {entry.length}, {entry.checkpointed} layers checkpointed")  # fmt: skip
+    print("\n| model | cases | entries | worst |\n| --- | --- | --- | --- |")
+    for name in [*dict.fromkeys(entry.model for entry in counted), ""]:
+        own = [entry for entry in counted if name in ("", entry.model)]
+        worst = max(own, key=lambda entry: abs(entry.error))
+        shapes = {
+            (entry.model, entry.stage, entry.rows, entry.length, entry.checkpointed, entry.variant) for entry in own
+        }
+        where = f"{worst.part}, {worst.stage}, {worst.rows} x {worst.length}, {worst.checkpointed} checkpointed"
+        print(
+            f"| {name or 'all'} | {len(shapes)} | {len(own)} | {worst.error:+.1%} ({where}"
+            f"{', ' + worst.variant if worst.variant else ''}{'' if name else ', ' + worst.model}) |"
+        )
+
+
+def cases(name: str, layers: int) -> Iterator[tuple[str, int, int, int, Variant]]:
+    """Stage, rows, length, checkpointed layers and variant of all that is counted of a model."""
+    for checkpointed in (0, 1, layers):
+        for rows, length in ((2, 512), (1, 4096)):
+            yield "sft", rows, length, checkpointed, USUAL
+    for kind in ("pretrain", "dpo", "reward", "ppo"):
+        for checkpointed in (0, layers):
+            yield kind, 2, 512, checkpointed, USUAL
+    yield "evaluation", 2, 512, 0, USUAL
+    for variant in VARIANTS if name in VARIED else ():
+        for kind in ("sft", "dpo"):
+            for checkpointed in (0, layers):
+                yield kind, 2, 1024, checkpointed, variant
+        yield "evaluation", 1, 1536, 0, variant
 
 
 if __name__ == "__main__":

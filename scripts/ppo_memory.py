@@ -33,6 +33,7 @@ from pipeline.models import adapters
 from pipeline.models.base import computing
 from pipeline.models.sampling import Episode
 from pipeline.ppo import algorithm as maths
+from pipeline.ppo import splitting
 from pipeline.ppo.actors import POLICY, REFERENCE, VALUE, Actors, packed
 from pipeline.ppo.settings import PPOSettings
 from pipeline.ppo.trainer import PPOTrainer
@@ -116,8 +117,10 @@ def step(trainer: PPOTrainer, given: argparse.Namespace, seen: Any) -> None:
         pack.advantages_BG, pack.returns_BG = maths.gae(rewards_BG, pack.values_BG, pack.mask_BG, 1.0, 0.95)
     # one update
     actors.model.train()
+    weights = [weight for optimizer in trainer.optimizers.values() for weight in optimizer.param_groups[0]["params"]]
+    tokens = float(given.batch * given.answer)
     for pack in packs:
-        trainer.backward(pack, float(given.batch * given.answer))
+        splitting.backward_in_parts(lambda part: trainer.backward(part, tokens), pack, weights, None, lambda *_: None)
     seen("forward and backward")
     for role, optimizer in trainer.optimizers.items():
         for weight in actors.trained(role).values():  # type: ignore[arg-type]

@@ -53,6 +53,18 @@ def test_gradients_survive_an_evaluation(tiny_base: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_frozen_adapter_takes_no_more_than_the_base_computes_in(tiny_base: Path) -> None:
+    """PEFT gives the reference that TRL adds four bytes a parameter, of which autocast would use two."""
+    model, _, _ = policy(tiny_base)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, weight in model.named_parameters():
+        if ".ref." in name:
+            weight.requires_grad_(False)
+    adapters.round_frozen(model)
+    held = {key: {w.dtype for name, w in model.named_parameters() if f".{key}." in name} for key in ("ref", "default")}
+    assert held == {"ref": {torch.bfloat16}, "default": {torch.float32}}
+
+
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
 def test_an_update_of_1e_6_moves_the_weights(tiny_base: Path, tmp_path: Path, kind: str) -> None:
     """Through TRL's own trainers, which round a 4-bit model's adapter to bfloat16: there most of it would be lost."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from pipeline.plan import auto
 from pipeline.plan.cards import Card, card
 from pipeline.plan.memory import memory
 from pipeline.plan.shapes import shapes_of
-from pipeline.plan.stage import planned_model, work_of
-from pipeline.recipe import build
+from pipeline.plan.stage import lengths_of, plan_stage, planned_model, work_of
+from pipeline.recipe import build, read
 from pipeline.stages import STAGES
 from pipeline.stages.stage import StageSpec
 from pipeline.worker import run_stage
@@ -40,7 +41,7 @@ def chosen(kind: str, where: str, **train: Any) -> tuple[dict[str, Any], float, 
     asked = section(kind, **train)
     found = auto.choices(STAGES[kind], asked, MODEL, SPEC, None, card(where))
     work = work_of(STAGES[kind], auto.taken(asked, found), MODEL, SPEC, None)
-    less = [memory(MODEL, w).total / card(where).memory for w in (work, _lighter(work))]
+    less = [memory(MODEL, w).total / card(where).room for w in (work, _lighter(work))]
     return found, less[0], less[1]
 
 
@@ -72,6 +73,45 @@ def test_the_longest_rows_that_fit() -> None:
     train = {"activation_checkpointing": True, "per_device_train_batch_size": 1, "max_length": "auto"}
     lengths = [chosen("sft", where, **train)[0]["max_length"] for where in ("8GB", "9GB", "12GB")]
     assert 64 <= lengths[0] < lengths[1] < lengths[2] == auto.UNKNOWN_LENGTH
+
+
+def test_no_longer_than_the_window() -> None:
+    from dataclasses import replace
+
+    model = replace(MODEL, shapes=replace(MODEL.shapes, window=2048))
+    asked = section("sft", activation_checkpointing=True, per_device_train_batch_size=1, max_length="auto")
+    assert auto.choices(STAGES["sft"], asked, model, SPEC, None, card("24GB"))["max_length"] == 2048
+
+
+QWEN3_8B = {
+    "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936, "tie_word_embeddings": False,
+}  # fmt: skip
+BASES = {
+    "Qwen/Qwen3-8B-Base": QWEN3_8B,
+    "HuggingFaceTB/SmolLM2-1.7B": MODELS["SmolLM2-1.7B"],
+    "HuggingFaceTB/SmolLM3-3B-Base": MODELS["SmolLM3-3B"],
+}
+
+
+@pytest.mark.parametrize("file", sorted(Path("recipes/cards").glob("*.yaml")), ids=lambda file: file.stem)
+def test_card_profiles_say_what_is_planned(file: Path) -> None:
+    """Every stage fits the card that the profile is for, and the totals in its head are the planner's."""
+    text = file.read_text(encoding="utf-8")
+    where = re.search(r"--gpu (\S+)", text)
+    stated = re.search(r"# +total on the GPU +([\d. ]+)", text)
+    assert where and stated
+    recipe = read(file)
+    spec = recipe.spec.model
+    model = planned_model(spec, shapes_of(BASES[spec.base]))
+    planned = {}
+    for name in recipe.order():
+        kind, asked = recipe.kind(name), recipe.stages[name]
+        lengths = lengths_of(asked, kind.contract, recipe.spec.seed)
+        found = auto.resolved(kind, asked, model, spec, lengths, card(where[1]))
+        planned[name] = plan_stage(kind, found, model, spec, lengths, card(where[1]))
+    assert all(stage.fits for stage in planned.values())
+    assert [f"{stage.memory.total / 2**30:.2f}" for stage in planned.values()] == stated[1].split()
 
 
 def test_ppo_divides_its_minibatch() -> None:

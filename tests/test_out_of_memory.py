@@ -7,18 +7,22 @@ raises, and so does, on occasion, a backward pass that has added part of its gra
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_tree
+from conftest import ROOT, tiny_tree, write_recipe
 from safetensors.torch import load_file
 
 from pipeline.errors import UserError
 from pipeline.models import adapters
 from pipeline.models.halving import in_halves
 from pipeline.ppo.splitting import sampled
+from pipeline.ppo.trainer import PPOTrainer
 from pipeline.recipe import build
 from pipeline.stages.splitting import SplitsWhenFull
 from pipeline.worker import run_stage
@@ -143,9 +147,34 @@ def test_a_limit_changes_no_ppo_policy(
     for backward in (False, True):
         runs = tmp_path / f"limited-{backward}"
         plant(monkeypatch, 80, backward)
-        limited, manifest, _ = trained(tree, runs, "ppo")
+        monkeypatch.setattr(PPOTrainer, "probes", True)
+        limited, manifest, lines = trained(tree, runs, "ppo")
+        assert [line["step"] for line in lines if "out_of_memory" in line][0] == 0, "found before the first step"
         assert manifest["data"]["counts"]["rows_at_once"] in (1, 2)
         assert max((free[name] - limited[name]).abs().max().item() for name in free) < 1e-5
+
+
+def test_two_processes_accumulate_to_one_adapter(tiny_base: Path, tmp_path: Path) -> None:
+    """Gradients of earlier micro-batches must be there when DDP averages."""
+    tree = tree_of(tiny_base, tmp_path, "sft", per_device_train_batch_size=2, max_steps=2)
+    alone, _, _ = trained({**tree, "stages": {"sft": _accumulating(tree, 4)}}, tmp_path / "one", "sft")
+    path = write_recipe(tree, tmp_path / "two.yaml")
+    said = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         "-m", "pipeline.worker", str(path), "sft", "--runs", str(tmp_path / "two")],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, timeout=180,
+    )  # fmt: skip
+    assert said.returncode == 0, said.stdout + said.stderr
+    folder = tmp_path / "two" / "tiny" / "sft"
+    found = json.loads((folder / "manifest.json").read_text())["invariants"]
+    assert found["processes"] == 2 and found["adapters_equal_on_all_processes"]
+    together = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert max((alone[name] - together[name]).abs().max().item() for name in alone) < 1e-5
+
+
+def _accumulating(tree: dict[str, Any], times: int) -> dict[str, Any]:
+    section = tree["stages"]["sft"]
+    return {**section, "train": {**section["train"], "gradient_accumulation_steps": times}}
 
 
 def test_a_rollout_is_sampled_again_in_smaller_batches() -> None:
@@ -162,6 +191,10 @@ def test_a_rollout_is_sampled_again_in_smaller_batches() -> None:
     assert tried == [9, 4, 2] and told == [(9, 4), (4, 2)]
 
 
+def _always_full(_: Any) -> list[Any]:
+    raise torch.OutOfMemoryError("CUDA out of memory. (planted)")
+
+
 def test_evaluation_in_halves_gives_the_same_numbers_in_the_same_order() -> None:
     def run(items: Any) -> list[int]:
         if len(items) > 2:
@@ -169,5 +202,9 @@ def test_evaluation_in_halves_gives_the_same_numbers_in_the_same_order() -> None
         return [item * item for item in items]
 
     assert in_halves(run, range(11)) == [item * item for item in range(11)]
+    with pytest.raises(UserError, match="one row of 11 tokens does not fit .* over 5 tokens"):
+        in_halves(_always_full, [11], tokens=lambda item: item)
+    with pytest.raises(UserError, match="Lower response_length"):
+        sampled(_always_full, 2, lambda *_: None)  # type: ignore[arg-type]
     with pytest.raises(ValueError):
         in_halves(lambda items: int("x"), [1, 2])  # type: ignore[arg-type,return-value]

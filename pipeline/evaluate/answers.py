@@ -121,7 +121,7 @@ def generate(
     plain = plain_layers(model, fold_adapter=False) if model.device.type == "cpu" else contextlib.nullcontext()
     with plain:
         for batch in batches([len(ids) + new_tokens for ids in prompts], tokens=TOKENS_AT_ONCE):
-            episodes = in_halves(answered, batch)
+            episodes = in_halves(answered, batch, lambda i: len(prompts[i]) + new_tokens)
             for index, episode in zip(batch, episodes, strict=True):
                 said = episode.answer_ids[:-1] if episode.ended else episode.answer_ids
                 text = tokenizer.decode(said, skip_special_tokens=True).strip()

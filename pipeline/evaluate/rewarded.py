@@ -10,7 +10,8 @@ import torch
 
 from pipeline.data.contracts import Row
 from pipeline.ppo import rewards
-from pipeline.ppo.actors import POLICY, REFERENCE, packed
+from pipeline.ppo.actors import POLICY, REFERENCE, Actors, Pack, packed
+from pipeline.ppo.splitting import forward_in_parts
 
 if TYPE_CHECKING:
     from pipeline.ppo.trainer import PPOTrainer
@@ -40,18 +41,24 @@ def ask(trainer: PPOTrainer, prompts: list[Row]) -> Rewarded:
         return Rewarded([], {}, [], [], [])
     rows = [row for row in prompts for _ in range(ANSWERS)]
     actors = trainer.actors
-    episodes = trainer.answers(prompts, "held-out", ANSWERS)
+    episodes = trainer.answers(rows, "held-out")
     texts = [trainer.text(episode) for episode in episodes]
     told = rewards.scores(trainer.sources, actors, trainer.tokenizer, rows, texts, trainer.at_once())
     kl = [0.0] * len(rows)
     for pack in packed(episodes, trainer.at_once(), actors.pad_id, actors.device) if trainer.step else []:
-        with torch.no_grad():  # before the first step the policy is its reference
-            difference_BG = actors.policy(pack, POLICY)[0] - actors.policy(pack, REFERENCE)[0]
+        # before the first step the policy is its reference
+        (difference_BG,) = forward_in_parts(lambda part: [_difference(actors, part)], pack)
         for row, nats in zip(pack.rows, difference_BG.sum(1).tolist(), strict=True):
             kl[row] = nats
     actors.act_as(POLICY)
     scores, by_source = rewards.total(trainer.sources, told), told if len(told) > 1 else {}
     return Rewarded(scores, by_source, kl, [len(e.answer_ids) for e in episodes], [e.ended for e in episodes])
+
+
+@torch.no_grad()
+def _difference(actors: Actors, pack: Pack) -> torch.Tensor:
+    """log pi(token) - log reference(token), (B, G)."""
+    return actors.policy(pack, POLICY)[0] - actors.policy(pack, REFERENCE)[0]
 
 
 def numbers(held_out: Rewarded) -> dict[str, float]:

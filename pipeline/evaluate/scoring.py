@@ -118,7 +118,7 @@ def _by_batches(of: Callable[[Sequence[int]], list[float]], lengths: list[int]) 
     """One value for each row, computed batch by batch."""
     values = [0.0] * len(lengths)
     for batch in batches(lengths):
-        for index, value in zip(batch, in_halves(of, batch), strict=True):
+        for index, value in zip(batch, in_halves(of, batch, lengths.__getitem__), strict=True):
             values[index] = value
     return values
 

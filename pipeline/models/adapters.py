@@ -99,6 +99,14 @@ def _beside(model: PeftModel, name: str, config: LoraConfig, tensors: dict[str, 
     _without_cast(model)
 
 
+def round_frozen(model: PeftModel) -> None:
+    """Hold the matrices of frozen adapters in the base's dtype, to which autocast would round them at each use."""
+    compute = model.get_input_embeddings().weight.dtype
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad and (".lora_A." in name or ".lora_B." in name):
+            weight.data = weight.data.to(compute)
+
+
 def others(model: PeftModel) -> list[str]:
     """The adapters beside the trained one."""
     return [name for name in model.peft_config if name != "default"]

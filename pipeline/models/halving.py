@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from pipeline.errors import UserError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -28,17 +30,27 @@ def freed() -> None:
         torch.cuda.empty_cache()
 
 
-def in_halves(run: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item]) -> list[Result]:
+def in_halves(
+    run: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item], tokens: Callable[[Item], int] | None = None
+) -> list[Result]:
     """`run` on all items, or on halves of them as often as it runs out of memory; its results in their order.
 
-    Raises what `run` raised if it cannot do even one item.
+    Raises UserError if it cannot do even one item. `tokens` says how long an item is, for that message.
     """
     try:
         return run(items)
     except RuntimeError as error:
-        if not out_of_memory(error) or len(items) == 1:
+        if not out_of_memory(error):
             raise
+        if len(items) == 1:
+            length = f"{tokens(items[0])} tokens" if tokens else "this length"
+            half = f"over {tokens(items[0]) // 2} tokens" if tokens else "as long"
+            raise UserError(
+                f"one row of {length} does not fit in memory even alone, without gradients. Leave rows {half} out of "
+                "data.test and questions, lower max_length, or take a smaller model; `onebase plan` shows what each "
+                "part needs."
+            ) from error
     freed()
     middle = len(items) // 2
     print(f"  out of memory with {len(items)} sequences at once: going on with {middle}", flush=True)
-    return in_halves(run, items[:middle]) + in_halves(run, items[middle:])
+    return in_halves(run, items[:middle], tokens) + in_halves(run, items[middle:], tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,20 +66,31 @@ def base_hash(spec: ModelSpec) -> str:
 
 
 def _not_found(base: str) -> str:
-    hint = " The demo model is fetched by: python scripts/get_demo_model.py" if "SmolLM2" in base else ""
+    hint = " The demo model is fetched by: python scripts/get_demo_model.py" if "SmolLM2-135M" in base else ""
     return f"model.base: {base} is no local folder, no .gguf file and no Hub id.{hint}"
 
 
 def _hub_commit(spec: ModelSpec) -> str:
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(spec.base, "config.json", revision=spec.revision)
     if isinstance(cached, str):
         return Path(cached).parent.name
+    commit, failure = hub_commit(spec.base, spec.revision)
+    if failure:
+        raise UserError(f"{_not_found(spec.base)} The Hub did not answer for it ({failure}).")
+    return commit
+
+
+@cache
+def hub_commit(base: str, revision: str | None) -> tuple[str, str]:
+    """The commit that the Hub names, or else the failure's name; asked once, with a few seconds' patience."""
+    from huggingface_hub import HfApi
+
     try:
-        return str(HfApi().model_info(spec.base, revision=spec.revision, timeout=10).sha)
+        return str(HfApi().model_info(base, revision=revision, timeout=4).sha), ""
     except Exception as error:  # the client raises a different class for each way a network can fail
-        raise UserError(f"{_not_found(spec.base)} The Hub did not answer for it ({type(error).__name__}).") from error
+        return "", type(error).__name__
 
 
 def cache_folder() -> Path:

@@ -11,6 +11,7 @@ stage (chosen.json) and taken again by a run that goes on, wherever it does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -54,14 +55,20 @@ def choices(
     words = asked(section)
     if not words:
         return {}
-    room = card.memory * (1 - KEPT_FREE)
+    room = card.room * (1 - KEPT_FREE)
     layers = model.shapes.layers
     rows = effective_batch(kind, section) if AUTO_WORDS[0] in words else None
     least = {**({AUTO_WORDS[0]: 1} if rows else {}), **({AUTO_WORDS[1]: True} if AUTO_WORDS[1] in words else {})}
     chosen: dict[str, Any] = {}
     if "max_length" in words:
-        tried = taken(section, {**least, "max_length": lengths.longest if lengths else UNKNOWN_LENGTH})
-        chosen["max_length"] = _longest(work_of(kind, tried, model, spec, lengths), model, room, card)
+
+        def at(length: int) -> Work:
+            return work_of(kind, taken(section, {**least, "max_length": length}), model, spec, lengths)
+
+        longest: int = min(lengths.longest if lengths else UNKNOWN_LENGTH, model.shapes.window)
+        if kind.name == "ppo":
+            longest = min(longest + at(longest).answer, model.shapes.window) if lengths else longest
+        chosen["max_length"] = _longest(at, longest, model, room, card)
     work = work_of(kind, taken(section, {**least, **chosen}), model, spec, lengths)
     if rows:
         sequences = work.rows  # of one row: two for a pair
@@ -96,13 +103,14 @@ def effective_batch(kind: Stage, section: StageSpec) -> int:
     return int(size)
 
 
-def _longest(work: Work, model: Model, room: float, card: Card) -> int:
-    least = work.answer + 1 if work.kind == "ppo" else min(STEP, work.length)
-    lengths: list[int] = [work.length, *range((work.length - 1) // STEP * STEP, least - 1, -STEP), least]
+def _longest(at: Callable[[int], Work], longest: int, model: Model, room: float, card: Card) -> int:
+    """The longest rows that fit, from `longest` down; `at` gives the work at a max_length."""
+    least = at(longest).answer + 1 if at(longest).kind == "ppo" else min(STEP, longest)
+    lengths: list[int] = [longest, *range((longest - 1) // STEP * STEP, least - 1, -STEP), least]
     for length in lengths:
-        if _total(model, replace(work, length=length)) <= room:
+        if _total(model, at(length)) <= room:
             return length
-    raise UserError(_nothing_fits(memory(model, replace(work, length=least)), card, room))
+    raise UserError(_nothing_fits(memory(model, at(least)), card, room))
 
 
 def _total(model: Model, work: Work) -> int:
@@ -111,7 +119,7 @@ def _total(model: Model, work: Work) -> int:
 
 def _nothing_fits(needs: Memory, card: Card, room: float) -> str:
     return (
-        f"auto finds nothing that fits {card.name} ({card.memory / GIB:.3g} GiB, 5 % kept free): the least needs "
+        f"auto finds nothing that fits {card.name} ({card.room / GIB:.3g} GiB, 5 % kept free): the least needs "
         f"{needs.total / GIB:.1f} GiB, {(needs.total - room) / GIB:.1f} too many, {needs.stays / GIB:.1f} of them for "
         f"weights, adapters and optimizer, {CONTEXT / GIB:.1f} for the CUDA context. Take a smaller model or r, "
         "a lower max_length, or optim: adamw_8bit."

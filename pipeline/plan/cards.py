@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.errors import UserError
 
@@ -20,6 +21,15 @@ class Card:
     teraflops: float | None = None
     bandwidth: float | None = None
     reached: float = 0.6
+    taken: int = 0
+    """Bytes that other programs hold, the desktop among them; known only of a card that is here."""
+    usable: float = 0.975
+    """Of the memory as it is sold, what CUDA hands out: its messages speak of 7.79 GiB on cards of 8, 11.76 on cards
+    of 12 and 23.69 on cards of 24. What torch itself says is usable whole."""
+
+    @property
+    def room(self) -> int:
+        return round(self.memory * self.usable) - self.taken
 
 
 def _card(name: str, gib: int, teraflops: float, bandwidth: float, reached: float = 0.6) -> Card:
@@ -32,12 +42,14 @@ CARDS = {
         # Public runs: 0.73 on a 3090, 0.61 to 0.70 on a 4090; 0.32 to 0.58 on an A100, 0.45 to 0.5 on an H100, where
         # other things than matrix products take their share.
         _card("rtx3060", 12, 25.5, 360),
+        _card("rtx3060ti", 8, 32.4, 448),
         _card("rtx3070", 8, 40.6, 448),
         _card("rtx3080", 10, 59.5, 760),
         _card("rtx3090", 24, 71, 936),
         _card("rtx4060", 8, 30.2, 272),
         _card("rtx4060ti", 16, 44.1, 288),
         _card("rtx4070", 12, 58.3, 504),
+        _card("rtx4070super", 12, 71.0, 504),
         _card("rtx4070tisuper", 16, 88, 672),
         _card("rtx4080", 16, 97.5, 717),
         _card("rtx4090", 24, 165, 1008),
@@ -79,14 +91,21 @@ def present() -> Card | None:
 
     if not shutil.which("nvidia-smi"):
         return None
-    ask = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits", "--id=0"]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    query = "--query-gpu=name,memory.total,memory.used"
+    ask = ["nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={first}"]
     try:
-        name, mib = subprocess.run(ask, capture_output=True, text=True, timeout=3, check=True).stdout.split(",")
-        memory = int(mib) * 2**20
+        name, total, used = subprocess.run(ask, capture_output=True, text=True, timeout=3, check=True).stdout.split(",")
+        memory, taken = int(total) * 2**20, int(used) * 2**20
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
+    return named(name.strip(), memory, taken)
+
+
+def named(name: str, memory: int, taken: int = 0, usable: float = 0.975) -> Card:
+    """A card that is here, with the speeds that are known of its kind."""
     try:
-        known = card(name.strip())
+        known = card(name)
     except UserError:
-        return Card(name.strip(), memory)
-    return Card(name.strip(), memory, known.teraflops, known.bandwidth, known.reached)
+        known = Card(name, memory)
+    return replace(known, name=name, memory=memory, taken=taken, usable=usable)

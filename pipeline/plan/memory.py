@@ -8,7 +8,7 @@ compute dtype. Not counted there, and added here as CONTEXT: the CUDA context, c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.plan.shapes import QUANTISED_BITS, Linear, Shapes
@@ -22,9 +22,13 @@ EVALUATION_LOGITS = 1 << 25
 """LOGITS_AT_ONCE of ppo/actors.py and of evaluate/scoring.py."""
 EVALUATION_TOKENS = 1536
 ANSWER_TOKENS = 4096
+"""Tokens of a batch of evaluate/scoring.py and of evaluate/answers.py."""
+SHARD_BYTES = 2 << 30
+"""Of publish/merged.py."""
+ANSWER_ROW = 64
+"""Tokens that a question and its answer are taken to have."""
 NORM_BACKWARD = 22
 """Bytes for each hidden unit that the backward pass of a norm holds: five tensors in float32 and one in bfloat16."""
-"""Tokens of a batch of evaluate/scoring.py and of evaluate/answers.py."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,10 @@ class Work:
     """Rows are laid end to end in one, with a mask of (rows x length) squared."""
     masked: bool = True
     """Attention is given an explicit mask (sdpa and padding); flash attention takes none."""
+    eager: bool = False
+    """Attention keeps its scores: for each head a matrix of rows x length x length."""
+    accumulates: bool = True
+    """An optimizer step has several passes: the gradients of those before wait aside while a pass makes its own."""
     optimizer_bytes: float = 8.0
     """Of the optimizer's state for each trained parameter."""
     trained: int = 1
@@ -67,11 +75,25 @@ class Work:
     episodes: int = 0
     """Of ppo: most tokens of an answer, and answers sampled at once."""
     dequantized_rollout: bool = False
+    held_out: int = 0
+    """Tokens of the longest held-out row; it is scored whole, whatever the rows of training are cut to."""
+    answering: int = ANSWER_TOKENS
+    """Tokens of the questions answered at once."""
     evaluates: bool = True
 
     @property
     def tokens(self) -> int:
         return self.rows * self.length
+
+    @property
+    def scores(self) -> int:
+        """Of eager attention for each head, in the largest pass."""
+        return self.tokens * self.span if self.eager else 0
+
+    @property
+    def span(self) -> int:
+        """Tokens that a row of the attention mask has."""
+        return self.tokens if self.packed else self.length
 
 
 @dataclass(frozen=True)
@@ -94,7 +116,8 @@ class Memory:
     rollout: int
     evaluation: int
     merging: int
-    """Of a merge for publishing, in a process of its own: the dequantised model and one matrix in float32."""
+    """Of writing merged weights, in a process of its own: the base, one layer's sum in float32, and in RAM one shard
+    (publish/merged.py). Reading them back to compare takes all of them once more, in the compute dtype."""
 
     @property
     def stays(self) -> int:
@@ -132,11 +155,13 @@ class Model:
         if s.qk_norm:
             kept += 4 * (s.q + s.kv) + 4 * (s.heads + s.kv_heads)
         # attention keeps q, k, v, its result and a normaliser a head; under a mask grouped k and v are repeated
-        repeated = work.masked and 1 < s.kv_heads < s.heads
+        repeated = (work.masked and s.kv_heads > 1 or work.eager) and s.kv_heads < s.heads
         values = s.q if repeated else (s.q + 2 * s.kv if s.fused else s.kv)
         kept += b * (s.q + (s.q if repeated else s.kv) + values + s.q) + 4 * s.heads
-        if work.masked:
-            kept += b * (work.tokens if work.packed else work.length)
+        if work.eager:  # the softmax in float32 and what is made of it
+            kept += (4 * (b < 4) + b) * s.heads * work.span
+        elif work.masked:
+            kept += b * work.span
         # the MLP keeps gate, up and what the activation makes of the gate
         kept += b * 3 * s.intermediate
         if self.adapter.dropout:
@@ -151,13 +176,15 @@ class Model:
         largest = max(linear.inputs * linear.outputs for linear in self.shapes.linears())
         return self.bytes * largest if self.quantised else 0
 
-    def transient(self, tokens: int) -> int:
-        """Peak of a forward pass that keeps nothing: the MLP of one layer."""
+    def transient(self, tokens: int, scores: int = 0) -> int:
+        """Peak of a forward pass that keeps nothing: the MLP of one layer, or its attention where that is eager and
+        makes so many scores for each head."""
         s, b = self.shapes, self.bytes
         up = 2 * s.intermediate if s.fused else s.intermediate
         waiting = 4 * b * s.hidden + (0 if s.fused else b * s.intermediate)
-        copies = b * self.adapter.parameters(s)  # of the adapter's weights, rounded by autocast
-        return copies + tokens * waiting + max(tokens * 3 * b * up, tokens * b * up + self.dequantised())
+        mlp = tokens * waiting + max(tokens * 3 * b * up, tokens * b * up + self.dequantised())
+        attention = tokens * 3 * b * s.hidden + (b + 4 + 4 * (b < 4)) * s.heads * scores
+        return self.rounded() + max(mlp, attention)
 
     def held(self, work: Work) -> int:
         """What the layers keep of a whole forward pass until its backward pass begins."""
@@ -166,36 +193,58 @@ class Model:
         kept = work.tokens * (b * s.hidden * work.checkpointed + self.saved(work) * free)
         if not work.checkpointed:
             kept -= work.tokens * 4 * s.hidden  # embeddings take no gradient: the first norm keeps nothing
-        if work.masked:  # one mask of booleans for all layers
-            kept += work.tokens * (work.tokens if work.packed else work.length)
-        # autocast keeps its rounded copies of the adapter's weights while they may be used again
-        return kept + round(b * self.adapter.parameters(s) * free / s.layers)
+        if work.masked:  # one mask for all layers, of booleans or for eager attention of numbers
+            kept += work.tokens * work.span * (b if work.eager else 1)
+        return kept + round(self.rounded() * free / s.layers)
+
+    def rounded(self) -> int:
+        """Autocast's rounded copies of the adapter's weights, kept while they may be used again."""
+        return self.bytes * self.adapter.parameters(self.shapes) if self.bytes < 4 else 0
 
     def backward(self, work: Work) -> int:
-        """Peak of the backward pass: in its first norm, or as it enters the MLP of the last layer."""
+        """Peak of the backward pass. While it goes back, what it holds falls and the gradients it makes grow; those of
+        earlier passes lie aside. The peak is at its start, where checkpointing begins, or in the first layer."""
+        s = self.shapes
+        made = 4 * self.adapter.parameters(s) / s.layers if work.accumulates else 0.0
+        peaks = []
+        for left in {s.layers, min(work.checkpointed, s.layers), 1} - {0}:
+            below = replace(self, shapes=replace(s, layers=left))
+            held = below._backward(replace(work, checkpointed=min(work.checkpointed, left)))
+            peaks.append(held + round(made * (s.layers - left)))
+        return max(peaks)
+
+    def _backward(self, work: Work) -> int:
+        """Peak in the last layer: in the norm behind it, or as it enters its MLP or its attention."""
         s, b = self.shapes, self.bytes
         held = self.held(work)
         last_norm = held + work.tokens * (4 + NORM_BACKWARD) * s.hidden
         if work.checkpointed == s.layers:  # the last layer is computed again first
-            held += work.tokens * self.saved(work) + round(b * self.adapter.parameters(s) / s.layers)
+            held += work.tokens * self.saved(work) + round(self.rounded() / s.layers)
         down = b * s.intermediate * s.hidden if self.quantised else 0
         entering = held + work.tokens * b * (s.intermediate + s.hidden) + down
         # as the way back passes the product of gate and up, with nothing unpacked
-        product = held + work.tokens * b * (2 * s.intermediate + s.hidden)
+        product = held + work.tokens * b * ((3 if s.fused else 2) * s.intermediate + s.hidden)
         # where gate and up are one matrix it is the larger one, and its gradient comes when less is held
         later = held + self.dequantised() + work.tokens * b * (s.hidden - s.intermediate)
         own_norm = held + work.tokens * NORM_BACKWARD * s.hidden if s.norms > 2 else 0
-        return max(last_norm, entering, product, later, own_norm)
+        scores = 0
+        if work.eager:  # by then the MLP's part is gone; the way back through the softmax is in float32
+            gone = 4 * s.hidden + b * (3 * s.intermediate + (s.hidden + s.intermediate) * (not self.adapter.dropout))
+            scores = held + work.tokens * ((b + 4) * s.heads * work.span - gone)
+        return max(last_norm, entering, product, later, own_norm, scores)
 
 
 def memory(model: Model, work: Work) -> Memory:
     """What a stage needs on a GPU."""
+    if work.kind == "ppo":  # which switches dropout off
+        model = replace(model, adapter=replace(model.adapter, dropout=0.0))
     s, b = model.shapes, model.bytes
     quantised, unquantised = model.weights(reward=work.kind == "reward")
     parameters = model.adapter.parameters(s) + (s.hidden if work.kind == "reward" else 0)
     trained = work.trained * parameters
     held = model.held(work)
     activations = model.backward(work)
+    largest = max(linear.inputs * linear.outputs for linear in s.linears())
     final = work.tokens * (4 + b) * s.hidden  # the last norm's input in float32, and the states the head is given
     rollout = cache = scoring = 0
     if work.kind == "ppo":
@@ -211,7 +260,7 @@ def memory(model: Model, work: Work) -> Memory:
         logits = final + work.tokens * (4 + b) * s.hidden + tile
         if work.kind == "dpo":
             # the reference's forward pass, while the policy's waits for its backward pass
-            activations = max(activations, held + final + model.transient(work.tokens))
+            activations = max(activations, held + final + model.transient(work.tokens, work.scores))
     return Memory(
         quantised=quantised,
         unquantised=unquantised,
@@ -224,36 +273,58 @@ def memory(model: Model, work: Work) -> Memory:
         training=max(activations, held + logits),
         rollout=max(rollout, scoring),
         evaluation=evaluation(model, work) if work.evaluates else 0,
-        merging=s.parameters * b + 8 * max(linear.inputs * linear.outputs for linear in s.linears()),
+        merging=quantised + unquantised + min(SHARD_BYTES, s.parameters * b) + (b + 12) * largest,
     )
 
 
 def _rollout(model: Model, work: Work, cache: int) -> int:
     s, b = model.shapes, model.bytes
     prompt = work.length - work.answer
-    prefill = model.transient(work.episodes * prompt) + cache * prompt // work.length
-    # one layer's keys and values are copied to make room for the next token; the distribution is made in float32
-    step = cache + cache // s.layers + work.episodes * s.vocab * (b + 12)
-    return max(prefill, step) + (b * s.linear_parameters if work.dequantized_rollout else 0)
+    scores = work.episodes * prompt * prompt if work.eager else 0
+    prefill = model.transient(work.episodes * prompt, scores) + cache * prompt // work.length
+    step = _decoding(model, work, cache, work.episodes)
+    if not work.dequantized_rollout:
+        return max(prefill, step)
+    # the copies are made in float32, one after the other
+    merging = 12 * max(linear.inputs * linear.outputs for linear in s.linears())
+    return b * s.linear_parameters + max(prefill, step, merging)
+
+
+def _decoding(model: Model, work: Work, cache: int, rows: int) -> int:
+    """A step of sampling: one layer's keys and values are copied to make room for the next token, and again, once for
+    each head that shares them; the distribution is made in float32."""
+    s, b = model.shapes, model.bytes
+    layer = cache // s.layers
+    shared = s.heads // s.kv_heads if (work.masked or work.eager) and s.kv_heads < s.heads else 0
+    return cache + max(layer * max(1, shared), rows * s.vocab * (b + 12))
 
 
 def _scoring(model: Model, work: Work) -> int:
     s = model.shapes
     at_once = min(work.rows * work.answer, max(1, PPO_LOGITS // s.vocab))
     head = work.tokens * model.bytes * s.hidden + at_once * s.vocab * (model.bytes + 8)
-    return max(head, model.transient(2 * work.tokens))
+    return max(head, model.transient(2 * work.tokens, 2 * work.scores))
 
 
 def evaluation(model: Model, work: Work) -> int:
     """Held-out scoring and questions: batches of so many tokens, or of one row."""
-    answering = model.transient(ANSWER_TOKENS)
+    tokens = max(EVALUATION_TOKENS, work.held_out)
+    scores = tokens * work.held_out if work.eager else 0
     if work.kind == "reward":
-        return model.transient(max(EVALUATION_TOKENS, work.length))
-    return max(answering, scored(model, max(EVALUATION_TOKENS, work.length)))
+        return model.transient(tokens, scores)
+    answering = 0
+    if work.answering:
+        s = model.shapes
+        cache = work.answering * 2 * s.layers * s.kv * model.bytes
+        prefill = model.transient(work.answering, work.answering * ANSWER_ROW if work.eager else 0) + cache
+        answering = max(prefill, _decoding(model, work, cache, max(1, work.answering // ANSWER_ROW)))
+    if work.kind == "ppo":
+        return answering
+    return max(answering, scored(model, tokens, scores))
 
 
-def scored(model: Model, tokens: int) -> int:
+def scored(model: Model, tokens: int, scores: int = 0) -> int:
     """A pass without gradients over so many tokens, and their log-likelihoods, a part of the logits at a time."""
     s, b = model.shapes, model.bytes
-    head = tokens * b * s.hidden + min(EVALUATION_LOGITS // s.vocab, tokens) * s.vocab * (b + 8)
-    return max(model.transient(tokens), head)
+    head = tokens * b * s.hidden + min(EVALUATION_LOGITS // s.vocab, tokens) * s.vocab * (b + 4 + 4 * (b < 4))
+    return max(model.transient(tokens, scores), head)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.models.spec import ModelSpec
+from pipeline.models.spec import ModelSpec, hub_commit
 
 FAMILIES: dict[str, dict[str, Any]] = {
     # model_type of config.json: in what its decoder layer differs from Llama's
@@ -179,9 +179,10 @@ def _from_hub(spec: ModelSpec) -> Path:
     cached = try_to_load_from_cache(spec.base, "config.json", revision=spec.revision)
     if isinstance(cached, str):
         return Path(cached)
+    absent = f"{spec.base}: its config.json is not on this disk and the Hub did not give it"
+    if failure := hub_commit(spec.base, spec.revision)[1]:  # a download would try again for half a minute
+        raise UserError(f"{absent} ({failure})")
     try:
         return Path(hf_hub_download(spec.base, "config.json", revision=spec.revision, etag_timeout=3))
     except Exception as error:  # the client raises a different class for each way a network can fail
-        raise UserError(
-            f"{spec.base}: its config.json is not on this disk and the Hub did not give it ({type(error).__name__})"
-        ) from error
+        raise UserError(f"{absent} ({type(error).__name__})") from error

@@ -12,7 +12,7 @@ from pipeline.data.load import read_split
 from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec
 from pipeline.plan.cards import Card
-from pipeline.plan.memory import Adapter, Memory, Model, Work, memory
+from pipeline.plan.memory import ANSWER_ROW, ANSWER_TOKENS, Adapter, Memory, Model, Work, memory
 from pipeline.plan.shapes import Shapes
 from pipeline.plan.time import ppo_seconds, step_seconds
 from pipeline.stages.arguments import defaults
@@ -20,9 +20,10 @@ from pipeline.stages.stage import Stage, StageSpec
 
 READ_AT_MOST = 50 << 20
 """Bytes of a data file that is read to estimate the lengths of its rows."""
-CHARACTERS = 4.0
-"""Of a token of English text, on average; the longest row is taken to have only LONGEST_CHARACTERS a token."""
-LONGEST_CHARACTERS = 3.0
+TOKEN_BYTES = 4.0
+"""Of UTF-8 in a token, on average over English text and, at three bytes a character, over Chinese; the longest row is
+taken to have only LONGEST_TOKEN_BYTES in each."""
+LONGEST_TOKEN_BYTES = 3.0
 TEMPLATE = 32
 """Tokens that a chat template adds to a row."""
 ANSWER_SHARE = 0.5
@@ -36,15 +37,21 @@ OPTIMIZER_BYTES = {
 }
 
 
+NOT_KNOWN_OF_LORA = (
+    "use_dora", "rank_pattern", "layers_to_transform", "layer_replication", "target_parameters", "exclude_modules",
+    "trainable_token_indices", "lora_bias", "bias",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of a stage's rows, estimated from their characters."""
+    """Tokens of a stage's rows, estimated from their bytes."""
 
     rows: list[int]
 
     @property
     def longest(self) -> int:
-        return round(max(self.rows) * CHARACTERS / LONGEST_CHARACTERS) + TEMPLATE
+        return round(max(self.rows) * TOKEN_BYTES / LONGEST_TOKEN_BYTES) + TEMPLATE
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Planned:
 
     @property
     def fits(self) -> bool | None:
-        return None if self.card is None else self.memory.total <= self.card.memory
+        return None if self.card is None else self.memory.total <= self.card.room
 
 
 def settings(kind: Stage, section: StageSpec) -> dict[str, Any]:
@@ -73,21 +80,27 @@ def settings(kind: Stage, section: StageSpec) -> dict[str, Any]:
 def planned_model(spec: ModelSpec, shapes: Shapes) -> Model:
     """Raises UserError for an adapter whose memory is not known."""
     lora = spec.lora
-    for word in ("use_dora", "rank_pattern", "layers_to_transform", "target_parameters"):
-        if lora.get(word):
+    for word in NOT_KNOWN_OF_LORA:
+        if lora.get(word) not in (None, False, "none"):
             raise UserError(f"model.lora.{word}: what it needs is not known here")
     targets = lora.get("target_modules", "all-linear")
     names = {linear.name for linear in shapes.linears()}
-    if targets != "all-linear" and not (isinstance(targets, list) and names & set(targets)):
-        raise UserError(f"model.lora.target_modules: {targets} names none of {', '.join(sorted(names))}")
-    if spec.attn_implementation == "eager":
-        raise UserError("model.attn_implementation: what eager attention keeps is not known here")
+    if targets != "all-linear" and not (isinstance(targets, list) and targets and names >= set(targets)):
+        raise UserError(
+            f"model.lora.target_modules: what {targets} needs is not known here; known are all-linear and a list of "
+            f"{', '.join(sorted(names))}"
+        )
     adapter = Adapter(
         r=int(lora.get("r", 8)),
         dropout=float(lora.get("lora_dropout", 0.0)),
         targets=None if targets == "all-linear" else tuple(targets),
     )
     return Model(shapes, adapter, spec.quantize != "none", 4 if spec.dtype == "float32" else 2)
+
+
+def optimizer_bytes(optim: Any) -> float:
+    """State for each trained parameter, of an optimizer by transformers' name for it."""
+    return OPTIMIZER_BYTES.get(str(getattr(optim, "value", optim)), 8.0)
 
 
 def checkpointed_layers(words: dict[str, Any], layers: int) -> int:
@@ -103,30 +116,45 @@ def lengths_of(section: StageSpec, contract: Contract, seed: int) -> Lengths | N
     if not all(path.is_file() and path.stat().st_size <= READ_AT_MOST for path in paths):
         return None
     rows = read_split(section.data, contract, seed).train
-    return Lengths([max(1, round(_characters(row) / CHARACTERS)) for row in rows])
+    return Lengths([max(1, round(_text_bytes(row) / TOKEN_BYTES)) for row in rows])
+
+
+def _asked(section: StageSpec, longest: int) -> int:
+    """Tokens of the questions that a stage answers at once; without a file of them, of three held-out prompts."""
+    file = Path(section.questions) if section.questions else None
+    if file is None:
+        tokens = 3 * (longest + ANSWER_ROW)
+    elif file.is_file():
+        tokens = round(file.stat().st_size / TOKEN_BYTES) + ANSWER_ROW * file.read_bytes().count(b"\n")
+    else:
+        tokens = ANSWER_TOKENS
+    return min(ANSWER_TOKENS, tokens)
 
 
 def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, lengths: Lengths | None) -> Work:
     """The most that a stage puts through the model at a time."""
     words = settings(kind, section)
-    masked = "flash" not in spec.attn_implementation
+    if words.get("label_smoothing_factor"):
+        raise UserError(f"{section.kind}: label_smoothing_factor makes all logits at once, which is not planned")
     rows = int(words["per_device_train_batch_size"])
     checkpointed = checkpointed_layers(words, model.shapes.layers)
     limit = words.get("max_length") or model.shapes.window
     longest = min(limit, lengths.longest) if lengths else limit
+    packed = bool(words.get("packing"))
+    attention = {"masked": "flash" not in spec.attn_implementation, "eager": spec.attn_implementation == "eager"}
+    common: dict[str, Any] = {**attention, "answering": _asked(section, longest)}
     if kind.name == "ppo":
         answer = words["response_length"]
         share = words["mini_batch_size"] or words["batch_size"]
-        prompt = longest if lengths else (words["max_length"] or 2 * answer) - answer
+        prompt = lengths.longest if lengths else (words["max_length"] or 2 * answer) - answer
         length = min(limit, prompt + answer)
         rewards = sum(term.file is None for term in section.reward_terms())
         apart = words["critic"] == "adapter"
         return Work(
-            "ppo", min(rows, share), length, checkpointed, masked=masked, trained=1 + apart, frozen=1 + rewards,
-            answer=answer, episodes=words["rollout_batch_size"] or words["batch_size"],
-            dequantized_rollout=words["dequantize_rollout"],
+            "ppo", min(rows, share), length, checkpointed, trained=1 + apart, frozen=1 + rewards,
+            accumulates=share > rows, answer=answer, episodes=words["rollout_batch_size"] or words["batch_size"],
+            dequantized_rollout=words["dequantize_rollout"], **common,
         )  # fmt: skip
-    packed = bool(words.get("packing"))
     pairs = kind.name in ("dpo", "reward")
     return Work(
         kind.name,  # type: ignore[arg-type]
@@ -134,10 +162,11 @@ def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, leng
         limit if packed else longest,
         checkpointed,
         packed=packed,
-        masked=masked,
-        optimizer_bytes=OPTIMIZER_BYTES.get(str(words.get("optim")), 8.0),
-        # The first dpo of a chain has the base for its reference; one with a parent a frozen copy of its adapter.
-        frozen=int(kind.name == "dpo" and section.from_ is not None and not words.get("precompute_ref_log_probs")),
+        accumulates=int(words["gradient_accumulation_steps"]) > 1,
+        optimizer_bytes=optimizer_bytes(words.get("optim")),
+        frozen=int(kind.name == "dpo"),  # the reference, a copy of the adapter as it was
+        held_out=lengths.longest if lengths else longest,
+        **common,
     )
 
 
@@ -192,15 +221,15 @@ def _passes(words: dict[str, Any], work: Work, lengths: Lengths | None) -> float
     return wide / batches * asked
 
 
-def _characters(value: Any) -> int:
+def _text_bytes(value: Any) -> int:
     """Of a row's longest reading: prompt and answer, or of two answers the longer."""
     if isinstance(value, str):
-        return len(value)
+        return len(value.encode())
     if isinstance(value, list):
-        return sum(_characters(item) for item in value)
+        return sum(_text_bytes(item) for item in value)
     if not isinstance(value, dict):
         return 0
     if "content" in value:
-        return _characters(value["content"]) + len(str(value.get("role", "")))
-    either = max(_characters(value.get("chosen")), _characters(value.get("rejected")))
-    return either + sum(_characters(value.get(key)) for key in ("prompt", "completion", "messages", "text"))
+        return _text_bytes(value["content"]) + len(str(value.get("role", "")))
+    either = max(_text_bytes(value.get("chosen")), _text_bytes(value.get("rejected")))
+    return either + sum(_text_bytes(value.get(key)) for key in ("prompt", "completion", "messages", "text"))

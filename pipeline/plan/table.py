@@ -32,7 +32,7 @@ ROWS: list[tuple[str, Callable[[Planned], int]]] = [
 
 def show_plan(planned: dict[str, Planned], shapes: Shapes, card: Card | None, half: str, console: Console) -> None:
     """The memory of each stage in GiB, whether it fits, and how long it takes."""
-    where = f"on {card.name}, {card.memory / GIB:.4g} GiB" if card else "no GPU here; --gpu names one"
+    where = f"on {card.name}, {card.room / GIB:.1f} GiB free" if card else "no GPU here; --gpu names one"
     title = f"memory in GiB at each stage's peak, {shapes.parameters / 1e9:.3g}B parameters ({where})"
     table = Table(Column("", no_wrap=True), title=title, title_justify="left", box=None, pad_edge=False)
     for name in planned:
@@ -48,13 +48,13 @@ def show_plan(planned: dict[str, Planned], shapes: Shapes, card: Card | None, ha
     table.add_row("tokens/s", *(_or_none(stage.tokens_per_second, "{:.0f}") for stage in planned.values()))
     table.add_row("minutes of training", *(_minutes(stage.minutes) for stage in planned.values()))
     table.add_row("disk, GB", *(f"{stage.disk / 1e9:.2f}" for stage in planned.values()))
-    table.add_row("merging, GiB", *(_gib(stage.memory.merging) for stage in planned.values()))
+    table.add_row("merging, RAM included", *(_gib(stage.memory.merging) for stage in planned.values()))
     console.print(table)
     base = shapes.parameters * 2 / 1e9
     reached = f"{card.reached:.0%} of {card.name}'s {card.teraflops:g} bf16 TFLOPS" if card and card.teraflops else ""
     notes = [
         "The total is what always stays (weights to optimizer), the largest peak (=) and the context.",
-        f"The base is another {base:.3g} GB on disk. Lengths are estimated at 4 characters a token.",
+        f"The base is another {base:.3g} GB on disk. Lengths are estimated at 4 bytes of text a token.",
         f"Times are a roofline at {reached}; evaluation is not in them." if reached else "",
     ]
     for note in filter(None, notes):
@@ -66,10 +66,10 @@ def _gib(amount: int) -> str:
 
 
 def _fits(stage: Planned, card: Card) -> str:
-    spare = (card.memory - stage.memory.total) / GIB
+    spare = (card.room - stage.memory.total) / GIB
     if spare < 0:
         return f"[red]no, {-spare:.1f} over[/red]"
-    return f"[green]yes, {spare:.1f} free[/green]" if spare > 0.03 * card.memory / GIB else "[yellow]barely[/yellow]"
+    return f"[green]yes, {spare:.1f} free[/green]" if spare > 0.03 * card.room / GIB else "[yellow]barely[/yellow]"
 
 
 def _or_none(value: float | None, form: str) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
+from pipeline.data import render
 from pipeline.errors import UserError
 from pipeline.models.halving import freed, out_of_memory
-from pipeline.ppo import processes
+from pipeline.models.sampling import Episode
+from pipeline.ppo.actors import noted, packed
 
 if TYPE_CHECKING:
-    from pipeline.models.sampling import Episode
     from pipeline.ppo.actors import Pack
+    from pipeline.ppo.trainer import PPOTrainer
 
 Tensor = torch.Tensor
 Told = Callable[[int, int], None]
@@ -68,11 +71,32 @@ def sampled(sample: Callable[[int], list[Episode]], at_once: int, told: Told) ->
         try:
             return sample(at_once), at_once
         except RuntimeError as error:
-            if not out_of_memory(error) or at_once == 1:
+            if not out_of_memory(error):
                 raise
+            if at_once == 1:
+                raise UserError(
+                    "one answer does not fit in memory even alone, without gradients. Lower response_length, set "
+                    "dequantize_rollout: false, leave out the longest prompts, or take a smaller model; "
+                    "`onebase plan` shows what each part needs."
+                ) from error
         freed()
         told(at_once, at_once // 2)
         at_once //= 2
+
+
+def probe(trainer: PPOTrainer) -> None:
+    """Try the update's pass on the longest prompts with answers of full length, so that what does not fit is found
+    before the first rollout. Leaves no gradient behind."""
+    rows = heapq.nlargest(trainer.pack_size, trainer.rows, key=lambda row: len(str(row["prompt"])))
+    filler = trainer.settings.response_length * [trainer.actors.pad_id]
+    nothing = [0.0] * len(filler)
+    episodes = [Episode(render.prompt(trainer.tokenizer, row), filler, nothing, False, nothing) for row in rows]
+    (pack,) = packed(episodes, len(episodes), trainer.actors.pad_id, trainer.actors.device)
+    pack.old_logp_BG = noted(pack, [nothing] * len(rows))
+    pack.values_BG, pack.advantages_BG, pack.returns_BG = (torch.zeros_like(pack.mask_BG) for _ in range(3))
+    trainer.backward_of([pack], float(len(rows) * len(filler)))
+    for weight in trainer.weights():
+        weight.grad = None
 
 
 def sum_of(parts: object) -> Tensor:
@@ -80,7 +104,7 @@ def sum_of(parts: object) -> Tensor:
 
 
 def _check_can_split(error: RuntimeError, pack: Pack) -> None:
-    if not out_of_memory(error) or processes.count() > 1:
+    if not out_of_memory(error):
         raise error
     if len(pack.rows) == 1:
         length = pack.ids_BT.shape[1]

@@ -39,6 +39,9 @@ Numbers = dict[str, float]
 class PPOTrainer:
     """`rows` are prompt-only rows; every process is given all of them and takes its share of each batch."""
 
+    probes = torch.cuda.is_available()
+    """Whether the longest episodes there may be are tried before the first step. A CPU does not say that it is full."""
+
     def __init__(
         self,
         actors: Actors,
@@ -78,6 +81,8 @@ class PPOTrainer:
 
     def steps(self) -> Iterator[Numbers]:
         """Train from where it stands to the last step, giving the numbers of each."""
+        if self.probes:
+            splitting.probe(self)
         while self.step < self.settings.steps:
             started = time.monotonic()
             # 1. prompts and answers
@@ -115,18 +120,17 @@ class PPOTrainer:
         return rows, self.answers(rows, f"{step}/{self.rank}")
 
     @torch.no_grad()
-    def answers(self, rows: list[Row], name: str, copies: int = 1) -> list[Episode]:
-        """Answers to each row's prompt by the policy as it stands, `copies` of them beside each other; equal under an
-        equal name of the draw. No more are sampled at once than in training."""
+    def answers(self, rows: list[Row], name: str) -> list[Episode]:
+        """An answer to each row's prompt by the policy as it stands; equal under an equal name of the draw. No more are
+        sampled at once than in training."""
         settings, actors = self.settings, self.actors
         actors.act_as(POLICY)
         actors.model.eval()
         number = random.Random(f"{self.seed}/answers/{name}").getrandbits(63)
         with plain_layers(actors.model, fold_adapter=True) if settings.dequantize_rollout else contextlib.nullcontext():
             prompts = [render.prompt(self.tokenizer, row) for row in rows]
-            share = settings.batch_size // self.processes
-            width = self.sampled_at_once or settings.rollout_batch_size or share
-            at_once = max(1, min(len(prompts), width // copies))
+            share = settings.rollout_batch_size or settings.batch_size // self.processes
+            at_once = min(len(prompts), self.sampled_at_once or share)
 
             def draw(at_once: int) -> list[Episode]:
                 return sample(
@@ -138,12 +142,11 @@ class PPOTrainer:
                     generator=torch.Generator(actors.device).manual_seed(number),
                     at_once=at_once,
                     critic=actors.state_values if actors.value_adapter == POLICY else None,
-                    copies=copies,
                 )
 
             episodes, came_to = splitting.sampled(draw, at_once, self.when_split)
             if came_to < at_once:
-                self.sampled_at_once = came_to * copies
+                self.sampled_at_once = came_to
             return episodes
 
     def text(self, episode: Episode) -> str:
@@ -248,18 +251,9 @@ class PPOTrainer:
 
     def _minibatch(self, packs: list[Pack]) -> Numbers:
         """One optimizer step of policy and critic."""
-        settings, actors = self.settings, self.actors
+        settings = self.settings
         tokens = processes.summed(sum(len(pack.token_N) for pack in packs)).item()
-        actors.model.train()  # activation checkpointing works in training mode only; dropout is off by now
-        weights = [weight for optimizer in self.optimizers.values() for weight in optimizer.param_groups[0]["params"]]
-        sums = splitting.sum_of(
-            splitting.backward_in_parts(
-                lambda part: self.backward(part, tokens), pack, weights, self.learnt_at_once, self._learns_fewer
-            )
-            for pack in packs
-        )
-        actors.model.eval()
-        actors.act_as(POLICY)
+        sums = self.backward_of(packs, tokens)
         policy_loss, value_loss, clipped, moved, entropy, ratio = processes.summed(sums.cpu()).tolist()
         numbers = {
             "loss": policy_loss + settings.vf_coef * value_loss,
@@ -271,6 +265,23 @@ class PPOTrainer:
             "ratio": ratio,
         }
         return numbers | self._optimizer_step(finite=math.isfinite(numbers["loss"]))
+
+    def backward_of(self, packs: list[Pack], tokens: float) -> Tensor:
+        """Add the gradients of packs, each in as many parts as memory asks for; the sum of what `backward` gives."""
+        self.actors.model.train()  # activation checkpointing works in training mode only; dropout is off by now
+        sums = splitting.sum_of(
+            splitting.backward_in_parts(
+                lambda part: self.backward(part, tokens), pack, self.weights(), self.learnt_at_once, self._learns_fewer
+            )
+            for pack in packs
+        )
+        self.actors.model.eval()
+        self.actors.act_as(POLICY)
+        return sums
+
+    def weights(self) -> list[torch.nn.Parameter]:
+        """All that is trained."""
+        return [weight for optimizer in self.optimizers.values() for weight in optimizer.param_groups[0]["params"]]
 
     def _learns_fewer(self, episodes: int, left: int) -> None:
         self.learnt_at_once = left

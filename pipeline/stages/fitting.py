@@ -9,6 +9,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.plan.memory import Adapter, Model, Work, memory
 from pipeline.plan.shapes import shapes_of
+from pipeline.plan.stage import optimizer_bytes
 
 STEP = 64
 
@@ -24,16 +25,30 @@ def longest_that_fits(model: Any, args: Any, length: int) -> int:
     except UserError:
         return half
     lora = model.peft_config["default"]
-    pairs = not hasattr(args, "packing")
+    kind: Any = {"SFTConfig": "sft", "DPOConfig": "dpo"}.get(type(args).__name__, "reward")
+    layers = args.checkpointed_layers
     work = Work(
-        "dpo" if pairs else "sft",
-        rows=2 if pairs else 1,
+        kind,
+        rows=1 if kind == "sft" else 2,
         length=length,
-        checkpointed=shapes.layers if args.gradient_checkpointing else 0,
+        checkpointed=layers if isinstance(layers, int) and layers is not True else checkpoints(args) * shapes.layers,
+        masked="flash" not in model.config._attn_implementation,
+        eager=model.config._attn_implementation == "eager",
+        accumulates=args.gradient_accumulation_steps > 1,
+        optimizer_bytes=optimizer_bytes(args.optim),
+        frozen=int(kind == "dpo"),
+        evaluates=False,
     )
-    planned = Model(shapes, Adapter(lora.r, lora.lora_dropout), quantised=getattr(model, "is_loaded_in_4bit", False))
+    width = model.get_input_embeddings().weight.dtype.itemsize
+    planned = Model(shapes, Adapter(lora.r, lora.lora_dropout), getattr(model, "is_loaded_in_4bit", False), width)
     room = torch.cuda.get_device_properties(model.device).total_memory
     return longest(planned, work, room, at_most=length - 1) or half
+
+
+def checkpoints(args: Any) -> bool:
+    """Whether a trainer's arguments ask for activation checkpointing, by its newer name or its older one."""
+    newer = getattr(args, "activation_checkpointing", None)
+    return bool(args.gradient_checkpointing if newer is None else newer)
 
 
 def longest(model: Model, work: Work, room: int, at_most: int) -> int | None:

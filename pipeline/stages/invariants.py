@@ -6,6 +6,7 @@ import gc
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +40,8 @@ RELOAD_TOLERANCE = 1e-5
 BORROWED_TOLERANCE = {"float32": 1e-5}
 """Of a reward model's score on the policy's base, by dtype; 1e-3 in half precision."""
 STEP_0_TOLERANCE = 1e-4
+COMPARED = 32
+"""Tokens of an answer that policy and reference are compared on before the first step of ppo."""
 
 
 def same_base(ctx: Context, digest: str) -> Found:
@@ -222,15 +225,22 @@ def policy_is_reference(trainer: PPOTrainer) -> Found:
     Also: what the LM head gives here is what the model's own forward gives.
     """
     actors, settings = trainer.actors, trainer.settings
-    # Two episodes show it as well as many, and their full logits take no more memory than training does.
-    episodes = trainer.answers(trainer.rows[: min(2, trainer.pack_size)], "step 0")
+    # The beginnings of two episodes show it as well as all, and take less memory than training does.
+    episodes = [
+        replace(episode, answer_ids=episode.answer_ids[:COMPARED], logp=episode.logp[:COMPARED])
+        for episode in trainer.answers(trainer.rows[: min(2, trainer.pack_size)], "step 0")
+    ]
     pack = packed(episodes, trainer.pack_size, actors.pad_id, actors.device)[0]
     with torch.no_grad():
         reference_BG = actors.policy(pack, REFERENCE)[0]
         old_BG = actors.policy(pack)[0]
         with computing(actors.model):
-            logits_BTV = actors.model(input_ids=pack.ids_BT, attention_mask=pack.mask_BT, use_cache=False).logits
-        logp_NV = torch.log_softmax(logits_BTV[pack.row_N, pack.state_N].float() / settings.temperature, -1)
+            first = int(pack.state_N.min())
+            logits_BTV = actors.model(
+                input_ids=pack.ids_BT, attention_mask=pack.mask_BT, use_cache=False,
+                logits_to_keep=pack.ids_BT.shape[1] - first,
+            ).logits  # fmt: skip
+        logp_NV = torch.log_softmax(logits_BTV[pack.row_N, pack.state_N - first].float() / settings.temperature, -1)
         own_N = logp_NV.gather(-1, pack.token_N[:, None]).squeeze(-1)
     actors.model.train()
     new_BG = actors.policy(pack)[0].detach()
@@ -270,13 +280,14 @@ def one_copy_of_the_base(model: PeftModel) -> Found:
     return {"copies_of_the_base": 1}
 
 
-def processes_agree(actors: Actors) -> Found:
-    """Every process ends with the same bytes in policy and critic."""
+def processes_agree(trained: dict[str, torch.nn.Parameter]) -> Found:
+    """Every process ends with the same bytes in what was trained."""
     everyone = PartialState()
+    if everyone.num_processes == 1:
+        return {}
     total = hashlib.sha256()
-    for role in ("policy", "value"):
-        for name, weight in sorted(actors.trained(role).items()):
-            total.update(name.encode() + weight.detach().cpu().numpy().tobytes())
+    for name, weight in sorted(trained.items()):
+        total.update(name.encode() + weight.detach().cpu().numpy().tobytes())
     digests = gather_object([total.hexdigest()])
     if len(set(digests)) > 1:
         raise BrokenInvariant(

@@ -58,7 +58,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     result.before = rewarded.numbers(start)
     result.before |= answers.ask(model, tokenizer, ctx, result.samples, "before")
     result.counts |= ppo_loop.train(trainer, ctx)
-    result.invariants |= invariants.processes_agree(actors)
+    result.invariants |= invariants.processes_agree(actors.trained("policy") | actors.trained("value"))
     end = rewarded.ask(trainer, ctx.data.test or [])
     result.after = rewarded.numbers(end) | rewarded.gain(start, end, ctx.seed)
     ppo_loop.judge_end(trainer, ctx, result.after)

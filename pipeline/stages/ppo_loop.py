@@ -124,7 +124,8 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
         print(
             f"  step {trainer.step + 1}: out of memory with {episodes} episodes at once; again with {left}", flush=True
         )
-        metrics.append(ctx.out.metrics, trainer.step, {"out_of_memory": episodes, "rows_at_once": left})
+        if everyone.is_main_process:
+            metrics.append(ctx.out.metrics, trainer.step, {"out_of_memory": episodes, "rows_at_once": left})
 
     trainer.when_split = note
     progress.on_train_begin(None, state, None)

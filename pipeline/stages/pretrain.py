@@ -12,6 +12,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
 
     from pipeline.data import render
     from pipeline.evaluate import answers, scoring
+    from pipeline.models import adapters
     from pipeline.models import base as bases
     from pipeline.stages import invariants, sequences
     from pipeline.stages import trainer as shared
@@ -56,6 +57,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     result.before = scoring.language_model(model, tokenizer, test_set)
     result.before |= answers.ask(model, tokenizer, ctx, result.samples, "before")
     result.counts |= shared.train(trainer, ctx, spec)
+    result.invariants |= invariants.processes_agree(adapters.trainable(model))
     result.after = scoring.language_model(model, tokenizer, test_set)
     result.after |= answers.ask(model, tokenizer, ctx, result.samples, "after")
 

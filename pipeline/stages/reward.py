@@ -52,6 +52,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     # train, with the held-out numbers before and after
     result.before = scoring.reward_model(model, tokenizer, test_set)
     result.counts |= shared.train(trainer, ctx, spec)
+    result.invariants |= invariants.processes_agree(adapters.trainable(model))
     result.after = scoring.reward_model(model, tokenizer, test_set)
 
     # save

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.models.halving import freed, out_of_memory
-from pipeline.stages.fitting import longest_that_fits
+from pipeline.stages.fitting import checkpoints, longest_that_fits
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -43,7 +43,8 @@ class SplitsWhenFull(_Trainer):
         if self.probes and not self._probed:
             self._probe(model)
         self._probed = True
-        aside = _taken_gradients(model)
+        # Of several processes DDP averages what has accumulated by the last micro-batch: it must all be there.
+        aside = {} if self.accelerator.num_processes > 1 else _taken_gradients(model)
         loss = self._in_parts(model, inputs, num_items_in_batch)
         _put_back(aside)
         return loss
@@ -102,7 +103,7 @@ class SplitsWhenFull(_Trainer):
         fits = longest_that_fits(self.model, self.args, length)
         return (
             f"one row of {length} tokens does not fit in memory even alone. Lower max_length to {fits}"
-            + ("" if self.args.gradient_checkpointing else ", or set activation_checkpointing: true")
+            + ("" if checkpoints(self.args) else ", or set activation_checkpointing: true")
             + ", or take a smaller model; `onebase plan` shows what each part needs."
         )
 

@@ -79,6 +79,7 @@ def build(trainer_class: type, model: PeftModel, **options: Any) -> Trainer:
     trainer = type(trainer_class.__name__, bases, {})(model=model, **options)
     for name, weight in adapters.trainable(trainer.model).items():
         weight.data = masters[name]
+    adapters.round_frozen(trainer.model)  # of dpo the reference, to which TRL gives four bytes a parameter
     return trainer
 
 

@@ -1,4 +1,5 @@
-"""Draw the PPO curves of several runs of a recipe: mean score and KL of each step's answers.
+"""Draw the PPO curves of several runs of a recipe: mean score and KL of each step's answers, and what each function
+among the sources of the reward says of them.
 
     python scripts/draw_ppo.py out.svg RUN_FOLDER... [--stage ppo]
 
@@ -17,7 +18,7 @@ from pipeline import metrics
 from pipeline.artifact import Artifact
 from pipeline.report.figures import STYLE
 
-PANELS = (("score", "mean score of a step's answers"), ("kl", "KL from the reference, nats an answer"))
+PANELS = {"score": "mean score of a step's answers", "kl": "KL from the reference, nats an answer"}
 
 
 def main() -> None:
@@ -26,10 +27,15 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--stage", default="ppo")
     given = parser.parse_args()
+    first = metrics.read(Artifact(given.runs[0] / given.stage).metrics)
+    functions = {
+        key: key.rpartition("/")[2] for row in first for key in row if key.startswith("score/") and ".py:" in key
+    }
+    panels = PANELS | functions
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3), layout="constrained")
-        for place, (key, title) in enumerate(PANELS, 1):
-            axes = figure.add_subplot(1, len(PANELS), place)
+        figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
+        for place, (key, title) in enumerate(panels.items(), 1):
+            axes = figure.add_subplot(1, len(panels), place)
             for run in given.runs:
                 artifact = Artifact(run / given.stage)
                 manifest = artifact.manifest()

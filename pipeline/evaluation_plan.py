@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from pipeline.artifact import WEIGHTS, Json, digest, sha256_of_file
 from pipeline.data.contracts import Row
 from pipeline.errors import UserError
+from pipeline.evaluate.benchmarks import PREFIX, label
 from pipeline.evaluate.matching import NEW_TOKENS
 from pipeline.recipe import Recipe
 from pipeline.runner import states
@@ -51,8 +53,10 @@ def folder(recipe: Recipe, runs: Path) -> Path:
     return runs / recipe.name / "evaluation"
 
 
-def plan(recipe: Recipe, runs: Path) -> list[Measure]:
+def plan(recipe: Recipe, runs: Path, benchmarks: Sequence[Row] = ()) -> list[Measure]:
     """Every measure that the finished stages allow, whether or not it is fresh.
+
+    benchmarks: tasks of lm-eval, as evaluate/benchmarks.py describes them.
 
     Raises UserError if no stage has finished, or if a finished one no longer belongs to the recipe.
     """
@@ -96,6 +100,8 @@ def plan(recipe: Recipe, runs: Path) -> list[Measure]:
         if policy == BASE and examples and all(isinstance(row["prompt"], list) for row in asked):
             add("few_shot", policy, asked, examples=plain(examples))
         add("choices", policy, closed)
+        for task in benchmarks:
+            add(f"{PREFIX}-{label(task['task'])}", policy, [task])
     for reward in of_kind["reward"]:
         add("pairs", reward, held_out[reward].test, train=plain(held_out[reward].train))
     prompts = _prompts(recipe, done, held_out)
@@ -108,6 +114,9 @@ def plan(recipe: Recipe, runs: Path) -> list[Measure]:
     if compared_with and prompts and sources:
         more = _sampling(recipe, of_kind["ppo"], prompts, sources) | {"copies": BEST_OF, "reference": None}
         add("best_of_n", compared_with, prompts, sources, **more)
+    twice = [file for file, count in Counter(measure.file for measure in found).items() if count > 1]
+    if twice:
+        raise UserError(f"two tasks of --lm-eval would both be kept as {twice[0]}: give them other names")
     return found
 
 

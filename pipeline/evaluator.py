@@ -1,6 +1,6 @@
 """Held-out questions to every policy and reward model of a run, one process for all, one loaded base.
 
-    python -m pipeline.evaluator RECIPE [--runs DIR]
+    python -m pipeline.evaluator RECIPE [--runs DIR] [--judge URL MODEL] [--lm-eval TASKS]
 
 Each measure of each stage is an artifact of its own, runs/<recipe>/evaluation/<measure>-<stage>.json, with a
 fingerprint over all that it depends on: the adapters' bytes, the base, the held-out rows, the settings. What is fresh
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 # Before any library reads them, as in worker.py.
@@ -24,7 +25,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pipeline import strict_yaml
 from pipeline.artifact import Json, digest, locked, read_json, write_json, write_text
+from pipeline.data.contracts import Row
 from pipeline.errors import BrokenInvariant, UserError
+from pipeline.evaluate import benchmarks
 from pipeline.evaluate import judge as judges
 from pipeline.evaluate.judge import Judge
 from pipeline.evaluation_plan import METHOD, Measure, folder, plain, plan
@@ -33,19 +36,22 @@ from pipeline.runner import environment, states
 from pipeline.worker import ERROR_MARK
 
 
-def launch(recipe: Recipe, runs: Path, judge: tuple[str, str] | None = None) -> Json:
+def launch(recipe: Recipe, runs: Path, judge: tuple[str, str] | None = None, tasks: Sequence[str] = ()) -> Json:
     """Evaluate a run in a process of its own, as stages are run, and return results.json. Raises UserError.
 
     judge: URL and model of an OpenAI-compatible endpoint on this machine that compares answers.
+    tasks: of lm-eval, by name or as files.
     """
     where = folder(recipe, runs)
-    plan(recipe, runs)
+    plan(recipe, runs, [benchmarks.source(task) for task in tasks])
     resolved, log = where / "recipe.yaml", where / "log.txt"
     write_text(resolved, strict_yaml.dump(recipe.tree))
     command = [sys.executable, "-m", "pipeline.evaluator", str(resolved), "--runs", str(runs)]
     if judge:
         Judge(*judge)
         command += ["--judge", *judge]
+    if tasks:
+        command += ["--lm-eval", *tasks]
     with log.open("wb") as errors:
         status = subprocess.run(command, stderr=errors, env=environment(), check=False).returncode
     if status:
@@ -102,6 +108,8 @@ def take(recipe: Recipe, runs: Path, missing: list[Measure]) -> None:
                 value = measures.questions(bench, measure.subject, rows, more.get("examples", []))
             elif measure.name == "choices":
                 value = measures.choices(bench, measure.subject, rows)
+            elif measure.name.startswith(benchmarks.PREFIX):
+                value = benchmarks.run(bench, measure.subject, rows[0]["task"])
             elif measure.name == "pairs":
                 value = measures.pairs(bench, measure.subject, rows, more["train"])
             else:
@@ -144,16 +152,41 @@ def judged(taken: dict[str, Json], where: Path, judge: Judge | None) -> Json | N
     return value
 
 
-def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None) -> None:
+def still_fresh(recipe: Recipe, runs: Path, asked: Sequence[str]) -> list[Row]:
+    """Tasks of lm-eval that an earlier evaluation was asked for and whose results still hold; of the others it is
+    said that they are left out. `asked`: those asked for now, which are not among them."""
+    where = folder(recipe, runs)
+    kept = []
+    for task in (read_json(where / "results.json") or {}).get("tasks", []):
+        if task in asked:
+            continue
+        try:
+            source = benchmarks.source(task)
+            measures = [m for m in plan(recipe, runs, [source]) if m.name.startswith(benchmarks.PREFIX)]
+            if all(fresh(measure, where) for measure in measures):
+                kept.append(source)
+                continue
+            why = "the run or the task has changed"
+        except UserError as error:
+            why = str(error)
+        print(f"  lm-eval {task}: left out, as {why}. To have it again: --lm-eval {task}", flush=True)
+    return kept
+
+
+def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None, tasks: Sequence[str] = ()) -> None:
     """Bring a run's evaluation up to date and write results.json."""
     from pipeline.evaluate import results
 
     where = folder(recipe, runs)
     with locked(where / ".lock", f"{where} is being written by process {{pid}}. Wait for it, or end it."):
-        wanted = plan(recipe, runs)
+        asked = [benchmarks.source(task) for task in tasks] + still_fresh(recipe, runs, tasks)
+        wanted = plan(recipe, runs, asked)
         missing = [measure for measure in wanted if fresh(measure, where) is None]
         print(f"{recipe.name}: {len(wanted)} measures, {len(wanted) - len(missing)} fresh", flush=True)
         begun = time.monotonic()
+        needed = [m.rows[0]["task"] for m in missing if m.name.startswith(benchmarks.PREFIX)]
+        if needed:
+            benchmarks.loadable(list(dict.fromkeys(needed)))
         if missing:
             take(recipe, runs, missing)
         taken: dict[str, Json] = {}
@@ -162,6 +195,7 @@ def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None) -> None:
             assert known is not None
             taken[f"{measure.name}/{measure.subject}"] = known
         found = results.made(taken, _chain(recipe, runs), judged(taken, where, judge))
+        found["tasks"] = [source["task"] for source in asked]
         if missing:
             print(f"  {time.monotonic() - begun:.0f} s together", flush=True)
         write_json(where / "results.json", found)
@@ -187,9 +221,10 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--runs", default="runs", type=Path)
     parser.add_argument("--judge", nargs=2, metavar=("URL", "MODEL"))
+    parser.add_argument("--lm-eval", nargs="+", default=[], metavar="TASK", dest="tasks")
     given = parser.parse_args()
     try:
-        evaluate(read(given.recipe), given.runs, Judge(*given.judge) if given.judge else None)
+        evaluate(read(given.recipe), given.runs, Judge(*given.judge) if given.judge else None, given.tasks)
     except (UserError, BrokenInvariant) as error:
         print(f"{ERROR_MARK}{error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

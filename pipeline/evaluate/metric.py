@@ -24,8 +24,10 @@ class Metric:
 
     def shown(self, found: Json, sign: bool = False) -> str:
         """A value and its interval: 71 % (59 to 80)."""
-        low, high = (self.number(found[end], sign) for end in ("low", "high"))
         unit = " points" if sign and self.percent else " %" if self.percent else ""
+        if found["low"] is None:
+            return f"{self.number(found['value'], sign)}{unit}"
+        low, high = (self.number(found[end], sign) for end in ("low", "high"))
         return f"{self.number(found['value'], sign)}{unit} ({low} to {high})"
 
     def word(self, change: Json) -> str:
@@ -50,3 +52,20 @@ METRICS = (
     Metric("ended", "answers that end by themselves", better="", percent=True),
 )
 BY_KEY = {metric.key: metric for metric in METRICS}
+
+
+def columns(results: Json) -> dict[str, Json]:
+    """The numbers of every policy in the order of a table; the base with examples stands beside the base without."""
+    found: dict[str, Json] = {}
+    for policy, numbers in results["numbers"].items():
+        if policy == "base" and results["few_shot"]:
+            found |= {"base, zero-shot": numbers, "base, few-shot": results["few_shot"]}
+        else:
+            found[policy] = numbers
+    return found
+
+
+def of_benchmark(row: Json) -> Metric:
+    """How a number of lm-eval is called and written."""
+    label = f"{row['task']}: {row['metric']}, {row['n']} items"
+    return Metric(f"{row['task']}/{row['metric']}", label, row["better"], row["percent"], digits=3)

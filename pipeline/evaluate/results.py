@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 
 from pipeline.artifact import Json
-from pipeline.evaluate import arena, best_of_n, intervals, reward_check, verdicts
+from pipeline.evaluate import arena, benchmarks, best_of_n, intervals, reward_check, verdicts
 from pipeline.evaluate.intervals import Estimate
 
 BASE = "base"
@@ -47,6 +47,7 @@ def made(taken: Taken, chain: list[Json], judged: Json | None = None) -> Json:
         "samples": _samples(taken, policies),
         "seconds": sum(measure["seconds"] for measure in taken.values()),
     }
+    found["benchmarks"] = benchmarks.compared(values, parents)
     found["over_optimised"] = {stage: over_optimised(changed[stage]) for stage in parents}
     found["verdicts"] = verdicts.spoken(found)
     return found

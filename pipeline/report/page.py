@@ -12,7 +12,7 @@ import jinja2
 from pipeline import doctor, evaluator, metrics, strict_yaml
 from pipeline.artifact import Json, write_text
 from pipeline.errors import UserError
-from pipeline.evaluate.metric import BY_KEY, METRICS
+from pipeline.evaluate.metric import BY_KEY, METRICS, columns, of_benchmark
 from pipeline.evaluation_plan import plan
 from pipeline.recipe import Recipe
 from pipeline.report import figures, lineage
@@ -60,6 +60,7 @@ def contents(recipe: Recipe, path: str, runs: Path) -> Json:
         "kinds": kinds,
         "missing": [name for name, manifest in manifests.items() if manifest is None],
         "results": results,
+        "columns": columns(results) if results else {},
         "metrics": METRICS,
         "by_key": BY_KEY,
         "lineage": lineage.drawn(chain, _notes(results), Path(recipe.spec.model.base).name),
@@ -240,5 +241,5 @@ def _templates() -> jinja2.Environment:
     )
     found.filters["clock"] = lambda seconds: f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
     found.filters["thousands"] = lambda value: f"{value:,}".replace(",", "\u202f")
-    found.globals["judge_name"] = judge_name
+    found.globals |= {"judge_name": judge_name, "of_benchmark": of_benchmark}
     return found

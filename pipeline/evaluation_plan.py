@@ -109,7 +109,11 @@ def plan(recipe: Recipe, runs: Path, benchmarks: Sequence[Row] = ()) -> list[Mea
     for policy in policies if prompts else []:
         reference = recipe.stages[policy].from_ if policy in [*of_kind["dpo"], *of_kind["ppo"]] else None
         more = _sampling(recipe, of_kind["ppo"], prompts, sources) | {"copies": COPIES, "reference": reference}
-        add("answers", policy, prompts, [*sources, *([reference] if reference else [])], **more)
+        judges = [*sources, *([reference] if reference else [])]
+        add("answers", policy, prompts, judges, **more)
+        for step, adapter in recipe.artifact(policy, runs).snapshots().items() if reference else ():
+            hashes[at_step(policy, step)] = sha256_of_file(adapter / WEIGHTS)
+            add("answers", at_step(policy, step), prompts, judges, **more)
     compared_with = reference_of(recipe, done)
     if compared_with and prompts and sources:
         more = _sampling(recipe, of_kind["ppo"], prompts, sources) | {"copies": BEST_OF, "reference": None}
@@ -118,6 +122,18 @@ def plan(recipe: Recipe, runs: Path, benchmarks: Sequence[Row] = ()) -> list[Mea
     if twice:
         raise UserError(f"two tasks of --lm-eval would both be kept as {twice[0]}: give them other names")
     return found
+
+
+def at_step(policy: str, step: int) -> str:
+    """The name of a policy as it was part of the way."""
+    return f"{policy}@{step}"
+
+
+def adapter_of(recipe: Recipe, runs: Path, name: str) -> Path:
+    """Where the adapter of a stage, or of a policy part of the way, lies."""
+    stage, part, step = name.partition("@")
+    artifact = recipe.artifact(stage, runs)
+    return artifact.snapshot(int(step)) if part else artifact.adapter
 
 
 def reference_of(recipe: Recipe, done: list[str]) -> str | None:

@@ -30,7 +30,7 @@ from pipeline.errors import BrokenInvariant, UserError
 from pipeline.evaluate import benchmarks
 from pipeline.evaluate import judge as judges
 from pipeline.evaluate.judge import Judge
-from pipeline.evaluation_plan import METHOD, Measure, folder, plain, plan
+from pipeline.evaluation_plan import METHOD, Measure, adapter_of, folder, plain, plan
 from pipeline.recipe import Recipe, read
 from pipeline.runner import environment, states
 from pipeline.worker import ERROR_MARK
@@ -86,13 +86,14 @@ def take(recipe: Recipe, runs: Path, missing: list[Measure]) -> None:
     from pipeline.evaluate.bench import Bench
 
     begun = time.monotonic()
-    stages = {name for measure in missing for name in measure.adapters}
-    folders = {name: recipe.artifact(name, runs).adapter for name in recipe.order() if name in stages}
+    names = list(dict.fromkeys(name for measure in missing for name in measure.adapters))
+    folders = {name: adapter_of(recipe, runs, name) for name in names}
+    speaks = {name: recipe.kind(name.partition("@")[0]).answers for name in names}
     temperature = next((m.more["temperature"] for m in missing if "temperature" in m.more), 1.0)
     bench = Bench(
         recipe.spec.model,
-        {name: adapter for name, adapter in folders.items() if recipe.kind(name).answers},
-        {name: adapter for name, adapter in folders.items() if not recipe.kind(name).answers},
+        {name: adapter for name, adapter in folders.items() if speaks[name]},
+        {name: adapter for name, adapter in folders.items() if not speaks[name]},
         temperature,
     )
     print(f"  loaded in {time.monotonic() - begun:.0f} s", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +128,15 @@ def test_several_answers_to_a_prompt_read_it_once_and_are_drawn_apart(bench: Ben
     single, several = answered(1, 0), answered(3, 0)
     assert [e.prompt_ids for e in several] == [prompts[0]] * 3 + [prompts[1]] * 3
     assert [e.answer_ids for e in several] == [single[0].answer_ids] * 3 + [single[1].answer_ids] * 3
+    # What both prompts begin with, read once for both, leaves every answer as likely as a whole forward says.
+    with bench.acting_as("sft"):
+        together = sample(
+            bench.actors, prompts, new_tokens=6, temperature=0, stops=stops, generator=torch.Generator(),
+            shared=len(os.path.commonprefix(prompts)),
+        )  # fmt: skip
+    assert len(os.path.commonprefix(prompts)) >= 3 and [e.prompt_ids for e in together] == prompts
+    for episode, total in zip(together, bench.log_probs("sft", together, 4), strict=True):
+        assert sum(episode.logp) == pytest.approx(total, abs=0.15)
     drawn = answered(8, 1.0)
     assert len({tuple(e.answer_ids) for e in drawn[:8]}) > 1
     whole = bench.log_probs("sft", drawn, 4)

@@ -55,7 +55,7 @@ def questions(bench: Bench, policy: str, rows: list[Row], examples: list[Row]) -
     shots = [message for example in examples for message in example["messages"]]
     asked = [{**row, "prompt": shots + row["prompt"]} if shots else row for row in rows]
     with bench.acting_as(policy):
-        told = answers.generate(bench.model, bench.tokenizer, asked)
+        told = answers.generate(bench.model, bench.tokenizer, asked, alike=bool(shots))
     texts = [answer.text for answer in told]
     pairs = list(zip(rows, texts, strict=True))
     return {

@@ -43,6 +43,7 @@ def made(taken: Taken, chain: list[Json], judged: Json | None = None) -> Json:
         },
         "arenas": _arenas(values, policies, curve) | ({"judge": judged} if judged else {}),
         "best_of_n": curve,
+        "steps": {stage: plain(_steps(values, stage, proxy)) for stage in parents},
         "lengths": {p: _flat(values[f"answers/{p}"]["length"]) for p in policies if f"answers/{p}" in values},
         "samples": _samples(taken, policies),
         "seconds": sum(measure["seconds"] for measure in taken.values()),
@@ -178,6 +179,13 @@ def _curve(taken: Taken, proxy: str | None) -> Json | None:
     ns = [n for n in NS if n <= proxy_PN.shape[1]]
     points = [asdict(point) for point in best_of_n.curve(proxy_PN, gold_PN, ns)]
     return {"policy": key.partition("/")[2], "proxy": proxy, "points": points, "prompts": len(proxy_PN)}
+
+
+def _steps(values: Taken, stage: str, proxy: str | None) -> dict[str, dict[str, Estimate]]:
+    """The numbers of a policy part of the way, by step."""
+    prefix = f"answers/{stage}@"
+    steps = sorted(int(key.removeprefix(prefix)) for key in values if key.startswith(prefix))
+    return {str(step): _numbers(values, f"{stage}@{step}", proxy) for step in steps}
 
 
 def _samples(taken: Taken, policies: list[str]) -> list[Json]:

@@ -136,10 +136,11 @@ def _pictures(recipe: Recipe, runs: Path, results: Json | None, kinds: dict[str,
         for judge, arena in results["arenas"].items():
             found[f"elo-{judge}"] = figures.elo(arena, f"By {judge_name(judge)}", kinds)
         if curve := results["best_of_n"]:
+            steps = results["steps"]
             trained = {name: numbers for name, numbers in results["numbers"].items() if "kl" in numbers}
-            found["reward-kl"] = figures.overoptimisation(curve, trained, "reward", "reward", kinds)
+            found["reward-kl"] = figures.overoptimisation(curve, trained, steps, "reward", "reward", kinds)
             if any(point["gold"] for point in curve["points"]):
-                found["truth-kl"] = figures.overoptimisation(curve, trained, "truth", "share right", kinds)
+                found["truth-kl"] = figures.overoptimisation(curve, trained, steps, "truth", "share right", kinds)
             found["samples-needed"] = figures.samples_needed(curve)
         if results["lengths"]:
             found["lengths"] = figures.lengths(results["lengths"], kinds)

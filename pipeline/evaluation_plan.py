@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import WEIGHTS, Json, digest, sha256_of_file
+from pipeline.artifact import WEIGHTS, Json, digest, read_json, sha256_of_file
 from pipeline.data.contracts import Row
 from pipeline.errors import UserError
 from pipeline.evaluate.benchmarks import PREFIX, label
@@ -19,6 +19,8 @@ from pipeline.worker import load_rows
 
 METHOD = 1
 """Counts up when a measure is taken differently, so that older results are taken again."""
+RESULTS = 2
+"""Counts up when results.json says something else or in another way."""
 BASE = "base"
 PROMPTS = 24
 """Held-out prompts answered by sampling, evenly spaced among those there are."""
@@ -51,6 +53,29 @@ class Measure:
 
 def folder(recipe: Recipe, runs: Path) -> Path:
     return runs / recipe.name / "evaluation"
+
+
+def sealed(value: Json) -> Json:
+    """What goes into a file of the evaluation, with a digest by which a change of it is told."""
+    return {**value, "digest": digest([RESULTS, value])}
+
+
+def results_in(where: Path) -> Json | None:
+    """The results of the last evaluation; None if there was none.
+
+    Raises UserError if the file is damaged, was changed since it was written, or is another version's.
+    """
+    file = where / "results.json"
+    try:
+        known = read_json(file)
+    except UserError:
+        known = {}
+    if known is None:
+        return None
+    found = {key: value for key, value in known.items() if key != "digest"}
+    if known.get("digest") != sealed(found)["digest"]:
+        raise UserError(f"{file} is damaged, was changed by hand, or is of another version. Make it anew: onebase eval")
+    return found
 
 
 def plan(recipe: Recipe, runs: Path, benchmarks: Sequence[Row] = ()) -> list[Measure]:
@@ -89,7 +114,8 @@ def plan(recipe: Recipe, runs: Path, benchmarks: Sequence[Row] = ()) -> list[Mea
         (held_out[name].test for name in [*of_kind["dpo"], *of_kind["reward"]] if held_out[name].test), None
     )
     asked = _distinct([row for name in done for row in held_out[name].questions])
-    closed = [row for row in asked if len(row.get("choices", [])) > 1]
+    closed = [row for row in asked if len(row.get("choices", [])) > 1 and not row.get("labelled")]
+    labelled = [row for row in asked if row.get("labelled")]
     examples = _examples(held_out[of_kind["sft"][0]].train) if of_kind["sft"] else []
     for policy in policies:
         add("corpus_loss", policy, corpus)
@@ -100,6 +126,7 @@ def plan(recipe: Recipe, runs: Path, benchmarks: Sequence[Row] = ()) -> list[Mea
         if policy == BASE and examples and all(isinstance(row["prompt"], list) for row in asked):
             add("few_shot", policy, asked, examples=plain(examples))
         add("choices", policy, closed)
+        add("labels", policy, labelled)
         for task in benchmarks:
             add(f"{PREFIX}-{label(task['task'])}", policy, [task])
     for reward in of_kind["reward"]:

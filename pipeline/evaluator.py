@@ -30,7 +30,7 @@ from pipeline.errors import BrokenInvariant, UserError
 from pipeline.evaluate import benchmarks
 from pipeline.evaluate import judge as judges
 from pipeline.evaluate.judge import Judge
-from pipeline.evaluation_plan import METHOD, Measure, adapter_of, folder, plain, plan
+from pipeline.evaluation_plan import METHOD, Measure, adapter_of, folder, plain, plan, results_in, sealed
 from pipeline.recipe import Recipe, read
 from pipeline.runner import environment, states
 from pipeline.worker import ERROR_MARK
@@ -64,20 +64,21 @@ def launch(recipe: Recipe, runs: Path, judge: tuple[str, str] | None = None, tas
 
 
 def found(recipe: Recipe, runs: Path) -> Json:
-    """The results of the last evaluation. Raises UserError if there was none."""
-    results = read_json(folder(recipe, runs) / "results.json")
+    """The results of the last evaluation. Raises UserError if there was none, or if they are not as written."""
+    results = results_in(folder(recipe, runs))
     if results is None:
         raise UserError(f"{recipe.name} has not been evaluated. Do it with: onebase eval RECIPE")
     return results
 
 
 def fresh(measure: Measure, where: Path) -> Json | None:
-    """What was measured before, if nothing has changed since."""
+    """What was measured before, if nothing has changed since, the file itself included."""
     try:
-        known = read_json(where / measure.file)
+        known = read_json(where / measure.file) or {}
     except UserError:
         return None
-    return known if known is not None and known.get("fingerprint") == measure.fingerprint else None
+    whole = known.get("value_digest") == digest(known.get("value"))
+    return known if whole and known.get("fingerprint") == measure.fingerprint else None
 
 
 def take(recipe: Recipe, runs: Path, missing: list[Measure]) -> None:
@@ -107,7 +108,7 @@ def take(recipe: Recipe, runs: Path, missing: list[Measure]) -> None:
                 value = measures.preferences(bench, measure.subject, rows)
             elif measure.name in ("questions", "few_shot"):
                 value = measures.questions(bench, measure.subject, rows, more.get("examples", []))
-            elif measure.name == "choices":
+            elif measure.name in ("choices", "labels"):
                 value = measures.choices(bench, measure.subject, rows)
             elif measure.name.startswith(benchmarks.PREFIX):
                 value = benchmarks.run(bench, measure.subject, rows[0]["task"])
@@ -120,7 +121,7 @@ def take(recipe: Recipe, runs: Path, missing: list[Measure]) -> None:
             write_json(
                 folder(recipe, runs) / measure.file,
                 {"fingerprint": measure.fingerprint, "seconds": seconds, "settings": keep}
-                | {"rows": plain(rows), "value": value},
+                | {"rows": plain(rows), "value": value, "value_digest": digest(value)},
             )
             print(f"  [{index}/{len(missing)}] {measure.name} of {measure.subject}: {seconds:.1f} s", flush=True)
 
@@ -158,7 +159,11 @@ def still_fresh(recipe: Recipe, runs: Path, asked: Sequence[str]) -> list[Row]:
     said that they are left out. `asked`: those asked for now, which are not among them."""
     where = folder(recipe, runs)
     kept = []
-    for task in (read_json(where / "results.json") or {}).get("tasks", []):
+    try:
+        earlier = (results_in(where) or {}).get("tasks", [])
+    except UserError:  # they are made anew
+        earlier = []
+    for task in earlier:
         if task in asked:
             continue
         try:
@@ -199,7 +204,7 @@ def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None, tasks: Sequ
         found["tasks"] = [source["task"] for source in asked]
         if missing:
             print(f"  {time.monotonic() - begun:.0f} s together", flush=True)
-        write_json(where / "results.json", found)
+        write_json(where / "results.json", sealed(found))
 
 
 def _chain(recipe: Recipe, runs: Path) -> list[Json]:

@@ -28,7 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pipeline.artifact import WEIGHTS, Artifact, Json, digest, locked, read_json, write_json, write_text
 from pipeline.data.contracts import QUESTION
-from pipeline.data.load import DataSpec, Source, read_source, read_split
+from pipeline.data.load import DataSpec, Source, labels_as_answers, read_source, read_split
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
 from pipeline.plan import auto, cards
 from pipeline.plan.cards import Card
@@ -187,7 +187,7 @@ def load_rows(recipe: Recipe, stage: str) -> tuple[Rows, list[Source]]:
     section = recipe.stages[stage]
     split = read_split(section.data, recipe.kind(stage).contract, recipe.spec.seed)
     asked = read_source(section.questions, QUESTION, DataSpec(path=section.questions)) if section.questions else None
-    rows = Rows(split.train, split.test, asked.rows if asked else [])
+    rows = Rows(split.train, split.test, labels_as_answers(asked.rows) if asked else [])
     # A held-out share has no file of its own: its rows are counted with the file they were taken from.
     return rows, [*split.sources, *([asked] if asked else [])]
 

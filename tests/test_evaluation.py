@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,7 @@ from pipeline.artifact import Artifact, digest
 from pipeline.data import render
 from pipeline.data.load import read_source
 from pipeline.errors import UserError
-from pipeline.evaluate import measures, reward_check
+from pipeline.evaluate import measures, results, reward_check
 from pipeline.evaluate.bench import Bench
 from pipeline.evaluation_plan import plan
 from pipeline.models import adapters
@@ -166,6 +167,22 @@ def test_what_is_fresh_is_not_taken_again(
     monkeypatch.setattr("pipeline.evaluation_plan.load_rows", _without_last_question)
     changed = {measure.file for measure in plan(recipe, runs) if before[measure.file] != measure.fingerprint}
     assert {name.split("-")[0] for name in changed} == {"questions", "few_shot", "choices", "answers", "best_of_n"}
+
+
+def test_labels_are_a_classification(run: tuple[Recipe, Path, dict[str, Any]], bench: Bench, tmp_path: Path) -> None:
+    """Rows with a label in place of an answer: every label of the file is a choice."""
+    tree = {**run[2], "stages": {"sft": {**run[2]["stages"]["sft"], "from": None}}}
+    texts, labels = ("You have won!", "See you at nine.", "Call now."), ("spam", "ham", "spam")
+    rows = [{"prompt": f"{text} Spam or ham?", "label": label} for text, label in zip(texts, labels, strict=True)]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree["stages"]["sft"]["questions"] = str(tmp_path / "labels.jsonl")
+    asked = load_rows(build(tree), "sft")[0].questions
+    assert [(row["answer"], row["choices"]) for row in asked] == [(label, ["ham", "spam"]) for label in labels]
+    value = measures.choices(bench, "sft", list(asked))
+    numbers = results.plain(results._numbers({"labels/sft": value}, "sft", None))
+    assert value["wanted"] == list(labels) and numbers["label_commonest"]["value"] == pytest.approx(2 / 3)
+    agree = sum(a == b for a, b in zip(value["picked"], labels, strict=True)) / 3
+    assert numbers["label_accuracy"]["value"] == pytest.approx(agree)
 
 
 def _without_last_question(recipe: Recipe, name: str) -> Any:

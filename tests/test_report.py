@@ -18,7 +18,7 @@ from pipeline import metrics
 from pipeline.artifact import digest, write_json
 from pipeline.errors import UserError
 from pipeline.evaluate import results
-from pipeline.evaluation_plan import plan
+from pipeline.evaluation_plan import plan, sealed
 from pipeline.recipe import Recipe, build
 from pipeline.report import page
 from pipeline.summary import show_evaluation
@@ -130,8 +130,8 @@ def run(tiny_base: Path, tmp_path: Path, evaluated: dict[str, Any]) -> tuple[Rec
         )  # fmt: skip
     where = runs / recipe.name / "evaluation"
     for measure in plan(recipe, runs):
-        write_json(where / measure.file, {"fingerprint": measure.fingerprint})
-    write_json(where / "results.json", evaluated)
+        write_json(where / measure.file, {"fingerprint": measure.fingerprint, "value_digest": digest(None)})
+    write_json(where / "results.json", sealed({**evaluated, "tasks": []}))
     return recipe, runs
 
 
@@ -213,7 +213,11 @@ def test_an_outdated_evaluation_is_refused_and_a_missing_one_is_said(run: tuple[
     write_json(first, {"fingerprint": "of before"})
     with pytest.raises(UserError, match=r"older than the run \(1 measures.*onebase eval my.yaml"):
         page.write(recipe, "my.yaml", runs)
-    (runs / recipe.name / "evaluation" / "results.json").unlink()
+    file = runs / recipe.name / "evaluation" / "results.json"
+    file.write_text(file.read_text().replace('"value": 0.', '"value": 0.9', 1))
+    with pytest.raises(UserError, match="changed by hand, or is of another version"):
+        page.write(recipe, "my.yaml", runs)
+    file.unlink()
     assert "has not been evaluated" in page.write(recipe, "my.yaml", runs)[0].read_text()
 
 
@@ -241,7 +245,7 @@ def test_compare_shows_what_differs_item_by_item(tmp_path: Path, tiny_base: Path
     for name, taken, written in (("a", first, tree), ("b", second, other)):
         for key, measure in taken.items():
             write_json(tmp_path / name / "evaluation" / f"{key.replace('/', '-')}.json", measure)
-        write_json(tmp_path / name / "evaluation" / "results.json", results.made(taken, CHAIN))
+        write_json(tmp_path / name / "evaluation" / "results.json", sealed(results.made(taken, CHAIN)))
         (tmp_path / name / "recipe.yaml").write_text(strict_yaml.dump(written))
     console = Console(width=300, record=True)
     compare.show(tmp_path / "a", tmp_path / "b", console)

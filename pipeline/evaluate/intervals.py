@@ -106,6 +106,21 @@ def ratio_difference(after: Values, before: Values, counts: Values) -> Estimate:
     return ratio(numpy.asarray(after, dtype=float) - numpy.asarray(before, dtype=float), counts)
 
 
+def macro_f1(wanted: Sequence[str], picked: Sequence[str]) -> Estimate:
+    """Mean over the labels of each one's F1, with a bootstrap interval over items."""
+    from sklearn.metrics import f1_score  # takes a second to import
+
+    names = sorted(set(wanted))
+    wanted_P, picked_P = numpy.asarray(wanted), numpy.asarray(picked)
+
+    def of(drawn: Any) -> numpy.ndarray:
+        scores = f1_score(wanted_P[drawn], picked_P[drawn], labels=names, average="macro", zero_division=0.0)
+        return numpy.array([scores])
+
+    low, high = over_prompts(of, len(wanted))
+    return Estimate(float(of(slice(None))[0]), float(low[0]), float(high[0]), len(wanted))
+
+
 def over_prompts(statistic, prompts: int) -> tuple[numpy.ndarray, numpy.ndarray]:  # type: ignore[no-untyped-def]
     """Lower and upper ends for a statistic of drawn prompts: `statistic(indices_P)` gives an array (K,)."""
     found = numpy.stack([statistic(indices) for indices in _drawn(prompts, 300)])

@@ -20,7 +20,8 @@ class Metric:
 
     def number(self, value: float, sign: bool = False) -> str:
         scale, digits = (100, 0) if self.percent else (1, self.digits)
-        return f"{scale * value:{'+' if sign else ''}.{digits}f}".replace("-", MINUS)
+        rounded = round(scale * value, digits) or 0.0  # not -0.0
+        return f"{rounded:{'+' if sign and rounded else ''}.{digits}f}".replace("-", MINUS)
 
     def shown(self, found: Json, sign: bool = False) -> str:
         """A value and its interval: 71 % (59 to 80)."""
@@ -42,6 +43,9 @@ METRICS = (
     Metric("token_f1", "token F1 with the reference"),
     Metric("exact_match", "exact match", percent=True),
     Metric("choice_accuracy", "right choice is the likeliest bare answer", percent=True),
+    Metric("label_accuracy", "right label is the likeliest", percent=True),
+    Metric("label_f1", "labels, macro F1"),
+    Metric("label_commonest", "always the commonest label would be right", better="", percent=True),
     Metric("truth", "sampled answers right", percent=True),
     Metric("reward", "reward of sampled answers"),
     Metric("preference_accuracy", "better answer is likelier", percent=True),

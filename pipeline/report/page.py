@@ -13,7 +13,7 @@ from pipeline import doctor, evaluator, metrics, strict_yaml
 from pipeline.artifact import Json, write_text
 from pipeline.errors import UserError
 from pipeline.evaluate.metric import BY_KEY, METRICS, columns, of_benchmark
-from pipeline.evaluation_plan import plan
+from pipeline.evaluation_plan import folder, plan, results_in
 from pipeline.recipe import Recipe
 from pipeline.report import figures, lineage
 
@@ -27,16 +27,16 @@ def write(recipe: Recipe, path: str, runs: Path, made: datetime | None = None) -
     path: the recipe as the person named it, for the commands.  made: the date on the page; now unless given.
     Raises UserError if nothing has finished, or if the evaluation is older than the run.
     """
-    folder = runs / recipe.name / "report"
+    target = runs / recipe.name / "report"
     context = contents(recipe, path, runs)
     context["made"] = (made or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M UTC")
     for name, picture in context["pictures"].items():
-        write_text(folder / "pictures" / f"{name}.svg", _stand_alone(picture))
+        write_text(target / "pictures" / f"{name}.svg", _stand_alone(picture))
     written = []
-    for template, target in (("page.html.jinja", "report.html"), ("page.md.jinja", "report.md")):
+    for template, name in (("page.html.jinja", "report.html"), ("page.md.jinja", "report.md")):
         text = _templates().get_template(template).render(context)
-        write_text(folder / target, text)
-        written.append(folder / target)
+        write_text(target / name, text)
+        written.append(target / name)
     return written
 
 
@@ -96,11 +96,10 @@ def _examined(recipe: Recipe, runs: Path, finished: dict[str, Json]) -> Json:
 
 def _evaluated(recipe: Recipe, path: str, runs: Path) -> Json | None:
     """The evaluation's results; None where there are none. Raises UserError if they are of an older run."""
-    try:
-        results = evaluator.found(recipe, runs)
-    except UserError:
+    where = folder(recipe, runs)
+    results = results_in(where)
+    if results is None:
         return None
-    where = runs / recipe.name / "evaluation"
     old = [measure.file for measure in plan(recipe, runs) if evaluator.fresh(measure, where) is None]
     if old:
         raise UserError(
@@ -137,7 +136,9 @@ def _pictures(recipe: Recipe, runs: Path, results: Json | None, kinds: dict[str,
             found[f"elo-{judge}"] = figures.elo(arena, f"By {judge_name(judge)}", kinds)
         if curve := results["best_of_n"]:
             steps = results["steps"]
-            trained = {name: numbers for name, numbers in results["numbers"].items() if "kl" in numbers}
+            # On one axis with it only what went from where it is drawn
+            started = [name for name, parent in results["parents"].items() if parent == curve["policy"]]
+            trained = {name: results["numbers"][name] for name in started if "kl" in results["numbers"][name]}
             found["reward-kl"] = figures.overoptimisation(curve, trained, steps, "reward", "reward", kinds)
             if any(point["gold"] for point in curve["points"]):
                 found["truth-kl"] = figures.overoptimisation(curve, trained, steps, "truth", "share right", kinds)

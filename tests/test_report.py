@@ -227,7 +227,7 @@ def test_the_terminal_shows_verdicts_and_intervals(evaluated: dict[str, Any]) ->
     console = Console(width=300, record=True)
     show_evaluation(json.loads(json.dumps(evaluated)), console)
     told = console.export_text()
-    assert "Over-optimised" in told and re.search(r"questions answered right .*% \(\d+ to \d+\)", told)
+    assert "Over-optimised" in told and re.search(r"questions answered right .*\d %.*\n +\d+ to \d+", told)
 
 
 def test_compare_shows_what_differs_item_by_item(tmp_path: Path, tiny_base: Path) -> None:

@@ -52,6 +52,7 @@ def contents(recipe: Recipe, path: str, runs: Path) -> Json:
     pictures = _pictures(recipe, runs, results, kinds)
     if examined:
         pictures["row-lengths"] = figures.row_lengths(examined, kinds)
+    costs = [_cost(name, manifest, recipe, runs) for name, manifest in finished.items()]
     chain = results["chain"] if results else _chain(recipe, list(finished))
     return {
         "recipe": recipe,
@@ -67,7 +68,8 @@ def contents(recipe: Recipe, path: str, runs: Path) -> Json:
         "pictures": pictures,
         "training": [name for name in pictures if name.startswith(("training-", "path-"))],
         "before_after": _before_after(recipe, finished),
-        "costs": [_cost(name, manifest, recipe, runs) for name, manifest in finished.items()],
+        "costs": costs,
+        "energy": next((row["energy_of"] for row in costs if row["energy"] is not None), None),
         "data": [
             {"stage": name, **source}
             for name, manifest in finished.items()
@@ -202,6 +204,8 @@ def _cost(name: str, manifest: Json, recipe: Recipe, runs: Path) -> Json:
         "steps": counts.get("steps"),
         "tokens": int(tokens),
         "speed": round(tokens / seconds) if seconds and tokens else None,
+        "energy": manifest.get("energy_wh"),
+        "energy_of": manifest.get("energy_of"),
         "peak": manifest["peak_memory_mib"],
         "peak_is": manifest["peak_memory_is"],
     }

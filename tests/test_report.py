@@ -56,6 +56,8 @@ def planted(random: numpy.random.Generator) -> dict[str, Any]:
             f"answers/{policy}",
             answers(random, draw < skill, REWARD[policy], 2.0 if policy in ("dpo", "ppo") else None),
         )
+    for step, reward in ((2, 1.0), (4, 1.5)):
+        add(f"answers/ppo@{step}", answers(random, draw < 0.5, reward, 0.5 * step))
     add("few_shot/base", {**taken["questions/base"]["value"], "right": (luck < 0.2).tolist()}, asked)
     add("best_of_n/sft", answers(random, random.random((PROMPTS, 64)) < SKILL["sft"], REWARD["sft"], None))
     margins = random.normal(1.5, 1, PAIRS)
@@ -202,6 +204,7 @@ def test_best_of_n_takes_part_and_beats_what_it_is_drawn_from(evaluated: dict[st
     assert by_reward["wins"]["best of 16"]["sft"]["low"] > 0.8
     assert by_reward["elo"]["ppo"]["value"] > by_reward["elo"]["sft"]["value"]
     assert evaluated["arenas"]["truth"]["elo"]["sft"]["value"] > evaluated["arenas"]["truth"]["elo"]["ppo"]["value"]
+    assert [found["kl"]["value"] for found in evaluated["steps"]["ppo"].values()] == pytest.approx([1, 2], abs=0.2)
     rewards = [point["proxy"]["value"] for point in evaluated["best_of_n"]["points"]]
     assert rewards == sorted(rewards)
     assert evaluated["best_of_n"]["points"][-1]["kl"] == pytest.approx(math.log(64) - 63 / 64)

@@ -49,6 +49,9 @@ def test_no_spread_is_not_certainty() -> None:
     found = intervals.share([1.0] * 72)
     assert found.value == found.high == 1 and found.low == pytest.approx(0.025 ** (1 / 72), abs=1e-6)
     unchanged = intervals.difference([1.0] * 72, [1.0] * 72, span=1.0)
+    # One pair, ranked right where the rule was wrong, is no sure gain; one document says nothing of others.
+    assert not intervals.difference([1.0], [0.0], span=1.0).above
+    assert not intervals.ratio_difference([30.0], [31.0], [10]).below
     assert unchanged.value == 0 and not unchanged.above and not unchanged.below and unchanged.high > 0.03
 
 

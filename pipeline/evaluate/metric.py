@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pipeline.artifact import Json
 
 MINUS = "\N{MINUS SIGN}"
+INFINITY = "\N{INFINITY}"
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Metric:
     def number(self, value: float, sign: bool = False) -> str:
         scale, digits = (100, 0) if self.percent else (1, self.digits)
         rounded = round(scale * value, digits) or 0.0  # not -0.0
-        return f"{rounded:{'+' if sign and rounded else ''}.{digits}f}".replace("-", MINUS)
+        return f"{rounded:{'+' if sign and rounded else ''}.{digits}f}".replace("-", MINUS).replace("inf", INFINITY)
 
     def shown(self, found: Json, sign: bool = False) -> str:
         """A value and its interval: 71 % (59 to 80)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from pipeline.artifact import Json
-from pipeline.evaluate.metric import MINUS
+from pipeline.evaluate.metric import INFINITY, MINUS
 
 BETTER, WORSE, UNCLEAR, WARNING = "better", "worse", "unclear", "warning"
 
@@ -93,12 +93,15 @@ def _preference_trained(results: Json, name: str) -> Json:
         if metric in changes:
             change = changes[metric]
             told[_word(change["low"], change["high"])].append(f"{label} {_points(change)}")
+    flagged = results["over_optimised"].get(name)
+    if flagged and not told[BETTER]:  # the mean has risen where the win rate has not
+        told[BETTER].append(f"mean reward {_span(changes['reward'])}")
     if not any(told.values()):
         return _verdict(UNCLEAR, "Nothing held out to judge it by: give it a data.test or questions.")
     distance = f" It is {numbers['kl']['value']:.1f} nats an answer away from {parent}." if "kl" in numbers else ""
     doubt = f" Within chance: {'; '.join(told[UNCLEAR])}." if told[UNCLEAR] else ""
     if told[BETTER] and told[WORSE]:
-        said = "Over-optimised" if results["over_optimised"].get(name) else f"Better and worse than {parent}"
+        said = "Over-optimised" if flagged else f"Better and worse than {parent}"
         for_it, against = "; ".join(told[BETTER]), "; ".join(told[WORSE])
         return _verdict(WARNING, f"{said}: {for_it}, but {against}.{doubt}{distance}")
     for word, said in ((BETTER, "Better than"), (WORSE, "Worse than")):
@@ -124,7 +127,9 @@ def _range(found: Json) -> str:
 
 
 def _span(change: Json) -> str:
-    return f"{change['value']:+.2f}, 95 %: {change['low']:+.2f} to {change['high']:+.2f}".replace("-", MINUS)
+    return f"{change['value']:+.2f}, 95 %: {change['low']:+.2f} to {change['high']:+.2f}".replace("-", MINUS).replace(
+        "inf", INFINITY
+    )
 
 
 def _points(change: Json) -> str:

@@ -109,9 +109,10 @@ def _sources(manifests: dict[str, Json | None]) -> dict[str, str]:
         if manifest is None:
             continue
         found[f"{stage} base"] = str(manifest["parts"]["model"]["base"])[:24]
-        counts = ", ".join(str(source["used"]) for source in manifest["data"]["sources"])
+        used = {source["path"]: f"{source['used']} rows, " for source in manifest["data"]["sources"]}
+        named = {**manifest["section"]["data"], "questions": manifest["section"].get("questions")}
         for role, sha256 in manifest["parts"]["data"].items():
-            found[f"{stage} {role}"] = f"{counts} rows, {str(sha256)[:12]}"
+            found[f"{stage} {role}"] = f"{used.get(str(named.get(role)), '')}{str(sha256)[:12]}"
     return found
 
 

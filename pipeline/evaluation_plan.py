@@ -19,7 +19,7 @@ from pipeline.worker import load_rows
 
 METHOD = 1
 """Counts up when a measure is taken differently, so that older results are taken again."""
-RESULTS = 2
+RESULTS = 3
 """Counts up when results.json says something else or in another way."""
 BASE = "base"
 PROMPTS = 24

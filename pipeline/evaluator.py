@@ -132,6 +132,7 @@ def judged(taken: dict[str, Json], where: Path, judge: Judge | None) -> Json | N
     from pipeline.evaluate import results
 
     answers = {key.partition("/")[2]: measure for key, measure in taken.items() if key.startswith("answers/")}
+    answers = {policy: measure for policy, measure in answers.items() if "@" not in policy}  # finished ones
     if len(answers) < 2:
         return None
     told = {policy: [texts[0] for texts in measure["value"]["text"]] for policy, measure in answers.items()}
@@ -202,6 +203,7 @@ def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None, tasks: Sequ
             taken[f"{measure.name}/{measure.subject}"] = known
         found = results.made(taken, _chain(recipe, runs), judged(taken, where, judge))
         found["tasks"] = [source["task"] for source in asked]
+        found["made_of"] = {measure.file: measure.fingerprint for measure in wanted}
         if missing:
             print(f"  {time.monotonic() - begun:.0f} s together", flush=True)
         write_json(where / "results.json", sealed(found))

@@ -131,9 +131,11 @@ def run(tiny_base: Path, tmp_path: Path, evaluated: dict[str, Any]) -> tuple[Rec
             }
         )  # fmt: skip
     where = runs / recipe.name / "evaluation"
-    for measure in plan(recipe, runs):
+    wanted = plan(recipe, runs)
+    for measure in wanted:
         write_json(where / measure.file, {"fingerprint": measure.fingerprint, "value_digest": digest(None)})
-    write_json(where / "results.json", sealed({**evaluated, "tasks": []}))
+    made_of = {measure.file: measure.fingerprint for measure in wanted}
+    write_json(where / "results.json", sealed({**evaluated, "tasks": [], "made_of": made_of}))
     return recipe, runs
 
 

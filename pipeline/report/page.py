@@ -102,7 +102,11 @@ def _evaluated(recipe: Recipe, path: str, runs: Path) -> Json | None:
     results = results_in(where)
     if results is None:
         return None
-    old = [measure.file for measure in plan(recipe, runs) if evaluator.fresh(measure, where) is None]
+    old = [
+        measure.file
+        for measure in plan(recipe, runs)
+        if results["made_of"].get(measure.file) != measure.fingerprint or evaluator.fresh(measure, where) is None
+    ]
     if old:
         raise UserError(
             f"the evaluation in {where} is older than the run ({len(old)} measures, first {old[0]}). "

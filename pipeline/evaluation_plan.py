@@ -25,6 +25,7 @@ BASE = "base"
 PROMPTS = 24
 """Held-out prompts answered by sampling, evenly spaced among those there are."""
 COPIES = 4
+SNAPSHOT_COPIES = 2
 BEST_OF = 64
 SHOTS = 4
 
@@ -140,7 +141,7 @@ def plan(recipe: Recipe, runs: Path, benchmarks: Sequence[Row] = ()) -> list[Mea
         add("answers", policy, prompts, judges, **more)
         for step, adapter in recipe.artifact(policy, runs).snapshots().items() if reference else ():
             hashes[at_step(policy, step)] = sha256_of_file(adapter / WEIGHTS)
-            add("answers", at_step(policy, step), prompts, judges, **more)
+            add("answers", at_step(policy, step), prompts, judges, **{**more, "copies": SNAPSHOT_COPIES})
     compared_with = reference_of(recipe, done)
     if compared_with and prompts and sources:
         more = _sampling(recipe, of_kind["ppo"], prompts, sources) | {"copies": BEST_OF, "reference": None}

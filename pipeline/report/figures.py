@@ -153,8 +153,6 @@ def overoptimisation(
                 start = (kl[0], points[0][key]["value"])  # the best of one is the policy they started from
                 axes.plot(*zip(start, *way, (at, found["value"]), strict=True), color=shade, linewidth=1, alpha=0.7)
                 axes.plot(*zip(*way, strict=True), color=shade, marker="o", markersize=3.5, linestyle="")
-                for step, place in zip(steps[name], way, strict=True):
-                    axes.annotate(step, place, xytext=(3, 4), textcoords="offset points", fontsize=7.5, color=shade)
     axes.set_xlabel(f"KL from {curve['policy']}, nats an answer")
     axes.set_ylabel(label)
     axes.set_title(f"{label[0].upper()}{label[1:]} against KL")

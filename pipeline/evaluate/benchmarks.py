@@ -6,6 +6,7 @@ item, so that intervals and changes are those of every other measure here.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -88,14 +89,19 @@ def _files(task: Path) -> Iterator[Path]:
             yield from _files(path) if path.suffix in (".yaml", ".yml") else (path,)
 
 
-def loadable(tasks: list[str]) -> None:
-    """Load every task with its data, before any model is. Raises UserError."""
+@functools.cache
+def _manager() -> Any:
+    """What knows lm-eval's tasks; it reads thousands of files to learn them."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
+    return TaskManager()
+
+
+def loadable(tasks: list[str]) -> None:
+    """Load every task with its data, before any model is. Raises UserError."""
     for task in tasks:
         try:
-            manager.load([task])
+            _manager().load([task])
         except KeyError:
             raise UserError(
                 f"--lm-eval {task}: lm-eval has no task of that name (its own list: lm-eval ls tasks); "
@@ -115,7 +121,9 @@ def run(bench: Bench, policy: str, task: str) -> Json:
 
     with bench.acting_as(policy), computing(bench.model):
         model = HFLM(pretrained=bench.model, tokenizer=bench.tokenizer, batch_size=AT_ONCE)
-        found = lm_eval.simple_evaluate(model, tasks=[task], bootstrap_iters=RESAMPLES, log_samples=True)
+        found = lm_eval.simple_evaluate(
+            model, tasks=[task], task_manager=_manager(), bootstrap_iters=RESAMPLES, log_samples=True
+        )
     parts = found.get("group_subtasks") or {}
     below = {name for names in parts.values() for name in names}
     return {name: _of(found, name, parts) for name in found["results"] if name not in below}

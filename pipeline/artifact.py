@@ -3,6 +3,7 @@
 runs/<recipe>/<stage>/
   claim.json       written first: which fingerprint the checkpoints below belong to
   checkpoints/     for resume
+  snapshots/       the policy of a preference stage part of the way, for its evaluation
   adapter/         the trained adapter, its tokenizer and chat template (and a reward model's score head)
   metrics.jsonl  samples.jsonl  refused.jsonl  log.txt
   manifest.json    written last: it exists, so the stage finished
@@ -46,6 +47,14 @@ class Artifact:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
+    def snapshots(self) -> dict[int, Path]:
+        """Adapters of the policy as it was after some of its steps, by step."""
+        found = (self.folder / "snapshots").glob("step-*[0-9]")
+        return dict(sorted((int(folder.name.removeprefix("step-")), folder) for folder in found))
+
+    def snapshot(self, step: int) -> Path:
+        return self.folder / "snapshots" / f"step-{step}"
+
     @property
     def metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
@@ -84,7 +93,7 @@ class Artifact:
         (self.folder / "manifest.json").unlink(missing_ok=True)
         held = self.claimed()
         if held is None or held.get("fingerprint") != fingerprint:
-            for leftover in (self.adapter, self.checkpoints):
+            for leftover in (self.adapter, self.checkpoints, self.folder / "snapshots"):
                 shutil.rmtree(leftover, ignore_errors=True)
             for leftover in (self.metrics, self.samples, self.refused):
                 leftover.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ What it gets wrong can be corrected on the spot and kept as a demonstration for 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -136,7 +137,7 @@ class Chat:
             return "\n".join(told) or "nothing has been said yet"
         if word == "/save":
             return self.save(rest.strip())
-        return HELP
+        return HELP if word == "/help" else f"there is no {word}. What can be typed:\n{HELP}"
 
     def save(self, correction: str) -> str:
         """Append the last exchange, with the right answer, to the file of corrections as a demonstration."""
@@ -174,14 +175,29 @@ def opened(run: Path, policies: list[str], corrections: Path, new_tokens: int, t
         if name != BASE:
             Artifact(run / name).verify()
 
+    _without_noise()
     from pipeline.evaluate.bench import Bench
 
     folders = {name: Artifact(run / name).adapter for name in chosen if name != BASE}
     return Chat(Bench(recipe.spec.model, folders, {}, 1.0), chosen, corrections, new_tokens, temperature)
 
 
+def _without_noise() -> None:
+    """What libraries say while a model loads goes to a log elsewhere; here it would stand in the conversation."""
+    import logging
+    import warnings
+
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
+
+
 def talk(chat: Chat) -> None:
     """In the terminal, until Ctrl-D."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input() then edits lines, remembers them, and takes any length
     print(f"{' and '.join(chat.policies)} of {chat.bench.model.config.model_type}; /help for what else can be typed\n")
 
     def typed() -> Iterable[str]:

@@ -199,6 +199,9 @@ def evaluate(
         tuple[str, str] | None,
         typer.Option(metavar="URL MODEL", help="An OpenAI-compatible endpoint on this machine that compares answers."),
     ] = None,
+    lm_eval: Annotated[
+        str, typer.Option("--lm-eval", metavar="TASKS", help="Also these tasks of lm-eval: names or files, by commas.")
+    ] = "",
 ) -> None:
     """Measure every finished stage on held-out data, each against the one before, with 95 % intervals."""
     from rich.console import Console
@@ -207,7 +210,8 @@ def evaluate(
     from pipeline.summary import show_evaluation
 
     try:
-        results = evaluator.launch(_read(recipe, override), runs, judge)
+        tasks = [task for task in lm_eval.split(",") if task]
+        results = evaluator.launch(_read(recipe, override), runs, judge, tasks)
     except KeyboardInterrupt:
         print("stopped. What has been measured is kept: the same command goes on from there.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -14,8 +14,9 @@ from pipeline import strict_yaml
 from pipeline.artifact import Artifact, Json, read_json
 from pipeline.errors import UserError
 from pipeline.evaluate.metric import METRICS
+from pipeline.evaluation_plan import results_in
 
-ITEMS = ("corpus_loss", "dialogue_loss", "preferences", "questions", "choices", "answers")
+ITEMS = ("corpus_loss", "dialogue_loss", "preferences", "questions", "choices", "labels", "answers")
 
 
 def show(first: Path, second: Path, console: Console) -> None:
@@ -38,7 +39,7 @@ def show(first: Path, second: Path, console: Console) -> None:
 def _show_numbers(first: Path, second: Path, manifests: list[dict[str, Json | None]], console: Console) -> None:
     from pipeline.evaluate import results
 
-    evaluated = [read_json(folder / "evaluation" / "results.json") for folder in (first, second)]
+    evaluated = [results_in(folder / "evaluation") for folder in (first, second)]
     if None in evaluated:
         missing = [str(folder) for folder, found in zip((first, second), evaluated, strict=True) if found is None]
         rows = _unlike(*(_after(held) for held in manifests))
@@ -108,9 +109,10 @@ def _sources(manifests: dict[str, Json | None]) -> dict[str, str]:
         if manifest is None:
             continue
         found[f"{stage} base"] = str(manifest["parts"]["model"]["base"])[:24]
-        counts = ", ".join(str(source["used"]) for source in manifest["data"]["sources"])
+        used = {source["path"]: f"{source['used']} rows, " for source in manifest["data"]["sources"]}
+        named = {**manifest["section"]["data"], "questions": manifest["section"].get("questions")}
         for role, sha256 in manifest["parts"]["data"].items():
-            found[f"{stage} {role}"] = f"{counts} rows, {str(sha256)[:12]}"
+            found[f"{stage} {role}"] = f"{used.get(str(named.get(role)), '')}{str(sha256)[:12]}"
     return found
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import WEIGHTS, Json, digest, sha256_of_file
+from pipeline.artifact import WEIGHTS, Json, digest, read_json, sha256_of_file
 from pipeline.data.contracts import Row
 from pipeline.errors import UserError
+from pipeline.evaluate.benchmarks import PREFIX, label
 from pipeline.evaluate.matching import NEW_TOKENS
 from pipeline.recipe import Recipe
 from pipeline.runner import states
@@ -17,10 +19,13 @@ from pipeline.worker import load_rows
 
 METHOD = 1
 """Counts up when a measure is taken differently, so that older results are taken again."""
+RESULTS = 3
+"""Counts up when results.json says something else or in another way."""
 BASE = "base"
 PROMPTS = 24
 """Held-out prompts answered by sampling, evenly spaced among those there are."""
 COPIES = 4
+SNAPSHOT_COPIES = 2
 BEST_OF = 64
 SHOTS = 4
 
@@ -51,8 +56,33 @@ def folder(recipe: Recipe, runs: Path) -> Path:
     return runs / recipe.name / "evaluation"
 
 
-def plan(recipe: Recipe, runs: Path) -> list[Measure]:
+def sealed(value: Json) -> Json:
+    """What goes into a file of the evaluation, with a digest by which a change of it is told."""
+    return {**value, "digest": digest([RESULTS, value])}
+
+
+def results_in(where: Path) -> Json | None:
+    """The results of the last evaluation; None if there was none.
+
+    Raises UserError if the file is damaged, was changed since it was written, or is another version's.
+    """
+    file = where / "results.json"
+    try:
+        known = read_json(file)
+    except UserError:
+        known = {}
+    if known is None:
+        return None
+    found = {key: value for key, value in known.items() if key != "digest"}
+    if known.get("digest") != sealed(found)["digest"]:
+        raise UserError(f"{file} is damaged, was changed by hand, or is of another version. Make it anew: onebase eval")
+    return found
+
+
+def plan(recipe: Recipe, runs: Path, benchmarks: Sequence[Row] = ()) -> list[Measure]:
     """Every measure that the finished stages allow, whether or not it is fresh.
+
+    benchmarks: tasks of lm-eval, as evaluate/benchmarks.py describes them.
 
     Raises UserError if no stage has finished, or if a finished one no longer belongs to the recipe.
     """
@@ -85,7 +115,8 @@ def plan(recipe: Recipe, runs: Path) -> list[Measure]:
         (held_out[name].test for name in [*of_kind["dpo"], *of_kind["reward"]] if held_out[name].test), None
     )
     asked = _distinct([row for name in done for row in held_out[name].questions])
-    closed = [row for row in asked if len(row.get("choices", [])) > 1]
+    closed = [row for row in asked if len(row.get("choices", [])) > 1 and not row.get("labelled")]
+    labelled = [row for row in asked if row.get("labelled")]
     examples = _examples(held_out[of_kind["sft"][0]].train) if of_kind["sft"] else []
     for policy in policies:
         add("corpus_loss", policy, corpus)
@@ -96,6 +127,9 @@ def plan(recipe: Recipe, runs: Path) -> list[Measure]:
         if policy == BASE and examples and all(isinstance(row["prompt"], list) for row in asked):
             add("few_shot", policy, asked, examples=plain(examples))
         add("choices", policy, closed)
+        add("labels", policy, labelled)
+        for task in benchmarks:
+            add(f"{PREFIX}-{label(task['task'])}", policy, [task])
     for reward in of_kind["reward"]:
         add("pairs", reward, held_out[reward].test, train=plain(held_out[reward].train))
     prompts = _prompts(recipe, done, held_out)
@@ -103,12 +137,31 @@ def plan(recipe: Recipe, runs: Path) -> list[Measure]:
     for policy in policies if prompts else []:
         reference = recipe.stages[policy].from_ if policy in [*of_kind["dpo"], *of_kind["ppo"]] else None
         more = _sampling(recipe, of_kind["ppo"], prompts, sources) | {"copies": COPIES, "reference": reference}
-        add("answers", policy, prompts, [*sources, *([reference] if reference else [])], **more)
+        judges = [*sources, *([reference] if reference else [])]
+        add("answers", policy, prompts, judges, **more)
+        for step, adapter in recipe.artifact(policy, runs).snapshots().items() if reference else ():
+            hashes[at_step(policy, step)] = sha256_of_file(adapter / WEIGHTS)
+            add("answers", at_step(policy, step), prompts, judges, **{**more, "copies": SNAPSHOT_COPIES})
     compared_with = reference_of(recipe, done)
     if compared_with and prompts and sources:
         more = _sampling(recipe, of_kind["ppo"], prompts, sources) | {"copies": BEST_OF, "reference": None}
         add("best_of_n", compared_with, prompts, sources, **more)
+    twice = [file for file, count in Counter(measure.file for measure in found).items() if count > 1]
+    if twice:
+        raise UserError(f"two tasks of --lm-eval would both be kept as {twice[0]}: give them other names")
     return found
+
+
+def at_step(policy: str, step: int) -> str:
+    """The name of a policy as it was part of the way."""
+    return f"{policy}@{step}"
+
+
+def adapter_of(recipe: Recipe, runs: Path, name: str) -> Path:
+    """Where the adapter of a stage, or of a policy part of the way, lies."""
+    stage, part, step = name.partition("@")
+    artifact = recipe.artifact(stage, runs)
+    return artifact.snapshot(int(step)) if part else artifact.adapter
 
 
 def reference_of(recipe: Recipe, done: list[str]) -> str | None:

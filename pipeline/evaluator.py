@@ -1,6 +1,6 @@
 """Held-out questions to every policy and reward model of a run, one process for all, one loaded base.
 
-    python -m pipeline.evaluator RECIPE [--runs DIR]
+    python -m pipeline.evaluator RECIPE [--runs DIR] [--judge URL MODEL] [--lm-eval TASKS]
 
 Each measure of each stage is an artifact of its own, runs/<recipe>/evaluation/<measure>-<stage>.json, with a
 fingerprint over all that it depends on: the adapters' bytes, the base, the held-out rows, the settings. What is fresh
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 # Before any library reads them, as in worker.py.
@@ -24,28 +25,33 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pipeline import strict_yaml
 from pipeline.artifact import Json, digest, locked, read_json, write_json, write_text
+from pipeline.data.contracts import Row
 from pipeline.errors import BrokenInvariant, UserError
+from pipeline.evaluate import benchmarks
 from pipeline.evaluate import judge as judges
 from pipeline.evaluate.judge import Judge
-from pipeline.evaluation_plan import METHOD, Measure, folder, plain, plan
+from pipeline.evaluation_plan import METHOD, Measure, adapter_of, folder, plain, plan, results_in, sealed
 from pipeline.recipe import Recipe, read
 from pipeline.runner import environment, states
 from pipeline.worker import ERROR_MARK
 
 
-def launch(recipe: Recipe, runs: Path, judge: tuple[str, str] | None = None) -> Json:
+def launch(recipe: Recipe, runs: Path, judge: tuple[str, str] | None = None, tasks: Sequence[str] = ()) -> Json:
     """Evaluate a run in a process of its own, as stages are run, and return results.json. Raises UserError.
 
     judge: URL and model of an OpenAI-compatible endpoint on this machine that compares answers.
+    tasks: of lm-eval, by name or as files.
     """
     where = folder(recipe, runs)
-    plan(recipe, runs)
+    plan(recipe, runs, [benchmarks.source(task) for task in tasks])
     resolved, log = where / "recipe.yaml", where / "log.txt"
     write_text(resolved, strict_yaml.dump(recipe.tree))
     command = [sys.executable, "-m", "pipeline.evaluator", str(resolved), "--runs", str(runs)]
     if judge:
         Judge(*judge)
         command += ["--judge", *judge]
+    if tasks:
+        command += ["--lm-eval", *tasks]
     with log.open("wb") as errors:
         status = subprocess.run(command, stderr=errors, env=environment(), check=False).returncode
     if status:
@@ -58,20 +64,21 @@ def launch(recipe: Recipe, runs: Path, judge: tuple[str, str] | None = None) -> 
 
 
 def found(recipe: Recipe, runs: Path) -> Json:
-    """The results of the last evaluation. Raises UserError if there was none."""
-    results = read_json(folder(recipe, runs) / "results.json")
+    """The results of the last evaluation. Raises UserError if there was none, or if they are not as written."""
+    results = results_in(folder(recipe, runs))
     if results is None:
         raise UserError(f"{recipe.name} has not been evaluated. Do it with: onebase eval RECIPE")
     return results
 
 
 def fresh(measure: Measure, where: Path) -> Json | None:
-    """What was measured before, if nothing has changed since."""
+    """What was measured before, if nothing has changed since, the file itself included."""
     try:
-        known = read_json(where / measure.file)
+        known = read_json(where / measure.file) or {}
     except UserError:
         return None
-    return known if known is not None and known.get("fingerprint") == measure.fingerprint else None
+    whole = known.get("value_digest") == digest(known.get("value"))
+    return known if whole and known.get("fingerprint") == measure.fingerprint else None
 
 
 def take(recipe: Recipe, runs: Path, missing: list[Measure]) -> None:
@@ -80,13 +87,14 @@ def take(recipe: Recipe, runs: Path, missing: list[Measure]) -> None:
     from pipeline.evaluate.bench import Bench
 
     begun = time.monotonic()
-    stages = {name for measure in missing for name in measure.adapters}
-    folders = {name: recipe.artifact(name, runs).adapter for name in recipe.order() if name in stages}
+    names = list(dict.fromkeys(name for measure in missing for name in measure.adapters))
+    folders = {name: adapter_of(recipe, runs, name) for name in names}
+    speaks = {name: recipe.kind(name.partition("@")[0]).answers for name in names}
     temperature = next((m.more["temperature"] for m in missing if "temperature" in m.more), 1.0)
     bench = Bench(
         recipe.spec.model,
-        {name: adapter for name, adapter in folders.items() if recipe.kind(name).answers},
-        {name: adapter for name, adapter in folders.items() if not recipe.kind(name).answers},
+        {name: adapter for name, adapter in folders.items() if speaks[name]},
+        {name: adapter for name, adapter in folders.items() if not speaks[name]},
         temperature,
     )
     print(f"  loaded in {time.monotonic() - begun:.0f} s", flush=True)
@@ -100,8 +108,10 @@ def take(recipe: Recipe, runs: Path, missing: list[Measure]) -> None:
                 value = measures.preferences(bench, measure.subject, rows)
             elif measure.name in ("questions", "few_shot"):
                 value = measures.questions(bench, measure.subject, rows, more.get("examples", []))
-            elif measure.name == "choices":
+            elif measure.name in ("choices", "labels"):
                 value = measures.choices(bench, measure.subject, rows)
+            elif measure.name.startswith(benchmarks.PREFIX):
+                value = benchmarks.run(bench, measure.subject, rows[0]["task"])
             elif measure.name == "pairs":
                 value = measures.pairs(bench, measure.subject, rows, more["train"])
             else:
@@ -111,7 +121,7 @@ def take(recipe: Recipe, runs: Path, missing: list[Measure]) -> None:
             write_json(
                 folder(recipe, runs) / measure.file,
                 {"fingerprint": measure.fingerprint, "seconds": seconds, "settings": keep}
-                | {"rows": plain(rows), "value": value},
+                | {"rows": plain(rows), "value": value, "value_digest": digest(value)},
             )
             print(f"  [{index}/{len(missing)}] {measure.name} of {measure.subject}: {seconds:.1f} s", flush=True)
 
@@ -122,6 +132,7 @@ def judged(taken: dict[str, Json], where: Path, judge: Judge | None) -> Json | N
     from pipeline.evaluate import results
 
     answers = {key.partition("/")[2]: measure for key, measure in taken.items() if key.startswith("answers/")}
+    answers = {policy: measure for policy, measure in answers.items() if "@" not in policy}  # finished ones
     if len(answers) < 2:
         return None
     told = {policy: [texts[0] for texts in measure["value"]["text"]] for policy, measure in answers.items()}
@@ -144,16 +155,45 @@ def judged(taken: dict[str, Json], where: Path, judge: Judge | None) -> Json | N
     return value
 
 
-def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None) -> None:
+def still_fresh(recipe: Recipe, runs: Path, asked: Sequence[str]) -> list[Row]:
+    """Tasks of lm-eval that an earlier evaluation was asked for and whose results still hold; of the others it is
+    said that they are left out. `asked`: those asked for now, which are not among them."""
+    where = folder(recipe, runs)
+    kept = []
+    try:
+        earlier = (results_in(where) or {}).get("tasks", [])
+    except UserError:  # they are made anew
+        earlier = []
+    for task in earlier:
+        if task in asked:
+            continue
+        try:
+            source = benchmarks.source(task)
+            measures = [m for m in plan(recipe, runs, [source]) if m.name.startswith(benchmarks.PREFIX)]
+            if all(fresh(measure, where) for measure in measures):
+                kept.append(source)
+                continue
+            why = "the run or the task has changed"
+        except UserError as error:
+            why = str(error)
+        print(f"  lm-eval {task}: left out, as {why}. To have it again: --lm-eval {task}", flush=True)
+    return kept
+
+
+def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None, tasks: Sequence[str] = ()) -> None:
     """Bring a run's evaluation up to date and write results.json."""
     from pipeline.evaluate import results
 
     where = folder(recipe, runs)
     with locked(where / ".lock", f"{where} is being written by process {{pid}}. Wait for it, or end it."):
-        wanted = plan(recipe, runs)
+        asked = [benchmarks.source(task) for task in tasks] + still_fresh(recipe, runs, tasks)
+        wanted = plan(recipe, runs, asked)
         missing = [measure for measure in wanted if fresh(measure, where) is None]
         print(f"{recipe.name}: {len(wanted)} measures, {len(wanted) - len(missing)} fresh", flush=True)
         begun = time.monotonic()
+        needed = [m.rows[0]["task"] for m in missing if m.name.startswith(benchmarks.PREFIX)]
+        if needed:
+            benchmarks.loadable(list(dict.fromkeys(needed)))
         if missing:
             take(recipe, runs, missing)
         taken: dict[str, Json] = {}
@@ -162,9 +202,11 @@ def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None) -> None:
             assert known is not None
             taken[f"{measure.name}/{measure.subject}"] = known
         found = results.made(taken, _chain(recipe, runs), judged(taken, where, judge))
+        found["tasks"] = [source["task"] for source in asked]
+        found["made_of"] = {measure.file: measure.fingerprint for measure in wanted}
         if missing:
             print(f"  {time.monotonic() - begun:.0f} s together", flush=True)
-        write_json(where / "results.json", found)
+        write_json(where / "results.json", sealed(found))
 
 
 def _chain(recipe: Recipe, runs: Path) -> list[Json]:
@@ -187,9 +229,10 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--runs", default="runs", type=Path)
     parser.add_argument("--judge", nargs=2, metavar=("URL", "MODEL"))
+    parser.add_argument("--lm-eval", nargs="+", default=[], metavar="TASK", dest="tasks")
     given = parser.parse_args()
     try:
-        evaluate(read(given.recipe), given.runs, Judge(*given.judge) if given.judge else None)
+        evaluate(read(given.recipe), given.runs, Judge(*given.judge) if given.judge else None, given.tasks)
     except (UserError, BrokenInvariant) as error:
         print(f"{ERROR_MARK}{error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

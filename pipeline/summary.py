@@ -11,7 +11,7 @@ from rich.text import Text
 
 from pipeline.artifact import Json
 from pipeline.errors import UserError
-from pipeline.evaluate.metric import METRICS
+from pipeline.evaluate.metric import METRICS, Metric, columns, of_benchmark
 from pipeline.plan import auto
 from pipeline.plan.cards import Card
 from pipeline.plan.shapes import read_shapes
@@ -107,12 +107,20 @@ def show_evaluation(results: Json, console: Console) -> None:
     colours = {"better": "green", "worse": "red", "warning": "yellow", "unclear": "dim"}
     for name, verdict in results["verdicts"].items():
         console.print(Text(f"{name:>9}  ", style="bold") + Text(verdict["text"], style=colours[verdict["word"]]))
-    table = Table("number (95 % interval)", box=None, pad_edge=False)
-    for policy in results["numbers"]:
-        table.add_column(policy, justify="right")
-    for metric in (metric for metric in METRICS if any(metric.key in held for held in results["numbers"].values())):
-        found = [held.get(metric.key) for held in results["numbers"].values()]
-        table.add_row(metric.label, *(metric.shown(value) if value else "" for value in found))
+    table = Table("number, 95 % interval", box=None, pad_edge=False)
+
+    def cell(metric: Metric, found: Json | None) -> str:
+        return metric.shown(found).replace(" (", "\n").removesuffix(")") if found else ""
+
+    held = columns(results)
+    for name in held:
+        table.add_column(name, justify="right")
+    for metric in (metric for metric in METRICS if any(metric.key in numbers for numbers in held.values())):
+        found = [numbers.get(metric.key) for numbers in held.values()]
+        table.add_row(metric.label, *(cell(metric, value) for value in found))
+    for row in results["benchmarks"]:
+        found = [row["numbers"].get(name.removesuffix(", zero-shot")) for name in held]
+        table.add_row(of_benchmark(row).label, *(cell(of_benchmark(row), value) for value in found))
     console.print()
     console.print(table)
 

@@ -27,7 +27,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pipeline.artifact import WEIGHTS, Artifact, Json, digest, locked, read_json, write_json, write_text
 from pipeline.data.contracts import QUESTION
-from pipeline.data.load import DataSpec, Source, read_source, read_split
+from pipeline.data.load import DataSpec, Source, labels_as_answers, read_source, read_split
+from pipeline.energy import Meter
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
 from pipeline.plan import auto, cards
 from pipeline.plan.cards import Card
@@ -83,7 +84,7 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
 
     everyone = PartialState(cpu=not torch.cuda.is_available())
     with _alone(out) if everyone.is_main_process else contextlib.nullcontext():
-        started = time.time()
+        started, meter = time.time(), Meter()
 
         def claim() -> Path | None:
             if everyone.is_main_process:
@@ -131,7 +132,7 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
                     "before": result.before,
                     "after": result.after,
                     "invariants": result.invariants,
-                    **_cost(started),
+                    **_cost(started, meter),
                 }
             )
 
@@ -186,7 +187,7 @@ def load_rows(recipe: Recipe, stage: str) -> tuple[Rows, list[Source]]:
     section = recipe.stages[stage]
     split = read_split(section.data, recipe.kind(stage).contract, recipe.spec.seed)
     asked = read_source(section.questions, QUESTION, DataSpec(path=section.questions)) if section.questions else None
-    rows = Rows(split.train, split.test, asked.rows if asked else [])
+    rows = Rows(split.train, split.test, labels_as_answers(asked.rows) if asked else [])
     # A held-out share has no file of its own: its rows are counted with the file they were taken from.
     return rows, [*split.sources, *([asked] if asked else [])]
 
@@ -232,7 +233,7 @@ def _alone(out: Artifact) -> Iterator[None]:
         yield
 
 
-def _cost(started: float) -> Json:
+def _cost(started: float, meter: Meter) -> Json:
     import resource
     from importlib.metadata import version
 
@@ -247,6 +248,8 @@ def _cost(started: float) -> Json:
         "seconds": round(time.time() - started, 1),
         "device": torch.cuda.get_device_name() if cuda else f"cpu ({torch.get_num_threads()} threads)",
         "peak_memory_mib": round(peak),
+        "energy_wh": meter.watt_hours(),
+        "energy_of": meter.of,
         "peak_memory_is": "CUDA memory allocated" if cuda else "resident set of the process",
         "versions": {library: version(library) for library in libraries},
     }

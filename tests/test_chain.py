@@ -55,6 +55,7 @@ def test_the_reference_of_dpo_is_the_sft_policy(chain: tuple[dict[str, Any], Pat
     found = out(chain, "dpo").verify()["invariants"]
     assert found["step_0_loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert found["step_0_margin"] == 0
+    assert list(out(chain, "dpo").snapshots()) == [2, 3, 4] and out(chain, "sft").snapshots() == {}  # of 6 steps
     files = {file.name for file in out(chain, "dpo").adapter.rglob("*") if file.is_file()}
     assert "adapter_model.safetensors" in files and not (out(chain, "dpo").adapter / "ref").exists()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from pipeline.artifact import Artifact, digest
 from pipeline.data import render
 from pipeline.data.load import read_source
 from pipeline.errors import UserError
-from pipeline.evaluate import measures, reward_check
+from pipeline.evaluate import measures, results, reward_check
 from pipeline.evaluate.bench import Bench
 from pipeline.evaluation_plan import plan
 from pipeline.models import adapters
@@ -127,6 +129,15 @@ def test_several_answers_to_a_prompt_read_it_once_and_are_drawn_apart(bench: Ben
     single, several = answered(1, 0), answered(3, 0)
     assert [e.prompt_ids for e in several] == [prompts[0]] * 3 + [prompts[1]] * 3
     assert [e.answer_ids for e in several] == [single[0].answer_ids] * 3 + [single[1].answer_ids] * 3
+    # What both prompts begin with, read once for both, leaves every answer as likely as a whole forward says.
+    with bench.acting_as("sft"):
+        together = sample(
+            bench.actors, prompts, new_tokens=6, temperature=0, stops=stops, generator=torch.Generator(),
+            shared=len(os.path.commonprefix(prompts)),
+        )  # fmt: skip
+    assert len(os.path.commonprefix(prompts)) >= 3 and [e.prompt_ids for e in together] == prompts
+    for episode, total in zip(together, bench.log_probs("sft", together, 4), strict=True):
+        assert sum(episode.logp) == pytest.approx(total, abs=0.15)
     drawn = answered(8, 1.0)
     assert len({tuple(e.answer_ids) for e in drawn[:8]}) > 1
     whole = bench.log_probs("sft", drawn, 4)
@@ -156,6 +167,22 @@ def test_what_is_fresh_is_not_taken_again(
     monkeypatch.setattr("pipeline.evaluation_plan.load_rows", _without_last_question)
     changed = {measure.file for measure in plan(recipe, runs) if before[measure.file] != measure.fingerprint}
     assert {name.split("-")[0] for name in changed} == {"questions", "few_shot", "choices", "answers", "best_of_n"}
+
+
+def test_labels_are_a_classification(run: tuple[Recipe, Path, dict[str, Any]], bench: Bench, tmp_path: Path) -> None:
+    """Rows with a label in place of an answer: every label of the file is a choice."""
+    tree = {**run[2], "stages": {"sft": {**run[2]["stages"]["sft"], "from": None}}}
+    texts, labels = ("You have won!", "See you at nine.", "Call now."), ("spam", "ham", "spam")
+    rows = [{"prompt": f"{text} Spam or ham?", "label": label} for text, label in zip(texts, labels, strict=True)]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree["stages"]["sft"]["questions"] = str(tmp_path / "labels.jsonl")
+    asked = load_rows(build(tree), "sft")[0].questions
+    assert [(row["answer"], row["choices"]) for row in asked] == [(label, ["ham", "spam"]) for label in labels]
+    value = measures.choices(bench, "sft", list(asked))
+    numbers = results.plain(results._numbers({"labels/sft": value}, "sft", None))
+    assert value["wanted"] == list(labels) and numbers["label_commonest"]["value"] == pytest.approx(2 / 3)
+    agree = sum(a == b for a, b in zip(value["picked"], labels, strict=True)) / 3
+    assert numbers["label_accuracy"]["value"] == pytest.approx(agree)
 
 
 def _without_last_question(recipe: Recipe, name: str) -> Any:

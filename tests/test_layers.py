@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 LAYERS = [
-    ["errors", "artifact", "metrics", "strict_yaml", "gates"]
+    ["errors", "artifact", "metrics", "strict_yaml", "gates", "energy"]
     + ["data.contracts", "data.formats", "data.dialogues", "data.trees", "data.shelf"],
     ["models", "data", "ppo"],
     ["stages", "evaluate", "plan"],

@@ -14,6 +14,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import ROOT, head, tiny_tree, write_recipe
+from safetensors.torch import load_file
 
 from pipeline import metrics
 from pipeline.artifact import Artifact
@@ -287,6 +288,14 @@ def test_a_chain_keeps_its_invariants(tiny_base: Path, parents: Path) -> None:
     )
     assert {"reward", "kl"} <= manifest["before"].keys() and manifest["before"]["kl"] == 0.0
     assert {"reward", "kl", "reward_gain_low", "reward_gain_high"} <= manifest["after"].keys()
+    # the policy half of the way: neither where it started nor where it ended
+    (halfway,) = recipe.artifact("ppo", parents / "runs").snapshots().items()
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (
+        recipe.artifact("sft", parents / "runs").adapter, halfway[1], recipe.artifact("ppo", parents / "runs").adapter
+    )]  # fmt: skip
+    assert halfway[0] == 1 and all(a.keys() == weights[1].keys() for a in weights)
+    for other in (weights[0], weights[2]):
+        assert any(not torch.equal(other[name], weight) for name, weight in weights[1].items())
     saved = {path.name for path in (parents / "runs/tiny/ppo/adapter").iterdir()}
     assert "adapter_model.safetensors" in saved and not saved & {"reference", "value", "reward-reward"}
 
@@ -302,7 +311,7 @@ def test_a_second_copy_of_the_base_is_found(tiny_base: Path) -> None:
 
 
 def test_a_reward_model_that_scores_otherwise_is_refused(tiny_base: Path, parents: Path) -> None:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     from pipeline.errors import BrokenInvariant
 

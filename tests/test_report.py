@@ -18,7 +18,7 @@ from pipeline import metrics
 from pipeline.artifact import digest, write_json
 from pipeline.errors import UserError
 from pipeline.evaluate import results
-from pipeline.evaluation_plan import plan
+from pipeline.evaluation_plan import plan, sealed
 from pipeline.recipe import Recipe, build
 from pipeline.report import page
 from pipeline.summary import show_evaluation
@@ -56,6 +56,8 @@ def planted(random: numpy.random.Generator) -> dict[str, Any]:
             f"answers/{policy}",
             answers(random, draw < skill, REWARD[policy], 2.0 if policy in ("dpo", "ppo") else None),
         )
+    for step, reward in ((2, 1.0), (4, 1.5)):
+        add(f"answers/ppo@{step}", answers(random, draw < 0.5, reward, 0.5 * step))
     add("few_shot/base", {**taken["questions/base"]["value"], "right": (luck < 0.2).tolist()}, asked)
     add("best_of_n/sft", answers(random, random.random((PROMPTS, 64)) < SKILL["sft"], REWARD["sft"], None))
     margins = random.normal(1.5, 1, PAIRS)
@@ -129,9 +131,11 @@ def run(tiny_base: Path, tmp_path: Path, evaluated: dict[str, Any]) -> tuple[Rec
             }
         )  # fmt: skip
     where = runs / recipe.name / "evaluation"
-    for measure in plan(recipe, runs):
-        write_json(where / measure.file, {"fingerprint": measure.fingerprint})
-    write_json(where / "results.json", evaluated)
+    wanted = plan(recipe, runs)
+    for measure in wanted:
+        write_json(where / measure.file, {"fingerprint": measure.fingerprint, "value_digest": digest(None)})
+    made_of = {measure.file: measure.fingerprint for measure in wanted}
+    write_json(where / "results.json", sealed({**evaluated, "tasks": [], "made_of": made_of}))
     return recipe, runs
 
 
@@ -202,6 +206,7 @@ def test_best_of_n_takes_part_and_beats_what_it_is_drawn_from(evaluated: dict[st
     assert by_reward["wins"]["best of 16"]["sft"]["low"] > 0.8
     assert by_reward["elo"]["ppo"]["value"] > by_reward["elo"]["sft"]["value"]
     assert evaluated["arenas"]["truth"]["elo"]["sft"]["value"] > evaluated["arenas"]["truth"]["elo"]["ppo"]["value"]
+    assert [found["kl"]["value"] for found in evaluated["steps"]["ppo"].values()] == pytest.approx([1, 2], abs=0.2)
     rewards = [point["proxy"]["value"] for point in evaluated["best_of_n"]["points"]]
     assert rewards == sorted(rewards)
     assert evaluated["best_of_n"]["points"][-1]["kl"] == pytest.approx(math.log(64) - 63 / 64)
@@ -213,7 +218,11 @@ def test_an_outdated_evaluation_is_refused_and_a_missing_one_is_said(run: tuple[
     write_json(first, {"fingerprint": "of before"})
     with pytest.raises(UserError, match=r"older than the run \(1 measures.*onebase eval my.yaml"):
         page.write(recipe, "my.yaml", runs)
-    (runs / recipe.name / "evaluation" / "results.json").unlink()
+    file = runs / recipe.name / "evaluation" / "results.json"
+    file.write_text(file.read_text().replace('"value": 0.', '"value": 0.9', 1))
+    with pytest.raises(UserError, match="changed by hand, or is of another version"):
+        page.write(recipe, "my.yaml", runs)
+    file.unlink()
     assert "has not been evaluated" in page.write(recipe, "my.yaml", runs)[0].read_text()
 
 
@@ -223,7 +232,7 @@ def test_the_terminal_shows_verdicts_and_intervals(evaluated: dict[str, Any]) ->
     console = Console(width=300, record=True)
     show_evaluation(json.loads(json.dumps(evaluated)), console)
     told = console.export_text()
-    assert "Over-optimised" in told and re.search(r"questions answered right .*% \(\d+ to \d+\)", told)
+    assert "Over-optimised" in told and re.search(r"questions answered right .*\d %.*\n +\d+ to \d+", told)
 
 
 def test_compare_shows_what_differs_item_by_item(tmp_path: Path, tiny_base: Path) -> None:
@@ -241,7 +250,7 @@ def test_compare_shows_what_differs_item_by_item(tmp_path: Path, tiny_base: Path
     for name, taken, written in (("a", first, tree), ("b", second, other)):
         for key, measure in taken.items():
             write_json(tmp_path / name / "evaluation" / f"{key.replace('/', '-')}.json", measure)
-        write_json(tmp_path / name / "evaluation" / "results.json", results.made(taken, CHAIN))
+        write_json(tmp_path / name / "evaluation" / "results.json", sealed(results.made(taken, CHAIN)))
         (tmp_path / name / "recipe.yaml").write_text(strict_yaml.dump(written))
     console = Console(width=300, record=True)
     compare.show(tmp_path / "a", tmp_path / "b", console)

@@ -49,6 +49,9 @@ def test_no_spread_is_not_certainty() -> None:
     found = intervals.share([1.0] * 72)
     assert found.value == found.high == 1 and found.low == pytest.approx(0.025 ** (1 / 72), abs=1e-6)
     unchanged = intervals.difference([1.0] * 72, [1.0] * 72, span=1.0)
+    # One pair, ranked right where the rule was wrong, is no sure gain; one document says nothing of others.
+    assert not intervals.difference([1.0], [0.0], span=1.0).above
+    assert not intervals.ratio_difference([30.0], [31.0], [10]).below
     assert unchanged.value == 0 and not unchanged.above and not unchanged.below and unchanged.high > 0.03
 
 
@@ -169,9 +172,17 @@ def test_an_over_optimised_policy_is_flagged() -> None:
     truth_before = (random.random(48) < 0.8).astype(float)
     fallen = intervals.difference(truth_before * (random.random(48) < 0.6), truth_before, span=1.0)
     same = intervals.difference(truth_before, truth_before, span=1.0)
-    assert over_optimised({"reward": reward, "truth": fallen})
-    assert not over_optimised({"reward": reward, "truth": same})
-    assert not over_optimised({"truth": fallen})
+    assert over_optimised({"reward": reward, "truth": fallen}, None)
+    assert not over_optimised({"reward": reward, "truth": same}, None)
+    assert not over_optimised({"truth": fallen}, {"low": 0.45})
+    assert over_optimised({"truth": fallen}, {"low": 0.55})
+
+
+def test_macro_f1_by_hand() -> None:
+    """ham: precision 2/3, recall 2/2; spam: precision 1/1, recall 1/2."""
+    found = intervals.macro_f1(["ham", "ham", "spam", "spam"], ["ham", "ham", "ham", "spam"])
+    assert found.value == pytest.approx((2 * (2 / 3) / (5 / 3) + 2 * (1 / 2) / (3 / 2)) / 2)
+    assert found.low < found.value < found.high <= 1
 
 
 def test_exact_match_and_f1_as_by_hand() -> None:

@@ -142,13 +142,18 @@ def _preference(row: Row) -> str | None:
 
 
 def _question(row: Row) -> str | None:
-    reason = _prompt(row) or _text(row, "answer")
+    reason = _prompt(row) or _text(row, "label" if is_labelled(row) else "answer")
     if reason is None and "choices" in row:
         if not isinstance(row["choices"], list) or not all(isinstance(choice, str) for choice in row["choices"]):
             return "field 'choices' is not a list of texts"
         if row["answer"] not in row["choices"]:
             return "field 'answer' is not among 'choices'"
     return reason
+
+
+def is_labelled(row: Row) -> bool:
+    """A row of a classification: its label, one of those in the file, is the answer."""
+    return "label" in row and "answer" not in row
 
 
 LANGUAGE_MODELING = Contract("language modeling", "text", '{"text": "..."}', _language_modeling)

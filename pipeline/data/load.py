@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.data import files, formats, mixture
-from pipeline.data.contracts import Contract, Row
+from pipeline.data.contracts import Contract, Row, is_labelled
 from pipeline.data.dialogues import Unreadable
 from pipeline.data.formats import Format
 from pipeline.data.shelf import Picked, Shelf, strict_json
@@ -185,6 +185,17 @@ def read_split(spec: DataSpec, contract: Contract, seed: int) -> Split:
         source.left_out = max(0, len(kept[number]) - source.drawn) if passes[number] < 1 else 0
     places = [kept[s][i] for s, i in zip(which.tolist(), index.tolist(), strict=True)]
     return Split(Picked(rows, which.tolist(), places), test, sources)
+
+
+def labels_as_answers(rows: Sequence[Row]) -> Sequence[Row]:
+    """Questions, those with a label asked for it: the labels of all rows are the choices. `labelled` marks them."""
+    labels = sorted({row["label"] for row in rows if is_labelled(row)})
+    if not labels:
+        return rows
+    return [
+        {**row, "answer": row["label"], "choices": labels, "labelled": True} if is_labelled(row) else row
+        for row in rows
+    ]
 
 
 def content_hashes(spec: DataSpec) -> dict[str, str]:

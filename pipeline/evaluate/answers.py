@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -97,14 +98,19 @@ def _says(text: str, phrase: str) -> bool:
 
 @torch.no_grad()
 def generate(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], new_tokens: int = NEW_TOKENS
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Row],
+    new_tokens: int = NEW_TOKENS,
+    alike: bool = False,
 ) -> list[Answer]:
-    """A greedy answer to each row's prompt."""
+    """A greedy answer to each row's prompt. `alike`: what all prompts begin with is read once for each batch."""
     if not rows:
         return []
     model.eval()
     language_model = LanguageModel(model, tokenizer.pad_token_id)
     prompts = [render.prompt(tokenizer, row) for row in rows]
+    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1) if alike else 0
 
     def answered(batch: Sequence[int]) -> list[sampling.Episode]:
         return sampling.sample(
@@ -114,13 +120,14 @@ def generate(
             temperature=0,
             stops=render.stop_ids(tokenizer),
             generator=torch.Generator(model.device),
+            shared=shared,
         )
 
     answers: dict[int, Answer] = {}
     # On a CPU most of a token's time would go into dequantising.
     plain = plain_layers(model, fold_adapter=False) if model.device.type == "cpu" else contextlib.nullcontext()
     with plain:
-        for batch in batches([len(ids) + new_tokens for ids in prompts], tokens=TOKENS_AT_ONCE):
+        for batch in batches([len(ids) - shared + new_tokens for ids in prompts], tokens=TOKENS_AT_ONCE):
             episodes = in_halves(answered, batch, lambda i: len(prompts[i]) + new_tokens)
             for index, episode in zip(batch, episodes, strict=True):
                 said = episode.answer_ids[:-1] if episode.ended else episode.answer_ids

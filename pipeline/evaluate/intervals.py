@@ -79,8 +79,13 @@ def share(points: Values) -> Estimate:
 
 
 def difference(after: Values, before: Values, span: float | None = None) -> Estimate:
-    """Mean of after - before, prompt by prompt."""
-    return mean(numpy.asarray(after, dtype=float) - numpy.asarray(before, dtype=float), span)
+    """Mean of after - before, prompt by prompt. span: of after and of before, as in `mean`."""
+    change_P = numpy.asarray(after, dtype=float) - numpy.asarray(before, dtype=float)
+    if span is None:
+        return mean(change_P)
+    # What was missed may lie as far off as the other end, -span or span.
+    found = mean(change_P, span * (1 + abs(float(change_P.mean()))))
+    return Estimate(found.value, max(found.low, -span), min(found.high, span), found.n)
 
 
 def gap(first: Values, second: Values) -> Estimate:
@@ -96,6 +101,8 @@ def ratio(totals: Values, counts: Values) -> Estimate:
     """sum(totals) / sum(counts), for instance nats per token over documents of unlike length; documents are drawn."""
     totals_P, counts_P = numpy.asarray(totals, dtype=float), numpy.asarray(counts, dtype=float)
     centre = float(totals_P.sum() / counts_P.sum())
+    if len(totals_P) < 2:  # one document says nothing of others
+        return Estimate(centre, -float("inf"), float("inf"), len(totals_P))
     drawn = _drawn(len(totals_P))
     low, high = numpy.percentile(totals_P[drawn].sum(1) / counts_P[drawn].sum(1), _tails())
     return Estimate(centre, float(low), float(high), len(totals_P))
@@ -104,6 +111,21 @@ def ratio(totals: Values, counts: Values) -> Estimate:
 def ratio_difference(after: Values, before: Values, counts: Values) -> Estimate:
     """The difference of two such ratios over the same documents."""
     return ratio(numpy.asarray(after, dtype=float) - numpy.asarray(before, dtype=float), counts)
+
+
+def macro_f1(wanted: Sequence[str], picked: Sequence[str]) -> Estimate:
+    """Mean over the labels of each one's F1, with a bootstrap interval over items."""
+    from sklearn.metrics import f1_score  # takes a second to import
+
+    names = sorted(set(wanted))
+    wanted_P, picked_P = numpy.asarray(wanted), numpy.asarray(picked)
+
+    def of(drawn: Any) -> numpy.ndarray:
+        scores = f1_score(wanted_P[drawn], picked_P[drawn], labels=names, average="macro", zero_division=0.0)
+        return numpy.array([scores])
+
+    low, high = over_prompts(of, len(wanted))
+    return Estimate(float(of(slice(None))[0]), float(low[0]), float(high[0]), len(wanted))
 
 
 def over_prompts(statistic, prompts: int) -> tuple[numpy.ndarray, numpy.ndarray]:  # type: ignore[no-untyped-def]

@@ -55,7 +55,7 @@ def questions(bench: Bench, policy: str, rows: list[Row], examples: list[Row]) -
     shots = [message for example in examples for message in example["messages"]]
     asked = [{**row, "prompt": shots + row["prompt"]} if shots else row for row in rows]
     with bench.acting_as(policy):
-        told = answers.generate(bench.model, bench.tokenizer, asked)
+        told = answers.generate(bench.model, bench.tokenizer, asked, alike=bool(shots))
     texts = [answer.text for answer in told]
     pairs = list(zip(rows, texts, strict=True))
     return {
@@ -68,7 +68,8 @@ def questions(bench: Bench, policy: str, rows: list[Row], examples: list[Row]) -
 
 
 def choices(bench: Bench, policy: str, rows: list[Row]) -> Json:
-    """`picked`: the likeliest of each question's choices, by the summed log-likelihood of its tokens."""
+    """`picked`: the likeliest of each question's choices, by the summed log-likelihood of its tokens; `wanted`: the
+    right one."""
     sequences = [[_choice(bench, row, choice) for choice in row["choices"]] for row in rows]
     # What all choices of a question begin with says nothing about them, and is read once.
     shared = [len(os.path.commonprefix(options)) for options in sequences]
@@ -83,7 +84,9 @@ def choices(bench: Bench, policy: str, rows: list[Row]) -> Json:
             for index, row_totals in zip(batch, totals, strict=True):
                 best = max(range(len(row_totals)), key=row_totals.__getitem__)
                 picked[index] = rows[index]["choices"][best]
-    return {"picked": picked, "right": [choice == row["answer"] for choice, row in zip(picked, rows, strict=True)]}
+    wanted = [row["answer"] for row in rows]
+    right = [choice == answer for choice, answer in zip(picked, wanted, strict=True)]
+    return {"picked": picked, "wanted": wanted, "right": right}
 
 
 def _choice(bench: Bench, row: Row, choice: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy
 
 from pipeline.artifact import Json
-from pipeline.evaluate import arena, best_of_n, intervals, reward_check, verdicts
+from pipeline.evaluate import arena, benchmarks, best_of_n, intervals, reward_check, verdicts
 from pipeline.evaluate.intervals import Estimate
 
 BASE = "base"
@@ -43,20 +44,29 @@ def made(taken: Taken, chain: list[Json], judged: Json | None = None) -> Json:
         },
         "arenas": _arenas(values, policies, curve) | ({"judge": judged} if judged else {}),
         "best_of_n": curve,
+        "steps": {stage: plain(_steps(values, stage, proxy)) for stage in parents},
         "lengths": {p: _flat(values[f"answers/{p}"]["length"]) for p in policies if f"answers/{p}" in values},
         "samples": _samples(taken, policies),
         "seconds": sum(measure["seconds"] for measure in taken.values()),
     }
-    found["over_optimised"] = {stage: over_optimised(changed[stage]) for stage in parents}
+    found["benchmarks"] = benchmarks.compared(values, parents)
+    by_proxy = found["arenas"].get(proxy, {}).get("wins", {})
+    found["over_optimised"] = {
+        stage: over_optimised(changed[stage], by_proxy.get(stage, {}).get(parent)) for stage, parent in parents.items()
+    }
     found["verdicts"] = verdicts.spoken(found)
     return found
 
 
-def over_optimised(change: dict[str, Estimate]) -> bool:
+def over_optimised(change: dict[str, Estimate], won: Json | None) -> bool:
     """Against its parent the reward has risen and a gold measure (a programmatic truth, or questions answered right)
-    has fallen, both beyond chance: the reward's mistakes were learnt (arXiv 2210.10760)."""
+    has fallen, both beyond chance: the reward's mistakes were learnt (arXiv 2210.10760).
+
+    change: from its parent.  won: its win rate against the parent by the reward, which can rise beyond chance where the
+    mean does not."""
     gold = [change[name] for name in ("truth", "question_accuracy") if name in change]
-    return "reward" in change and change["reward"].above and any(found.below for found in gold)
+    risen = ("reward" in change and change["reward"].above) or (won is not None and won["low"] > 0.5)
+    return risen and any(found.below for found in gold)
 
 
 def _numbers(values: Taken, policy: str, proxy: str | None) -> dict[str, Estimate]:
@@ -74,12 +84,21 @@ def _numbers(values: Taken, policy: str, proxy: str | None) -> dict[str, Estimat
         found["stopped"] = intervals.proportion(value["stopped"])
     if value := values.get(f"choices/{policy}"):
         found["choice_accuracy"] = intervals.proportion(value["right"])
+    if value := values.get(f"labels/{policy}"):
+        found["label_accuracy"] = intervals.proportion(value["right"])
+        found["label_f1"] = intervals.macro_f1(value["wanted"], value["picked"])
+        found["label_commonest"] = intervals.proportion([label == _commonest(value) for label in value["wanted"]])
     if value := values.get(f"answers/{policy}"):
         for name, (pick, span) in _sampled(proxy).items():
             per_prompt = pick(value)
             if per_prompt is not None:
                 found[name] = intervals.mean(per_prompt) if span is None else intervals.share(per_prompt)
     return found
+
+
+def _commonest(labels: Json) -> str:
+    """What a rule that does not look would answer."""
+    return str(Counter(labels["wanted"]).most_common(1)[0][0])
 
 
 def changes(values: Taken, stage: str, parent: str, proxy: str | None) -> dict[str, Estimate]:
@@ -102,6 +121,7 @@ def changes(values: Taken, stage: str, parent: str, proxy: str | None) -> dict[s
         ("token_f1", "questions", "f1"),
         ("stopped", "questions", "stopped"),
         ("choice_accuracy", "choices", "right"),
+        ("label_accuracy", "labels", "right"),
     ):
         if pair := both(measure):
             found[name] = intervals.difference(pair[0][key], pair[1][key], span=1.0)
@@ -176,7 +196,19 @@ def _curve(taken: Taken, proxy: str | None) -> Json | None:
     gold_PN = None if value["truth"] is None else numpy.asarray(value["truth"], dtype=float)
     ns = [n for n in NS if n <= proxy_PN.shape[1]]
     points = [asdict(point) for point in best_of_n.curve(proxy_PN, gold_PN, ns)]
-    return {"policy": key.partition("/")[2], "proxy": proxy, "points": points, "prompts": len(proxy_PN)}
+    gained = None
+    if gold_PN is not None:
+        first, last = (best_of_n.chosen(proxy_PN, gold_PN, n) for n in (ns[0], ns[-1]))
+        gained = asdict(intervals.difference(last, first, span=1.0))
+    named = {"policy": key.partition("/")[2], "proxy": proxy, "prompts": len(proxy_PN)}
+    return {**named, "points": points, "gold_gained": gained}
+
+
+def _steps(values: Taken, stage: str, proxy: str | None) -> dict[str, dict[str, Estimate]]:
+    """The numbers of a policy part of the way, by step."""
+    prefix = f"answers/{stage}@"
+    steps = sorted(int(key.removeprefix(prefix)) for key in values if key.startswith(prefix))
+    return {str(step): _numbers(values, f"{stage}@{step}", proxy) for step in steps}
 
 
 def _samples(taken: Taken, policies: list[str]) -> list[Json]:

@@ -74,7 +74,8 @@ def flags(over_rule: Estimate, lean: Estimate | None) -> list[str]:
     """What is wrong with how a reward model uses length, in words; empty where nothing is."""
     found = []
     if not over_rule.above:
-        found.append("is no better than choosing the longer answer")
+        shown = "is no" if over_rule.value <= 0 else "is not shown to be"
+        found.append(f"{shown} better than choosing the longer answer")
     if lean is not None and lean.low > LEANS:
         found.append("leans on length: it is right far more often where the better answer is the longer one")
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from pipeline.artifact import Json
-from pipeline.evaluate.metric import MINUS
+from pipeline.evaluate.metric import INFINITY, MINUS
 
 BETTER, WORSE, UNCLEAR, WARNING = "better", "worse", "unclear", "warning"
 
@@ -69,46 +69,45 @@ def _reward(found: Json | None) -> Json:
     )
     if found["flags"]:
         return _verdict(WARNING, f"{text} It {' and '.join(found['flags'])}.")
-    beats_words = found["over_words"]["low"] > 0
-    more = "" if beats_words else " A bag of words is not clearly worse, so it may have learnt little but vocabulary."
-    return _verdict(BETTER, text + more)
+    if found["over_words"]["low"] > 0:
+        return _verdict(BETTER, f"Better than both simple rules. {text}")
+    more = "A bag of words is not clearly worse, so it may have learnt little but vocabulary."
+    return _verdict(BETTER, f"Better than choosing the longer answer. {text} {more}")
 
 
 def _preference_trained(results: Json, name: str) -> Json:
+    """By every judge there is and by the questions: better by at least one and worse by none, or the other way round;
+    what they disagree on is a warning."""
     parent, arenas = results["parents"][name], results["arenas"]
-    wins = {judge: held["wins"][name][parent] for judge, held in arenas.items() if name in held["wins"]}
     numbers, changes = results["numbers"][name], results["changes"][name]
-    parts = [
-        f"wins {_percent(rate['value'])} ({_range(rate)}) against {parent} {_by(judge)}" for judge, rate in wins.items()
-    ]
-    if "question_accuracy" in changes:
-        parts.append(f"questions answered right {_points(changes['question_accuracy'])}")
-    if "kl" in numbers:
-        parts.append(f"at {numbers['kl']['value']:.1f} nats an answer from {parent}")
-    detail = "; ".join(parts)
-    if results["over_optimised"].get(name):
-        return _verdict(
-            WARNING,
-            f"Over-optimised: the reward has risen while what it stands for has fallen. It {detail}.",
-        )
-    # The judge that is hardest to please by accident decides: a person's or model's verdict, then truth, then reward.
-    deciding = next((judge for judge in ("judge", "truth", results["proxy"]) if judge in wins), None)
-    if deciding is None:
-        metric = "preference_accuracy" if "preference_accuracy" in changes else "question_accuracy"
-        change = changes.get(metric)
-        if change is None:
-            return _verdict(UNCLEAR, "Nothing held out to judge it by: give it a data.test or questions.")
-        word = _word(change["low"], change["high"])
-    else:
-        word = _word(wins[deciding]["low"] - 0.5, wins[deciding]["high"] - 0.5)
-    if word == UNCLEAR and deciding == "truth" and results["proxy"] in wins:
-        by_proxy = wins[results["proxy"]]
-        if by_proxy["low"] > 0.5:
-            return _verdict(BETTER, f"Better than {parent} by the reward, and no worse by the truth: {detail}.")
-        if by_proxy["high"] < 0.5:
-            return _verdict(WORSE, f"Worse than {parent} by the reward: {detail}.")
-    said = {BETTER: "Better than", WORSE: "Worse than", UNCLEAR: "Not to be told from"}[word]
-    return _verdict(word, f"{said} {parent}: {detail}.")
+    told: dict[str, list[str]] = {BETTER: [], WORSE: [], UNCLEAR: []}
+    for judge in sorted(arenas, key=lambda judge: {"judge": 0, "truth": 1}.get(judge, 2)):
+        rate = arenas[judge]["wins"].get(name, {}).get(parent)
+        if rate:
+            said = f"wins {_percent(rate['value'])} ({_range(rate)}) {_by(judge)}"
+            told[_word(rate["low"] - 0.5, rate["high"] - 0.5)].append(said)
+    asked = [("question_accuracy", "questions answered right")]
+    if not arenas:
+        asked.append(("preference_accuracy", "the better answer is likelier"))
+    for metric, label in asked:
+        if metric in changes:
+            change = changes[metric]
+            told[_word(change["low"], change["high"])].append(f"{label} {_points(change)}")
+    flagged = results["over_optimised"].get(name)
+    if flagged and not told[BETTER]:  # the mean has risen where the win rate has not
+        told[BETTER].append(f"mean reward {_span(changes['reward'])}")
+    if not any(told.values()):
+        return _verdict(UNCLEAR, "Nothing held out to judge it by: give it a data.test or questions.")
+    distance = f" It is {numbers['kl']['value']:.1f} nats an answer away from {parent}." if "kl" in numbers else ""
+    doubt = f" Within chance: {'; '.join(told[UNCLEAR])}." if told[UNCLEAR] else ""
+    if told[BETTER] and told[WORSE]:
+        said = "Over-optimised" if flagged else f"Better and worse than {parent}"
+        for_it, against = "; ".join(told[BETTER]), "; ".join(told[WORSE])
+        return _verdict(WARNING, f"{said}: {for_it}, but {against}.{doubt}{distance}")
+    for word, said in ((BETTER, "Better than"), (WORSE, "Worse than")):
+        if told[word]:
+            return _verdict(word, f"{said} {parent}: {'; '.join(told[word])}.{doubt}{distance}")
+    return _verdict(UNCLEAR, f"Not to be told from {parent}.{doubt}{distance}")
 
 
 def _by(judge: str) -> str:
@@ -128,7 +127,9 @@ def _range(found: Json) -> str:
 
 
 def _span(change: Json) -> str:
-    return f"{change['value']:+.2f}, 95 %: {change['low']:+.2f} to {change['high']:+.2f}".replace("-", MINUS)
+    return f"{change['value']:+.2f}, 95 %: {change['low']:+.2f} to {change['high']:+.2f}".replace("-", MINUS).replace(
+        "inf", INFINITY
+    )
 
 
 def _points(change: Json) -> str:

@@ -52,12 +52,15 @@ def sample(
     at_once: int | None = None,
     critic: Callable[[torch.Tensor], torch.Tensor] | None = None,
     copies: int = 1,
+    shared: int = 0,
 ) -> list[Episode]:
     """Answers to each prompt (token ids) from the adapter that is active: `copies` of them, those to one prompt beside
     each other, the prompts in the order given.
 
     `temperature` 0 takes the likeliest token. `at_once`: most prompts sampled together. A prompt is read once,
-    whatever the number of its answers. `critic`: hidden states (B, hidden) to values (B,), noted beside the tokens.
+    whatever the number of its answers. `shared`: so many tokens with which all prompts begin alike, fewer than the
+    shortest has, are read once for each batch (examples of few-shot prompting). `critic`: hidden states (B, hidden) to
+    values (B,), noted beside the tokens.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     episodes: dict[int, list[Episode]] = {}
@@ -65,7 +68,7 @@ def sample(
     for start in range(0, len(order), width):
         batch = order[start : start + width]
         few = [prompts[i] for i in batch]
-        answers = _sample_batch(language_model, few, new_tokens, temperature, stops, generator, critic, copies)
+        answers = _sample_batch(language_model, few, new_tokens, temperature, stops, generator, critic, copies, shared)
         episodes |= {i: answers[place * copies : (place + 1) * copies] for place, i in enumerate(batch)}
     return [episode for i in range(len(prompts)) for episode in episodes[i]]
 
@@ -79,13 +82,22 @@ def _sample_batch(
     generator: torch.Generator,
     critic: Callable[[torch.Tensor], torch.Tensor] | None,
     copies: int,
+    shared: int,
 ) -> list[Episode]:
     episodes = [Episode(prompt, [], [], ended=False) for prompt in prompts for _ in range(copies)]
     device = language_model.device
     stops_S = torch.tensor(stops, device=device)
-    ids_BT, mask_BT = (t.to(device) for t in padded(prompts, language_model.pad_id, side="left"))
-    positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+    rests = [prompt[shared:] for prompt in prompts]
+    ids_BT, mask_BT = (t.to(device) for t in padded(rests, language_model.pad_id, side="left"))
+    positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0) + shared
     cache = DynamicCache(config=language_model.config)
+    if shared:
+        start_1S = torch.tensor([prompts[0][:shared]], device=device)
+        ones_1S = torch.ones_like(start_1S)
+        with computing(language_model.model):
+            language_model.hidden(start_1S, ones_1S, ones_1S.cumsum(1) - 1, cache)
+        cache.batch_repeat_interleave(len(prompts))
+        mask_BT = torch.cat([ones_1S.to(mask_BT).expand(len(prompts), -1), mask_BT], dim=1)
     alive = list(range(len(episodes)))
     # Which rows of the batch still write; a finished one rides along until enough of them can be taken out together.
     writing_B = torch.ones(len(episodes), dtype=torch.bool, device=device)

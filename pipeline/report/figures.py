@@ -123,9 +123,11 @@ def scores(chosen: list[float], rejected: list[float]) -> str:
     return _svg(figure)
 
 
-def overoptimisation(curve: Json, policies: dict[str, Json], measure: str, label: str, kinds: dict[str, str]) -> str:
+def overoptimisation(
+    curve: Json, policies: dict[str, Json], steps: dict[str, Json], measure: str, label: str, kinds: dict[str, str]
+) -> str:
     """A measure against the distance from the policy that preference training started from. `policies`: for each its
-    numbers, of which those with a KL are drawn."""
+    numbers, of which those with a KL are drawn. `steps`: for some of them their numbers part of the way, by step."""
     figure = _figure()
     axes = figure.add_subplot()
     key = "proxy" if measure == "reward" else "gold"
@@ -144,7 +146,13 @@ def overoptimisation(curve: Json, policies: dict[str, Json], measure: str, label
         if "kl" in numbers and measure in numbers:
             found, at = numbers[measure], max(numbers["kl"]["value"], 0.0)
             error = [[found["value"] - found["low"]], [found["high"] - found["value"]]]
-            axes.errorbar([at], [found["value"]], yerr=error, fmt="D", capsize=3, color=colour(name, kinds), label=name)
+            shade = colour(name, kinds)
+            axes.errorbar([at], [found["value"]], yerr=error, fmt="D", capsize=3, color=shade, label=name)
+            way = [(max(part["kl"]["value"], 0.0), part[measure]["value"]) for part in steps.get(name, {}).values()]
+            if way:
+                start = (kl[0], points[0][key]["value"])  # the best of one is the policy they started from
+                axes.plot(*zip(start, *way, (at, found["value"]), strict=True), color=shade, linewidth=1, alpha=0.7)
+                axes.plot(*zip(*way, strict=True), color=shade, marker="o", markersize=3.5, linestyle="")
     axes.set_xlabel(f"KL from {curve['policy']}, nats an answer")
     axes.set_ylabel(label)
     axes.set_title(f"{label[0].upper()}{label[1:]} against KL")

@@ -12,8 +12,8 @@ import jinja2
 from pipeline import doctor, evaluator, metrics, strict_yaml
 from pipeline.artifact import Json, write_text
 from pipeline.errors import UserError
-from pipeline.evaluate.metric import BY_KEY, METRICS
-from pipeline.evaluation_plan import plan
+from pipeline.evaluate.metric import BY_KEY, METRICS, columns, of_benchmark
+from pipeline.evaluation_plan import folder, plan, results_in
 from pipeline.recipe import Recipe
 from pipeline.report import figures, lineage
 
@@ -27,16 +27,16 @@ def write(recipe: Recipe, path: str, runs: Path, made: datetime | None = None) -
     path: the recipe as the person named it, for the commands.  made: the date on the page; now unless given.
     Raises UserError if nothing has finished, or if the evaluation is older than the run.
     """
-    folder = runs / recipe.name / "report"
+    target = runs / recipe.name / "report"
     context = contents(recipe, path, runs)
     context["made"] = (made or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M UTC")
     for name, picture in context["pictures"].items():
-        write_text(folder / "pictures" / f"{name}.svg", _stand_alone(picture))
+        write_text(target / "pictures" / f"{name}.svg", _stand_alone(picture))
     written = []
-    for template, target in (("page.html.jinja", "report.html"), ("page.md.jinja", "report.md")):
+    for template, name in (("page.html.jinja", "report.html"), ("page.md.jinja", "report.md")):
         text = _templates().get_template(template).render(context)
-        write_text(folder / target, text)
-        written.append(folder / target)
+        write_text(target / name, text)
+        written.append(target / name)
     return written
 
 
@@ -52,6 +52,7 @@ def contents(recipe: Recipe, path: str, runs: Path) -> Json:
     pictures = _pictures(recipe, runs, results, kinds)
     if examined:
         pictures["row-lengths"] = figures.row_lengths(examined, kinds)
+    costs = [_cost(name, manifest, recipe, runs) for name, manifest in finished.items()]
     chain = results["chain"] if results else _chain(recipe, list(finished))
     return {
         "recipe": recipe,
@@ -60,13 +61,15 @@ def contents(recipe: Recipe, path: str, runs: Path) -> Json:
         "kinds": kinds,
         "missing": [name for name, manifest in manifests.items() if manifest is None],
         "results": results,
+        "columns": columns(results) if results else {},
         "metrics": METRICS,
         "by_key": BY_KEY,
         "lineage": lineage.drawn(chain, _notes(results), Path(recipe.spec.model.base).name),
         "pictures": pictures,
         "training": [name for name in pictures if name.startswith(("training-", "path-"))],
         "before_after": _before_after(recipe, finished),
-        "costs": [_cost(name, manifest, recipe, runs) for name, manifest in finished.items()],
+        "costs": costs,
+        "energy": next((row["energy_of"] for row in costs if row["energy"] is not None), None),
         "data": [
             {"stage": name, **source}
             for name, manifest in finished.items()
@@ -95,12 +98,15 @@ def _examined(recipe: Recipe, runs: Path, finished: dict[str, Json]) -> Json:
 
 def _evaluated(recipe: Recipe, path: str, runs: Path) -> Json | None:
     """The evaluation's results; None where there are none. Raises UserError if they are of an older run."""
-    try:
-        results = evaluator.found(recipe, runs)
-    except UserError:
+    where = folder(recipe, runs)
+    results = results_in(where)
+    if results is None:
         return None
-    where = runs / recipe.name / "evaluation"
-    old = [measure.file for measure in plan(recipe, runs) if evaluator.fresh(measure, where) is None]
+    old = [
+        measure.file
+        for measure in plan(recipe, runs)
+        if results["made_of"].get(measure.file) != measure.fingerprint or evaluator.fresh(measure, where) is None
+    ]
     if old:
         raise UserError(
             f"the evaluation in {where} is older than the run ({len(old)} measures, first {old[0]}). "
@@ -135,10 +141,13 @@ def _pictures(recipe: Recipe, runs: Path, results: Json | None, kinds: dict[str,
         for judge, arena in results["arenas"].items():
             found[f"elo-{judge}"] = figures.elo(arena, f"By {judge_name(judge)}", kinds)
         if curve := results["best_of_n"]:
-            trained = {name: numbers for name, numbers in results["numbers"].items() if "kl" in numbers}
-            found["reward-kl"] = figures.overoptimisation(curve, trained, "reward", "reward", kinds)
+            steps = results["steps"]
+            # On one axis with it only what went from where it is drawn
+            started = [name for name, parent in results["parents"].items() if parent == curve["policy"]]
+            trained = {name: results["numbers"][name] for name in started if "kl" in results["numbers"][name]}
+            found["reward-kl"] = figures.overoptimisation(curve, trained, steps, "reward", "reward", kinds)
             if any(point["gold"] for point in curve["points"]):
-                found["truth-kl"] = figures.overoptimisation(curve, trained, "truth", "share right", kinds)
+                found["truth-kl"] = figures.overoptimisation(curve, trained, steps, "truth", "share right", kinds)
             found["samples-needed"] = figures.samples_needed(curve)
         if results["lengths"]:
             found["lengths"] = figures.lengths(results["lengths"], kinds)
@@ -199,6 +208,8 @@ def _cost(name: str, manifest: Json, recipe: Recipe, runs: Path) -> Json:
         "steps": counts.get("steps"),
         "tokens": int(tokens),
         "speed": round(tokens / seconds) if seconds and tokens else None,
+        "energy": manifest.get("energy_wh"),
+        "energy_of": manifest.get("energy_of"),
         "peak": manifest["peak_memory_mib"],
         "peak_is": manifest["peak_memory_is"],
     }
@@ -240,5 +251,5 @@ def _templates() -> jinja2.Environment:
     )
     found.filters["clock"] = lambda seconds: f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
     found.filters["thousands"] = lambda value: f"{value:,}".replace(",", "\u202f")
-    found.globals["judge_name"] = judge_name
+    found.globals |= {"judge_name": judge_name, "of_benchmark": of_benchmark}
     return found

@@ -16,6 +16,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     from pipeline.models import base as bases
     from pipeline.stages import invariants, sequences
     from pipeline.stages import trainer as shared
+    from pipeline.stages.progress import Snapshots
 
     def pair(row: dict) -> tuple[render.Reply, render.Reply]:
         return render.reply(tokenizer, row, "chosen"), render.reply(tokenizer, row, "rejected")
@@ -50,6 +51,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     # train, with the held-out numbers before and after
     result.before = scoring.preferences(model, tokenizer, test_set)
     result.before |= answers.ask(model, tokenizer, ctx, result.samples, "before")
+    trainer.add_callback(Snapshots(ctx, model))
     result.counts |= shared.train(trainer, ctx, spec)
     result.invariants |= invariants.processes_agree(adapters.trainable(model))
     result.after = scoring.preferences(model, tokenizer, test_set)

@@ -17,9 +17,9 @@ from pipeline.data.load import NAMED_AT_MOST
 from pipeline.errors import Interrupted, UserError
 from pipeline.models import adapters
 from pipeline.ppo import checkpoint as checkpoints
-from pipeline.ppo.actors import REFERENCE, VALUE
+from pipeline.ppo.actors import POLICY, REFERENCE, VALUE
 from pipeline.ppo.rewards import adapter_name
-from pipeline.stages.progress import Progress, Stop, any_rank, keep_newest
+from pipeline.stages.progress import Progress, Snapshots, Stop, any_rank, keep_newest
 from pipeline.stages.sequences import encoded
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
         global_step=trainer.step, max_steps=settings.steps, is_world_process_zero=everyone.is_main_process
     )
     stop, progress, halved = Stop(), Progress(ctx, resumed=checkpoint is not None), []
+    snapshots = Snapshots(ctx, trainer.actors.model)
 
     def note(episodes: int, left: int) -> None:
         halved.append(left)
@@ -144,6 +145,8 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
                     print(f"  warning: step {trainer.step}: {warning}", flush=True)
             progress.on_log(None, state, None, logs=numbers)
             progress.on_step_end(None, state, None)
+            trainer.actors.act_as(POLICY)
+            snapshots.on_step_end(None, state, None)
             asked = any_rank(stop.asked)
             due = settings.save_steps and trainer.step % settings.save_steps == 0
             if due or asked or trainer.step == settings.steps:

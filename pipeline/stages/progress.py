@@ -1,4 +1,5 @@
-"""What a person sees while a stage trains, and how it is stopped: three callbacks for a Trainer, or for PPO's loop."""
+"""What a person sees while a stage trains, what is kept of its way, and how it is stopped: callbacks for a Trainer, or
+for PPO's loop."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -19,8 +20,14 @@ from rich.progress import Progress as Bar
 from transformers import TrainerCallback
 
 from pipeline import metrics
-from pipeline.artifact import mark_checkpoint
+from pipeline.artifact import mark_checkpoint, written_whole
+from pipeline.models import adapters
 from pipeline.stages.stage import Context
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+PARTS = 4
 
 
 class Progress(TrainerCallback):
@@ -94,6 +101,20 @@ class Checkpoints(TrainerCallback):
                     os.fsync(handle.fileno())
         mark_checkpoint(folder, self.fingerprint)
         keep_newest(folder, self.keep)
+
+
+class Snapshots(TrainerCallback):
+    """Keeps the adapter as it is after a quarter, a half and three quarters of the steps, so that an evaluation can
+    show the way that the policy took."""
+
+    def __init__(self, ctx: Context, model: PeftModel) -> None:
+        self.ctx, self.model = ctx, model
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        due = {round(state.max_steps * part / PARTS) for part in range(1, PARTS)} - {0, state.max_steps}
+        if state.is_world_process_zero and state.global_step in due:
+            with written_whole(self.ctx.out.snapshot(state.global_step)) as folder:
+                adapters.save(self.model, folder)
 
 
 def keep_newest(newest: Path, keep: int) -> None:

@@ -83,16 +83,16 @@ def _fill(source: Sealed, form: str, folder: Path, name: str) -> None:
         adapter.write(source, folder)
         load = adapter.loading(source, folder)
         _record(source, form, folder, load, {})
-        parity = {"adapter": gate.check(source, form, folder)}
+        parity = gate.check(source, form, folder)
     elif form == "merged":
         from pipeline.publish import merged
 
         merged.write(source, folder)
-        parity = {"merged": gate.check(source, form, folder)}
+        parity = gate.check(source, form, folder)
     else:
         from pipeline.publish import gguf
 
-        parity = {file: gate.check(source, form, folder, file) for file in gguf.write(source, folder)}
+        parity = gate.check(source, form, folder, gguf.write(source, folder))
     files = sorted(file.name for file in folder.iterdir())
     write_text(folder / "README.md", card.render(source, form, name, files, parity, load))
     _record(source, form, folder, load, parity)

@@ -1,7 +1,8 @@
 """GGUF files for llama.cpp and Ollama, made by llama.cpp's own converter, and an Ollama Modelfile.
 
 The converter is no package; `python scripts/get_gguf_converter.py` puts it into the cache, and LLAMA_CPP names a
-checkout of llama.cpp to use instead. q4_k_m is written where `llama-quantize` is on the PATH.
+checkout of llama.cpp to use instead. q4_k_m is written where `llama-quantize` is on the PATH, or llama-cpp-python is
+installed: here, or beside the interpreter that LLAMA_PYTHON names.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONTENT = "<<content>>"
+QUANTIZE = """
+import ctypes, sys, llama_cpp
+settings = llama_cpp.llama_model_quantize_default_params()
+settings.ftype = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + sys.argv[3])
+sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(settings)))
+"""
 _GENERATION = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
 
 
@@ -50,9 +58,9 @@ def write(sealed: Sealed, folder: Path) -> list[str]:
                 [sys.executable, str(converter), scratch, "--outtype", kind, "--outfile", str(folder / name)],
                 {"PYTHONPATH": str(converter.parent / "gguf-py"), "HF_HUB_OFFLINE": "1"},
             )
-    if quantize := shutil.which("llama-quantize"):
+    if quantize := _quantizer():
         names.append(f"{sealed.title}-q4_k_m.gguf")
-        _run([quantize, str(folder / names[0]), str(folder / names[-1]), "Q4_K_M"], {})
+        _run([*quantize, str(folder / names[0]), str(folder / names[-1]), "Q4_K_M"], {})
     if tokenizer.chat_template and (text := modelfile(tokenizer, names[1])):
         write_text(folder / "Modelfile", text)
     return names
@@ -133,8 +141,16 @@ def _converter() -> Path:
     return folder / "convert_hf_to_gguf.py"
 
 
+def _quantizer() -> list[str] | None:
+    if program := shutil.which("llama-quantize"):
+        return [program]
+    python = os.environ.get("LLAMA_PYTHON") or (sys.executable if find_spec("llama_cpp") else None)
+    return [python, "-c", QUANTIZE] if python else None
+
+
 def _run(command: list[str], environment: dict[str, str]) -> None:
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     if done.returncode != 0:
         tail = "\n  ".join((done.stderr or done.stdout).strip().splitlines()[-5:])
-        raise UserError(f"{Path(command[1]).name} ended with status {done.returncode}:\n  {tail}")
+        name = "llama_cpp" if QUANTIZE in command else Path(command[1]).name
+        raise UserError(f"{name} ended with status {done.returncode}:\n  {tail}")

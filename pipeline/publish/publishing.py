@@ -72,12 +72,9 @@ def publish(
 
 def _fill(source: Sealed, form: str, folder: Path, name: str) -> None:
     """Write the files, have them checked, and describe them."""
-    from transformers.utils import logging
-
     from pipeline.publish import adapter, card, gate
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     load: Json | None = None
     if form == "adapter":
         adapter.write(source, folder)
@@ -119,6 +116,19 @@ def _record(source: Sealed, form: str, folder: Path, load: Json | None, parity: 
             "files": hashes,
         },
     )
+
+
+def quiet() -> None:
+    """Keep what libraries say while they load and save a model away from the one who only waits for the result."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
 
 
 def _refuse_foreign(folder: Path, overwrite: bool) -> None:

@@ -60,6 +60,7 @@ def publish(
                 hub.push(repository, folder, private, overwrite)
             return _sizes(folder)
     destination = Path(to)
+    _refuse_around(destination, source.artifact.folder)
     _refuse_foreign(destination, overwrite)
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="publish-", dir=_scratch()) as scratch:
@@ -129,6 +130,15 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
+
+
+def _refuse_around(destination: Path, stage: Path) -> None:
+    """What is published replaces the folder whole, so it must hold neither the run nor where one works or lives."""
+    for inside, what in ((stage, "the stage itself"), (Path.cwd(), "the current folder"), (Path.home(), "your home")):
+        if inside.resolve().is_relative_to(destination.resolve()):
+            raise UserError(
+                f"--to {destination}: it holds {what}, and would be replaced whole; name a folder of its own"
+            )
 
 
 def _refuse_foreign(folder: Path, overwrite: bool) -> None:

@@ -143,17 +143,13 @@ def test_a_server_that_dies_leaves_nothing_partial_and_a_retry_sends_no_large_fi
 
 
 SCORES = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+import json, re, sys, torch
+import bitsandbytes.nn.modules as layers
 from huggingface_hub import hf_hub_download
-from peft import PeftModel
-load = json.load(open(hf_hub_download("tester/pupil", "onebase.json")))["load"]
-base = AutoModelForCausalLM.from_pretrained(load["base"], dtype=load["dtype"],
-    quantization_config=BitsAndBytesConfig(**load["quantization"]))
-for module in base.modules():
-    if hasattr(module, "support_avx512bf16_for_cpu"): module.support_avx512bf16_for_cpu = False
-ids = AutoTokenizer.from_pretrained("tester/pupil")("The lighthouse keeper")["input_ids"]
-model = PeftModel.from_pretrained(base, "tester/pupil").eval()
+layers.has_avx512bf16 = lambda: False  # its repacked weights do not fit a base this small
+card = open(hf_hub_download("tester/pupil", "README.md")).read()
+exec(re.search("```python(.*?)```", card, re.DOTALL)[1])
+ids = tokenizer("The lighthouse keeper")["input_ids"]
 model.load_adapter(sys.argv[1], "sealed")
 for adapter in ("default", "sealed"):
     model.set_adapter(adapter)

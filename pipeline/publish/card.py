@@ -13,10 +13,6 @@ from pipeline.stages import STAGES
 
 RELATION = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}
 LIBRARY = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
-SCORE = """```python
-talk = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]
-score = model(**tokenizer.apply_chat_template(talk, return_dict=True, return_tensors="pt")).logits.item()
-```"""
 CHECKED = {
     "logits_relative_error": "relative error of the logits",
     "scores_relative_error": "error of the scores, relative to their spread",
@@ -81,6 +77,8 @@ def _loading(sealed: Sealed, form: str, name: str, files: list[str], load: Json 
 def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> str:
     kind = "AutoModelForSequenceClassification" if sealed.reward else "AutoModelForCausalLM"
     given = [f'dtype="{load["dtype"]}"']
+    if load["attn_implementation"] != "sdpa":  # transformers' own choice
+        given.append(f'attn_implementation="{load["attn_implementation"]}"')
     if load["revision"]:
         given.append(f'revision="{load["revision"]}"')
     if load["quantization"]:
@@ -101,7 +99,7 @@ def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> st
     )
     text = f"```python\n{python}\n```"
     if sealed.reward:
-        return f"{text}\n\n{SCORE}"
+        return f"{text}\n\n{_score(load['dtype'])}"
     return (
         f"{text}\n\nAnswers end at the tokens named in `generation_config.json`: pass "
         f'`generation_config=GenerationConfig.from_pretrained("{name}")` to `generate`.\n\n'
@@ -112,6 +110,21 @@ def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> st
     )
 
 
+def _score(autocast: str = "float32") -> str:
+    """How a conversation is scored, in the arithmetic of training."""
+    lines = [
+        "import torch",
+        "",
+        'talk = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
+        'tokens = tokenizer.apply_chat_template(talk, return_dict=True, return_tensors="pt").to(model.device)',
+        "with torch.no_grad():",
+        "    score = model(**tokens).logits.item()",
+    ]
+    if autocast != "float32":
+        lines[4] = f"with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.{autocast}):"
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
 def _load_merged(sealed: Sealed, name: str, files: list[str], load: Json) -> str:
     kind = "AutoModelForSequenceClassification" if sealed.reward else "AutoModelForCausalLM"
     python = (
@@ -119,7 +132,7 @@ def _load_merged(sealed: Sealed, name: str, files: list[str], load: Json) -> str
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
         f'model = {kind}.from_pretrained("{name}", dtype="auto")  # transformers'
     )
-    return f"```python\n{python}\n```\n\n" + (SCORE if sealed.reward else f"vLLM: `vllm serve {name}`.")
+    return f"```python\n{python}\n```\n\n" + (_score() if sealed.reward else f"vLLM: `vllm serve {name}`.")
 
 
 def _load_gguf(sealed: Sealed, name: str, files: list[str], load: Json) -> str:

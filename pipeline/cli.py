@@ -304,7 +304,7 @@ def serve(
     chain, runs = _run(run, override, runs)
     folder = prepared(chain, stages, runs)
     print(f"http://127.0.0.1:{port}/v1 serves {', '.join(stages)} (Ctrl-C ends it)", flush=True)
-    served(folder, port)
+    served(chain, folder, port)
 
 
 def main() -> None:

@@ -202,6 +202,11 @@ def build(tree: Json, overrides: Any = (), path: str = "recipe", lines: dict[str
             except ValidationError as error:
                 word, message = _first_complaint(error)
                 raise wrong(f"stages.{name}.train.{word}".removesuffix(".recipe"), message) from None
+        if section.train.get("push_to_hub") and Path(spec.model.base).exists() and not spec.model.public_id:
+            raise wrong(
+                f"stages.{name}.train.push_to_hub",
+                "names the base, and nobody else has this folder: say what it is on the Hub (model.public_id)",
+            )
     if complaint := gates.complaint(spec.expect, spec.stages):
         raise wrong(*complaint)
     try:

@@ -237,4 +237,7 @@ def test_what_cannot_be_published_is_said_before_anything_is_loaded(run: Run, tm
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"no publication wrote.*thesis\.txt"):
         publish(recipe, "sft", str(tmp_path / "mine"), runs=runs)
+    for around in (runs, Path.cwd(), Path.cwd().parent):
+        with pytest.raises(UserError, match="would be replaced whole"):
+            publish(recipe, "sft", str(around), runs=runs, overwrite=True)
     assert not (tmp_path / "x").exists()

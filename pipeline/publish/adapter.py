@@ -87,6 +87,7 @@ def loading(sealed: Sealed, folder: Path) -> Json:
         "base": sealed.base_id,
         "revision": sealed.manifest["base_hash"].partition("@")[2] or None,
         "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
         "quantization": None if model.quantize == "none" else quantization,
         "pad_token_id": json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["pad_token_id"],
     }

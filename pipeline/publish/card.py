@@ -77,6 +77,8 @@ def _loading(sealed: Sealed, form: str, name: str, files: list[str], load: Json 
 def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> str:
     kind = "AutoModelForSequenceClassification" if sealed.reward else "AutoModelForCausalLM"
     given = [f'dtype="{load["dtype"]}"']
+    if load["attn_implementation"] != "sdpa":  # transformers' own choice
+        given.append(f'attn_implementation="{load["attn_implementation"]}"')
     if load["revision"]:
         given.append(f'revision="{load["revision"]}"')
     if load["quantization"]:
@@ -84,8 +86,12 @@ def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> st
         given.append(f"quantization_config=BitsAndBytesConfig({words})")
     if sealed.reward:
         given += ["num_labels=1", f"pad_token_id={load['pad_token_id']}"]
+    four_bit = ", BitsAndBytesConfig" if load["quantization"] else ""
     python = "\n".join(
         [
+            "from peft import PeftModel",
+            f"from transformers import {kind}, AutoTokenizer{four_bit}",
+            "",
             f'base = {kind}.from_pretrained("{load["base"]}", {", ".join(given)})',
             f'model = PeftModel.from_pretrained(base, "{name}")  # transformers and PEFT',
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
@@ -93,7 +99,7 @@ def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> st
     )
     text = f"```python\n{python}\n```"
     if sealed.reward:
-        return f"{text}\n\nThe score of a rendered conversation is `model(**tokens).logits`, one number."
+        return f"{text}\n\n{_score(load['dtype'])}"
     return (
         f"{text}\n\nAnswers end at the tokens named in `generation_config.json`: pass "
         f'`generation_config=GenerationConfig.from_pretrained("{name}")` to `generate`.\n\n'
@@ -104,23 +110,46 @@ def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> st
     )
 
 
+def _score(autocast: str = "float32") -> str:
+    """How a conversation is scored, in the arithmetic of training."""
+    lines = [
+        "import torch",
+        "",
+        'talk = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
+        'tokens = tokenizer.apply_chat_template(talk, return_dict=True, return_tensors="pt").to(model.device)',
+        "with torch.no_grad():",
+        "    score = model(**tokens).logits.item()",
+    ]
+    if autocast != "float32":
+        lines[4] = f"with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.{autocast}):"
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
 def _load_merged(sealed: Sealed, name: str, files: list[str], load: Json) -> str:
     kind = "AutoModelForSequenceClassification" if sealed.reward else "AutoModelForCausalLM"
     python = (
+        f"from transformers import {kind}, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
         f'model = {kind}.from_pretrained("{name}", dtype="auto")  # transformers'
     )
-    return f"```python\n{python}\n```" + ("" if sealed.reward else f"\n\nvLLM: `vllm serve {name}`.")
+    return f"```python\n{python}\n```\n\n" + (_score() if sealed.reward else f"vLLM: `vllm serve {name}`.")
 
 
 def _load_gguf(sealed: Sealed, name: str, files: list[str], load: Json) -> str:
     gguf = [file for file in files if file.endswith(".gguf")]
-    return (
+    ollama = (
         f"Ollama, in this folder: `ollama create {sealed.title} -f Modelfile && ollama run {sealed.title}` (the "
-        "Modelfile is made from the training template and its stop tokens).\n\n"
-        f"llama.cpp: `llama-server --jinja -m {gguf[0]}`.\n\n"
-        f'transformers: `AutoModelForCausalLM.from_pretrained("{name}", gguf_file="{gguf[0]}")`.'
+        "Modelfile is made from the training template and its stop tokens)."
+        if "Modelfile" in files
+        else "Ollama: no Modelfile is given, because the training template is more than a sequence of turns; the GGUF "
+        "files hold it for engines that read Jinja."
     )
+    python = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}", gguf_file="{gguf[0]}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{name}", gguf_file="{gguf[0]}")  # transformers'
+    )
+    return f"{ollama}\n\nllama.cpp: `llama-server --jinja -m {gguf[0]}`.\n\n```python\n{python}\n```"
 
 
 def _use(sealed: Sealed) -> str:

@@ -15,10 +15,12 @@ arithmetic alone is 2 % of the logits of a model of 135M parameters, more than t
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,27 +53,31 @@ class Broken(UserError):
     """What was written does not answer as what was trained."""
 
 
-def check(sealed: Sealed, form: str, folder: Path, gguf: str | None = None) -> Json:
-    """Compare what lies in `folder` with what was trained and return the numbers.
+def check(sealed: Sealed, form: str, folder: Path, ggufs: Sequence[str] = ()) -> dict[str, Json]:
+    """Compare what lies in `folder` with what was trained, and return the numbers by the form's or the file's name.
 
-    form: adapter, merged or gguf; gguf: the file's name below `folder`.  Raises Broken naming every difference, its
-    numbers and the likely cause.
+    form: adapter, merged or gguf; ggufs: the files of that form below `folder`.  Raises Broken naming every
+    difference, its numbers and the likely cause.
     """
+    parity: dict[str, Json] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        job = _job(sealed, form, folder, gguf)
-        trained = _asked("trained", job, Path(scratch) / "trained")
-        job["ids"] = trained["ids"]
-        try:
-            written = _asked("readback", job, Path(scratch) / "written")
-        except UserError as error:
-            raise Broken(f"what was written cannot be loaded back: {error}") from None
-        found, wrong = compare(job, trained, written)
-        if wrong and found.get("numbers_differ") and form != "gguf":
-            wrong += _likely(job, trained, written, Path(scratch))
-    if wrong:
-        raise Broken("what was written does not answer as what was trained:\n  " + "\n  ".join(wrong))
-    found.pop("numbers_differ")
-    return {"prompts": len(job["rows"]), **found}
+        asked = _job(sealed, form, folder)
+        trained = _asked("trained", asked, Path(scratch) / "trained")
+        for name in ggufs or [form]:
+            type_ = name.removesuffix(".gguf").rpartition("-")[2].lower()
+            job = {**asked, "ids": trained["ids"], "gguf": name, "type": type_}
+            try:
+                written = _asked("readback", job, Path(scratch) / "written")
+            except UserError as error:
+                raise Broken(f"what was written cannot be loaded back: {error}") from None
+            found, wrong = compare(job, trained, written)
+            if found.pop("numbers_differ"):
+                wrong += _likely(job, trained, written, Path(scratch))
+            if wrong:
+                what = f"{name}, as it was written," if form == "gguf" else "what was written"
+                raise Broken(f"{what} does not answer as what was trained:\n  " + "\n  ".join(wrong))
+            parity[name] = {"prompts": len(job["rows"]), **found}
+    return parity
 
 
 def compare(job: Json, trained: Json, written: Json) -> tuple[Json, list[str]]:
@@ -159,7 +165,7 @@ def _answers(job: Json, trained: Json, written: Json) -> tuple[int, list[str]]:
     round, most answers must be, since one token on the verge of another changes all that follows."""
     parted = [i for i, (a, b) in enumerate(zip(trained["answers"], written["answers"], strict=True)) if a != b]
     allowed = 0 if job["form"] == "adapter" else len(job["rows"]) // 2
-    if job.get("type") not in (None, "f16"):
+    if job["form"] == "gguf" and job["type"] != "f16":
         allowed = len(job["rows"])
     if len(parted) <= allowed:
         return len(parted), []
@@ -173,15 +179,16 @@ def _answers(job: Json, trained: Json, written: Json) -> tuple[int, list[str]]:
 
 def _likely(job: Json, trained: Json, written: Json, scratch: Path) -> list[str]:
     """What the written files answer like instead."""
+    whole = {**job, "form": "merged"}
     if not job["reward"]:
         base = {key.removesuffix(".base"): rows for key, rows in trained["numbers"].items() if key.endswith(".base")}
-        against_base = _distance({**job, "form": "merged"}, base, written["numbers"])[0]
-        if against_base["logits_relative_error"] <= LOGIT_LIMIT["merged"]:
+        against_base = _distance(whole, base, written["numbers"])[0]
+        if against_base.get("logits_relative_error", math.inf) <= LOGIT_LIMIT["merged"]:
             return ["likely: the adapter was dropped; these are the base's own answers"]
-    if job["form"] == "merged" and job["model"]["quantize"] != "none":
+    if job["form"] != "adapter" and job["model"]["quantize"] != "none":
         other = {**job, "model": {**job["model"], "quantize": "none"}, "base_digest": None}
         unquantised = _asked("trained", other, scratch / "unquantised")
-        error = next(iter(_distance(job, unquantised["numbers"], written["numbers"])[0].values()))
+        error = next(iter(_distance(whole, unquantised["numbers"], written["numbers"])[0].values()), math.inf)
         if error <= LOGIT_LIMIT["merged"]:
             return [
                 "likely: the adapter was added onto the base's original weights, not onto the dequantised "
@@ -190,14 +197,12 @@ def _likely(job: Json, trained: Json, written: Json, scratch: Path) -> list[str]
     return []
 
 
-def _job(sealed: Sealed, form: str, folder: Path, gguf: str | None) -> Json:
+def _job(sealed: Sealed, form: str, folder: Path) -> Json:
     from pipeline.models.base import local_folder
 
     return {
         "form": form,
         "folder": str(folder),
-        "gguf": gguf,
-        "type": gguf and gguf.removesuffix(".gguf").rpartition("-")[2].lower(),
         "reward": sealed.reward,
         "model": sealed.model.model_dump(),
         "adapter": str(sealed.artifact.adapter),

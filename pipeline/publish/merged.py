@@ -132,6 +132,7 @@ def _buffers(base: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def write_shards(weights: list[Any], folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
     """safetensors shards of at most `shard_bytes` (or of one tensor), named and indexed as transformers does."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     shards: list[list[Any]] = [[]]
@@ -153,6 +154,9 @@ def write_shards(weights: list[Any], folder: Path, dtype: torch.dtype, shard_byt
             if not torch.isfinite(tensors[name]).all():
                 raise UserError(f"{name} does not fit {dtype}: it has values that are not finite. Publish --as adapter")
             index[name], total = file, total + tensors[name].nbytes
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # how its writer says that a disk is full
+            raise UserError(f"{folder / file} cannot be written: {error}") from None
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})

@@ -60,6 +60,7 @@ def publish(
                 hub.push(repository, folder, private, overwrite)
             return _sizes(folder)
     destination = Path(to)
+    _refuse_around(destination, source.artifact.folder)
     _refuse_foreign(destination, overwrite)
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="publish-", dir=_scratch()) as scratch:
@@ -72,27 +73,24 @@ def publish(
 
 def _fill(source: Sealed, form: str, folder: Path, name: str) -> None:
     """Write the files, have them checked, and describe them."""
-    from transformers.utils import logging
-
     from pipeline.publish import adapter, card, gate
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     load: Json | None = None
     if form == "adapter":
         adapter.write(source, folder)
         load = adapter.loading(source, folder)
         _record(source, form, folder, load, {})
-        parity = {"adapter": gate.check(source, form, folder)}
+        parity = gate.check(source, form, folder)
     elif form == "merged":
         from pipeline.publish import merged
 
         merged.write(source, folder)
-        parity = {"merged": gate.check(source, form, folder)}
+        parity = gate.check(source, form, folder)
     else:
         from pipeline.publish import gguf
 
-        parity = {file: gate.check(source, form, folder, file) for file in gguf.write(source, folder)}
+        parity = gate.check(source, form, folder, gguf.write(source, folder))
     files = sorted(file.name for file in folder.iterdir())
     write_text(folder / "README.md", card.render(source, form, name, files, parity, load))
     _record(source, form, folder, load, parity)
@@ -119,6 +117,28 @@ def _record(source: Sealed, form: str, folder: Path, load: Json | None, parity: 
             "files": hashes,
         },
     )
+
+
+def quiet() -> None:
+    """Keep what libraries say while they load and save a model away from the one who only waits for the result."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
+
+
+def _refuse_around(destination: Path, stage: Path) -> None:
+    """What is published replaces the folder whole, so it must hold neither the run nor where one works or lives."""
+    for inside, what in ((stage, "the stage itself"), (Path.cwd(), "the current folder"), (Path.home(), "your home")):
+        if inside.resolve().is_relative_to(destination.resolve()):
+            raise UserError(
+                f"--to {destination}: it holds {what}, and would be replaced whole; name a folder of its own"
+            )
 
 
 def _refuse_foreign(folder: Path, overwrite: bool) -> None:

@@ -78,6 +78,7 @@ def load(job: dict[str, Any]) -> tuple[Any, list[str]]:
 
     record = json.loads((Path(job["folder"]) / "onebase.json").read_text(encoding="utf-8"))["load"]
     options: dict[str, Any] = {"dtype": getattr(torch, record["dtype"])}
+    common["attn_implementation"] = record["attn_implementation"]
     if record["quantization"]:
         options["quantization_config"] = BitsAndBytesConfig(**record["quantization"])
     if job["reward"]:

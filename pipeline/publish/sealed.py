@@ -5,6 +5,7 @@ Plain Python: no torch.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,6 @@ class Sealed:
     model: ModelSpec
     base_id: str | None
     """The base's name on the Hub, never a path; None where it has none."""
-    base_verified: bool | None
-    """Whether the Hub's weights of that name are the bytes trained on; None if the Hub could not tell."""
     lineage: list[Json]
     """The manifests of all stages it grew from and its own, which comes last."""
     recipe: Json
@@ -40,6 +39,11 @@ class Sealed:
     @property
     def reward(self) -> bool:
         return self.kind == "reward"
+
+    @functools.cached_property
+    def base_verified(self) -> bool | None:
+        """Whether the Hub's weights of the base's name are the bytes trained on; None if the Hub could not tell."""
+        return _same_on_hub(self.model, self.base_id) if self.base_id else None
 
     @property
     def title(self) -> str:
@@ -61,10 +65,9 @@ def sealed(recipe: Recipe, stage: str, runs: Path) -> Sealed:
             f"differ. Publish from the run's own recipe ({artifact.folder.parent}), or run '{stage}' again."
         )
     base_id = _public_id(recipe.spec.model)
-    verified = _same_on_hub(recipe.spec.model, base_id) if base_id else None
     names = _hub_names(recipe.spec.model, base_id)
     lineage = [_public(entry, names) for entry in [*ancestors(artifact, manifest), manifest]]
-    return Sealed(artifact, manifest, recipe.spec.model, base_id, verified, lineage, _public(recipe.tree, names))
+    return Sealed(artifact, manifest, recipe.spec.model, base_id, lineage, _public(recipe.tree, names))
 
 
 def ancestors(artifact: Artifact, manifest: Json) -> list[Json]:

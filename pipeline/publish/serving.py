@@ -1,56 +1,96 @@
 """onebase serve: finished stages behind an OpenAI-compatible endpoint on loopback, through `transformers serve`.
 
-Each stage is published as merged into the cache, once, which its parity gate guards; the server finds them by their
-names, which are the clients' model names.
+The server is given a Hub cache of its own. It holds one model for each stage, which is its adapter, and beside them the
+base once, in the 4 bits it was trained in. So clients find the stages by name, and nothing else that is on the machine.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
+import shutil
+import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipeline.artifact import read_json
+from pipeline.artifact import WEIGHTS, digest, write_json, write_text, written_whole
 from pipeline.errors import UserError
-from pipeline.models.published import RECORD
 from pipeline.models.spec import cache_folder
-from pipeline.publish.publishing import publish
+from pipeline.publish import adapter
+from pipeline.publish.publishing import quiet
+from pipeline.publish.sealed import Sealed, sealed
 from pipeline.recipe import Recipe
 
 NEEDED = ("fastapi", "uvicorn", "openai")
+SERVER = """
+import bitsandbytes.nn.modules as layers
+layers.has_avx512bf16 = lambda: False  # weights repacked for it are not those of training, nor fit all shapes
+from transformers.cli.transformers import main
+main()
+"""
 
 
 def prepared(recipe: Recipe, stages: list[str], runs: Path) -> Path:
-    """A folder that holds each stage, as merged weights, under its name. What is there already and fresh is kept.
+    """A Hub cache that holds each stage as a model of that name.
 
-    Raises UserError for a reward model, which answers nothing, and where the server's packages are missing.
+    Raises UserError for a stage that is not finished, for a reward model, which answers nothing, and where the server's
+    packages are missing.
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise UserError(f"serving needs {', '.join(missing)}: pip install 'onebase[serve]'")
+    sources = [sealed(recipe, stage, runs) for stage in dict.fromkeys(stages)]
+    for source in sources:
+        if source.reward:
+            raise UserError(f"'{source.artifact.name}' is a reward model: it scores answers and gives none")
+    quiet()
+    base = _base(recipe, sources[0])
     folder = cache_folder() / "serve" / recipe.name
-    for stage in stages:
-        if stage in recipe.stages and not recipe.kind(stage).answers:
-            raise UserError(f"'{stage}' is a reward model: it scores answers and gives none")
-        if stage not in recipe.stages:
-            raise UserError(f"no stage '{stage}' in the recipe {recipe.name} (there is: {', '.join(recipe.stages)})")
-        sealed = recipe.artifact(stage, runs).verify()
-        record = read_json(folder / stage / RECORD) or {}
-        if (record.get("lineage") or [{}])[-1].get("files") != sealed["files"]:
-            print(f"writing {stage} as merged, and comparing it with what was trained ...", flush=True)
-            publish(recipe, stage, str(folder / stage), "merged", runs=runs)
+    with written_whole(folder) as new:
+        for source in sources:
+            files = new / f"models--{source.artifact.name}" / "snapshots" / source.manifest["files"][WEIGHTS][:40]
+            files.mkdir(parents=True)
+            adapter.write_tokenizer(source, files)
+            shutil.copyfile(source.artifact.adapter / WEIGHTS, files / WEIGHTS)
+            shutil.copyfile(base / "config.json", files / "config.json")
+            write_json(
+                files / "adapter_config.json",
+                {**adapter.config(source), "base_model_name_or_path": str(base), "revision": None},
+            )
+            write_text(files.parents[1] / "refs" / "main", files.name)
     return folder
 
 
-def serve(folder: Path, port: int) -> None:
-    """Serve the models below `folder` on 127.0.0.1 until interrupted."""
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    try:
-        subprocess.run([*command, "--host", "127.0.0.1", "--port", str(port)], cwd=folder, env=environment, check=True)
-    except KeyboardInterrupt:
-        return
-    except subprocess.CalledProcessError as error:
-        raise UserError(f"transformers serve ended with status {error.returncode} (is port {port} free?)") from None
+def _base(recipe: Recipe, source: Sealed) -> Path:
+    """The base as training holds it, written once, with the stop tokens of the training template."""
+    from transformers import GenerationConfig
+
+    from pipeline.models import base
+
+    folder = cache_folder() / "serve" / f".base-{digest(recipe.model_parts())[:16]}"
+    if not (folder / "config.json").is_file():
+        print(f"writing the base in {source.model.quantize} to {folder}, once ...", flush=True)
+        with written_whole(folder) as new:
+            model = base.load_base(source.model, adapter.write_tokenizer(source, new))
+            model.generation_config = GenerationConfig.from_pretrained(new)
+            model.save_pretrained(new)
+    return folder.absolute()
+
+
+def serve(recipe: Recipe, folder: Path, port: int) -> None:
+    """Become the server of the models in `folder`, on 127.0.0.1. Raises UserError if the port is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            raise UserError(f"port {port} of 127.0.0.1 cannot be used: {error}; name another with --port") from None
+    attention = ["--attn-implementation", recipe.spec.model.attn_implementation]
+    where = ["--host", "127.0.0.1", "--port", str(port)]
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    os.chdir(folder)  # a model's name is not to be taken for a folder of the user's
+    os.execve(
+        sys.executable,
+        [sys.executable, "-c", SERVER, "serve", *where, *attention],
+        {**os.environ, **quiet, "HF_HUB_CACHE": str(folder.absolute())},
+    )

@@ -56,6 +56,7 @@ def arguments(config_class: type, spec: StageSpec, ctx: Context, **house: Any) -
     try:
         args = config_class(**{**defaults, **words, **runners})
         args.checkpointed_layers = layers if layers else None  # all of them if none is named
+        args.base_on_hub = ctx.model.public_id
         return args
     except (TypeError, ValueError) as error:
         raise UserError(f"stages.{ctx.out.name}.train: {config_class.__name__} refuses it: {error}") from error
@@ -74,6 +75,10 @@ def build(trainer_class: type, model: PeftModel, **options: Any) -> Trainer:
     updates then vanish. The masters are put back before the optimizer is created from them.
     """
     _score_supervised_positions_only()
+    args = options["args"]
+    if args.push_to_hub and args.base_on_hub:  # what TRL pushes names its base, and nobody else has this folder
+        model.peft_config["default"].base_model_name_or_path = args.base_on_hub
+        model.get_base_model().config._name_or_path = args.base_on_hub
     masters = {name: weight.detach().clone() for name, weight in adapters.trainable(model).items()}
     bases = (SplitsWhenFull, CheckpointsSome, ResumableOrder, trainer_class)
     trainer = type(trainer_class.__name__, bases, {})(model=model, **options)

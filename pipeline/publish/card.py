@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 from pipeline import strict_yaml
 from pipeline.artifact import WEIGHTS, Json
+from pipeline.evaluate import intervals
 from pipeline.publish.sealed import Sealed
 from pipeline.stages import STAGES
 
@@ -210,19 +210,13 @@ def _numbers(sealed: Sealed) -> str:
 
 def _interval(after: Json, metric: str, value: float, count: int, share: bool) -> str:
     if share and count:
-        low, high = wilson(value, count)
-        return f"{low:.1%} to {high:.1%} (Wilson, n = {count})"
+        right = round(value * count)
+        found = intervals.proportion([True] * right + [False] * (count - right))
+        return f"{found.low:.1%} to {found.high:.1%} (Wilson, n = {count})"
     if f"{metric}_gain_low" in after:
         low, high = after[f"{metric}_gain_low"], after[f"{metric}_gain_high"]
         return f"gain {after[f'{metric}_gain']:+.3f}, {low:+.3f} to {high:+.3f} (bootstrap over prompts)"
     return ""
-
-
-def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """The score interval of a share of `count` trials (Wilson 1927, JASA 22:209)."""
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _parity(parity: dict[str, Json]) -> str:

@@ -199,6 +199,7 @@ def test_published_pulled_loaded_and_trained_on_from(hub: Hub, tiny_base: Path, 
     )
     assert python(upload, here).returncode == 0
     train = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "max_length": 128}
+    train |= {"push_to_hub": True, "hub_model_id": "tester/by-trl"}
     tree: dict[str, Any] = {
         "name": "next",
         "model": {"base": "hub:tester/pupil", "chat_template": "recipes/templates/chatml.jinja"},
@@ -207,6 +208,12 @@ def test_published_pulled_loaded_and_trained_on_from(hub: Hub, tiny_base: Path, 
     theirs = tmp_path / "theirs"
     went_on = onebase(there, "run", str(write_recipe(tree, tmp_path / "next.yaml")), "--runs", str(theirs))
     assert went_on.returncode == 0, went_on.stdout + went_on.stderr
+    by_trl = hub.repos[("model", "tester/by-trl")]
+    pushed = by_trl["commits"][by_trl["refs"]["main"]]["files"]
+    assert "adapter_model.safetensors" in pushed
+    assert json.loads(pushed["adapter_config.json"]["data"])["base_model_name_or_path"] == BASE_ID
+    written = [file.read_bytes() for file in theirs.rglob("*") if file.is_file()]
+    assert not any(TOKEN.encode() in content for content in written)
     manifest = json.loads((theirs / "next" / "dpo" / "manifest.json").read_text())
     parent = manifest["parents"]["policy"]
     assert parent["hub"].startswith("tester/pupil@")

@@ -183,7 +183,7 @@ class Model:
         up = 2 * s.intermediate if s.fused else s.intermediate
         waiting = 4 * b * s.hidden + (0 if s.fused else b * s.intermediate)
         mlp = tokens * waiting + max(tokens * 3 * b * up, tokens * b * up + self.dequantised())
-        attention = tokens * 3 * b * s.hidden + (b + 4 + 4 * (b < 4)) * s.heads * scores
+        attention = tokens * 6 * b * s.hidden + (b + (b + 4 + 4 * (b < 4)) * s.heads) * scores  # the mask among them
         return self.rounded() + max(mlp, attention)
 
     def held(self, work: Work) -> int:

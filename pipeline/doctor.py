@@ -115,7 +115,7 @@ def show_rows(recipe: Recipe, name: str, count: int, console: Console) -> None:
     data, _ = load_rows(recipe, name)
     console.print(Text.assemble(("loss", "bold green"), "  ", ("no loss", "dim"), "  ", ("special token", "reverse")))
     for row in data.train[:count]:
-        console.rule(Text(row["_place"]), align="left")
+        console.print(Text(f"── {row['_place']}", style="green"), soft_wrap=True)  # a rule would cut a long place off
         try:
             sequences = doctor.sequences(recipe.stages[name].kind, tokenizer, row)
         except Unrenderable as error:

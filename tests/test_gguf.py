@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,8 @@ def test_a_template_that_is_no_sequence_of_turns_gets_no_modelfile(tiny_base: Pa
 CONVERTER = cache_folder() / "llama.cpp"  # the user's own: the tests have a cache of theirs
 DEMO = ROOT / "models" / "SmolLM2-135M-Instruct"
 written = pytest.mark.skipif(
-    not (CONVERTER / "convert_hf_to_gguf.py").is_file() or not DEMO.is_dir(),
-    reason="needs llama.cpp's converter (python scripts/get_gguf_converter.py) and the demo model's tokenizer",
+    not (CONVERTER / "convert_hf_to_gguf.py").is_file() or not DEMO.is_dir() or find_spec("sentencepiece") is None,
+    reason="needs llama.cpp's converter (scripts/get_gguf_converter.py), the gguf extra and the demo model's tokenizer",
 )
 
 

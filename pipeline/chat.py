@@ -21,6 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from pipeline.artifact import Artifact
 from pipeline.data.contracts import DEMONSTRATION
 from pipeline.errors import UserError
+from pipeline.models.quiet import quiet
 from pipeline.recipe import read
 
 if TYPE_CHECKING:
@@ -175,23 +176,11 @@ def opened(run: Path, policies: list[str], corrections: Path, new_tokens: int, t
         if name != BASE:
             Artifact(run / name).verify()
 
-    _without_noise()
+    quiet()
     from pipeline.evaluate.bench import Bench
 
     folders = {name: Artifact(run / name).adapter for name in chosen if name != BASE}
     return Chat(Bench(recipe.spec.model, folders, {}, 1.0), chosen, corrections, new_tokens, temperature)
-
-
-def _without_noise() -> None:
-    """What libraries say while a model loads goes to a log elsewhere; here it would stand in the conversation."""
-    import logging
-    import warnings
-
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore", FutureWarning)
 
 
 def talk(chat: Chat) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline.artifact import Json, file_hashes, read_json, write_json, write_text, written_whole
 from pipeline.errors import UserError
 from pipeline.models.published import PREFIX, RECORD
+from pipeline.models.quiet import quiet
 from pipeline.models.spec import cache_folder
 from pipeline.publish.sealed import Sealed, sealed
 from pipeline.recipe import RUNS, Recipe
@@ -117,19 +118,6 @@ def _record(source: Sealed, form: str, folder: Path, load: Json | None, parity: 
             "files": hashes,
         },
     )
-
-
-def quiet() -> None:
-    """Keep what libraries say while they load and save a model away from the one who only waits for the result."""
-    import logging
-    import warnings
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore", FutureWarning)
 
 
 def _refuse_around(destination: Path, stage: Path) -> None:

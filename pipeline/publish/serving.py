@@ -15,9 +15,9 @@ from pathlib import Path
 
 from pipeline.artifact import WEIGHTS, digest, write_json, write_text, written_whole
 from pipeline.errors import UserError
+from pipeline.models.quiet import quiet
 from pipeline.models.spec import cache_folder
 from pipeline.publish import adapter
-from pipeline.publish.publishing import quiet
 from pipeline.publish.sealed import Sealed, sealed
 from pipeline.recipe import Recipe
 

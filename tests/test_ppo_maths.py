@@ -35,12 +35,17 @@ def assert_rows(tensor: torch.Tensor, rows: list[list[float]]) -> None:
         assert got[len(row) :] == pytest.approx([0.0] * (len(got) - len(row)), **CLOSE)
 
 
-def test_log_probs_and_entropy_are_those_of_the_softmax() -> None:
+def test_log_probs_entropy_and_slope_are_those_of_the_softmax() -> None:
     chance = random.Random(0)
     logits = [[chance.gauss(0, 3) for _ in range(11)] for _ in range(4)]
     ids = [2, 0, 10, 5]
     for temperature in (1.0, 0.7, 2.0):
-        logp, entropy = maths.log_probs(torch.tensor(logits, dtype=torch.float64), torch.tensor(ids), temperature)
+        leaf = torch.tensor(logits, requires_grad=True)
+        own = maths.log_probs(leaf, torch.tensor(ids), temperature)
+        (by_autograd,) = torch.autograd.grad(own.sum(), leaf)
+        logp, entropy, slope = maths.log_probs_with_slope(leaf.detach(), torch.tensor(ids), temperature)
+        assert own.tolist() == pytest.approx(logp.tolist(), abs=1e-6)
+        assert slope.flatten().tolist() == pytest.approx(by_autograd.flatten().tolist(), abs=1e-6)
         for row, token, got, spread in zip(logits, ids, logp.tolist(), entropy.tolist(), strict=True):
             total = sum(math.exp(x / temperature) for x in row)
             chances = [math.exp(x / temperature) / total for x in row]

@@ -63,12 +63,16 @@ def sample(
     values (B,), noted beside the tokens.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    # One number for each token there may be, drawn before any is: how many are sampled at once and when answers end
+    # changes no draw, and policies asked with the same seed differ by what they are, not by their luck.
+    luck_PCG = torch.rand(len(prompts), copies, new_tokens, generator=generator, device=language_model.device)
     episodes: dict[int, list[Episode]] = {}
     width = at_once or len(order)
     for start in range(0, len(order), width):
         batch = order[start : start + width]
         few = [prompts[i] for i in batch]
-        answers = _sample_batch(language_model, few, new_tokens, temperature, stops, generator, critic, copies, shared)
+        luck_BG = luck_PCG[batch].flatten(0, 1)
+        answers = _sample_batch(language_model, few, luck_BG, temperature, stops, critic, copies, shared)
         episodes |= {i: answers[place * copies : (place + 1) * copies] for place, i in enumerate(batch)}
     return [episode for i in range(len(prompts)) for episode in episodes[i]]
 
@@ -76,10 +80,9 @@ def sample(
 def _sample_batch(
     language_model: LanguageModel,
     prompts: list[list[int]],
-    new_tokens: int,
+    luck_BG: torch.Tensor,
     temperature: float,
     stops: list[int],
-    generator: torch.Generator,
     critic: Callable[[torch.Tensor], torch.Tensor] | None,
     copies: int,
     shared: int,
@@ -101,7 +104,7 @@ def _sample_batch(
     alive = list(range(len(episodes)))
     # Which rows of the batch still write; a finished one rides along until enough of them can be taken out together.
     writing_B = torch.ones(len(episodes), dtype=torch.bool, device=device)
-    for place in range(new_tokens):
+    for place in range(luck_BG.shape[1]):
         with computing(language_model.model):
             hidden_BTH = language_model.hidden(ids_BT, mask_BT, positions_BT, cache)
             logits_BV = language_model.logits(hidden_BTH[:, -1])
@@ -110,7 +113,7 @@ def _sample_batch(
             hidden_BTH, logits_BV, positions_BT, mask_BT = (
                 t.repeat_interleave(copies, 0) for t in (hidden_BTH, logits_BV, positions_BT, mask_BT)
             )
-        token_B, logp_B = _draw(logits_BV, temperature, generator)
+        token_B, logp_B = _draw(logits_BV, temperature, luck_BG[:, place])
         ended_B = torch.isin(token_B, stops_S)
         values_B = critic(hidden_BTH[:, -1]).tolist() if critic else [None] * len(alive)
         noted = (token_B.tolist(), logp_B.tolist(), values_B, writing_B.tolist(), ended_B.tolist())
@@ -132,16 +135,19 @@ def _sample_batch(
             kept_K = writing_B.nonzero().squeeze(1)
             cache.batch_select_indices(kept_K)
             ids_BT, positions_BT, mask_BT = ids_BT[kept_K], positions_BT[kept_K], mask_BT[kept_K]
-            alive = [alive[row] for row in kept_K.tolist()]
+            alive, luck_BG = [alive[row] for row in kept_K.tolist()], luck_BG[kept_K]
             writing_B = writing_B[kept_K]
     return episodes
 
 
-def _draw(logits_BV: torch.Tensor, temperature: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    logp_BV = torch.log_softmax(logits_BV.float() / (temperature or 1.0), -1)
-    token_B1 = (
-        logp_BV.argmax(-1, keepdim=True)
-        if not temperature
-        else torch.multinomial(logp_BV.exp(), 1, generator=generator)
-    )
-    return token_B1.squeeze(1), logp_BV.gather(1, token_B1).squeeze(1)
+def _draw(logits_BV: torch.Tensor, temperature: float, luck_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token of each row and its log-probability. `luck_B`, uniform on [0, 1), picks the token in whose share of the
+    cumulated probabilities it falls: one random number a token, not one for each entry of the vocabulary."""
+    scaled_BV = logits_BV.float() / (temperature or 1.0)
+    likeliest_B1, token_B1 = scaled_BV.max(-1, keepdim=True)
+    mass_BV = (scaled_BV - likeliest_B1).exp_().cumsum(-1)
+    if temperature:
+        token_B1 = torch.searchsorted(mass_BV, luck_B[:, None] * mass_BV[:, -1:], right=True)
+        token_B1 = token_B1.clamp(max=mass_BV.shape[1] - 1)  # where rounding has made the product the whole mass
+    logp_B1 = scaled_BV.gather(1, token_B1) - likeliest_B1 - mass_BV[:, -1:].log()
+    return token_B1.squeeze(1), logp_B1.squeeze(1)

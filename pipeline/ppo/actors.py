@@ -22,7 +22,7 @@ from pipeline.data.render import padded
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel
 from pipeline.models.halving import in_halves
-from pipeline.ppo.algorithm import log_probs
+from pipeline.ppo.algorithm import log_probs, log_probs_with_slope
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -184,7 +184,8 @@ class Actors(LanguageModel):
 
 
 class _HeadLogProbs(torch.autograd.Function):
-    """Log-probabilities (N,) of tokens from the hidden states (N, hidden) before them, and the entropies there.
+    """Log-probabilities (N,) of tokens from the hidden states (N, hidden) before them, and with gradients the entropies
+    there, else zeros.
 
     A token's log-probability depends on its own state alone and the head is frozen, so its gradient with respect to
     the state, a vector of the hidden size, is all that the way back needs. It is computed with the logits at hand, part
@@ -196,14 +197,16 @@ class _HeadLogProbs(torch.autograd.Function):
         size = max(1, LOGITS_AT_ONCE // actors.config.vocab_size)
         logp, entropy, gradients = [], [], []
         for states_nH, ids_n in zip(states_NH.split(size), ids_N.split(size), strict=True):
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                leaf_nH = states_nH.detach().requires_grad_(ctx.needs_input_grad[0])
-                # Only an update reports the entropy.
+            if not ctx.needs_input_grad[0]:
+                logp.append(log_probs(actors.logits(states_nH), ids_n, actors.temperature))
+                entropy.append(torch.zeros_like(logp[-1]))
+                continue
+            leaf_nH = states_nH.detach().requires_grad_()
+            with torch.enable_grad():
                 logits_nV = actors.logits(leaf_nH)
-                logp_n, entropy_n = log_probs(logits_nV, ids_n, actors.temperature, ctx.needs_input_grad[0])
-                if ctx.needs_input_grad[0]:
-                    gradients += torch.autograd.grad(logp_n.sum(), leaf_nH)
-            logp.append(logp_n.detach())
+            logp_n, entropy_n, slope_nV = log_probs_with_slope(logits_nV.detach(), ids_n, actors.temperature)
+            gradients += torch.autograd.grad(logits_nV, leaf_nH, slope_nV)
+            logp.append(logp_n)
             entropy.append(entropy_n)
         ctx.save_for_backward(*gradients)
         entropy_N = torch.cat(entropy)

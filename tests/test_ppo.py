@@ -385,12 +385,12 @@ def test_models_and_functions_add_up_by_weight(tiny_base: Path, parents: Path, t
 
 def test_a_reward_function_cannot_change_the_data(tiny_base: Path, parents: Path, tmp_path: Path) -> None:
     (tmp_path / "f.py").write_text(FUNCTIONS)
-    tree = ppo_tree(tiny_base, parents, steps=5, num_ppo_epochs=1)  # 40 answers to 16 prompts: each comes again
+    tree = ppo_tree(tiny_base, parents, steps=4, num_ppo_epochs=1)  # 32 answers to 16 prompts: each comes again
     tree["stages"]["ppo"]["reward"] = f"{tmp_path}/f.py:meddles"
     recipe = build(tree)
     run_stage(recipe, "ppo", parents / "runs")
     steps = metrics.read(recipe.artifact("ppo", parents / "runs").metrics)
-    assert [step["score"] for step in steps] == [2.0] * 5  # what was asked, and the one message it added itself
+    assert [step["score"] for step in steps] == [2.0] * 4  # what was asked, and the one message it added itself
 
 
 def test_missing_columns_are_filled(tiny_base: Path, parents: Path, tmp_path: Path) -> None:

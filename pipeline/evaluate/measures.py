@@ -165,8 +165,8 @@ def sampled(
     elif truth:
         found["truth"] = _rows(_scores(bench, truth, asked, texts), copies)
     if settings.get("reference"):
-        ours, theirs = (bench.log_probs(name, episodes, AT_ONCE) for name in (policy, settings["reference"]))
-        found["kl"] = _rows([a - b for a, b in zip(ours, theirs, strict=True)], copies)
+        theirs = bench.log_probs(settings["reference"], episodes, AT_ONCE)
+        found["kl"] = _rows([sum(e.logp) - b for e, b in zip(episodes, theirs, strict=True)], copies)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -120,6 +121,61 @@ with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
     done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [one["score"] for one in probe]
+
+
+CARDS = """
+import contextlib, io, json, re, sys, torch
+import bitsandbytes.nn.modules as layers
+layers.has_avx512bf16 = lambda: False  # its repacked weights do not fit a base this small
+found = {}
+for form in ("adapter", "merged", "reward"):
+    code = re.findall("```python\\n(.*?)```", open(form + "/README.md").read(), re.DOTALL)
+    assert len(code) == 2
+    found[form], said = {}, io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec("\\n".join(code), found[form])
+    found[form]["said"] = said.getvalue().strip()
+assert not [name for name in sys.modules if name.split(".")[0] in ("pipeline", "trl")]
+def logits(model, tokens):
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        return model(**tokens).logits[0].float()
+adapter, tokens = found["adapter"]["model"], found["adapter"]["tokens"]
+trained, merged = logits(adapter, tokens), logits(found["merged"]["model"], tokens)
+with adapter.disable_adapter():
+    base = logits(adapter, tokens)
+print(json.dumps({
+    "said": found["adapter"]["said"], "score": found["reward"]["score"],
+    "merged": ((merged - trained).norm() / trained.norm()).item(),
+    "base": ((base - trained).norm() / trained.norm()).item()}))
+"""
+
+
+def test_what_the_cards_say_to_type_runs_and_answers_as_what_was_trained(
+    published: Path, run: Run, tmp_path: Path
+) -> None:
+    # The base as a machine holds it that has pulled it from the Hub.
+    pulled = tmp_path / "hub" / f"models--{BASE_ID.replace('/', '--')}"
+    (pulled / "refs").mkdir(parents=True)
+    (pulled / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(run[0].spec.model.base, pulled / "snapshots" / ("0" * 40))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    command = [sys.executable, "-I", "-c", CARDS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=published, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+
+    def asked(name: str, row: Json) -> Any:
+        job = gate._job(stage(run, name), "adapter", published / "adapter") | {"rows": [row], "new_tokens": 100}
+        return gate._asked("trained", job, tmp_path / name)
+
+    from transformers import AutoTokenizer
+
+    sft = asked("sft", {"prompt": [{"role": "user", "content": "Hello!"}]})
+    tokenizer = AutoTokenizer.from_pretrained(stage(run, "sft").artifact.adapter)
+    assert found["said"] == tokenizer.decode(sft["answers"][0]["ids"], skip_special_tokens=True).strip()
+    reward = asked("reward", {"prompt": [{"role": "user", "content": "..."}], "answer": "..."})
+    assert found["score"] == reward["numbers"]["0"][0]
+    assert found["merged"] < 0.03 < found["base"]
 
 
 def altered(published: Path, form: str, to: Path) -> Path:

@@ -5,6 +5,7 @@ The tests that write GGUF need the converter (`python scripts/get_gguf_converter
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -110,6 +111,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sealed]:
     yield sealed(recipe, "pretrain", runs)
 
 
+def untied(write: Any, sealed: Sealed, folder: Path, **words: Any) -> None:
+    """A merge whose head was made anew instead of being the table of the token embeddings."""
+    write(sealed, folder, **words)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = 0.02 * torch.randn_like(tensors["model.embed_tokens.weight"])
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+
+
 @written
 def test_f16_is_the_trained_model_and_faults_are_named(
     source: Sealed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -137,6 +149,17 @@ def test_f16_is_the_trained_model_and_faults_are_named(
     (tmp_path / "original").mkdir()
     with pytest.raises(gate.Broken, match=r"(?s)KL\(trained \|\| written\).*onto the base's original weights"):
         gate.check(source, "gguf", tmp_path / "original", gguf.write(source, tmp_path / "original"))
+
+    (tmp_path / "headless").mkdir()
+    sound = (tmp_path / "sound" / names[0]).read_bytes()
+    (tmp_path / "headless" / names[0]).write_bytes(sound.replace(b"token_embd.weight", b"token_gone.weight"))
+    with pytest.raises(gate.Broken, match=r"tied LM head as well, is missing"):
+        gate.check(source, "gguf", tmp_path / "headless", names[:1])
+
+    monkeypatch.setattr(merged, "write", lambda sealed, folder, **words: untied(write, sealed, folder, **words))
+    (tmp_path / "untied").mkdir()
+    with pytest.raises(gate.Broken, match=r"(?s)the tied LM head was lost.*KL\(trained"):
+        gate.check(source, "gguf", tmp_path / "untied", gguf.write(source, tmp_path / "untied")[:1])
 
     monkeypatch.setattr(merged, "write", write)
     monkeypatch.setattr(merged, "_sum", lambda layer: merged._dequantised(layer.get_base_layer()))

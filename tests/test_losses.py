@@ -7,10 +7,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from conftest import tiny_tree
 from safetensors.torch import load_file
+from scipy import stats
 from torch.nn.functional import log_softmax, logsigmoid
 
 from pipeline import metrics

@@ -112,7 +112,7 @@ def _ask(sealed: Sealed, name: str, autocast: str = "float32") -> str:
     """How a policy is asked something; `name`: where its stop tokens are, if the model does not have them already."""
     template = (sealed.artifact.adapter / "chat_template.jinja").is_file()
     talk = 'apply_chat_template([{"role": "user", "content": "Hello!"}], add_generation_prompt=True, return_dict=True, '
-    read = f"tokenizer.{talk}return_tensors=\"pt\")" if template else 'tokenizer("Once upon", return_tensors="pt")'
+    read = f'tokenizer.{talk}return_tensors="pt")' if template else 'tokenizer("Once upon", return_tensors="pt")'
     ends = f'GenerationConfig.from_pretrained("{name}")'
     answer = f"answer = model.generate(**tokens, max_new_tokens=100{', generation_config=ends' if name else ''})"
     lines = [

@@ -243,11 +243,14 @@ def _rank(sealed: Sealed) -> int:
 
 
 def _hub_datasets(sealed: Sealed) -> list[str]:
-    found = [
-        entry["section"]["data"]["path"]
-        for entry in sealed.lineage
-        if not entry.get("gone") and str(entry["parts"]["data"].get("path", "")).startswith("hub:")
-    ]
+    found = []
+    for entry in sealed.lineage:
+        if entry.get("gone"):
+            continue
+        data = entry["section"]["data"]
+        named = {f"mix[{number}]": part["path"] for number, part in enumerate(data.get("mix") or [])} | data
+        hashes = entry["parts"]["data"]
+        found += [named[role] for role, sha in hashes.items() if str(sha).startswith("hub:") and role in named]
     return list(dict.fromkeys(found))
 
 

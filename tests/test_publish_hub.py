@@ -250,5 +250,6 @@ def test_what_trl_pushes_from_a_local_base_names_no_folder(hub: Hub, tiny_base: 
     pushed = {name: hub.content(entry) for name, entry in by_trl["commits"][by_trl["refs"]["main"]]["files"].items()}
     assert json.loads(pushed["adapter_config.json"])["base_model_name_or_path"] == BASE_ID
     assert f"base_model: {BASE_ID}" in pushed["README.md"].decode()
-    assert not [name for name, content in pushed.items() if str(tiny_base).encode() in content]
-    assert not [name for name, content in pushed.items() if str(tmp_path).encode() in content]
+    paths = [str(tiny_base).encode(), str(tmp_path).encode()]
+    named = {name for name, content in pushed.items() if any(path in content for path in paths)}
+    assert named <= {"training_args.bin"}  # transformers' own, which holds all arguments; README.md says so

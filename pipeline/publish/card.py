@@ -113,8 +113,8 @@ def _ask(sealed: Sealed, name: str, autocast: str = "float32") -> str:
     template = (sealed.artifact.adapter / "chat_template.jinja").is_file()
     talk = 'apply_chat_template([{"role": "user", "content": "Hello!"}], add_generation_prompt=True, return_dict=True, '
     read = f'tokenizer.{talk}return_tensors="pt")' if template else 'tokenizer("Once upon", return_tensors="pt")'
-    ends = f'GenerationConfig.from_pretrained("{name}")'
-    answer = f"answer = model.generate(**tokens, max_new_tokens=100{', generation_config=ends' if name else ''})"
+    ends = f'GenerationConfig.from_pretrained("{name}", max_new_tokens=100)'
+    answer = f"answer = model.generate(**tokens, {'generation_config=ends' if name else 'max_new_tokens=100'})"
     lines = [
         *(["import torch"] if autocast != "float32" else []),
         *(["from transformers import GenerationConfig"] if name else []),

@@ -98,7 +98,10 @@ def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> st
     )
     text = f"```python\n{python}\n```"
     if sealed.reward:
-        return f"{text}\n\n{_score(load['dtype'])}"
+        warning = (
+            "transformers says of the base that its `score.weight` is newly initialized; the adapter brings the head."
+        )
+        return f"{text}\n\n{warning}\n\n{_score(load['dtype'])}"
     return (
         f"{text}\n\n{_ask(sealed, name, load['dtype'])}\n\n"
         f"vLLM: `vllm serve {load['base']} --enable-lora --lora-modules {sealed.artifact.name}={name} "

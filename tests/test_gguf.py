@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.artifact import WEIGHTS
 from pipeline.models.base import PLAIN_TEMPLATE
 from pipeline.models.spec import cache_folder
-from pipeline.publish import gate, gguf, merged
+from pipeline.publish import card, gate, gguf, merged
 from pipeline.publish.sealed import Sealed, sealed
 
 CHATML = (ROOT / "recipes" / "templates" / "chatml.jinja").read_text(encoding="utf-8")
@@ -142,6 +142,16 @@ def test_f16_is_the_trained_model_and_faults_are_named(
     assert {name.rpartition("-")[2] for name in names} >= {"f16.gguf", "q8_0.gguf"}
     parity = gate.check(source, "gguf", tmp_path / "sound", names)
     assert 0 < parity[names[0]]["kl"] < 1e-4 and parity[names[0]]["kl"] < parity[names[1]]["kl"]
+
+    # What the card says to type, as it is printed.
+    text = card._load_gguf(source, str(tmp_path / "sound"), names, {})
+    typed: dict[str, Any] = {}
+    exec(re.findall("```python\n(.*?)```", text, re.DOTALL)[0], typed)
+    trained = answers["trained nf4"]
+    with torch.no_grad():
+        logits_TV = typed["model"](torch.tensor([trained["ids"][0]])).logits[0].double().numpy()
+    kept_KV = trained["numbers"]["0"].astype(float)
+    assert gate._kl(kept_KV, logits_TV[-len(kept_KV) :]) < 1e-3
 
     write = merged.write
     original = replace(source, model=source.model.model_copy(update={"quantize": "none"}))

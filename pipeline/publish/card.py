@@ -97,6 +97,11 @@ def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> st
         ]
     )
     text = f"```python\n{python}\n```"
+    if load["quantization"]:
+        text += (
+            "\n\nOn a CPU with AVX512-BF16, bitsandbytes computes 4-bit layers in another arithmetic than training did, "
+            "which moves logits and scores a little."
+        )
     if sealed.reward:
         warning = (
             "transformers says of the base that its `score.weight` is newly initialized; the adapter brings the head."

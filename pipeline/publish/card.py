@@ -99,7 +99,7 @@ def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> st
     text = f"```python\n{python}\n```"
     if load["quantization"]:
         text += (
-            "\n\nOn a CPU with AVX512-BF16, bitsandbytes computes 4-bit layers in another arithmetic than training did, "
+            "\n\nOn a CPU with AVX512-BF16, bitsandbytes computes 4-bit layers in other arithmetic than training did, "
             "which moves logits and scores a little."
         )
     if sealed.reward:

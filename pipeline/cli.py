@@ -282,7 +282,6 @@ def publish(
     from pipeline.publish.publishing import publish as published
 
     chain, runs = _run(run, override, runs)
-    print(f"writing {stage} as {form}, and comparing it with what was trained ...", flush=True)
     files = published(chain, stage, to, form, runs=runs, private=private, dry_run=dry_run, overwrite=overwrite)
     for name, size in files:
         print(f"  {size / 2**20:9.2f} MiB  {name}")

@@ -5,6 +5,7 @@ The tests that write GGUF need the converter (`python scripts/get_gguf_converter
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.artifact import WEIGHTS
 from pipeline.models.base import PLAIN_TEMPLATE
 from pipeline.models.spec import cache_folder
-from pipeline.publish import gate, gguf, merged
+from pipeline.publish import card, gate, gguf, merged
 from pipeline.publish.sealed import Sealed, sealed
 
 CHATML = (ROOT / "recipes" / "templates" / "chatml.jinja").read_text(encoding="utf-8")
@@ -110,6 +111,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sealed]:
     yield sealed(recipe, "pretrain", runs)
 
 
+def untied(write: Any, sealed: Sealed, folder: Path, **words: Any) -> None:
+    """A merge whose head was made anew instead of being the table of the token embeddings."""
+    write(sealed, folder, **words)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = 0.02 * torch.randn_like(tensors["model.embed_tokens.weight"])
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+
+
 @written
 def test_f16_is_the_trained_model_and_faults_are_named(
     source: Sealed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -131,12 +143,33 @@ def test_f16_is_the_trained_model_and_faults_are_named(
     parity = gate.check(source, "gguf", tmp_path / "sound", names)
     assert 0 < parity[names[0]]["kl"] < 1e-4 and parity[names[0]]["kl"] < parity[names[1]]["kl"]
 
+    # What the card says to type, as it is printed.
+    text = card._load_gguf(source, str(tmp_path / "sound"), names, {})
+    typed: dict[str, Any] = {}
+    exec(re.findall("```python\n(.*?)```", text, re.DOTALL)[0], typed)
+    trained = answers["trained nf4"]
+    with torch.no_grad():
+        logits_TV = typed["model"](torch.tensor([trained["ids"][0]])).logits[0].double().numpy()
+    kept_KV = trained["numbers"]["0"].astype(float)
+    assert gate._kl(kept_KV, logits_TV[-len(kept_KV) :]) < 1e-3
+
     write = merged.write
     original = replace(source, model=source.model.model_copy(update={"quantize": "none"}))
     monkeypatch.setattr(merged, "write", lambda sealed, *args, **words: write(original, *args, **words))
     (tmp_path / "original").mkdir()
     with pytest.raises(gate.Broken, match=r"(?s)KL\(trained \|\| written\).*onto the base's original weights"):
         gate.check(source, "gguf", tmp_path / "original", gguf.write(source, tmp_path / "original"))
+
+    (tmp_path / "headless").mkdir()
+    sound = (tmp_path / "sound" / names[0]).read_bytes()
+    (tmp_path / "headless" / names[0]).write_bytes(sound.replace(b"token_embd.weight", b"token_gone.weight"))
+    with pytest.raises(gate.Broken, match=r"tied LM head as well, is missing"):
+        gate.check(source, "gguf", tmp_path / "headless", names[:1])
+
+    monkeypatch.setattr(merged, "write", lambda sealed, folder, **words: untied(write, sealed, folder, **words))
+    (tmp_path / "untied").mkdir()
+    with pytest.raises(gate.Broken, match=r"(?s)the tied LM head was lost.*KL\(trained"):
+        gate.check(source, "gguf", tmp_path / "untied", gguf.write(source, tmp_path / "untied")[:1])
 
     monkeypatch.setattr(merged, "write", write)
     monkeypatch.setattr(merged, "_sum", lambda layer: merged._dequantised(layer.get_base_layer()))

@@ -7,10 +7,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from conftest import tiny_tree
 from safetensors.torch import load_file
+from scipy import stats
 from torch.nn.functional import log_softmax, logsigmoid
 
 from pipeline import metrics
@@ -177,8 +179,17 @@ def test_held_out_numbers_equal_plain_loops(tiny_base: Path, tmp_path: Path) -> 
     ]
     assert found["preference_accuracy"] == sum(w > v for w, v in a_token) / len(a_token)
     texts = [render.document(tokenizer, json.dumps(n)) for n in range(100, 900, 100)]
-    loss = scoring.language_model(model, tokenizer, texts)["loss"]
+    found = scoring.language_model(model, tokenizer, texts)
+    loss = found["loss"]
     with torch.no_grad():
         each = [by_hand(model, render.Reply(text.ids[:1], text.ids[1:])).item() for text in texts]
     assert loss == pytest.approx(-sum(each) / sum(len(text.ids) - 1 for text in texts), abs=1e-4)
-    assert scoring.language_model(model, tokenizer, texts)["perplexity"] == pytest.approx(math.exp(loss))
+    assert found["perplexity"] == pytest.approx(math.exp(loss))
+    nats, tokens = -numpy.array(each), numpy.array([len(text.ids) - 1 for text in texts])
+    by_scipy = stats.bootstrap(
+        (nats, tokens), lambda n, t, axis: n.sum(axis) / t.sum(axis), paired=True, method="percentile", rng=0
+    ).confidence_interval
+    room = 0.1 * (by_scipy.high - by_scipy.low)  # two draws of a few thousand
+    assert found["loss_low"] == pytest.approx(by_scipy.low, abs=room)
+    assert found["loss_high"] == pytest.approx(by_scipy.high, abs=room)
+    assert scoring.language_model(model, tokenizer, texts[:1]).keys() == {"loss", "perplexity"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -86,9 +87,19 @@ def test_no_file_names_a_folder_of_this_machine(published: Path, run: Run) -> No
             assert str(run[1]) not in text and str(run[0].spec.model.base) not in text, file
 
 
-def test_the_card_is_one_the_hub_accepts_and_tells_the_lineage(published: Path, run: Run) -> None:
-    from huggingface_hub import ModelCard
+RELATIONS = {"adapter": "adapter", "merged": "finetune", "reward": "adapter"}  # of the four the Hub knows
 
+
+def test_the_card_is_one_the_hub_accepts_and_tells_the_lineage(published: Path, run: Run) -> None:
+    from huggingface_hub import ModelCard, metadata_load
+    from huggingface_hub.inference._generated import types as tasks
+
+    for form, relation in RELATIONS.items():
+        raw = metadata_load(published / form / "README.md")
+        assert raw == ModelCard.load(published / form / "README.md").data.to_dict()
+        assert raw["base_model"] == BASE_ID and raw["base_model_relation"] == relation
+        assert hasattr(tasks, raw["pipeline_tag"].replace("-", "_"))
+        assert all(isinstance(tag, str) for tag in raw["tags"])
     found = ModelCard.load(published / "adapter" / "README.md")
     assert found.data.base_model == BASE_ID and found.data.library_name == "peft"
     assert found.data.to_dict()["base_model_relation"] == "adapter"
@@ -98,6 +109,38 @@ def test_the_card_is_one_the_hub_accepts_and_tells_the_lineage(published: Path, 
         manifest = json.loads((run[1] / "tiny" / entry["stage"] / "manifest.json").read_text())
         assert entry["files"] == manifest["files"] and entry["data"]["counts"] == manifest["data"]["counts"]
         assert manifest["files"]["adapter_model.safetensors"][:16] in found.text
+
+
+def test_the_card_has_what_the_evaluation_or_the_stage_found(run: Run, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from pipeline.evaluation_plan import sealed as results
+    from pipeline.publish import card, measured
+
+    source = stage(run, "sft")
+    lines = [line for line in measured.table(source).splitlines() if "corpus loss" in line]
+    after = json.loads((run[1] / "tiny" / "pretrain" / "manifest.json").read_text())["after"]
+    assert after["loss_low"] < after["loss"] < after["loss_high"]
+    wanted = (
+        f"| {after['loss']:.3f} | {after['loss_low']:.3f} to {after['loss_high']:.3f} (bootstrap over rows, n = 6) |"
+    )
+    assert lines[0].endswith(wanted)
+
+    # A stage that was trained before stages measured intervals, and that an evaluation has looked at since.
+    older = json.loads(json.dumps(source.lineage))
+    older[0]["after"] = {"loss": after["loss"]}
+    place = replace(source.artifact, folder=tmp_path / "sft")
+    assert "| `onebase eval` gives it |" in measured.table(replace(source, artifact=place, lineage=older))
+    (tmp_path / "evaluation").mkdir()
+    for value, told in ((after["loss"], "1.000 to 9.000"), (after["loss"] + 0.1, "`onebase eval` gives it")):
+        found = {"numbers": {"pretrain": {"corpus_loss": {"value": value, "low": 1.0, "high": 9.0, "n": 6}}}}
+        (tmp_path / "evaluation" / "results.json").write_text(json.dumps(results(found)))
+        assert told in measured.table(replace(source, artifact=place, lineage=older))
+
+    # Data of the Hub, alone, in a mixture and held out.
+    older[0]["section"]["data"] |= {"path": None, "mix": [{"path": "a/one"}, {"path": "two.jsonl"}], "test": "b/three"}
+    older[0]["parts"]["data"] = {"mix[0]": "hub:12", "mix[1]": "34", "test": "hub:56"}
+    assert card._hub_datasets(replace(source, lineage=older)) == ["a/one", "b/three"]
 
 
 def test_a_reward_model_scores_alike_where_only_transformers_and_peft_are(published: Path, run: Run) -> None:
@@ -120,6 +163,61 @@ with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
     done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [one["score"] for one in probe]
+
+
+CARDS = """
+import contextlib, io, json, re, sys, torch
+import bitsandbytes.nn.modules as layers
+layers.has_avx512bf16 = lambda: False  # its repacked weights do not fit a base this small
+found = {}
+for form in ("adapter", "merged", "reward"):
+    code = re.findall("```python\\n(.*?)```", open(form + "/README.md").read(), re.DOTALL)
+    assert len(code) == 2
+    found[form], said = {}, io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec("\\n".join(code), found[form])
+    found[form]["said"] = said.getvalue().strip()
+assert not [name for name in sys.modules if name.split(".")[0] in ("pipeline", "trl")]
+def logits(model, tokens):
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        return model(**tokens).logits[0].float()
+adapter, tokens = found["adapter"]["model"], found["adapter"]["tokens"]
+trained, merged = logits(adapter, tokens), logits(found["merged"]["model"], tokens)
+with adapter.disable_adapter():
+    base = logits(adapter, tokens)
+print(json.dumps({
+    "said": found["adapter"]["said"], "score": found["reward"]["score"],
+    "merged": ((merged - trained).norm() / trained.norm()).item(),
+    "base": ((base - trained).norm() / trained.norm()).item()}))
+"""
+
+
+def test_what_the_cards_say_to_type_runs_and_answers_as_what_was_trained(
+    published: Path, run: Run, tmp_path: Path
+) -> None:
+    # The base as a machine holds it that has pulled it from the Hub.
+    pulled = tmp_path / "hub" / f"models--{BASE_ID.replace('/', '--')}"
+    (pulled / "refs").mkdir(parents=True)
+    (pulled / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(run[0].spec.model.base, pulled / "snapshots" / ("0" * 40))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    command = [sys.executable, "-I", "-c", CARDS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=published, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+
+    def asked(name: str, row: Json) -> Any:
+        job = gate._job(stage(run, name), "adapter", published / "adapter") | {"rows": [row], "new_tokens": 100}
+        return gate._asked("trained", job, tmp_path / name)
+
+    from transformers import AutoTokenizer
+
+    sft = asked("sft", {"prompt": [{"role": "user", "content": "Hello!"}]})
+    tokenizer = AutoTokenizer.from_pretrained(stage(run, "sft").artifact.adapter)
+    assert found["said"] == tokenizer.decode(sft["answers"][0]["ids"], skip_special_tokens=True).strip()
+    reward = asked("reward", {"prompt": [{"role": "user", "content": "..."}], "answer": "..."})
+    assert found["score"] == reward["numbers"]["0"][0]
+    assert found["merged"] < 0.03 < found["base"]
 
 
 def altered(published: Path, form: str, to: Path) -> Path:

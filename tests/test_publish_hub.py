@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, head, write_recipe
+from conftest import ROOT, head, tiny_tree, write_recipe
 from hub_server import Hub, serve
 from publish_run import BASE_ID, finished_run
 
@@ -131,7 +131,7 @@ def test_a_server_that_dies_leaves_nothing_partial_and_a_retry_sends_no_large_fi
 ) -> None:
     hub.fail.append(("POST /api/models/tester/model/commit", 500, 99))
     told = push(hub, folder, tmp_path / "home")
-    assert "was not published" in told and "HF_HUB_DISABLE_XET" in told
+    assert "was not published, and the repository is there, empty" in told and "HF_HUB_DISABLE_XET" in told
     assert on_hub(hub)[0] == []
     hub.fail.clear()
     uploads = sum(line.startswith("PUT /_lfs/") for line in hub.log)
@@ -236,3 +236,20 @@ def test_published_pulled_loaded_and_trained_on_from(hub: Hub, tiny_base: Path, 
     assert parent["files"]["adapter_model.safetensors"] == manifest["files"]["adapter_model.safetensors"]
     assert [entry["stage"] for entry in parent["lineage"]] == ["pretrain", "sft", "dpo"]
     assert parent["lineage"][-1]["parents"]["policy"]["hub"].startswith("tester/pupil@")
+
+
+def test_what_trl_pushes_from_a_local_base_names_no_folder(hub: Hub, tiny_base: Path, tmp_path: Path) -> None:
+    tree = tiny_tree(tiny_base, tmp_path)
+    tree["model"]["public_id"] = BASE_ID
+    tree["stages"] = {"pretrain": tree["stages"]["pretrain"]}
+    tree["stages"]["pretrain"]["train"] |= {"push_to_hub": True, "hub_model_id": "tester/by-trl", "max_steps": 2}
+    recipe, runs = write_recipe(tree, tmp_path / "local.yaml"), tmp_path / "runs"
+    done = onebase(environment(hub, tmp_path / "home"), "run", str(recipe), "--runs", str(runs))
+    assert done.returncode == 0, done.stdout + done.stderr
+    by_trl = hub.repos[("model", "tester/by-trl")]
+    pushed = {name: hub.content(entry) for name, entry in by_trl["commits"][by_trl["refs"]["main"]]["files"].items()}
+    assert json.loads(pushed["adapter_config.json"])["base_model_name_or_path"] == BASE_ID
+    assert f"base_model: {BASE_ID}" in pushed["README.md"].decode()
+    paths = [str(tiny_base).encode(), str(tmp_path).encode()]
+    named = {name for name, content in pushed.items() if any(path in content for path in paths)}
+    assert named <= {"training_args.bin"}  # transformers' own, which holds all arguments; README.md says so

@@ -98,3 +98,7 @@ def test_stages_answer_by_name_as_the_sealed_adapters_do(url: str, runs: Path, t
         said[stage] = answer.choices[0].message.content
         assert said[stage] == by_peft(tiny_base, runs / "tiny" / stage / "adapter", 12)
     assert said["pretrain"] != said["sft"]
+    for unknown in ("dpo", "../tiny", "sft/../sft"):
+        with pytest.raises(openai.NotFoundError) as refused:
+            client.chat.completions.create(model=unknown, messages=ASKED, max_tokens=12)
+        assert refused.value.response.json()["detail"].endswith("served are pretrain, sft")

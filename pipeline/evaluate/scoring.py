@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline.data.render import IGNORED, Encoded, Reply, padded
-from pipeline.evaluate import reward_check
+from pipeline.evaluate import intervals, reward_check
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel
 from pipeline.models.halving import in_halves
@@ -24,14 +24,15 @@ LOGITS_AT_ONCE = 1 << 25
 
 
 def language_model(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[Encoded]) -> dict[str, float]:
-    """`loss`: mean negative log-likelihood of a supervised token, in nats; `perplexity`: its exponential."""
+    """`loss`: mean negative log-likelihood of a supervised token, in nats, with its 95 % interval over rows where there
+    are several (`loss_low`, `loss_high`); `perplexity`: its exponential."""
     if not rows:
         return {}
-    total = sum(log_likelihoods(model, tokenizer, rows))
+    nats = [-total for total in log_likelihoods(model, tokenizer, rows)]
     # The first token of a sequence has nothing before it to be predicted from.
-    tokens = sum(sum(label != IGNORED for label in row.labels[1:]) for row in rows)
-    loss = -total / tokens
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    found = intervals.ratio(nats, [sum(label != IGNORED for label in row.labels[1:]) for row in rows])
+    numbers = {"loss": found.value, "perplexity": math.exp(min(found.value, 700.0))}
+    return numbers | ({"loss_low": found.low, "loss_high": found.high} if len(rows) > 1 else {})
 
 
 def preferences(

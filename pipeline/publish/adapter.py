@@ -66,11 +66,11 @@ def _generation_config(sealed: Sealed) -> Any:
 
     from pipeline.models.base import local_folder
 
-    place = local_folder(sealed.model)
+    place, revision = local_folder(sealed.model), sealed.model.revision or "main"
     try:
-        return GenerationConfig.from_pretrained(place, revision=sealed.model.revision)
+        return GenerationConfig.from_pretrained(place, revision=revision)
     except OSError:  # a base without one: its model config names the tokens
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(place, revision=sealed.model.revision))
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(place, revision=revision))
 
 
 def loading(sealed: Sealed, folder: Path) -> Json:

@@ -7,9 +7,8 @@ from typing import Any
 
 from pipeline import strict_yaml
 from pipeline.artifact import WEIGHTS, Json
-from pipeline.evaluate import intervals
+from pipeline.publish import measured
 from pipeline.publish.sealed import Sealed
-from pipeline.stages import STAGES
 
 RELATION = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}
 LIBRARY = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
@@ -44,7 +43,7 @@ def render(sealed: Sealed, form: str, name: str, files: list[str], parity: dict[
         "## How to load it\n\n" + _loading(sealed, form, name, files, load),
         "## What it may be used for\n\n" + _use(sealed),
         "## Where it comes from\n\n" + _lineage(sealed),
-        "## What was measured\n\n" + _numbers(sealed),
+        "## What was measured\n\n" + measured.table(sealed),
         "## Is it what was trained?\n\n" + _parity(parity),
         "## Recipe\n\n```yaml\n" + strict_yaml.dump(sealed.recipe) + "```",
         "## Versions and cost\n\n" + _cost(sealed),
@@ -98,16 +97,43 @@ def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> st
         ]
     )
     text = f"```python\n{python}\n```"
+    if load["quantization"]:
+        text += (
+            "\n\nOn a CPU with AVX512-BF16, bitsandbytes computes 4-bit layers in other arithmetic than training did, "
+            "which moves logits and scores a little."
+        )
     if sealed.reward:
-        return f"{text}\n\n{_score(load['dtype'])}"
+        warning = (
+            "transformers says of the base that its `score.weight` is newly initialized; the adapter brings the head."
+        )
+        return f"{text}\n\n{warning}\n\n{_score(load['dtype'])}"
     return (
-        f"{text}\n\nAnswers end at the tokens named in `generation_config.json`: pass "
-        f'`generation_config=GenerationConfig.from_pretrained("{name}")` to `generate`.\n\n'
+        f"{text}\n\n{_ask(sealed, name, load['dtype'])}\n\n"
         f"vLLM: `vllm serve {load['base']} --enable-lora --lora-modules {sealed.artifact.name}={name} "
         f"--max-lora-rank {_rank(sealed)}` (on the base in {load['dtype']}; the "
         "figures below are for the quantised one; publish `--as merged` for the same answers there). "
         "Ollama: publish `--as gguf`."
     )
+
+
+def _ask(sealed: Sealed, name: str, autocast: str = "float32") -> str:
+    """How a policy is asked something; `name`: where its stop tokens are, if the model does not have them already."""
+    template = (sealed.artifact.adapter / "chat_template.jinja").is_file()
+    talk = 'apply_chat_template([{"role": "user", "content": "Hello!"}], add_generation_prompt=True, return_dict=True, '
+    read = f'tokenizer.{talk}return_tensors="pt")' if template else 'tokenizer("Once upon", return_tensors="pt")'
+    ends = f'GenerationConfig.from_pretrained("{name}", max_new_tokens=100)'
+    answer = f"answer = model.generate(**tokens, {'generation_config=ends' if name else 'max_new_tokens=100'})"
+    lines = [
+        *(["import torch"] if autocast != "float32" else []),
+        *(["from transformers import GenerationConfig"] if name else []),
+        *([""] if name else []),
+        f"tokens = {read}.to(model.device)",
+        *([f"ends = {ends}  # at which tokens an answer stops"] if name else []),
+        *([f"with torch.autocast(model.device.type, dtype=torch.{autocast}):"] if autocast != "float32" else []),
+        ("    " if autocast != "float32" else "") + answer,
+        'print(tokenizer.decode(answer[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```"
 
 
 def _score(autocast: str = "float32") -> str:
@@ -132,7 +158,9 @@ def _load_merged(sealed: Sealed, name: str, files: list[str], load: Json) -> str
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
         f'model = {kind}.from_pretrained("{name}", dtype="auto")  # transformers'
     )
-    return f"```python\n{python}\n```\n\n" + (_score() if sealed.reward else f"vLLM: `vllm serve {name}`.")
+    return f"```python\n{python}\n```\n\n" + (
+        _score() if sealed.reward else f"{_ask(sealed, '')}\n\nvLLM: `vllm serve {name}`."
+    )
 
 
 def _load_gguf(sealed: Sealed, name: str, files: list[str], load: Json) -> str:
@@ -191,34 +219,6 @@ def _base_note(sealed: Sealed) -> str:
     )
 
 
-def _numbers(sealed: Sealed) -> str:
-    lines = ["| stage | held-out number | before | after | 95 % interval |", "| --- " * 5 + "|"]
-    for entry in sealed.lineage:
-        if entry.get("gone"):
-            continue
-        for headline in STAGES[entry["kind"]].headlines:
-            after = entry["after"].get(headline.metric)
-            if after is None:
-                continue
-            before, asked = entry["before"].get(headline.metric), headline.metric == "question_accuracy"
-            count = entry["data"]["questions" if asked else "held_out"] or 0
-            interval = _interval(entry["after"], headline.metric, after, count, headline.percent)
-            values = ["" if v is None else f"{v:.1%}" if headline.percent else f"{v:.3f}" for v in (before, after)]
-            lines.append(f"| {entry['stage']} | {headline.label} | {values[0]} | {values[1]} | {interval} |")
-    return "\n".join(lines)
-
-
-def _interval(after: Json, metric: str, value: float, count: int, share: bool) -> str:
-    if share and count:
-        right = round(value * count)
-        found = intervals.proportion([True] * right + [False] * (count - right))
-        return f"{found.low:.1%} to {found.high:.1%} (Wilson, n = {count})"
-    if f"{metric}_gain_low" in after:
-        low, high = after[f"{metric}_gain_low"], after[f"{metric}_gain_high"]
-        return f"gain {after[f'{metric}_gain']:+.3f}, {low:+.3f} to {high:+.3f} (bootstrap over prompts)"
-    return ""
-
-
 def _parity(parity: dict[str, Json]) -> str:
     lines = [
         "Before it was published, the files here were loaded in a new process and compared with the trained base and "
@@ -251,11 +251,14 @@ def _rank(sealed: Sealed) -> int:
 
 
 def _hub_datasets(sealed: Sealed) -> list[str]:
-    found = [
-        entry["section"]["data"]["path"]
-        for entry in sealed.lineage
-        if not entry.get("gone") and str(entry["parts"]["data"].get("path", "")).startswith("hub:")
-    ]
+    found = []
+    for entry in sealed.lineage:
+        if entry.get("gone"):
+            continue
+        data = entry["section"]["data"]
+        named = {f"mix[{number}]": part["path"] for number, part in enumerate(data.get("mix") or [])} | data
+        hashes = entry["parts"]["data"]
+        found += [named[role] for role, sha in hashes.items() if str(sha).startswith("hub:") and role in named]
     return list(dict.fromkeys(found))
 
 

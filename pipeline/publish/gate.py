@@ -86,7 +86,11 @@ def compare(job: Json, trained: Json, written: Json) -> tuple[Json, list[str]]:
     if written["missing"]:
         missing, head = written["missing"], [n for n in written["missing"] if "lm_head" in n or "score" in n]
         name = "the score head" if any("score" in n for n in head) else "the LM head" if head else "a weight"
+        if trained["tied"] and any("embed_tokens" in n for n in missing):
+            name = "the table of the token embeddings, which is the tied LM head as well,"
         wrong.append(f"{name} is missing: {len(missing)} tensors are not in the files, first {(head or missing)[0]}")
+    if job["form"] != "adapter" and trained["tied"] and not written["tied"]:
+        wrong.append("the tied LM head was lost: the written head is not the table of the token embeddings")
     unlike = [i for i, (a, b) in enumerate(zip(trained["ids"], written["ids"], strict=True)) if a != b]
     if unlike:
         ours, theirs = trained["ids"][unlike[0]], written["ids"][unlike[0]]

@@ -22,7 +22,8 @@ NOT_OURS = {".gitattributes"}
 def ready(repository: str, overwrite: bool) -> None:
     """See to it that a push can work before hours go into writing. Raises UserError naming what stands in its way."""
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repository)
@@ -51,10 +52,14 @@ def push(repository: str, folder: Path, private: bool, overwrite: bool) -> str:
 
     api = HfApi()
     record = read_json(folder / RECORD) or {}
+    failed = f"{PREFIX}{repository} was not published"
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         head, held = _held(api, repository, overwrite)
+        if not held - NOT_OURS:
+            # Not deleted: what was uploaded to it need not be sent again, and a commit may still be under way.
+            failed += ", and the repository is there, empty when the upload began"
         names = {str(file.relative_to(folder)) for file in files}
         commit = api.create_commit(
             repository,
@@ -68,7 +73,7 @@ def push(repository: str, folder: Path, private: bool, overwrite: bool) -> str:
     except UserError:
         raise
     except Exception as error:  # the client raises a different class for each way a network can fail
-        raise refusal(f"{PREFIX}{repository} was not published", error) from None
+        raise refusal(failed, error) from None
     return str(commit.oid)
 
 

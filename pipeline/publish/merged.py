@@ -39,13 +39,14 @@ def write(sealed: Sealed, folder: Path, dtype: str | None = None, shard_bytes: i
     weights = list(summed(model))
     with torch.no_grad():
         write_shards(weights, folder, target, shard_bytes)
-    config = model.get_base_model().config
+    whole: Any = model.get_base_model()
+    config = whole.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = target
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     names = {name for name, _, _ in weights}
-    output = model.get_base_model().get_output_embeddings()
+    output = whole.get_output_embeddings()
     if output is not None and any(name.startswith("lm_head.") for name in names):
         config.tie_word_embeddings = False  # the adapter has made two tables of one
     config.save_pretrained(folder)
@@ -56,10 +57,9 @@ def summed(model: PeftModel) -> Iterator[tuple[str, tuple[int, ...], Callable[[]
 
     Tied tables come once. Raises UserError for an adapter that is more than a sum.
     """
-    import torch
     from peft.tuners.lora import LoraLayer
 
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     for name, weight in [*base.named_parameters(), *_buffers(base)]:
         if "lora_" in name or ".original_module." in name:
             continue
@@ -80,10 +80,9 @@ def summed(model: PeftModel) -> Iterator[tuple[str, tuple[int, ...], Callable[[]
     tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
     output, table = base.get_output_embeddings(), base.get_input_embeddings()
     if tied and output is not None and any(isinstance(part, LoraLayer) for part in (output, table)):
-        weight = output.get_base_layer().weight if isinstance(output, LoraLayer) else output.weight
-        compute = _sum(output) if isinstance(output, LoraLayer) else _as_is(weight)
-        assert isinstance(weight, torch.Tensor)
-        yield "lm_head.weight", tuple(weight.shape), compute
+        head: Any = (output.get_base_layer() if isinstance(output, LoraLayer) else output).weight
+        compute = _sum(output) if isinstance(output, LoraLayer) else _as_is(head)
+        yield "lm_head.weight", tuple(head.shape), compute
 
 
 def _sum(layer: Any) -> Callable[[], torch.Tensor]:

@@ -76,6 +76,7 @@ def _fill(source: Sealed, form: str, folder: Path, name: str) -> None:
     """Write the files, have them checked, and describe them."""
     from pipeline.publish import adapter, card, gate
 
+    print(f"writing {source.artifact.name} as {form}, and comparing it with what was trained ...", flush=True)
     quiet()
     load: Json | None = None
     if form == "adapter":

@@ -33,6 +33,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
     model, missing = load(job)
     model.eval()
+    tied = one_table(model)
     if job["form"] != "adapter":
         in_float32(model)
     ids = [rendered(tokenizer, row) for row in job["rows"]]
@@ -50,7 +51,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     save_file(numbers, out / "numbers.safetensors")
     eos = generation.eos_token_id
-    said = {"ids": ids, "answers": answers, "missing": missing, "stops": [eos] if isinstance(eos, int) else list(eos)}
+    ends = [eos] if isinstance(eos, int) else list(eos)
+    said = {"ids": ids, "answers": answers, "missing": missing, "stops": ends, "tied": tied}
     (out / "said.json").write_text(json.dumps(said), encoding="utf-8")
 
 
@@ -58,10 +60,11 @@ def load(job: dict[str, Any]) -> tuple[Any, list[str]]:
     """The model as the written files describe it, and the names of weights they should hold but do not."""
     device = {"": "cuda" if torch.cuda.is_available() else "cpu"}
     common = {"device_map": device, "output_loading_info": True, "attn_implementation": job["attention"]}
+    kind: Any = AutoModelForSequenceClassification if job["reward"] else AutoModelForCausalLM
     if job["form"] == "gguf":
         from transformers import GgufConfig
 
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = kind.from_pretrained(
             job["folder"],
             gguf_file=job["gguf"],
             dtype=torch.float16,
@@ -69,7 +72,6 @@ def load(job: dict[str, Any]) -> tuple[Any, list[str]]:
             **common,
         )
         return model, sorted(found["missing_keys"])
-    kind = AutoModelForSequenceClassification if job["reward"] else AutoModelForCausalLM
     if job["form"] == "merged":
         labels = {"num_labels": 1} if job["reward"] else {}
         model, found = kind.from_pretrained(job["folder"], dtype="auto", **labels, **common)
@@ -80,7 +82,7 @@ def load(job: dict[str, Any]) -> tuple[Any, list[str]]:
     options: dict[str, Any] = {"dtype": getattr(torch, record["dtype"])}
     common["attn_implementation"] = record["attn_implementation"]
     if record["quantization"]:
-        options["quantization_config"] = BitsAndBytesConfig(**record["quantization"])
+        options["quantization_config"] = BitsAndBytesConfig(**record["quantization"])  # type: ignore[no-untyped-call]
     if job["reward"]:
         options |= {"num_labels": 1, "pad_token_id": record["pad_token_id"]}
     written = set(load_file(Path(job["folder"]) / "adapter_model.safetensors"))
@@ -92,6 +94,14 @@ def load(job: dict[str, Any]) -> tuple[Any, list[str]]:
             module.support_avx512bf16_for_cpu = False
     model = PeftModel.from_pretrained(base, job["folder"])
     return model, sorted(set(get_peft_model_state_dict(model)) ^ written)
+
+
+def one_table(model: Any) -> bool:
+    """Whether the LM head is the table of the token embeddings, with no adapter on either."""
+    parts = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if any(part is None or hasattr(part, "base_layer") or hasattr(part, "modules_to_save") for part in parts):
+        return False
+    return torch.equal(parts[0].weight, parts[1].weight)
 
 
 def as_trained(job: dict[str, Any], model: Any) -> Any:
@@ -118,7 +128,7 @@ def in_float32(model: Any) -> None:
 
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
-            module.forward = functools.partial(forward, layer=module)
+            module.forward = functools.partial(forward, layer=module)  # type: ignore[method-assign]
         else:
             for weight in module.parameters(recurse=False):
                 weight.data = weight.data.float()
@@ -126,9 +136,9 @@ def in_float32(model: Any) -> None:
 
 def result(job: dict[str, Any], model: Any, row_BT: torch.Tensor) -> torch.Tensor:
     """The last logits (K, V) of a sequence, or a reward model's score of it (1,)."""
-    if job["reward"]:
-        return model(input_ids=row_BT).logits[0].float().cpu()
-    return model(input_ids=row_BT, logits_to_keep=job["keep"], use_cache=False).logits[0].float().cpu().contiguous()
+    words = {} if job["reward"] else {"logits_to_keep": job["keep"], "use_cache": False}
+    found: torch.Tensor = model(input_ids=row_BT, **words).logits[0].float().cpu().contiguous()
+    return found
 
 
 def rendered(tokenizer: Any, row: dict[str, Any]) -> list[int]:
@@ -152,7 +162,7 @@ def stops(job: dict[str, Any], tokenizer: Any) -> GenerationConfig:
     fields = GGUFReader(Path(job["folder"]) / job["gguf"]).fields
     names = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
     found = [int(fields[name].contents()) for name in names if name in fields]
-    return GenerationConfig(eos_token_id=found, pad_token_id=found[0])
+    return GenerationConfig(eos_token_id=found, pad_token_id=found[0])  # type: ignore[no-untyped-call]
 
 
 def answer(model: Any, tokenizer: Any, row_BT: torch.Tensor, how: GenerationConfig, new_tokens: int) -> dict[str, Any]:

@@ -25,6 +25,16 @@ NEEDED = ("fastapi", "uvicorn", "openai")
 SERVER = """
 import bitsandbytes.nn.modules as layers
 layers.has_avx512bf16 = lambda: False  # weights repacked for it are not those of training, nor fit all shapes
+import os
+from fastapi import HTTPException
+from transformers.cli.serving.model_manager import ModelManager
+served = sorted(name.removeprefix("models--") for name in os.listdir() if name.startswith("models--"))
+pinned = ModelManager.process_model_name
+def known(model):
+    if str(model).partition("@")[0] not in served:
+        raise HTTPException(404, f"no model {model!r}; served are {', '.join(served)}")
+    return pinned(model)
+ModelManager.process_model_name = staticmethod(known)  # of a name that is not there it makes a status 500
 from transformers.cli.transformers import main
 main()
 """

@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.models import adapters, base, sampling
 from pipeline.models.forward import LanguageModel, plain_layers
 from pipeline.models.spec import ModelSpec
-from pipeline.publish.readback import in_float32
+from pipeline.publish.readback import in_float32, one_table
 
 
 def main() -> None:
@@ -35,6 +35,7 @@ def main() -> None:
             "files, another version of bitsandbytes, or a device that quantises differently"
         )
     model = adapters.as_trained(frozen, Path(job["adapter"])).eval()
+    tied = one_table(model.get_base_model())
     if job["float32"]:
         in_float32(model)
     ids = [encoded(tokenizer, row) for row in job["rows"]]
@@ -49,7 +50,7 @@ def main() -> None:
                 answers.append(answer(model, tokenizer, row, job))
     out.mkdir(parents=True, exist_ok=True)
     save_file(numbers, out / "numbers.safetensors")
-    said = {"ids": ids, "answers": answers, "stops": render.stop_ids(tokenizer)}
+    said = {"ids": ids, "answers": answers, "stops": render.stop_ids(tokenizer), "tied": tied}
     (out / "said.json").write_text(json.dumps(said), encoding="utf-8")
 
 
@@ -67,10 +68,10 @@ def encoded(tokenizer: Any, row: dict[str, Any]) -> list[int]:
 def result(model: Any, row: list[int], job: dict[str, Any]) -> torch.Tensor:
     """The last logits (K, V) of a sequence, or a reward model's score of it (1,)."""
     row_BT = torch.tensor([row], device=model.device)
+    words = {} if job["reward"] else {"logits_to_keep": job["keep"], "use_cache": False}
     with base.computing(model):
-        if job["reward"]:
-            return model(input_ids=row_BT).logits[0].float().cpu()
-        return model(input_ids=row_BT, logits_to_keep=job["keep"], use_cache=False).logits[0].float().cpu().contiguous()
+        found: torch.Tensor = model(input_ids=row_BT, **words).logits[0].float().cpu().contiguous()
+    return found
 
 
 def answer(model: Any, tokenizer: Any, row: list[int], job: dict[str, Any]) -> dict[str, Any]:

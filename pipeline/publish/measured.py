@@ -1,0 +1,74 @@
+"""The card's table of held-out numbers, each with its 95 % interval."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from pipeline.artifact import Json
+from pipeline.errors import UserError
+from pipeline.evaluate import intervals
+from pipeline.evaluation_plan import results_in
+from pipeline.publish.sealed import Sealed
+from pipeline.stages import STAGES
+
+LOSS = {"pretrain": "corpus_loss", "sft": "dialogue_loss"}
+"""What the evaluation calls the held-out loss of a stage, by kind."""
+
+
+def table(sealed: Sealed) -> str:
+    """One line for every headline number of every stage of the lineage, in Markdown."""
+    lines = ["| stage | held-out number | before | after | 95 % interval |", "| --- " * 5 + "|"]
+    evaluated = _evaluated(sealed.artifact.folder.parent)
+    for entry in sealed.lineage:
+        if entry.get("gone"):
+            continue
+        for headline in STAGES[entry["kind"]].headlines:
+            after = entry["after"].get(headline.metric)
+            if after is None:
+                continue
+            before, asked = entry["before"].get(headline.metric), headline.metric == "question_accuracy"
+            count = entry["data"]["questions" if asked else "held_out"] or 0
+            if headline.percent:
+                interval = _of_share(after, count)
+            elif headline.metric == "loss":
+                interval = _of_loss(entry, evaluated)
+            else:
+                interval = _of_gain(entry["after"], headline.metric)
+            values = ["" if v is None else f"{v:.1%}" if headline.percent else f"{v:.3f}" for v in (before, after)]
+            lines.append(f"| {entry['stage']} | {headline.label} | {values[0]} | {values[1]} | {interval} |")
+    return "\n".join(lines)
+
+
+def _of_share(value: float, count: int) -> str:
+    if not count:
+        return ""
+    right = round(value * count)
+    found = intervals.proportion([True] * right + [False] * (count - right))
+    return f"{found.low:.1%} to {found.high:.1%} (Wilson, n = {count})"
+
+
+def _of_loss(entry: Json, evaluated: Json) -> str:
+    """As the stage measured it; for a stage trained before stages did, as the evaluation did, if of the same value."""
+    low, high = (entry["after"].get(f"loss_{end}") for end in ("low", "high"))
+    if low is None:
+        found = evaluated.get(entry["stage"], {}).get(LOSS[entry["kind"]], {})
+        if not found or not math.isclose(found["value"], entry["after"]["loss"], rel_tol=1e-6):
+            return "`onebase eval` gives it" if entry["data"]["held_out"] > 1 else ""
+        low, high = found["low"], found["high"]
+    return f"{low:.3f} to {high:.3f} (bootstrap over rows, n = {entry['data']['held_out']})"
+
+
+def _of_gain(after: Json, metric: str) -> str:
+    if f"{metric}_gain_low" not in after:
+        return ""
+    low, high = after[f"{metric}_gain_low"], after[f"{metric}_gain_high"]
+    return f"gain {after[f'{metric}_gain']:+.3f}, {low:+.3f} to {high:+.3f} (bootstrap over prompts)"
+
+
+def _evaluated(run: Path) -> Json:
+    """The numbers of the run's evaluation by stage; none where there was none, or it is damaged."""
+    try:
+        return dict((results_in(run / "evaluation") or {}).get("numbers", {}))
+    except UserError:
+        return {}

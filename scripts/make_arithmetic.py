@@ -2,8 +2,8 @@
 
     python scripts/make_arithmetic.py
 
-Every sum of two numbers from 1 to 19 once, dealt by a fixed seed to demonstrations (a fifth, with the answer as a
-dialogue), prompts and test (a fifth); a sum and its mirror image (3 + 8, 8 + 3) go to the same file.
+Every sum of two numbers from 1 to 29 once, dealt by a fixed seed to demonstrations (a tenth, with the answer as a
+dialogue), test (a fifth) and prompts; a sum and its mirror image (3 + 8, 8 + 3) go to the same file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import random
 from pathlib import Path
 
-LARGEST, SHARE, SEED = 19, 0.2, 11
+LARGEST, DEMONSTRATED, TESTED, SEED = 29, 0.1, 0.2, 11
 FOLDER = Path(__file__).resolve().parent.parent / "data"
 
 
@@ -29,11 +29,11 @@ def main() -> None:
     chance = random.Random(SEED)
     pairs = [(a, b) for a in range(1, LARGEST + 1) for b in range(a, LARGEST + 1)]
     chance.shuffle(pairs)
-    fifth = round(len(pairs) * SHARE)
+    shown, tested = (round(len(pairs) * share) for share in (DEMONSTRATED, TESTED))
     for name, part, row in (
-        ("arithmetic_test", pairs[:fifth], prompt),
-        ("arithmetic_demonstrations", pairs[fifth : 2 * fifth], demonstration),
-        ("arithmetic_prompts", pairs[2 * fifth :], prompt),
+        ("arithmetic_test", pairs[:tested], prompt),
+        ("arithmetic_demonstrations", pairs[tested : tested + shown], demonstration),
+        ("arithmetic_prompts", pairs[tested + shown :], prompt),
     ):
         both = sorted({(a, b) for a, b in part} | {(b, a) for a, b in part})
         chance.shuffle(both)

@@ -123,6 +123,27 @@ def test_sampling_follows_the_models_distribution(tiny_base: Path) -> None:
         assert abs(counts[token].item() / 3000 - p) < 4 * (p * (1 - p) / 3000) ** 0.5
 
 
+def test_the_luck_of_an_answer_does_not_depend_on_what_is_sampled_beside_it(tiny_base: Path) -> None:
+    """Out of memory may halve a rollout, and stages are compared by the same draws: neither may change the luck."""
+    ppo = trainer(tiny_base, length, batch_size=4)
+    prompts = [render.prompt(ppo.tokenizer, row) for row in ROWS]
+    together, apart = (
+        sample(
+            ppo.actors,
+            prompts,
+            new_tokens=6,
+            temperature=1.0,
+            stops=[-1],
+            copies=2,
+            at_once=at_once,
+            generator=torch.Generator().manual_seed(5),
+        )  # fmt: skip
+        for at_once in (None, 1)
+    )
+    assert [e.answer_ids for e in together] == [e.answer_ids for e in apart]
+    assert len({tuple(e.answer_ids) for e in together}) == len(together)
+
+
 def test_plain_layers_compute_the_same_and_leave_no_trace(tiny_base: Path) -> None:
     ppo = trainer(tiny_base, length, batch_size=4)
     model, ids = ppo.actors.model, torch.arange(24)[None]

@@ -143,11 +143,15 @@ def _sample_batch(
 def _draw(logits_BV: torch.Tensor, temperature: float, luck_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A token of each row and its log-probability. `luck_B`, uniform on [0, 1), picks the token in whose share of the
     cumulated probabilities it falls: one random number a token, not one for each entry of the vocabulary."""
-    scaled_BV = logits_BV.float() / (temperature or 1.0)
-    likeliest_B1, token_B1 = scaled_BV.max(-1, keepdim=True)
-    mass_BV = (scaled_BV - likeliest_B1).exp_().cumsum(-1)
+    likeliest_B1, token_B1 = logits_BV.max(-1, keepdim=True)
+    likeliest_B1 = likeliest_B1.float()
+    # One table beside the logits, worked on in place: at a vocabulary's width passes over memory are what costs.
+    mass_BV = logits_BV.to(torch.float32, copy=True).sub_(likeliest_B1)
+    if temperature not in (0, 1):
+        mass_BV.div_(temperature)
+    torch.cumsum(mass_BV.exp_(), -1, out=mass_BV)
     if temperature:
         token_B1 = torch.searchsorted(mass_BV, luck_B[:, None] * mass_BV[:, -1:], right=True)
         token_B1 = token_B1.clamp(max=mass_BV.shape[1] - 1)  # where rounding has made the product the whole mass
-    logp_B1 = scaled_BV.gather(1, token_B1) - likeliest_B1 - mass_BV[:, -1:].log()
-    return token_B1.squeeze(1), logp_B1.squeeze(1)
+    above_B1 = (logits_BV.gather(1, token_B1).float() - likeliest_B1) / (temperature or 1.0)
+    return token_B1.squeeze(1), (above_B1 - mass_BV[:, -1:].log()).squeeze(1)

@@ -17,7 +17,7 @@ from pipeline.recipe import Recipe
 from pipeline.runner import states
 from pipeline.worker import load_rows
 
-METHOD = 1
+METHOD = 2
 """Counts up when a measure is taken differently, so that older results are taken again."""
 RESULTS = 3
 """Counts up when results.json says something else or in another way."""
@@ -25,7 +25,7 @@ BASE = "base"
 PROMPTS = 24
 """Held-out prompts answered by sampling, evenly spaced among those there are."""
 COPIES = 4
-SNAPSHOT_COPIES = 2
+SNAPSHOT_COPIES = 1
 BEST_OF = 64
 SHOTS = 4
 

@@ -57,16 +57,29 @@ class Bench:
             yield
         self.actors.act_as(POLICY)
 
+    @contextlib.contextmanager
+    def sampling_as(self, policy: str) -> Iterator[None]:
+        """Inside, the model is that policy and meant for sampling alone: on a CPU its adapter is added into the plain
+        matrices, as PPO samples with `dequantize_rollout`, which saves a third of the time of a token."""
+        with self.acting_as(policy):
+            cpu = self.model.device.type == "cpu"
+            with plain_layers(self.model, fold_adapter=True) if cpu else contextlib.nullcontext():
+                yield
+
     def log_probs(self, policy: str, episodes: list, at_once: int) -> list[float]:  # type: ignore[type-arg]
-        """log p(answer | prompt) of each episode under a policy, in nats, at the sampling temperature."""
-        values = [0.0] * len(episodes)
-        for pack in packed(episodes, at_once, self.actors.pad_id, self.actors.device):
+        """log p(answer | prompt) of each episode under a policy, in nats, at the sampling temperature. Those alike are
+        read once."""
+        keys = [(tuple(episode.prompt_ids), tuple(episode.answer_ids)) for episode in episodes]
+        first = dict(zip(keys, episodes, strict=True))
+        totals: list[float] = [0.0] * len(first)
+        for pack in packed(list(first.values()), at_once, self.actors.pad_id, self.actors.device):
             # `policy` of Actors makes the adapter it is given the active one, so the base's is the identity.
             logp_BG = self.actors.policy(pack, POLICY if policy == BASE else _adapter(policy))[0]
             for row, total in zip(pack.rows, logp_BG.sum(1).tolist(), strict=True):
-                values[row] = total
+                totals[row] = total
         self.actors.act_as(POLICY)
-        return values
+        values = dict(zip(first, totals, strict=True))
+        return [values[key] for key in keys]
 
 
 def _adapter(stage: str) -> str:

@@ -136,7 +136,7 @@ def sampled(
     """
     copies = settings["copies"]
     prompts = [render.prompt(bench.tokenizer, row) for row in rows]
-    with bench.acting_as(policy):
+    with bench.sampling_as(policy):
         episodes = sampling.sample(
             bench.actors,
             prompts,

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy
 import pytest
@@ -21,7 +22,7 @@ from pipeline.evaluate import results
 from pipeline.evaluation_plan import plan, sealed
 from pipeline.recipe import Recipe, build
 from pipeline.report import page
-from pipeline.summary import show_evaluation
+from pipeline.summary import clock, show_evaluation
 
 QUESTIONS, PROMPTS, PAIRS = 40, 24, 90
 SKILL = {"base": 0.05, "pretrain": 0.1, "sft": 0.6, "dpo": 0.6, "ppo": 0.3}
@@ -178,8 +179,35 @@ def test_the_page_stands_alone_and_shows_everything(run: tuple[Recipe, Path]) ->
     ):
         assert told in html, told
     assert "<b>0</b>" not in html  # data is text, never markup
-    assert html.count("<svg") == 1 + len(list((runs / recipe.name / "report" / "pictures").iterdir()))
+    pictures = list((runs / recipe.name / "report" / "pictures").iterdir())
+    assert html.count("<svg") == len(pictures)
+    for picture in pictures:
+        ElementTree.parse(picture)
+        assert f"pictures/{picture.name})" in markdown
     assert "| questions answered right |" in markdown and "nan" not in html.lower()
+    # A table is its heading, its rule and its rows, without an empty line that would end it.
+    tables = [part.splitlines() for part in markdown.split("\n\n") if part.startswith("|")]
+    assert len(tables) > 6 and all(len(table) > 2 and table[1].startswith("| --- |") for table in tables)
+
+
+def test_times_are_rounded_before_they_are_split() -> None:
+    assert [clock(seconds) for seconds in (4.4, 59.4, 59.6, 299.7, 3600)] == ["0:04", "0:59", "1:00", "5:00", "60:00"]
+
+
+def test_an_external_judge_is_named_with_the_replies_that_were_none(run: tuple[Recipe, Path]) -> None:
+    recipe, runs = run
+    file = runs / recipe.name / "evaluation" / "results.json"
+    found = {key: value for key, value in json.loads(file.read_text()).items() if key != "digest"}
+    found["arenas"]["judge"] = found["arenas"]["reward"] | {"model": "<judge>", "unread": 7}
+    write_json(file, sealed(found))
+    html, markdown = (path.read_text() for path in page.write(recipe, "my.yaml", runs))
+    assert "The external judge is &lt;judge&gt;" in html and "The external judge is <judge>" in markdown
+    assert "7 replies that were no verdict" in html and "7 replies that were no verdict" in markdown
+
+
+def test_the_lineage_shows_the_same_number_under_every_policy_that_is_asked(evaluated: dict[str, Any]) -> None:
+    notes = page._notes(evaluated)
+    assert all(notes[name].endswith("% of questions right") for name in ("sft", "dpo", "ppo")), notes
 
 
 def test_identical_inputs_give_identical_bytes_but_for_the_date(run: tuple[Recipe, Path]) -> None:

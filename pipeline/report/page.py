@@ -16,9 +16,9 @@ from pipeline.evaluate.metric import BY_KEY, METRICS, columns, of_benchmark
 from pipeline.evaluation_plan import folder, plan, results_in
 from pipeline.recipe import Recipe
 from pipeline.report import figures, lineage
+from pipeline.summary import clock
 
 SHOWN_AT_ONCE = 6
-HEADLINE = {"pretrain": "corpus_loss", "sft": "question_accuracy", "dpo": "truth", "ppo": "truth"}
 
 
 def write(recipe: Recipe, path: str, runs: Path, made: datetime | None = None) -> list[Path]:
@@ -64,8 +64,7 @@ def contents(recipe: Recipe, path: str, runs: Path) -> Json:
         "columns": columns(results) if results else {},
         "metrics": METRICS,
         "by_key": BY_KEY,
-        "lineage": lineage.drawn(chain, _notes(results), Path(recipe.spec.model.base).name),
-        "pictures": pictures,
+        "pictures": {"lineage": lineage.drawn(chain, _notes(results), Path(recipe.spec.model.base).name)} | pictures,
         "training": [name for name in pictures if name.startswith(("training-", "path-"))],
         "before_after": _before_after(recipe, finished),
         "costs": costs,
@@ -168,13 +167,13 @@ def _notes(results: Json | None) -> dict[str, str]:
             notes[name] = f"{100 * model['accuracy']['value']:.0f} % ranked right" if model else ""
             continue
         numbers = results["numbers"][name] if results else {}
-        key = next(
-            (key for key in (HEADLINE[stage["kind"]], "question_accuracy", "dialogue_loss") if key in numbers), None
-        )
-        short = {"corpus_loss": "corpus loss", "dialogue_loss": "dialogue loss"}.get(key or "", "")
+        # The same for every policy that is asked things, or they would seem to differ.
+        asked = ("question_accuracy", "truth", "dialogue_loss")
+        key = next((key for key in ("corpus_loss",) * (stage["kind"] == "pretrain") + asked if key in numbers), None)
         if key:
             value = BY_KEY[key].number(numbers[key]["value"])
-            notes[name] = f"{short} {value}" if short else f"{value} % right"
+            told = {"question_accuracy": "{} % of questions right", "truth": "{} % sampled right"}
+            notes[name] = told.get(key, f"{key.replace('_', ' ')} {{}}").format(value)
     return notes
 
 
@@ -249,7 +248,7 @@ def _templates() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    found.filters["clock"] = lambda seconds: f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+    found.filters["clock"] = clock
     found.filters["thousands"] = lambda value: f"{value:,}".replace(",", "\u202f")
     found.globals |= {"judge_name": judge_name, "of_benchmark": of_benchmark}
     return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -167,6 +169,12 @@ def _numbers(headline: Headline, manifest: Json) -> list[str]:
 
 def _number(value: float, headline: Headline) -> str:
     return f"{100 * value:.1f} %" if headline.percent else f"{value:.3f}"
+
+
+def as_typed(path: str, overrides: Sequence[str], runs: Path) -> str:
+    """A recipe with all that was said to it, for a command that is to mean the same run."""
+    said = [word for override in overrides for word in ("-o", override)]
+    return shlex.join([path, *said, *(() if runs == Path("runs") else ("--runs", str(runs)))])
 
 
 def clock(seconds: float) -> str:

@@ -15,7 +15,7 @@ import numpy
 import pytest
 from conftest import tiny_tree
 
-from pipeline import metrics
+from pipeline import metrics, strict_yaml
 from pipeline.artifact import digest, write_json
 from pipeline.errors import UserError
 from pipeline.evaluate import results
@@ -190,6 +190,15 @@ def test_the_page_stands_alone_and_shows_everything(run: tuple[Recipe, Path]) ->
     assert len(tables) > 6 and all(len(table) > 2 and table[1].startswith("| --- |") for table in tables)
 
 
+def test_commands_name_the_very_run(run: tuple[Recipe, Path]) -> None:
+    recipe, runs = run
+    html, markdown = (
+        path.read_text() for path in page.write(recipe, "my.yaml", runs, overrides=["seed=18", "model.x=a b"])
+    )
+    assert f"onebase run my.yaml -o seed=18 -o 'model.x=a b' --runs {runs}" in markdown
+    assert f"onebase report my.yaml -o seed=18 -o &#39;model.x=a b&#39; --runs {runs}" in html
+
+
 def test_times_are_rounded_before_they_are_split() -> None:
     assert [clock(seconds) for seconds in (4.4, 59.4, 59.6, 299.7, 3600)] == ["0:04", "0:59", "1:00", "5:00", "60:00"]
 
@@ -244,7 +253,7 @@ def test_an_outdated_evaluation_is_refused_and_a_missing_one_is_said(run: tuple[
     recipe, runs = run
     first = next(iter((runs / recipe.name / "evaluation").glob("questions-*.json")))
     write_json(first, {"fingerprint": "of before"})
-    with pytest.raises(UserError, match=r"older than the run \(1 measures.*onebase eval my.yaml"):
+    with pytest.raises(UserError, match=r"damaged or older than the run \(1 of \d+ measures.*onebase eval my.yaml"):
         page.write(recipe, "my.yaml", runs)
     file = runs / recipe.name / "evaluation" / "results.json"
     file.write_text(file.read_text().replace('"value": 0.', '"value": 0.9', 1))
@@ -267,7 +276,7 @@ def test_compare_shows_what_differs_item_by_item(tmp_path: Path, tiny_base: Path
     """Two runs whose sft answers differ in a known number of questions; a changed word of the recipe; nothing else."""
     from rich.console import Console
 
-    from pipeline import compare, strict_yaml
+    from pipeline import compare
 
     tree = tiny_tree(tiny_base, tmp_path)
     first, second = planted(numpy.random.default_rng(0)), planted(numpy.random.default_rng(0))
@@ -291,3 +300,15 @@ def test_compare_shows_what_differs_item_by_item(tmp_path: Path, tiny_base: Path
     assert len(changed) == 1 and "sft" in changed[0] and "+25 points (+" in changed[0]  # 10 of 40
     with pytest.raises(UserError, match="is no run"):
         compare.show(tmp_path / "a", tmp_path, console)
+
+
+def test_compare_knows_when_an_evaluation_is_older_than_its_run(run: tuple[Recipe, Path]) -> None:
+    from pipeline.compare import older
+
+    recipe, runs = run
+    folder = runs / recipe.name
+    (folder / "recipe.yaml").write_text(strict_yaml.dump(recipe.tree))
+    found = json.loads((folder / "evaluation" / "results.json").read_text())
+    assert older(folder, found) == ""
+    found["made_of"]["questions-sft.json"] = "of before"
+    assert older(folder, found) == "questions-sft.json"

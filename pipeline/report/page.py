@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,21 @@ from pipeline.evaluate.metric import BY_KEY, METRICS, columns, of_benchmark
 from pipeline.evaluation_plan import folder, plan, results_in
 from pipeline.recipe import Recipe
 from pipeline.report import figures, lineage
-from pipeline.summary import clock
+from pipeline.summary import as_typed, clock
 
 SHOWN_AT_ONCE = 6
 
 
-def write(recipe: Recipe, path: str, runs: Path, made: datetime | None = None) -> list[Path]:
+def write(
+    recipe: Recipe, path: str, runs: Path, made: datetime | None = None, overrides: Sequence[str] = ()
+) -> list[Path]:
     """Write report.html and report.md below runs/<recipe>/report/ and return their paths.
 
-    path: the recipe as the person named it, for the commands.  made: the date on the page; now unless given.
+    path, overrides: the recipe as the person named it, for the commands.  made: the date on the page; now unless given.
     Raises UserError if nothing has finished, or if the evaluation is older than the run.
     """
     target = runs / recipe.name / "report"
-    context = contents(recipe, path, runs)
+    context = contents(recipe, as_typed(path, overrides, runs), runs)
     context["made"] = (made or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M UTC")
     for name, picture in context["pictures"].items():
         write_text(target / "pictures" / f"{name}.svg", _stand_alone(picture))
@@ -40,13 +42,13 @@ def write(recipe: Recipe, path: str, runs: Path, made: datetime | None = None) -
     return written
 
 
-def contents(recipe: Recipe, path: str, runs: Path) -> Json:
-    """Everything the templates show, without a date."""
+def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
+    """Everything the templates show, without a date. `typed`: what names the run in a command."""
     manifests = {name: recipe.artifact(name, runs).manifest() for name in recipe.order()}
     finished: dict[str, Json] = {name: manifest for name, manifest in manifests.items() if manifest is not None}
     if not finished:
         raise UserError(f"no stage of {recipe.name} has finished below {runs / recipe.name}. Run it first.")
-    results = _evaluated(recipe, path, runs)
+    results = _evaluated(recipe, typed, runs)
     kinds = {name: recipe.stages[name].kind for name in finished}
     examined = _examined(recipe, runs, finished)
     pictures = _pictures(recipe, runs, results, kinds)
@@ -80,8 +82,7 @@ def contents(recipe: Recipe, path: str, runs: Path) -> Json:
         "resolved": strict_yaml.dump(recipe.tree),
         "samples": _samples(results),
         "shown_at_once": SHOWN_AT_ONCE,
-        "commands": _commands(path, runs),
-        "path": path,
+        "typed": typed,
     }
 
 
@@ -95,21 +96,23 @@ def _examined(recipe: Recipe, runs: Path, finished: dict[str, Json]) -> Json:
     }
 
 
-def _evaluated(recipe: Recipe, path: str, runs: Path) -> Json | None:
+def _evaluated(recipe: Recipe, typed: str, runs: Path) -> Json | None:
     """The evaluation's results; None where there are none. Raises UserError if they are of an older run."""
     where = folder(recipe, runs)
     results = results_in(where)
     if results is None:
         return None
+    wanted = plan(recipe, runs)
     old = [
         measure.file
-        for measure in plan(recipe, runs)
+        for measure in wanted
         if results["made_of"].get(measure.file) != measure.fingerprint or evaluator.fresh(measure, where) is None
     ]
     if old:
         raise UserError(
-            f"the evaluation in {where} is older than the run ({len(old)} measures, first {old[0]}). "
-            f"Bring it up to date first: onebase eval {path} --runs {runs}"
+            f"the evaluation in {where} is damaged or older than the run ({len(old)} of {len(wanted)} measures, first "
+            f"{old[0]}). "
+            f"Bring it up to date first: onebase eval {typed}"
         )
     return results
 
@@ -226,11 +229,6 @@ def _samples(results: Json | None) -> list[Json]:
 
 def _question(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-
-
-def _commands(path: str, runs: Path) -> list[str]:
-    where = "" if runs == Path("runs") else f" --runs {shlex.quote(str(runs))}"
-    return [f"onebase {verb} {shlex.quote(path)}{where}" for verb in ("run", "eval", "report")]
 
 
 def _stand_alone(picture: str) -> str:

@@ -60,6 +60,16 @@ def test_a_run_stops_after_the_stage_that_misses_and_force_goes_on(
     assert "misses what is expected" in capsys.readouterr().out
 
 
+def test_what_goes_on_from_a_stage_that_misses_stops_as_well(started: tuple[dict[str, Any], Path, list[str]]) -> None:
+    tree, runs, launched = started
+    recipe = build({**tree, "expect": {"pretrain.loss": "< 4"}})
+    with pytest.raises(UserError, match=r"'pretrain' does not reach .*\n.*wanted < 4, found 4.1"):
+        runner.run(recipe, only=["sft"], runs=runs)
+    assert launched == []
+    runner.run(recipe, only=["sft"], runs=runs, force=True)
+    assert launched == ["sft"]
+
+
 def test_a_number_that_the_stage_did_not_take_is_named(started: tuple[dict[str, Any], Path, list[str]]) -> None:
     tree, runs, _ = started
     recipe = build(tree, ["expect.pretrain.question_accuracy='>= 0.6'"])

@@ -164,7 +164,8 @@ class Chat:
             if self.histories[first][-1:] in ([], [{"role": "system", "content": self.system}]):
                 return "there is no answer to keep yet"
         right = {"role": "assistant", "content": correction or self.histories[first][-1]["content"]}
-        row = {"messages": [*asked[first], right]}
+        # As prompt and completion only this answer carries loss: those before it may be wrong.
+        row = {"prompt": asked[first], "completion": [right]}
         reason = DEMONSTRATION.check(row)
         if reason:
             return f"not kept: {reason}"

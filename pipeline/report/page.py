@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +34,7 @@ def write(
     context = contents(recipe, as_typed(path, overrides, runs), runs)
     context["made"] = (made or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M UTC")
     for name, picture in context["pictures"].items():
-        write_text(target / "pictures" / f"{name}.svg", _stand_alone(picture))
+        write_text(target / "pictures" / _file(name), _stand_alone(picture))
     written = []
     for template, name in (("page.html.jinja", "report.html"), ("page.md.jinja", "report.md")):
         text = _templates().get_template(template).render(context)
@@ -231,6 +232,11 @@ def _question(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
+def _file(picture: str) -> str:
+    """A picture's file; a judge may be a function, named by its path."""
+    return re.sub(r"[^\w.-]+", "-", picture) + ".svg"
+
+
 def _stand_alone(picture: str) -> str:
     """An SVG file, on white: a Markdown viewer may have a dark page."""
     start = '<?xml version="1.0" encoding="utf-8"?>\n'
@@ -247,6 +253,7 @@ def _templates() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     found.filters["clock"] = clock
+    found.filters["file"] = _file
     found.filters["thousands"] = lambda value: f"{value:,}".replace(",", "\u202f")
     found.globals |= {"judge_name": judge_name, "of_benchmark": of_benchmark}
     return found

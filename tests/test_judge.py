@@ -18,7 +18,6 @@ from pipeline.errors import UserError
 from pipeline.evaluate import judge
 from pipeline.evaluate.judge import Judge, arena, verdict
 
-
 HUNG: list[str] = []
 """What was asked of the judge that hangs."""
 

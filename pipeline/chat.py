@@ -48,6 +48,10 @@ class Chat:
     temperature: float = 0.0
     histories: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     system: str = ""
+    stopped: str = ""
+    """The last question, where its answer was stopped: no history holds it, but it can still be corrected."""
+    kept: tuple[int, int] | None = None
+    """Where in the file the last exchange was kept, from byte to byte: to correct it again replaces it."""
 
     def __post_init__(self) -> None:
         self.reset()
@@ -55,6 +59,7 @@ class Chat:
     def reset(self) -> None:
         start = [{"role": "system", "content": self.system}] if self.system else []
         self.histories = {policy: list(start) for policy in self.policies}
+        self.stopped, self.kept = "", None
 
     def hold(self, lines: Iterable[str], say: Say) -> None:
         """Answer line after line; `say` is given text as it is to appear, pieces of answers among it."""
@@ -69,20 +74,25 @@ class Chat:
 
     def ask(self, text: str, say: Say) -> None:
         """One question to every policy, the answers streamed one below the other."""
-        for policy in self.policies:
-            history = [*self.histories[policy], {"role": "user", "content": text}]
+        self.stopped, self.kept = "", None
+        asked = {policy: [*self.histories[policy], {"role": "user", "content": text}] for policy in self.policies}
+        answers = {}
+        for policy, history in asked.items():
             if len(self.policies) > 1:
                 say(f"[{policy}] ")
             try:
-                answer = self.answer(policy, history, say)
+                answers[policy] = self.answer(policy, history, say)
             except KeyboardInterrupt:
-                say("\n(stopped; the question is forgotten)\n")
+                self.stopped = text
+                say("\n(stopped; the question is forgotten, unless you answer it: /save TEXT)\n")
                 return
             except UserError as error:
                 say(f"{error}\n")
                 return
             say("\n")
-            self.histories[policy] = [*history, {"role": "assistant", "content": answer}]
+        # All at once: histories in which one policy was asked what another was not would tell nothing side by side.
+        for policy, answer in answers.items():
+            self.histories[policy] = [*asked[policy], {"role": "assistant", "content": answer}]
 
     def answer(self, policy: str, history: list[dict[str, str]], say: Say) -> str:
         """What a policy says next, streamed token by token. Raises UserError where the window is full."""
@@ -143,21 +153,45 @@ class Chat:
     def save(self, correction: str) -> str:
         """Append the last exchange, with the right answer, to the file of corrections as a demonstration."""
         first = self.policies[0]
-        history = self.histories[first]
-        if not history or history[-1]["role"] != "assistant":
-            return "there is no answer to keep yet"
-        right = correction or history[-1]["content"]
-        row = {"messages": [*history[:-1], {"role": "assistant", "content": right}]}
+        if self.stopped and not correction:
+            return "the answer was stopped: say what is right, /save TEXT"
+        if self.stopped:
+            asked = {
+                policy: [*told, {"role": "user", "content": self.stopped}] for policy, told in self.histories.items()
+            }
+        else:
+            asked = {policy: told[:-1] for policy, told in self.histories.items()}
+            if self.histories[first][-1:] in ([], [{"role": "system", "content": self.system}]):
+                return "there is no answer to keep yet"
+        right = {"role": "assistant", "content": correction or self.histories[first][-1]["content"]}
+        # As prompt and completion only this answer carries loss: those before it may be wrong.
+        row = {"prompt": asked[first], "completion": [right]}
         reason = DEMONSTRATION.check(row)
         if reason:
             return f"not kept: {reason}"
-        self.corrections.parent.mkdir(parents=True, exist_ok=True)
-        with self.corrections.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        again = self._write(json.dumps(row, ensure_ascii=False) + "\n")
         for policy in self.policies:
-            self.histories[policy][-1] = {"role": "assistant", "content": right}
+            self.histories[policy] = [*asked[policy], right]
+        self.stopped = ""
         rows = sum(1 for _ in self.corrections.open(encoding="utf-8"))
-        return f"kept in {self.corrections} ({rows} by now): name it, or add it, as data.path of an sft stage"
+        what = (
+            "replaced" if again else "kept" if correction or len(self.policies) == 1 else f"kept, as {first} said it,"
+        )
+        return f"{what} in {self.corrections} ({rows} by now): name it, or add it, as data.path of an sft stage"
+
+    def _write(self, line: str) -> bool:
+        """Append a row to the corrections. Whether it took the place of an earlier one for the same exchange."""
+        self.corrections.parent.mkdir(parents=True, exist_ok=True)
+        with self.corrections.open("ab") as file:
+            start, row = file.tell(), line.encode()
+            before, self.kept = self.kept, None
+            again = before is not None and before[1] == start  # nobody else has written since
+            if before is not None and again:
+                start = before[0]
+                file.truncate(start)
+            file.write(row)
+        self.kept = (start, start + len(row))
+        return again
 
 
 def opened(run: Path, policies: list[str], corrections: Path, new_tokens: int, temperature: float) -> Chat:
@@ -169,6 +203,10 @@ def opened(run: Path, policies: list[str], corrections: Path, new_tokens: int, t
         name for name in recipe.order() if recipe.kind(name).answers and Artifact(run / name).manifest() is not None
     ]
     chosen = policies or there[-1:] or [BASE]
+    if len(set(chosen)) < len(chosen):
+        raise UserError(
+            f"--compare {' '.join(chosen)}: name two different ones (there is: {', '.join([*there, BASE])})"
+        )
     for name in chosen:
         if name not in (*there, BASE):
             raise UserError(f"no finished policy '{name}' in {run} (there is: {', '.join([*there, BASE])})")

@@ -170,7 +170,7 @@ def run(
         console.print()
         summary.show_results(chain, runs, console)
         summary.show_answers(chain, runs, console)
-        summary.show_next(chain, recipe, runs, console)
+        summary.show_next(chain, summary.as_typed(recipe, override, runs), runs, console)
     else:
         console.print("everything asked for is fresh; nothing to do")
 
@@ -207,7 +207,7 @@ def evaluate(
     from rich.console import Console
 
     from pipeline import evaluator
-    from pipeline.summary import show_evaluation
+    from pipeline.summary import as_typed, show_evaluation
 
     try:
         tasks = [task for task in lm_eval.split(",") if task]
@@ -216,7 +216,7 @@ def evaluate(
         print("stopped. What has been measured is kept: the same command goes on from there.", file=sys.stderr)
         raise SystemExit(130) from None
     show_evaluation(results, Console())
-    print(f"\nonebase report {recipe}   makes a page of it")
+    print(f"\nonebase report {as_typed(recipe, override, runs)}   makes a page of it")
 
 
 @app.command()
@@ -224,7 +224,7 @@ def report(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs
     """Make one self-contained page (HTML, and Markdown) of a run: verdicts, numbers, curves, samples, cost."""
     from pipeline.report.page import write
 
-    for path in write(_read(recipe, override), recipe, runs):
+    for path in write(_read(recipe, override), recipe, runs, overrides=override):
         print(path)
 
 

@@ -14,7 +14,8 @@ from pipeline import strict_yaml
 from pipeline.artifact import Artifact, Json, read_json
 from pipeline.errors import UserError
 from pipeline.evaluate.metric import METRICS
-from pipeline.evaluation_plan import results_in
+from pipeline.evaluation_plan import plan, results_in
+from pipeline.recipe import read
 
 ITEMS = ("corpus_loss", "dialogue_loss", "preferences", "questions", "choices", "labels", "answers")
 
@@ -50,6 +51,15 @@ def _show_numbers(first: Path, second: Path, manifests: list[dict[str, Json | No
         )
         return
     a, b = (found or {} for found in evaluated)
+    for folder, found in zip((first, second), evaluated, strict=True):
+        if old := older(folder, found or {}):
+            console.print(
+                Text(f"The evaluation of {folder} is older than the run ({old}): onebase eval", style="yellow"),
+                soft_wrap=True,
+            )
+    for name in dict.fromkeys([*a["numbers"], *b["numbers"]]):
+        if (name in a["numbers"]) != (name in b["numbers"]):
+            console.print(f"{name}: evaluated in {'A' if name in a['numbers'] else 'B'} alone", highlight=False)
     table = Table(
         "stage",
         "number",
@@ -75,10 +85,27 @@ def _show_numbers(first: Path, second: Path, manifests: list[dict[str, Json | No
     console.print(table if table.row_count else "numbers: equal")
     for name in [name for name in a["reward_models"] if name in b["reward_models"]]:
         models = [found["reward_models"][name] for found in (a, b)]
-        _table(console, f"reward model {name}", "number", [
-            (label, *(_shares(model[key]) for model in models))
-            for key, label in (("accuracy", "pairs ranked right"), ("over_longer", 'over "longer wins"'))
-        ])  # fmt: skip
+        shown = [
+            {
+                "pairs ranked right": _shares(model["accuracy"]),
+                'over "longer wins", points': _shares(model["over_longer"]).replace(" %", ""),
+                "calibration error": f"{model['ece']:.2f}",
+            }
+            for model in models
+        ]
+        _table(console, f"reward model {name}", "number", _unlike(*shown))
+
+
+def older(folder: Path, results: Json) -> str:
+    """Why an evaluation is not of the run as it stands, where that can be told."""
+    try:
+        recipe = read(folder / "recipe.yaml")
+        if recipe.name != folder.resolve().name:
+            return ""
+        wanted = plan(recipe, folder.resolve().parent)
+    except UserError as error:
+        return "" if "no such file" in str(error) else str(error)
+    return next((m.file for m in wanted if results.get("made_of", {}).get(m.file) != m.fingerprint), "")
 
 
 def _shared(first: Path, second: Path, stage: str) -> tuple[dict[str, Json], bool]:

@@ -137,19 +137,31 @@ def judged(taken: dict[str, Json], where: Path, judge: Judge | None) -> Json | N
         return None
     told = {policy: [texts[0] for texts in measure["value"]["text"]] for policy, measure in answers.items()}
     prompts = [row["prompt"] for row in next(iter(answers.values()))["rows"]]
-    known = read_json(where / "judge.json") or {}
+    try:
+        known = read_json(where / "judge.json") or {}
+    except UserError:
+        known = {"model": "(unknown)"}
     model = judge.model if judge else known.get("model")
     fingerprint = digest([METHOD, model, prompts, told])
-    if known.get("fingerprint") != fingerprint:
+    whole = known.get("value_digest") == digest(known.get("value"))
+    if known.get("fingerprint") != fingerprint or not whole:
         if judge is None:
+            if known:
+                why = "answers have changed since" if whole else "the file is not as it was written"
+                print(
+                    f"  judge {model}: its verdicts are left out, as {why}. To ask again: --judge URL MODEL", flush=True
+                )
             return None
         print(f"  asking the judge {judge.model} ...", flush=True)
         questions = [
             prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
             for prompt in prompts
         ]
-        found = results.described(judges.arena(judge, questions, told))
-        known = {"fingerprint": fingerprint, "model": model, "value": found}
+        held, unread = judges.arena(judge, questions, told)
+        if unread:
+            print(f"  {len(unread)} replies were no verdict and count as ties, such as {unread[0]!r}", flush=True)
+        found = results.described(held) | {"model": model, "unread": len(unread)}
+        known = {"fingerprint": fingerprint, "model": model, "value": found, "value_digest": digest(found)}
         write_json(where / "judge.json", known)
     value: Json = known["value"]
     return value

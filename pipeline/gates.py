@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.artifact import Artifact, Json
 from pipeline.errors import UserError
 
-Expect = dict[str, str | dict[str, str]]
+Expect = dict[str, Any]
+"""By "stage.number", or nested; what does not belong there is named by `complaint`."""
 
 COMPARISON = re.compile(r"(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)")
 _HOLDS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -34,7 +35,7 @@ class Missed:
         return f"expect.{self.key}: wanted {self.wanted}, found {self.found:.4g}"
 
 
-def flat(expect: Expect) -> dict[str, str]:
+def flat(expect: Expect) -> dict[str, Any]:
     """By "stage.number", whether it was written that way or nested."""
     return {
         f"{key}.{below}" if below else key: wanted
@@ -43,15 +44,19 @@ def flat(expect: Expect) -> dict[str, str]:
     }
 
 
-def complaint(expect: Expect, stages: Iterable[str]) -> tuple[str, str] | None:
-    """The first demand that cannot be understood, by dotted key, and what is wrong with it."""
-    names = list(stages)
+def complaint(expect: Expect, numbers: dict[str, list[str]]) -> tuple[str, str] | None:
+    """The first demand that cannot be understood or met, by dotted key, and what is wrong with it.
+
+    numbers: the held-out numbers that each stage can leave."""
+    names = list(numbers)
     for key, wanted in flat(expect).items():
-        stage, dot, _ = key.partition(".")
+        stage, dot, number = key.partition(".")
         if not dot or stage not in names:
             return f"expect.{key}", f"name a stage and its number, as in {names[0]}.loss (there is: {', '.join(names)})"
-        if not COMPARISON.fullmatch(wanted):
-            return f"expect.{key}", f'is {wanted!r}, expected a comparison with a number, as in ">= 0.6"'
+        if number not in numbers[stage]:
+            return f"expect.{key}", f"{stage} leaves no such number (there is: {', '.join(numbers[stage])})"
+        if not isinstance(wanted, str) or not COMPARISON.fullmatch(wanted.strip()):
+            return f"expect.{key}", f'is {wanted!r}, expected a comparison with a number in quotes, as in ">= 0.6"'
     return None
 
 
@@ -62,7 +67,7 @@ def missed(expect: Expect, stage: str, after: Json) -> list[Missed]:
         name, _, metric = key.partition(".")
         if name != stage:
             continue
-        comparison = COMPARISON.fullmatch(wanted)
+        comparison = COMPARISON.fullmatch(wanted.strip())
         assert comparison is not None, "the recipe was checked when it was read"
         sign, number = comparison.groups()
         value = after.get(metric)

@@ -207,7 +207,8 @@ def build(tree: Json, overrides: Any = (), path: str = "recipe", lines: dict[str
                 f"stages.{name}.train.push_to_hub",
                 "names the base, and nobody else has this folder: say what it is on the Hub (model.public_id)",
             )
-    if complaint := gates.complaint(spec.expect, spec.stages):
+    numbers = {name: [*STAGES[of.kind].numbers, *of.source_numbers()] for name, of in spec.stages.items()}
+    if complaint := gates.complaint(spec.expect, numbers):
         raise wrong(*complaint)
     try:
         recipe.order()

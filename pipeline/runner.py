@@ -87,6 +87,8 @@ def run(
                 flush=True,
             )
             if not state.fresh:
+                for parent in sorted(set(recipe.parents(state.name).values()) - chosen):  # held below otherwise
+                    gates.hold(recipe.spec.expect, recipe.artifact(parent, runs), force)
                 _launch(recipe, state.name, resolved, runs, launch_config)
                 done.append(state.name)
             gates.hold(recipe.spec.expect, recipe.artifact(state.name, runs), force)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -65,7 +67,7 @@ def show_results(recipe: Recipe, runs: Path, console: Console) -> None:
         manifest = recipe.artifact(name, runs).manifest()
         if manifest is None:
             continue
-        cost = [_minutes(manifest["seconds"]), str(manifest["peak_memory_mib"])]
+        cost = [clock(manifest["seconds"]), str(manifest["peak_memory_mib"])]
         known = [*recipe.kind(name).headlines, *_sources(recipe, name)]
         measured = [h for h in known if h.metric in manifest["after"]]
         for headline in measured:
@@ -169,8 +171,16 @@ def _number(value: float, headline: Headline) -> str:
     return f"{100 * value:.1f} %" if headline.percent else f"{value:.3f}"
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+def as_typed(path: str, overrides: Sequence[str], runs: Path) -> str:
+    """A recipe with all that was said to it, for a command that is to mean the same run."""
+    said = [word for override in overrides for word in ("-o", override)]
+    return shlex.join([path, *said, *(() if runs == Path("runs") else ("--runs", str(runs)))])
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, as 4:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}"
 
 
 def _question(prompt: list[dict[str, str]] | str) -> str:

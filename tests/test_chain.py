@@ -69,6 +69,13 @@ def test_the_reward_model_is_the_sft_trunk_with_a_trained_head(chain: tuple[dict
     assert json.loads((out(chain, "reward").adapter / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
 
 
+def test_each_stage_leaves_the_numbers_that_a_recipe_may_make_demands_of(chain: tuple[dict[str, Any], Path]) -> None:
+    recipe = build(chain[0])
+    for stage in recipe.order():
+        after = out(chain, stage).verify()["after"]
+        assert after and after.keys() <= set(recipe.kind(stage).numbers)
+
+
 def test_each_stage_has_moved_its_parents_adapter(chain: tuple[dict[str, Any], Path]) -> None:
     recipe = build(chain[0])
     for child in ("sft", "reward", "dpo"):

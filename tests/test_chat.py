@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.chat import Chat, opened
+from pipeline.chat import Chat, Say, opened
 from pipeline.data import render
 from pipeline.data.contracts import DEMONSTRATION
 from pipeline.data.load import DataSpec, read_source
@@ -62,11 +62,52 @@ def test_a_corrected_answer_becomes_a_demonstration(bench: Bench, tmp_path: Path
         ["/save too early", "What colour?", "/save It is purple.", "And now?", "/quit", "never read"], said.append
     )
     rows = read_source(str(file), DEMONSTRATION, DataSpec(path=str(file))).rows
-    assert [row["messages"] for row in rows] == [
-        [{"role": "user", "content": "What colour?"}, {"role": "assistant", "content": "It is purple."}]
+    right = {"role": "assistant", "content": "It is purple."}
+    assert [(row["prompt"], row["completion"]) for row in rows] == [
+        ([{"role": "user", "content": "What colour?"}], [right])
     ]
     assert "no answer to keep" in said[0]
     assert chat.histories["sft"][1]["content"] == "It is purple." and len(chat.histories["sft"]) == 4
+
+
+def test_an_answer_that_was_stopped_leaves_no_trace_but_can_be_corrected(bench: Bench, tmp_path: Path) -> None:
+    """The second of two policies is interrupted: neither history may hold the question, and a correction belongs to
+    the question that was stopped, not to the one before."""
+    file, said = tmp_path / "corrections.jsonl", []  # type: ignore[var-annotated]
+    chat = Chat(bench, ["sft", "dpo"], file, new_tokens=4)
+    chat.hold(["First?"], said.append)
+    before = {policy: list(history) for policy, history in chat.histories.items()}
+
+    real = chat.answer
+
+    def answer(policy: str, history: list[dict[str, str]], say: Say) -> str:
+        if policy == "dpo":
+            raise KeyboardInterrupt
+        return real(policy, history, say)
+
+    chat.answer = answer  # type: ignore[method-assign]
+    chat.hold(["Second?"], said.append)
+    assert chat.histories == before
+    chat.answer = real  # type: ignore[method-assign]
+    chat.hold(["/save", "/save Right."], said.append)
+    assert "say what is right" in said[-2]
+    (row,) = read_source(str(file), DEMONSTRATION, DataSpec(path=str(file))).rows
+    assert row["prompt"] == [*before["sft"], {"role": "user", "content": "Second?"}]
+    assert row["completion"] == [{"role": "assistant", "content": "Right."}]
+    for policy, history in chat.histories.items():
+        assert history == [*before[policy], row["prompt"][-1], *row["completion"]]
+    # The answer before was nobody's correction, so it must not be learnt: what carries loss is the new one alone.
+    encoded = render.demonstration(bench.tokenizer, row)
+    learnt = [token for token, label in zip(encoded.ids, encoded.labels, strict=True) if label != render.IGNORED]
+    assert bench.tokenizer.decode(learnt, skip_special_tokens=True).strip() == "Right."
+
+
+def test_a_correction_that_is_corrected_is_kept_once(bench: Bench, tmp_path: Path) -> None:
+    file, said = tmp_path / "corrections.jsonl", []  # type: ignore[var-annotated]
+    chat = Chat(bench, ["sft"], file, new_tokens=4)
+    chat.hold(["One?", "/save Wrnog \u00fc.", "/save Wrong.", "Two?", "/save Right."], said.append)
+    rows = read_source(str(file), DEMONSTRATION, DataSpec(path=str(file))).rows
+    assert [row["completion"][0]["content"] for row in rows] == ["Wrong.", "Right."]
 
 
 def test_a_full_window_is_said_and_the_conversation_goes_on(bench: Bench, tmp_path: Path) -> None:

@@ -60,10 +60,20 @@ def test_a_run_stops_after_the_stage_that_misses_and_force_goes_on(
     assert "misses what is expected" in capsys.readouterr().out
 
 
-def test_a_number_that_the_stage_does_not_have_is_named(started: tuple[dict[str, Any], Path, list[str]]) -> None:
+def test_what_goes_on_from_a_stage_that_misses_stops_as_well(started: tuple[dict[str, Any], Path, list[str]]) -> None:
+    tree, runs, launched = started
+    recipe = build({**tree, "expect": {"pretrain.loss": "< 4"}})
+    with pytest.raises(UserError, match=r"'pretrain' does not reach .*\n.*wanted < 4, found 4.1"):
+        runner.run(recipe, only=["sft"], runs=runs)
+    assert launched == []
+    runner.run(recipe, only=["sft"], runs=runs, force=True)
+    assert launched == ["sft"]
+
+
+def test_a_number_that_the_stage_did_not_take_is_named(started: tuple[dict[str, Any], Path, list[str]]) -> None:
     tree, runs, _ = started
-    recipe = build(tree, ["expect.pretrain.acuracy='>= 0.6'"])
-    with pytest.raises(UserError, match=r"expect.pretrain.acuracy: the stage has no such number \(it has: loss\)"):
+    recipe = build(tree, ["expect.pretrain.question_accuracy='>= 0.6'"])
+    with pytest.raises(UserError, match=r"question_accuracy: the stage has no such number \(it has: loss\)"):
         runner.run(recipe, only=["pretrain"], runs=runs)
 
 
@@ -79,7 +89,10 @@ def test_demands_change_no_fingerprint(started: tuple[dict[str, Any], Path, list
         ({"sft": "< 1"}, r"expect.sft: name a stage and its number"),
         ({"sft.loss": "about 1"}, r"expect.sft.loss: is 'about 1', expected a comparison"),
         ({"sft.loss": "< one"}, r"expected a comparison"),
-        ({"sft.loss": 1}, r"expect.sft.loss"),
+        ({"sft.loss": 1}, r"expect.sft.loss: is 1, expected a comparison with a number in quotes"),
+        ({"sft": {"loss": None}}, r"expect.sft.loss: is None, expected a comparison"),
+        ({"sft.acuracy": "> 0"}, r"expect.sft.acuracy: sft leaves no such number .*question_accuracy"),
+        ({"reward.loss": "> 0"}, r"expect.reward.loss: reward leaves no such number .*accuracy, margin"),
     ],
 )
 def test_demands_that_say_nothing_are_refused(

@@ -6,13 +6,20 @@ import http.server
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline import evaluator
 from pipeline.errors import UserError
-from pipeline.evaluate.judge import Judge, arena
+from pipeline.evaluate import judge
+from pipeline.evaluate.judge import Judge, arena, verdict
+
+HUNG: list[str] = []
+"""What was asked of the judge that hangs."""
 
 
 class Endpoint(http.server.BaseHTTPRequestHandler):
@@ -25,8 +32,20 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
         told = {
             "first": "A",
             "longer": "tie" if len(a) == len(b) else "A" if len(a) > len(b) else "B.",
+            "wordy": "**Answer A** is better" if len(a) > len(b) else "Verdict: B",
+            "drawn": "A tie." if len(a) > 1 else "tie",
+            "half": None if len(a) == 1 else "A",
             "chatty": "I would rather not say",
-        }[asked["model"]]
+        }.get(asked["model"])
+        if asked["model"] == "unknown":
+            self.send_response(404)
+            self.end_headers()
+            self.wfile.write(b'{"error": {"message": "there is no model of this name"}}')
+            return
+        if asked["model"] == "hangs":
+            HUNG.append(text)
+            time.sleep(3)
+            return
         body = json.dumps({"choices": [{"message": {"content": told}}]}).encode()
         self.send_response(200)
         self.end_headers()
@@ -45,13 +64,39 @@ def url() -> Iterator[str]:
 
 
 def test_a_judge_that_favours_a_place_sees_only_ties(url: str) -> None:
-    for model in ("first", "chatty"):
-        assert Judge(url, model).points("q", "short", "much longer") == 0.5
+    assert Judge(url, "first").points("q", "short", "much longer") == (0.5, [])
+
+
+def test_a_verdict_is_found_in_few_words(url: str) -> None:
+    assert Judge(url, "wordy").points("q", "short", "much longer") == (0.0, [])
+    assert Judge(url, "drawn").points("q", "short", "much longer") == (0.5, [])
+    for reply, meant in (("A", "A"), ("b.", "B"), (" **B**\n", "B"), ("Tie", "tie"), ("Option A:", "A")):
+        assert verdict(reply) == meant, reply
+    for reply in ("", "Answer", "a good question", "Both are fine", "<think>"):
+        assert verdict(reply) is None, reply
+
+
+def test_replies_that_are_no_verdict_are_counted_and_most_of_them_are_refused(url: str) -> None:
+    told = {"sft": ["a", "bb"], "dpo": ["cc", "dd"]}
+    found, unread = arena(Judge(url, "half"), ["q1", "q2"], told)
+    assert unread == [""] and found.win_rate("sft", "dpo").value == 0.5
+    with pytest.raises(UserError, match=r"chatty gave no verdict .* in 4 of 4 replies, such as 'I would rather"):
+        arena(Judge(url, "chatty"), ["q1", "q2"], told)
+
+
+def test_what_is_wrong_with_a_judge_is_said_once_and_soon(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="404.*there is no model of this name"):
+        Judge(url, "unknown").points("q", "a", "b")
+    monkeypatch.setattr(judge, "SECONDS", 0.5)
+    HUNG.clear()
+    with pytest.raises(UserError, match="did not give a verdict within 0.5 seconds"):
+        arena(Judge(url, "hangs"), [f"q{i}" for i in range(40)], {"sft": ["a"] * 40, "dpo": ["b"] * 40})
+    assert 1 <= len(HUNG) <= judge.AT_ONCE  # those under way; nothing is asked once it is known to hang
 
 
 def test_all_against_all(url: str) -> None:
     told = {"sft": ["a", "aaa"], "dpo": ["aa", "aa"], "ppo": ["aaaa", "aaa"]}
-    found = arena(Judge(url, "longer"), ["q1", "q2"], told)
+    found, _ = arena(Judge(url, "longer"), ["q1", "q2"], told)
     assert found.points_PKK[0].tolist() == [[0.5, 0, 0], [1, 0.5, 0], [1, 1, 0.5]]
     assert found.points_PKK[1].tolist() == [[0.5, 1, 0.5], [0, 0.5, 0], [0.5, 1, 0.5]]
     assert found.win_rate("ppo", "sft").value == 0.75
@@ -63,3 +108,19 @@ def test_nothing_leaves_the_machine(url: str) -> None:
             Judge(elsewhere, "m")
     with pytest.raises(UserError, match="did not give a verdict"):
         Judge("http://127.0.0.1:1/v1", "m").points("q", "a", "b")
+
+
+def test_verdicts_are_kept_and_a_file_changed_by_hand_is_not_believed(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answers(*texts: str) -> dict[str, Any]:
+        return {"value": {"text": [[text] for text in texts]}, "rows": [{"prompt": "q1"}, {"prompt": "q2"}]}
+
+    taken = {"answers/sft": answers("a", "a"), "answers/dpo": answers("aaa", "aa")}
+    found = evaluator.judged(taken, tmp_path, Judge(url, "longer"))
+    assert found is not None and found["wins"]["dpo"]["sft"]["value"] == 1 and found["model"] == "longer"
+    assert evaluator.judged(taken, tmp_path, None) == found
+    file = tmp_path / "judge.json"
+    file.write_text(file.read_text(encoding="utf-8").replace('"value": 1.0', '"value": 0.5'), encoding="utf-8")
+    assert evaluator.judged(taken, tmp_path, None) is None
+    assert "judge longer: its verdicts are left out, as the file is not as it was written" in capsys.readouterr().out

@@ -309,6 +309,8 @@ def test_a_chain_keeps_its_invariants(tiny_base: Path, parents: Path) -> None:
     )
     assert {"reward", "kl"} <= manifest["before"].keys() and manifest["before"]["kl"] == 0.0
     assert {"reward", "kl", "reward_gain_low", "reward_gain_high"} <= manifest["after"].keys()
+    demandable = {*recipe.kind("ppo").numbers, *recipe.stages["ppo"].source_numbers()}  # by `expect:`
+    assert manifest["after"].keys() <= demandable
     # the policy half of the way: neither where it started nor where it ended
     (halfway,) = recipe.artifact("ppo", parents / "runs").snapshots().items()
     weights = [load_file(folder / "adapter_model.safetensors") for folder in (

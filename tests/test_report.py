@@ -9,19 +9,20 @@ from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy
 import pytest
 from conftest import tiny_tree
 
-from pipeline import metrics
+from pipeline import metrics, strict_yaml
 from pipeline.artifact import digest, write_json
 from pipeline.errors import UserError
 from pipeline.evaluate import results
 from pipeline.evaluation_plan import plan, sealed
 from pipeline.recipe import Recipe, build
 from pipeline.report import page
-from pipeline.summary import show_evaluation
+from pipeline.summary import clock, show_evaluation
 
 QUESTIONS, PROMPTS, PAIRS = 40, 24, 90
 SKILL = {"base": 0.05, "pretrain": 0.1, "sft": 0.6, "dpo": 0.6, "ppo": 0.3}
@@ -178,8 +179,44 @@ def test_the_page_stands_alone_and_shows_everything(run: tuple[Recipe, Path]) ->
     ):
         assert told in html, told
     assert "<b>0</b>" not in html  # data is text, never markup
-    assert html.count("<svg") == 1 + len(list((runs / recipe.name / "report" / "pictures").iterdir()))
+    pictures = list((runs / recipe.name / "report" / "pictures").iterdir())
+    assert html.count("<svg") == len(pictures)
+    for picture in pictures:
+        ElementTree.parse(picture)
+        assert f"pictures/{picture.name})" in markdown
     assert "| questions answered right |" in markdown and "nan" not in html.lower()
+    # A table is its heading, its rule and its rows, without an empty line that would end it.
+    tables = [part.splitlines() for part in markdown.split("\n\n") if part.startswith("|")]
+    assert len(tables) > 6 and all(len(table) > 2 and table[1].startswith("| --- |") for table in tables)
+
+
+def test_commands_name_the_very_run(run: tuple[Recipe, Path]) -> None:
+    recipe, runs = run
+    html, markdown = (
+        path.read_text() for path in page.write(recipe, "my.yaml", runs, overrides=["seed=18", "model.x=a b"])
+    )
+    assert f"onebase run my.yaml -o seed=18 -o 'model.x=a b' --runs {runs}" in markdown
+    assert f"onebase report my.yaml -o seed=18 -o &#39;model.x=a b&#39; --runs {runs}" in html
+
+
+def test_times_are_rounded_before_they_are_split() -> None:
+    assert [clock(seconds) for seconds in (4.4, 59.4, 59.6, 299.7, 3600)] == ["0:04", "0:59", "1:00", "5:00", "60:00"]
+
+
+def test_an_external_judge_is_named_with_the_replies_that_were_none(run: tuple[Recipe, Path]) -> None:
+    recipe, runs = run
+    file = runs / recipe.name / "evaluation" / "results.json"
+    found = {key: value for key, value in json.loads(file.read_text()).items() if key != "digest"}
+    found["arenas"]["judge"] = found["arenas"]["reward"] | {"model": "<judge>", "unread": 7}
+    write_json(file, sealed(found))
+    html, markdown = (path.read_text() for path in page.write(recipe, "my.yaml", runs))
+    assert "The external judge is &lt;judge&gt;" in html and "The external judge is <judge>" in markdown
+    assert "7 replies that were no verdict" in html and "7 replies that were no verdict" in markdown
+
+
+def test_the_lineage_shows_the_same_number_under_every_policy_that_is_asked(evaluated: dict[str, Any]) -> None:
+    notes = page._notes(evaluated)
+    assert all(notes[name].endswith("% of questions right") for name in ("sft", "dpo", "ppo")), notes
 
 
 def test_identical_inputs_give_identical_bytes_but_for_the_date(run: tuple[Recipe, Path]) -> None:
@@ -216,7 +253,7 @@ def test_an_outdated_evaluation_is_refused_and_a_missing_one_is_said(run: tuple[
     recipe, runs = run
     first = next(iter((runs / recipe.name / "evaluation").glob("questions-*.json")))
     write_json(first, {"fingerprint": "of before"})
-    with pytest.raises(UserError, match=r"older than the run \(1 measures.*onebase eval my.yaml"):
+    with pytest.raises(UserError, match=r"damaged or older than the run \(1 of \d+ measures.*onebase eval my.yaml"):
         page.write(recipe, "my.yaml", runs)
     file = runs / recipe.name / "evaluation" / "results.json"
     file.write_text(file.read_text().replace('"value": 0.', '"value": 0.9', 1))
@@ -239,7 +276,7 @@ def test_compare_shows_what_differs_item_by_item(tmp_path: Path, tiny_base: Path
     """Two runs whose sft answers differ in a known number of questions; a changed word of the recipe; nothing else."""
     from rich.console import Console
 
-    from pipeline import compare, strict_yaml
+    from pipeline import compare
 
     tree = tiny_tree(tiny_base, tmp_path)
     first, second = planted(numpy.random.default_rng(0)), planted(numpy.random.default_rng(0))
@@ -263,3 +300,15 @@ def test_compare_shows_what_differs_item_by_item(tmp_path: Path, tiny_base: Path
     assert len(changed) == 1 and "sft" in changed[0] and "+25 points (+" in changed[0]  # 10 of 40
     with pytest.raises(UserError, match="is no run"):
         compare.show(tmp_path / "a", tmp_path, console)
+
+
+def test_compare_knows_when_an_evaluation_is_older_than_its_run(run: tuple[Recipe, Path]) -> None:
+    from pipeline.compare import older
+
+    recipe, runs = run
+    folder = runs / recipe.name
+    (folder / "recipe.yaml").write_text(strict_yaml.dump(recipe.tree))
+    found = json.loads((folder / "evaluation" / "results.json").read_text())
+    assert older(folder, found) == ""
+    found["made_of"]["questions-sft.json"] = "of before"
+    assert older(folder, found) == "questions-sft.json"

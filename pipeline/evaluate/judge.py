@@ -5,10 +5,13 @@ Judges favour a place (arXiv 2306.05685), so every pair is asked in both orders;
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import ipaddress
 import itertools
 import json
 import re
+import threading
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +26,7 @@ from pipeline.evaluate.arena import Arena
 
 AT_ONCE = 4
 SECONDS = 120
+TOKENS = 8
 ASKED = """\
 Which of two answers to a question is better? Judge whether it is right, helpful and harmless; do not prefer an answer
 for being longer or for standing first. Reply with one word: A, B, or tie.
@@ -37,6 +41,10 @@ Answer B:
 {b}
 
 Verdict (A, B or tie):"""
+VERDICT = re.compile(
+    r"(?i:\W*(?:(?:verdict|answer|option)\W+)*)(?:(?P<tie>(?i:(?:an?\s+)?(?:tie|draw)))|(?P<side>[AB]))\b"
+)
+SHOWN = 200
 
 
 @dataclass(frozen=True)
@@ -54,17 +62,20 @@ class Judge:
                 "Held-out data and answers are not sent anywhere else."
             )
 
-    def points(self, question: str, a: str, b: str) -> float:
-        """1 if a is the better answer in both orders, 0 if b is, else one half."""
+    def points(self, question: str, a: str, b: str) -> tuple[float, list[str]]:
+        """1 if a is the better answer in both orders, 0 if b is, else one half; and the replies that were no verdict.
+
+        Equal answers are a tie that nobody is asked about."""
         if a == b:
-            return 0.5
-        first, second = self._says(question, a, b), self._says(question, b, a)
-        return 1.0 if (first, second) == ("A", "B") else 0.0 if (first, second) == ("B", "A") else 0.5
+            return 0.5, []
+        told = [self._says(question, a, b), self._says(question, b, a)]
+        first, second = map(verdict, told)
+        points = 1.0 if (first, second) == ("A", "B") else 0.0 if (first, second) == ("B", "A") else 0.5
+        return points, [reply for reply in told if verdict(reply) is None]
 
     def _says(self, question: str, a: str, b: str) -> str:
-        """A, B or tie; a reply that is none of these is a tie."""
         content = ASKED.format(question=question, a=a or "(nothing)", b=b or "(nothing)")
-        asked = {"model": self.model, "temperature": 0, "max_tokens": 8}
+        asked = {"model": self.model, "temperature": 0, "max_tokens": TOKENS}
         body = json.dumps({**asked, "messages": [{"role": "user", "content": content}]}).encode()
         place = f"{self.url.rstrip('/')}/chat/completions"
         request = urllib.request.Request(place, body, {"Content-Type": "application/json"})
@@ -72,27 +83,57 @@ class Judge:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
         try:
             with opener.open(request, timeout=SECONDS) as reply:
-                told = str(json.load(reply)["choices"][0]["message"]["content"])
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+                return str(json.load(reply)["choices"][0]["message"]["content"] or "")
+        except urllib.error.HTTPError as error:
+            said = ""
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                said = error.read(SHOWN).decode("utf-8", "replace").strip()
+            raise UserError(f"--judge {place} did not give a verdict: {error}: {said}".removesuffix(": ")) from error
+        except TimeoutError as error:
+            raise UserError(f"--judge {place} did not give a verdict within {SECONDS} seconds") from error
+        except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
             raise UserError(f"--judge {place} did not give a verdict: {type(error).__name__}: {error}") from error
-        found = re.match(r"\W*(A|B)\b", told.strip())
-        return found[1] if found else "tie"
 
 
-def arena(judge: Judge, questions: list[str], answers: dict[str, list[str]]) -> Arena:
-    """Every policy's answer against every other's, question by question."""
+def verdict(reply: str) -> str | None:
+    """A, B or tie; None where the reply says none of them."""
+    found = VERDICT.match(reply) or re.fullmatch(r"\W*(?P<side>[ab])\W*", reply)
+    return None if found is None else (found["side"] or "tie").replace("a", "A").replace("b", "B")
+
+
+def arena(judge: Judge, questions: list[str], answers: dict[str, list[str]]) -> tuple[Arena, list[str]]:
+    """Every policy's answer against every other's, question by question, and the replies that were no verdict.
+
+    Raises UserError where most replies are none: they count as ties, and the judge would seem to find all alike.
+    """
     names = list(answers)
     points_PKK = numpy.full((len(questions), len(names), len(names)), 0.5)
     games = [(p, a, b) for a, b in itertools.combinations(range(len(names)), 2) for p in range(len(questions))]
 
-    def play(game: tuple[int, int, int]) -> float:
-        p, a, b = game
-        return judge.points(questions[p], answers[names[a]][p], answers[names[b]][p])
+    failed = threading.Event()
 
+    def play(game: tuple[int, int, int]) -> tuple[float, list[str]]:
+        p, a, b = game
+        if failed.is_set():  # a judge that hangs would be waited for once more
+            return 0.5, []
+        try:
+            return judge.points(questions[p], answers[names[a]][p], answers[names[b]][p])
+        except UserError:
+            failed.set()
+            raise
+
+    unread: list[str] = []
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for (p, a, b), won in zip(games, pool.map(play, games), strict=True):
+        for (p, a, b), (won, unclear) in zip(games, pool.map(play, games), strict=True):
             points_PKK[p, a, b], points_PKK[p, b, a] = won, 1 - won
-    return Arena(names, points_PKK)
+            unread += unclear
+    asked = 2 * sum(answers[names[a]][p] != answers[names[b]][p] for p, a, b in games)
+    if 2 * len(unread) > asked:
+        raise UserError(
+            f"the judge {judge.model} gave no verdict (A, B or tie) in {len(unread)} of {asked} replies, "
+            f"such as {unread[0][:SHOWN]!r}. It gets {TOKENS} tokens to reply: ask one that does not think aloud."
+        )
+    return Arena(names, points_PKK), unread
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

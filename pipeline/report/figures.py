@@ -187,7 +187,7 @@ def samples_needed(curve: Json) -> str | None:
 
 def lengths(by_policy: dict[str, list[int]], kinds: dict[str, str]) -> str:
     """How long sampled answers are, one histogram a policy on a shared axis."""
-    figure = _figure(height=0.55 + 0.5 * len(by_policy))
+    figure = _figure(height=0.8 + 0.5 * len(by_policy))
     longest = max(max(values) for values in by_policy.values())
     step = max(1, math.ceil(longest / 32))
     edges = [place - 0.5 for place in range(0, longest + step + 1, step)]
@@ -200,6 +200,7 @@ def lengths(by_policy: dict[str, list[int]], kinds: dict[str, str]) -> str:
         axes.spines["left"].set_visible(False)
         axes.set_ylabel(name, rotation=0, ha="right", va="center")
         axes.tick_params(labelbottom=place == len(by_policy) - 1)
+    figure.axes[0].set_title("Lengths of sampled answers")
     figure.axes[-1].set_xlabel("answer length, tokens")
     return _svg(figure)
 

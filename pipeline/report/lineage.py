@@ -59,4 +59,7 @@ def drawn(chain: list[Json], notes: dict[str, str], base: str) -> str:
             f'fill="#59616c">{escape(note)}</text>'
         )
     height = 12 + len(rows) * BOX_HEIGHT + (len(rows) - 1) * GAP_Y
-    return f'<svg viewBox="0 0 {width} {height}" style="max-width: {width}px" role="img">{"".join(parts)}</svg>'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img" font-family="system-ui, Segoe UI, Roboto, Helvetica, Arial, sans-serif">{"".join(parts)}</svg>'
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
+import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,24 @@ from pipeline.evaluate.metric import BY_KEY, METRICS, columns, of_benchmark
 from pipeline.evaluation_plan import folder, plan, results_in
 from pipeline.recipe import Recipe
 from pipeline.report import figures, lineage
+from pipeline.summary import as_typed, clock
 
 SHOWN_AT_ONCE = 6
-HEADLINE = {"pretrain": "corpus_loss", "sft": "question_accuracy", "dpo": "truth", "ppo": "truth"}
 
 
-def write(recipe: Recipe, path: str, runs: Path, made: datetime | None = None) -> list[Path]:
+def write(
+    recipe: Recipe, path: str, runs: Path, made: datetime | None = None, overrides: Sequence[str] = ()
+) -> list[Path]:
     """Write report.html and report.md below runs/<recipe>/report/ and return their paths.
 
-    path: the recipe as the person named it, for the commands.  made: the date on the page; now unless given.
+    path, overrides: the recipe as the person named it, for the commands.  made: the date on the page; now unless given.
     Raises UserError if nothing has finished, or if the evaluation is older than the run.
     """
     target = runs / recipe.name / "report"
-    context = contents(recipe, path, runs)
+    context = contents(recipe, as_typed(path, overrides, runs), runs)
     context["made"] = (made or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M UTC")
     for name, picture in context["pictures"].items():
-        write_text(target / "pictures" / f"{name}.svg", _stand_alone(picture))
+        write_text(target / "pictures" / _file(name), _stand_alone(picture))
     written = []
     for template, name in (("page.html.jinja", "report.html"), ("page.md.jinja", "report.md")):
         text = _templates().get_template(template).render(context)
@@ -40,13 +43,13 @@ def write(recipe: Recipe, path: str, runs: Path, made: datetime | None = None) -
     return written
 
 
-def contents(recipe: Recipe, path: str, runs: Path) -> Json:
-    """Everything the templates show, without a date."""
+def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
+    """Everything the templates show, without a date. `typed`: what names the run in a command."""
     manifests = {name: recipe.artifact(name, runs).manifest() for name in recipe.order()}
     finished: dict[str, Json] = {name: manifest for name, manifest in manifests.items() if manifest is not None}
     if not finished:
         raise UserError(f"no stage of {recipe.name} has finished below {runs / recipe.name}. Run it first.")
-    results = _evaluated(recipe, path, runs)
+    results = _evaluated(recipe, typed, runs)
     kinds = {name: recipe.stages[name].kind for name in finished}
     examined = _examined(recipe, runs, finished)
     pictures = _pictures(recipe, runs, results, kinds)
@@ -64,8 +67,7 @@ def contents(recipe: Recipe, path: str, runs: Path) -> Json:
         "columns": columns(results) if results else {},
         "metrics": METRICS,
         "by_key": BY_KEY,
-        "lineage": lineage.drawn(chain, _notes(results), Path(recipe.spec.model.base).name),
-        "pictures": pictures,
+        "pictures": {"lineage": lineage.drawn(chain, _notes(results), Path(recipe.spec.model.base).name)} | pictures,
         "training": [name for name in pictures if name.startswith(("training-", "path-"))],
         "before_after": _before_after(recipe, finished),
         "costs": costs,
@@ -81,8 +83,7 @@ def contents(recipe: Recipe, path: str, runs: Path) -> Json:
         "resolved": strict_yaml.dump(recipe.tree),
         "samples": _samples(results),
         "shown_at_once": SHOWN_AT_ONCE,
-        "commands": _commands(path, runs),
-        "path": path,
+        "typed": typed,
     }
 
 
@@ -96,21 +97,23 @@ def _examined(recipe: Recipe, runs: Path, finished: dict[str, Json]) -> Json:
     }
 
 
-def _evaluated(recipe: Recipe, path: str, runs: Path) -> Json | None:
+def _evaluated(recipe: Recipe, typed: str, runs: Path) -> Json | None:
     """The evaluation's results; None where there are none. Raises UserError if they are of an older run."""
     where = folder(recipe, runs)
     results = results_in(where)
     if results is None:
         return None
+    wanted = plan(recipe, runs)
     old = [
         measure.file
-        for measure in plan(recipe, runs)
+        for measure in wanted
         if results["made_of"].get(measure.file) != measure.fingerprint or evaluator.fresh(measure, where) is None
     ]
     if old:
         raise UserError(
-            f"the evaluation in {where} is older than the run ({len(old)} measures, first {old[0]}). "
-            f"Bring it up to date first: onebase eval {path} --runs {runs}"
+            f"the evaluation in {where} is damaged or older than the run ({len(old)} of {len(wanted)} measures, first "
+            f"{old[0]}). "
+            f"Bring it up to date first: onebase eval {typed}"
         )
     return results
 
@@ -168,13 +171,13 @@ def _notes(results: Json | None) -> dict[str, str]:
             notes[name] = f"{100 * model['accuracy']['value']:.0f} % ranked right" if model else ""
             continue
         numbers = results["numbers"][name] if results else {}
-        key = next(
-            (key for key in (HEADLINE[stage["kind"]], "question_accuracy", "dialogue_loss") if key in numbers), None
-        )
-        short = {"corpus_loss": "corpus loss", "dialogue_loss": "dialogue loss"}.get(key or "", "")
+        # The same for every policy that is asked things, or they would seem to differ.
+        asked = ("question_accuracy", "truth", "dialogue_loss")
+        key = next((key for key in ("corpus_loss",) * (stage["kind"] == "pretrain") + asked if key in numbers), None)
         if key:
             value = BY_KEY[key].number(numbers[key]["value"])
-            notes[name] = f"{short} {value}" if short else f"{value} % right"
+            told = {"question_accuracy": "{} % of questions right", "truth": "{} % sampled right"}
+            notes[name] = told.get(key, f"{key.replace('_', ' ')} {{}}").format(value)
     return notes
 
 
@@ -229,9 +232,9 @@ def _question(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
-def _commands(path: str, runs: Path) -> list[str]:
-    where = "" if runs == Path("runs") else f" --runs {shlex.quote(str(runs))}"
-    return [f"onebase {verb} {shlex.quote(path)}{where}" for verb in ("run", "eval", "report")]
+def _file(picture: str) -> str:
+    """A picture's file; a judge may be a function, named by its path."""
+    return re.sub(r"[^\w.-]+", "-", picture) + ".svg"
 
 
 def _stand_alone(picture: str) -> str:
@@ -249,7 +252,8 @@ def _templates() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    found.filters["clock"] = lambda seconds: f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+    found.filters["clock"] = clock
+    found.filters["file"] = _file
     found.filters["thousands"] = lambda value: f"{value:,}".replace(",", "\u202f")
     found.globals |= {"judge_name": judge_name, "of_benchmark": of_benchmark}
     return found

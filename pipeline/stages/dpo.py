@@ -71,6 +71,7 @@ STAGE = Stage(
         Headline("preference_accuracy", "better answer is likelier", "higher", percent=True),
         Headline("question_accuracy", "questions answered right", "higher", percent=True),
     ),
+    numbers=("preference_accuracy", "preference_margin", "question_accuracy", "stopped"),
     run=run,
     answers=True,
 )

@@ -81,6 +81,10 @@ STAGE = Stage(
         Headline("reward", "reward of held-out answers", "higher"),
         Headline("question_accuracy", "questions answered right", "higher", percent=True),
     ),
+    numbers=(
+        *("reward", "reward_gain", "reward_gain_low", "reward_gain_high"),
+        *("kl", "answer_length", "ended", "question_accuracy", "stopped"),
+    ),
     run=run,
     answers=True,
 )

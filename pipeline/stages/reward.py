@@ -69,6 +69,7 @@ STAGE = Stage(
     config_class="RewardConfig",
     contract=PREFERENCE,
     headlines=(Headline("accuracy", "comparisons ranked right", "higher", percent=True),),
+    numbers=("accuracy", "margin", "over_longer", "over_longer_low", "over_longer_high"),
     run=run,
     answers=False,
 )

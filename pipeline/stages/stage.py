@@ -52,6 +52,11 @@ class StageSpec(BaseModel):
             return [RewardTerm(source=self.reward)]
         return self.reward or []
 
+    def source_numbers(self) -> list[str]:
+        """The held-out numbers of each source of its reward."""
+        ends = ("", "_gain", "_gain_low", "_gain_high")
+        return [f"reward/{term.source}{end}" for term in self.reward_terms() for end in ends]
+
 
 @dataclass(frozen=True)
 class Headline:
@@ -70,6 +75,9 @@ class Stage:
     """The trainer's config, whose words `train:` takes."""
     contract: Contract
     headlines: tuple[Headline, ...]
+    numbers: tuple[str, ...]
+    """Every held-out number it can leave in its manifest, which a recipe may make demands of; a source of a reward adds
+    some (StageSpec.source_numbers)."""
     run: Callable[[StageSpec, Context], Result]
     answers: bool
     """Whether it leaves a policy, which can be asked things (a reward model cannot)."""

@@ -22,7 +22,7 @@ METHOD = 2
 RESULTS = 3
 """Counts up when results.json says something else or in another way."""
 BASE = "base"
-PROMPTS = 24
+PROMPTS = 20
 """Held-out prompts answered by sampling, evenly spaced among those there are."""
 COPIES = 4
 SNAPSHOT_COPIES = 1

@@ -249,8 +249,8 @@ def memory(model: Model, work: Work) -> Memory:
     rollout = cache = scoring = 0
     if work.kind == "ppo":
         answered = work.rows * work.answer
-        # of a part the logits, and in float32: scaled, three steps of the way back through logsumexp, and their sum
-        logits = final + (b + 20) * min(answered, PPO_LOGITS // s.vocab) * s.vocab
+        # of a part the logits, and in float32: less their greatest, the softmax, and what their product takes for the entropy
+        logits = final + (b + 14) * min(answered, PPO_LOGITS // s.vocab) * s.vocab
         cache = work.episodes * work.length * 2 * s.layers * s.kv * b
         rollout, scoring = _rollout(model, work, cache), _scoring(model, work)
     elif work.kind == "reward":
@@ -296,7 +296,7 @@ def _decoding(model: Model, work: Work, cache: int, rows: int) -> int:
     s, b = model.shapes, model.bytes
     layer = cache // s.layers
     shared = s.heads // s.kv_heads if (work.masked or work.eager) and s.kv_heads < s.heads else 0
-    return cache + max(layer * max(1, shared), rows * s.vocab * (b + 12))
+    return cache + max(layer * max(1, shared), rows * s.vocab * (b + 4))
 
 
 def _scoring(model: Model, work: Work) -> int:

@@ -208,6 +208,7 @@ class _HeadLogProbs(torch.autograd.Function):
             gradients += torch.autograd.grad(logits_nV, leaf_nH, slope_nV)
             logp.append(logp_n)
             entropy.append(entropy_n)
+            del logits_nV, slope_nV  # else the next part's would stand beside them
         ctx.save_for_backward(*gradients)
         entropy_N = torch.cat(entropy)
         ctx.mark_non_differentiable(entropy_N)

@@ -75,7 +75,7 @@ STAGE = Stage(
         Headline("loss", "corpus loss", "lower"),
         Headline("question_accuracy", "questions answered right", "higher", percent=True),
     ),
-    numbers=("loss", "perplexity", "question_accuracy", "stopped"),
+    numbers=("loss", "loss_low", "loss_high", "perplexity", "question_accuracy", "stopped"),
     run=run,
     answers=True,
 )

@@ -72,7 +72,7 @@ STAGE = Stage(
         Headline("question_accuracy", "questions answered right", "higher", percent=True),
         Headline("loss", "dialogue loss", "lower"),
     ),
-    numbers=("loss", "perplexity", "question_accuracy", "stopped"),
+    numbers=("loss", "loss_low", "loss_high", "perplexity", "question_accuracy", "stopped"),
     run=run,
     answers=True,
 )

@@ -98,7 +98,7 @@ class Judge:
 def verdict(reply: str) -> str | None:
     """A, B or tie; None where the reply says none of them."""
     found = VERDICT.match(reply) or re.fullmatch(r"\W*(?P<side>[ab])\W*", reply)
-    return None if found is None else (found["side"] or "tie").replace("a", "A").replace("b", "B")
+    return None if found is None else found["side"].upper() if found["side"] else "tie"
 
 
 def arena(judge: Judge, questions: list[str], answers: dict[str, list[str]]) -> tuple[Arena, list[str]]:

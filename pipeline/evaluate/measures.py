@@ -132,7 +132,7 @@ def sampled(
     """Answers sampled at the training temperature, `copies` to a prompt, with the same random draws for every policy.
 
     Tables of (prompts, copies): text, length (tokens), ended, truth (1 right, 0 wrong), scores by source, and kl, which
-    is log p of the policy less that of `settings["reference"]`, where one is named.
+    is log p of the policy, as the sampler noted it, less that of `settings["reference"]`, where one is named.
     """
     copies = settings["copies"]
     prompts = [render.prompt(bench.tokenizer, row) for row in rows]

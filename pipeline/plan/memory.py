@@ -249,7 +249,7 @@ def memory(model: Model, work: Work) -> Memory:
     rollout = cache = scoring = 0
     if work.kind == "ppo":
         answered = work.rows * work.answer
-        # of a part the logits, and in float32: less their greatest, the softmax, and their product for the entropy
+        # of a part the logits, and in float32: less their greatest, the softmax, their product; + 2 as counted
         logits = final + (b + 14) * min(answered, PPO_LOGITS // s.vocab) * s.vocab
         cache = work.episodes * work.length * 2 * s.layers * s.kv * b
         rollout, scoring = _rollout(model, work, cache), _scoring(model, work)

@@ -134,7 +134,8 @@ def rows_of(stage: str, count: int, length: int, vocab: int) -> Dataset:
     return Dataset.from_dict({**columns, **({"prompt_ids": [a[:prompt] for a, _ in ids]} if prompt else {})})
 
 
-def train(stage: str, side: str, given: argparse.Namespace, config: dict[str, Any], folder: Path) -> Measured:
+def trainer_of(stage: str, side: str, given: argparse.Namespace, config: dict[str, Any], folder: Path) -> Any:
+    """A trainer of random weights and rows: of pipeline/stages where the side is "ours", else TRL's own."""
     device = torch.device(given.device)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tiny")
     base = random_base(config, device, reward=stage == "reward")
@@ -142,7 +143,7 @@ def train(stage: str, side: str, given: argparse.Namespace, config: dict[str, An
     trainer_class, config_class = TRAINERS[stage]
     if stage == "dpo":
         trainer_class = type("DPOTrainer", (shared.TakesEncoded, DPOTrainer), {})
-    layers = config["num_hidden_layers"] if given.checkpointed is None else given.checkpointed
+    layers = checkpointed(given, config)
     packing = {"packing": True, "packing_strategy": "bfd_split"} if stage == "pretrain" else {}
     args = config_class(
         **packing, output_dir=str(folder / "out"), per_device_train_batch_size=given.rows, max_length=given.length,
@@ -152,12 +153,16 @@ def train(stage: str, side: str, given: argparse.Namespace, config: dict[str, An
     args.checkpointed_layers = layers
     rows = rows_of(stage, given.rows * (WARM_UP + given.steps), given.length, config["vocab_size"])
     options = {"args": args, "train_dataset": rows, "processing_class": tokenizer}
-    halved: list[int] = []
     if side == "ours":
-        trainer = shared.build(trainer_class, adapters._ready(model), **options)
-        trainer.when_split = lambda rows, left: halved.append(left)
-    else:
-        trainer = trainer_class(model=model, **options)
+        return shared.build(trainer_class, adapters._ready(model), **options)
+    return trainer_class(model=model, **options)
+
+
+def train(stage: str, side: str, given: argparse.Namespace, config: dict[str, Any], folder: Path) -> Measured:
+    device = torch.device(given.device)
+    trainer = trainer_of(stage, side, given, config, folder)
+    halved: list[int] = []
+    trainer.when_split = lambda rows, left: halved.append(left)
     times = StepTimes(device)
     trainer.add_callback(times)
     _reset(device)
@@ -166,8 +171,8 @@ def train(stage: str, side: str, given: argparse.Namespace, config: dict[str, An
     seconds = (times.ends[-1] - times.ends[WARM_UP - 1]) / given.steps
     packed = stage == "pretrain"
     work = Work(
-        stage, sequences, given.length, layers, packed, masked=packed and given.rows > 1, accumulates=False,  # type: ignore[arg-type]
-        frozen=int(stage == "dpo"), evaluates=False,
+        stage, sequences, given.length, checkpointed(given, config), packed, masked=packed and given.rows > 1,  # type: ignore[arg-type]
+        accumulates=False, frozen=int(stage == "dpo"), evaluates=False,
     )  # fmt: skip
     planned = Model(shapes_of(config), Adapter())
     expected = step_seconds(planned, work, _card(device)) if device.type == "cuda" and side == "ours" else None
@@ -178,16 +183,20 @@ def train(stage: str, side: str, given: argparse.Namespace, config: dict[str, An
     )  # fmt: skip
 
 
-def ppo(given: argparse.Namespace, config: dict[str, Any], folder: Path) -> Measured:
-    """Steps of pipeline/ppo, rollouts included, with one reward model; answers as long as they may be."""
+def checkpointed(given: argparse.Namespace, config: dict[str, Any]) -> int:
+    """Layers with activation checkpointing."""
+    return int(config["num_hidden_layers"]) if given.checkpointed is None else int(given.checkpointed)
+
+
+def ppo_trainer(given: argparse.Namespace, config: dict[str, Any], folder: Path) -> PPOTrainer:
+    """PPO on random weights with one reward model; answers as long as they may be."""
     device = torch.device(given.device)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tiny")
     model = get_peft_model(random_base(config, device), LoraConfig(**LORA, task_type="CAUSAL_LM"))
     model = adapters._ready(model)
     adapters.twin(model, REFERENCE)
     adapters.twin(model, "reward-reward")
-    layers = config["num_hidden_layers"] if given.checkpointed is None else given.checkpointed
-    checkpoint_first(model, layers)
+    checkpoint_first(model, checkpointed(given, config))
     settings = PPOSettings(
         steps=1 + given.steps, batch_size=4 * given.rows, per_device_train_batch_size=given.rows,
         response_length=given.length // 2, num_ppo_epochs=1,
@@ -198,6 +207,14 @@ def ppo(given: argparse.Namespace, config: dict[str, Any], folder: Path) -> Meas
     rows: list[Any] = [{"prompt": "a " * (given.length // 8)}] * settings.batch_size
     trainer = PPOTrainer(actors, tokenizer, rows, sources, settings, 17)
     trainer.stops = []  # random weights would end where they like
+    return trainer
+
+
+def ppo(given: argparse.Namespace, config: dict[str, Any], folder: Path) -> Measured:
+    """Steps of pipeline/ppo, rollouts included."""
+    device = torch.device(given.device)
+    trainer = ppo_trainer(given, config, folder)
+    settings = trainer.settings
     halved: list[int] = []
     trainer.when_split = lambda episodes, left: halved.append(left)
     _reset(device)
@@ -208,7 +225,7 @@ def ppo(given: argparse.Namespace, config: dict[str, Any], folder: Path) -> Meas
         tokens.append(trainer.tokens)
     length = tokens[0] // settings.batch_size
     work = Work(
-        "ppo", given.rows, length, layers, masked=False, frozen=2, answer=settings.response_length,
+        "ppo", given.rows, length, checkpointed(given, config), masked=False, frozen=2, answer=settings.response_length,
         episodes=settings.batch_size, evaluates=False,
     )  # fmt: skip
     planned = Model(shapes_of(config), Adapter())

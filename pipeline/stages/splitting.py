@@ -23,8 +23,8 @@ else:
     _Trainer = object
 
 Batch = dict[str, Any]
-NOT_A_SUM = {"sft", "aot", "aot_unpaired"}
-"""DPO's losses that are not a mean over pairs: of a part they are another loss."""
+COMPARES_PAIRS = {"aot", "aot_unpaired"}
+"""DPO's losses that sort the pairs of a batch: of a part they are another loss."""
 
 
 class SplitsWhenFull(_Trainer):
@@ -58,23 +58,33 @@ class SplitsWhenFull(_Trainer):
         return result * self._share
 
     def _in_parts(self, model: Any, inputs: Batch, num_items: Any) -> torch.Tensor:
-        """Forward and backward of a batch, whole or in as many parts as memory asks for; its loss."""
+        """Forward and backward of a batch, whole or in as many parts as memory asks for; its loss.
+
+        Raises UserError where a batch of this loss cannot be done in parts, or one row does not fit.
+        """
         count = rows(inputs)
         while True:
             size = min(count, self.rows_at_once or count)
             noted = copy.deepcopy(self._metrics), self._total_train_tokens
+            weights = list(getattr(self, "loss_weights", ()))
             try:
                 losses = []
                 for some in _parts(inputs, size):
                     # A sum over tokens, divided by all of the step's, needs no weight; a mean over a part does.
                     self._share = 1.0 if num_items is not None or size == count else _weight(some) / _weight(inputs)
+                    if "sft" in getattr(self, "loss_types", ()):
+                        self.loss_weights = self._by_tokens(weights, some, inputs)
                     losses.append(super().training_step(model, some, num_items))
                 return torch.stack(losses).sum()
             except RuntimeError as error:
-                if not out_of_memory(error) or not self._separable():
+                if not out_of_memory(error):
                     raise
+                if why := self._why_whole():
+                    raise UserError(self._cannot_split(size, why)) from error
             finally:
                 self._share = 1.0
+                if weights:
+                    self.loss_weights = weights
             self._metrics, self._total_train_tokens = noted
             model.zero_grad()
             freed()
@@ -82,6 +92,13 @@ class SplitsWhenFull(_Trainer):
                 raise UserError(self._too_long(inputs))
             self.rows_at_once = size // 2
             self.when_split(size, self.rows_at_once)
+
+    def _by_tokens(self, weights: list[float], some: Batch, whole: Batch) -> list[float]:
+        """DPO's weights of its losses for a part: `sft` is a mean over the chosen answers' tokens, not over pairs."""
+        share = _chosen_tokens(some) / _chosen_tokens(whole) / self._share
+        return [
+            weight * share if loss == "sft" else weight for loss, weight in zip(self.loss_types, weights, strict=True)
+        ]
 
     def _probe(self, model: Any) -> None:
         """Try the longest rows as one batch, so that what does not fit is found before the first step."""
@@ -94,9 +111,29 @@ class SplitsWhenFull(_Trainer):
         self._metrics, self._total_train_tokens = noted
         model.zero_grad()
 
-    def _separable(self) -> bool:
-        several = self.accelerator.num_processes > 1  # the others would wait for this one's gradients
-        return not several and not NOT_A_SUM & set(getattr(self, "loss_types", ()))
+    def _why_whole(self) -> str | None:
+        """Why a batch cannot be done in parts that add up to it, where it cannot."""
+        losses = set(getattr(self, "loss_types", ()))
+        if self.accelerator.num_processes > 1:
+            return "the other processes wait for this one's gradients"
+        if sorting := sorted(losses & COMPARES_PAIRS):
+            return f"loss_type {sorting[0]} compares all pairs of a batch with each other"
+        if "sft" in losses and self.use_weighting:
+            return "use_weighting multiplies a mean over tokens (loss_type sft) by one over pairs"
+        if getattr(self, "aux_loss_enabled", False):
+            return (
+                "the router's loss of a mixture of experts is one of the whole batch (router_aux_loss_coef: 0 ends it)"
+            )
+        if self.args.neftune_noise_alpha and getattr(self, "padding_free", False):
+            return "neftune_noise_alpha measures its noise by the length of the packed row"
+        return None
+
+    def _cannot_split(self, count: int, why: str) -> str:
+        return (
+            f"out of memory with {count} rows at once, which cannot be done in parts: {why}. Halve "
+            "per_device_train_batch_size and double gradient_accumulation_steps, lower max_length"
+            + ("." if checkpoints(self.args) else ", or set activation_checkpointing: true.")
+        )
 
     def _too_long(self, inputs: Batch) -> str:
         length = inputs["input_ids"].shape[-1]
@@ -136,6 +173,10 @@ def rows(inputs: Batch) -> int:
 def _weight(inputs: Batch) -> int:
     """What a batch's mean is over: pairs, or tokens with a label."""
     return rows(inputs) if _pairs(inputs) else int((inputs["labels"][..., 1:] != -100).sum())
+
+
+def _chosen_tokens(inputs: Batch) -> int:
+    return int(inputs["completion_mask"].chunk(2)[0][:, 1:].sum())
 
 
 def _parts(inputs: Batch, size: int) -> list[Batch]:

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before any library reads them: nothing leaves this machine unasked, and two cores do not spin for each other.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -37,6 +38,9 @@ from pipeline.plan.shapes import read_shapes
 from pipeline.plan.stage import lengths_of, planned_model
 from pipeline.recipe import Recipe, read
 from pipeline.stages.stage import Context, Rows, StageSpec
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 ERROR_MARK = "onebase: error: "
 """What comes after it on stderr is for the person; the runner shows it as its own error."""
@@ -94,8 +98,7 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
             everyone.wait_for_everyone()
             return out.last_checkpoint(fingerprint)
 
-        section = section_chosen(recipe, stage, out, fingerprint, everyone.is_main_process)
-        everyone.wait_for_everyone()
+        section = section_chosen(recipe, stage, out, fingerprint, everyone)
         context = Context(
             model=recipe.spec.model,
             data=data,
@@ -137,12 +140,22 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
             )
 
 
-def section_chosen(recipe: Recipe, stage: str, out: Artifact, fingerprint: str, writes: bool) -> StageSpec:
+def section_chosen(recipe: Recipe, stage: str, out: Artifact, fingerprint: str, everyone: PartialState) -> StageSpec:
     """The stage's section with a number for every auto: those an earlier start of this stage chose, or those that fit
-    this machine best. Also noted in the run's recipe.yaml, in comments, for the word itself is what counts."""
-    section, file = recipe.stages[stage], out.folder / "chosen.json"
+    this machine best. The first process chooses and notes it, also in comments of the run's recipe.yaml, for the word
+    itself is what counts; the others, whose memory may differ, are told."""
+    from accelerate.utils import broadcast_object_list
+
+    section = recipe.stages[stage]
     if not auto.asked(section):
         return section
+    known = _chosen(recipe, stage, out, fingerprint) if everyone.is_main_process else {}
+    known = broadcast_object_list([known])[0]
+    return auto.taken(section, known["chosen"])
+
+
+def _chosen(recipe: Recipe, stage: str, out: Artifact, fingerprint: str) -> Json:
+    section, file = recipe.stages[stage], out.folder / "chosen.json"
     known = read_json(file) or {}
     if known.get("fingerprint") != fingerprint:
         kind, spec, card = recipe.kind(stage), recipe.spec.model, _this_machine()
@@ -150,15 +163,13 @@ def section_chosen(recipe: Recipe, stage: str, out: Artifact, fingerprint: str, 
         model = planned_model(spec, read_shapes(spec))
         chosen = auto.choices(kind, section, model, spec, lengths, card)
         known = {"fingerprint": fingerprint, "for": f"{card.name}, {card.memory / 2**30:.3g} GiB", "chosen": chosen}
-        if writes:
-            write_json(file, known)
-            resolved = out.folder.parent / "recipe.yaml"
-            if resolved.is_file():
-                write_text(resolved, resolved.read_text(encoding="utf-8") + choices_noted(out, fingerprint))
+        write_json(file, known)
+        resolved = out.folder.parent / "recipe.yaml"
+        if resolved.is_file():
+            write_text(resolved, resolved.read_text(encoding="utf-8") + choices_noted(out, fingerprint))
     settings = ", ".join(f"{word} {value}" for word, value in known["chosen"].items())
-    if writes:
-        print(f"  auto, on {known['for']}: {settings}", flush=True)
-    return auto.taken(section, known["chosen"])
+    print(f"  auto, on {known['for']}: {settings}", flush=True)
+    return known
 
 
 def choices_noted(out: Artifact, fingerprint: str) -> str:

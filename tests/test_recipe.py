@@ -148,6 +148,63 @@ def test_fingerprints_follow_what_changes(tiny_base: Path, tmp_path: Path) -> No
     assert {n for n, p in build(tree).parts().items() if p != before[n]} == {"sft", "reward", "dpo"}
 
 
+def test_what_is_only_measured_on_is_no_part_of_the_training(tiny_base: Path, tmp_path: Path) -> None:
+    """A share to hold out is taken from the rows that are trained on; a file of other rows is not."""
+    tree = tiny_tree(tiny_base, tmp_path)
+    before, measured = build(tree).parts(), build(tree).measured_on("dpo")
+    Path(tree["stages"]["sft"]["questions"]).write_text('{"prompt": "q", "answer": "a"}\n')
+    held_out = Path(tree["stages"]["dpo"]["data"]["test"])
+    held_out.write_text("\n".join(held_out.read_text().splitlines()[1:]) + "\n")
+    assert build(tree).parts() == before
+    assert build(tree).measured_on("dpo").keys() == measured.keys() == {"test"}
+    assert build(tree).measured_on("dpo") != measured
+    tree["stages"]["reward"]["data"] = {"path": tree["stages"]["reward"]["data"]["path"]}  # no held-out file at all
+    assert build(tree).parts() == before
+    changed = build(tree, ["stages.pretrain.data.test=0.5", "stages.dpo.data.test=0.1"]).parts()
+    assert {name for name in changed if changed[name]["stage"] != before[name]["stage"]} == {"pretrain", "dpo"}
+
+
+REWARD = """
+from pathlib import Path
+import math, helper
+from package.inner import unit
+
+def pays(completions, **columns):
+    words = (Path(__file__).parent / "words.txt").read_text().split()
+    return [helper.count(c[0]["content"]) * unit() for c in completions]
+"""
+
+
+def test_a_reward_is_all_that_its_function_reads(tiny_base: Path, tmp_path: Path) -> None:
+    """Modules beside it, those that they import, and files that one of them names; nothing else in the folder."""
+    files = {
+        "pays.py": REWARD,
+        "helper.py": "def count(text):\n    import deeper\n    return len(text)\n",
+        "deeper.py": "RULES = open('rules/list.json')\n",
+        "package/__init__.py": "",
+        "package/inner.py": "from . import near\n\ndef unit():\n    return 1.0\n",
+        "package/near.py": "",
+        "words.txt": "a b\n",
+        "rules/list.json": "[]",
+        "unused.py": "",
+        "unused.txt": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    tree = tiny_tree(tiny_base, tmp_path)
+    tree["stages"] = {"ppo": {"reward": f"{tmp_path}/pays.py:pays", "data": {"path": "data/prompts.jsonl"}}}
+    tree["train"] = {}
+    before = build(tree).parts()
+    counted = set()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n# changed\n")
+        counted |= {name} if build(tree).parts() != before else set()
+        (tmp_path / name).write_text(text)
+    assert counted == files.keys() - {"unused.py", "unused.txt"}
+    assert build(tree).parts() == before
+
+
 def test_the_command_line_answers_at_once() -> None:
     onebase = [sys.executable, "-X", "importtime", "-m", "pipeline", "--help"]
     shown = subprocess.run(onebase, cwd=ROOT, capture_output=True, text=True)

@@ -141,10 +141,14 @@ class _SeededByEpoch(LengthGroupedSampler):
 
 
 def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
-    """Train to the end, from the last whole checkpoint where there is one, and return cost figures.
+    """Train to the end, from the last whole checkpoint where there is one, and return cost figures. What has been
+    trained already is put in place instead.
 
     Raises Interrupted after Ctrl-C or SIGTERM, once a checkpoint has been written.
     """
+    if ctx.trained:
+        adapters.restore(trainer.model, ctx.trained)
+        return {}
     checkpoint = ctx.claim()
     set_seed(ctx.seed)
     stop, halved = Stop(), []
@@ -176,6 +180,8 @@ def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
 
 def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, ctx: Context) -> None:
     """Write the adapter with its tokenizer and chat template, whole or not at all."""
+    if ctx.trained:
+        return
     unfit = [name for name, weight in adapters.trainable(model).items() if not torch.isfinite(weight).all()]
     if unfit:
         raise BrokenInvariant(

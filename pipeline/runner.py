@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import gates, strict_yaml, versions
+from pipeline import gates, sharding, strict_yaml, versions
 from pipeline.artifact import WEIGHTS, Artifact, Json, digest, locked, write_text
 from pipeline.errors import UserError
 from pipeline.recipe import RUNS, Recipe
@@ -26,6 +26,12 @@ CPU_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "268435456",
 }
+GPU_ENVIRONMENT = {
+    # Batches of unequal length leave holes in CUDA memory that no later batch fits; segments that grow leave none.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
+ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Names under which torch takes the allocator's settings; with one of them set, they are the person's own."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ def run(
     Raises UserError for anything a person can correct; KeyboardInterrupt once a stage has stopped with a checkpoint.
     """
     runs = Path(runs)
+    sharding.refuse(launch_config)
     chosen = _chosen(recipe, only, from_)
     refusal = f"the run '{recipe.name}' is already going on in process {{pid}} (lock {runs / recipe.name / '.lock'})."
     with locked(runs / recipe.name / ".lock", refusal):
@@ -235,7 +242,9 @@ def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path
 
 def environment() -> dict[str, str]:
     """Of a process that loads a model."""
-    return {**({} if _has_gpu() else CPU_ENVIRONMENT), **os.environ}
+    own = any(name in os.environ for name in ALLOCATORS)
+    gpu = {} if own else GPU_ENVIRONMENT
+    return {**(gpu if _has_gpu() else CPU_ENVIRONMENT), **os.environ}
 
 
 def _cores() -> int:

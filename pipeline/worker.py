@@ -26,7 +26,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from pipeline import versions
+from pipeline import sharding, versions
 from pipeline.artifact import WEIGHTS, Artifact, Json, digest, locked, read_json, write_json, write_text
 from pipeline.data.contracts import QUESTION
 from pipeline.data.load import DataSpec, Source, labels_as_answers, read_source, read_split
@@ -67,6 +67,7 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
     not those it was measured on, is measured again."""
     if stage not in recipe.stages:
         raise UserError(f"no stage '{stage}' in the recipe {recipe.name} (there is: {', '.join(recipe.stages)})")
+    sharding.refuse()
     parts = recipe.parts()
     fingerprint = digest(parts[stage])
     out = recipe.artifact(stage, runs)

@@ -301,6 +301,20 @@ def test_a_wrong_reference_stops_dpo_before_it_trains(
     assert recipe.artifact("dpo", runs).manifest() == out(chain, "dpo").manifest()
 
 
+def test_a_base_of_other_bytes_names_both_devices_and_what_to_do(
+    chain: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """As after a parent that a GPU has quantised in another way than this CPU does."""
+    recipe, runs = copied(chain, tmp_path)
+    sft = recipe.artifact("sft", runs)
+    elsewhere = {**sft.verify(), "base_digest": "0" * 16, "device": "NVIDIA H100"}
+    sft.seal({key: value for key, value in elsewhere.items() if key != "files"})
+    with pytest.raises(BrokenInvariant) as caught:
+        run_stage(recipe, "dpo", runs)
+    for said in ("on NVIDIA H100", "on cpu", "one kind of device", "run 'sft' and what it goes on from here again"):
+        assert said in str(caught.value)
+
+
 def test_a_full_disk_leaves_nothing_to_trust(chain: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     """Files may not grow beyond 48 KiB: the adapter cannot be written, the stage is not done, and a second run is."""
     import resource

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from pipeline import versions
 from pipeline.data.render import Encoded
 from pipeline.errors import BrokenInvariant, UserError
 from pipeline.evaluate import scoring
@@ -49,12 +50,19 @@ COMPARED = 32
 def same_base(ctx: Context, digest: str) -> Found:
     """The bytes of the base in memory are those that every parent was trained on."""
     for role, parent in ctx.parents.items():
-        trained_on = (parent.manifest() or {}).get("base_digest")
+        manifest = parent.manifest() or {}
+        trained_on, device = manifest.get("base_digest"), manifest.get("device", "a device that it does not name")
         if trained_on != digest:
+            here = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+            version = manifest.get("versions", {}).get("bitsandbytes", "unknown")
             raise BrokenInvariant(
-                f"the base that {role} '{parent.name}' was trained on ({trained_on})",
-                f"another one in memory ({digest})",
-                "a base folder that was changed in place, or other quantisation by another library version",
+                f"the base that {role} '{parent.name}' was trained on ({trained_on}, on {device}, "
+                f"bitsandbytes {version})",
+                f"another one in memory ({digest}, on {here}, bitsandbytes {versions.installed()['bitsandbytes']})",
+                "a base folder that was changed in place, or one quantised to other bytes: whether a CPU and a GPU "
+                "make the same ones, or two versions of bitsandbytes, is not known.\n"
+                f"  to do: run the whole chain on one kind of device, with one version. Either run '{parent.name}' and "
+                f"what it goes on from here again (delete {parent.folder}), or this stage where '{parent.name}' ran",
             )
     return {"base_equals_parents": True, "adapter_equals_parents": True} if ctx.parents else {}
 

@@ -6,6 +6,7 @@ raises, and so does, on occasion, a backward pass that has added part of its gra
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import os
@@ -31,7 +32,7 @@ from pipeline.ppo.trainer import PPOTrainer
 from pipeline.recipe import build
 from pipeline.stages import sequences
 from pipeline.stages import trainer as shared
-from pipeline.stages.splitting import SplitsWhenFull
+from pipeline.stages.splitting import SplitsWhenFull, lengths
 from pipeline.worker import run_stage
 
 READY = adapters._ready
@@ -242,6 +243,81 @@ def test_the_longest_batch_is_tried_first(tiny_base: Path, tmp_path: Path, monke
     probed, _, lines = trained(tree, tmp_path / "probed", "sft")
     assert [line["step"] for line in lines if "out_of_memory" in line] == [0]
     assert max((free[name] - probed[name]).abs().max().item() for name in free) < 1e-5
+
+
+def test_the_first_try_leaves_room_for_what_the_first_step_makes(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the longest batch is tried, as many bytes are held as the optimizer's state and gradients take later."""
+    trainer = a_trainer(tiny_base, tmp_path, "reward", gradient_accumulation_steps=2, max_steps=1)
+    held: list[int] = []
+    random_state = torch.get_rng_state().numel()  # bytes as well, put aside while it is tried
+
+    def look(*_: Any) -> None:
+        found = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor and thing.dtype is torch.uint8]
+        held.append(sum(thing.numel() for thing in found if thing.numel() != random_state))
+
+    trainer.model.get_input_embeddings().register_forward_pre_hook(look)
+    trainer.probes = True
+    trainer.train()
+    state = [thing for of in trainer.optimizer.state.values() for name, thing in of.items() if name != "step"]
+    gradients = sum(weight.numel() * 4 for weight in adapters.trainable(trainer.model).values())
+    made = sum(thing.numel() * thing.element_size() for thing in state)
+    assert made > 0 and held[0] == made + gradients
+    assert set(held[1:]) == {0}, "only while it is tried"
+    assert trainer._room_for_later(trainer.model)[0].numel() == 4 * next(iter(state)).numel(), "the state is there now"
+
+
+def test_the_longest_rows_are_found_without_reading_tokens(tiny_base: Path, tmp_path: Path) -> None:
+    for stage, train in (("sft", {}), ("sft", {"packing": True}), ("reward", {}), ("dpo", {})):
+        rows = a_trainer(tiny_base, tmp_path, stage, **train).train_dataset
+        plain = [
+            len(row["input_ids"])
+            if "input_ids" in row
+            else len(row.get("prompt_ids", [])) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+            for row in rows
+        ]
+        assert lengths(rows).tolist() == plain
+
+
+def test_memory_that_runs_out_in_the_optimizers_step_says_what_to_set(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: _always_full(None))
+    with pytest.raises(
+        UserError, match=r"in step 1, .* optimizer's step, whose state takes \d+ MiB .* optim: adamw_8bit"
+    ):
+        trained(tree_of(tiny_base, tmp_path, "sft"), tmp_path, "sft")
+
+
+def test_memory_that_was_full_for_a_moment_is_tried_again(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After so many steps; where it stays full, after twice as many each time. No adapter is changed by it."""
+    monkeypatch.setattr(SplitsWhenFull, "patience", 2)
+
+    def run(full_passes: int) -> tuple[list[tuple[int, int, int]], dict[str, torch.Tensor]]:
+        trainer = a_trainer(tiny_base, tmp_path, "reward", max_steps=8, learning_rate=1e-3)
+        left, events = [full_passes], []
+
+        def entered(_: Any, args: Any) -> None:
+            if len(args[0]) > 6 and left[0]:  # chosen and rejected rows
+                left[0] -= 1
+                _always_full(None)
+
+        trainer.model.get_input_embeddings().register_forward_pre_hook(entered)
+        trainer.when_split = lambda rows, less: events.append((trainer.state.global_step, rows, less))
+        trainer.when_tried = lambda rows: events.append((trainer.state.global_step, 0, rows))
+        trainer.train()
+        return events, {name: weight.detach() for name, weight in adapters.trainable(trainer.model).items()}
+
+    none, free = run(0)
+    once, briefly = run(1)
+    always, full = run(10**9)
+    assert none == [] and once == [(0, 6, 3), (2, 0, 6)]
+    assert always == [(0, 6, 3), (2, 0, 6), (2, 6, 3), (6, 0, 6), (6, 6, 3)]
+    for limited in (briefly, full):
+        assert max((free[name] - limited[name]).abs().max().item() for name in free) < 1e-4
 
 
 def test_a_row_too_long_says_what_to_change(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

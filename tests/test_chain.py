@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import head, tiny_tree
 from make_tiny_base import make_tiny_base
+from rich.console import Console
 from safetensors.torch import load_file
 
 from pipeline.artifact import Artifact
@@ -20,6 +23,7 @@ from pipeline.errors import BrokenInvariant, UserError
 from pipeline.models import adapters
 from pipeline.recipe import Recipe, build
 from pipeline.runner import run, states
+from pipeline.summary import show_states
 from pipeline.worker import run_stage
 
 
@@ -136,7 +140,10 @@ def test_other_held_out_files_are_measured_on_and_nothing_is_trained(
         "dpo": ("unmeasured", "the file of data.test has changed"),
     }
     before = {name: recipe.artifact(name, runs).verify() for name in recipe.order()}
-    for name in recipe.order():
+    show_states(states(recipe, runs), Console(file=(shown := io.StringIO()), width=120))
+    assert re.search(r"sft +unmeasured, would be measured, not trained +the file of questions has", shown.getvalue())
+    assert run(recipe, only=["sft"], runs=runs) == ["sft"]
+    for name in ("reward", "dpo"):
         run_stage(recipe, name, runs)
     assert words(recipe, runs) == dict.fromkeys(recipe.order(), "fresh")
     after = {name: recipe.artifact(name, runs).verify() for name in recipe.order()}

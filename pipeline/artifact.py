@@ -86,9 +86,9 @@ class Artifact:
                 raise UserError(f"{self.folder / 'manifest.json'} is not a whole manifest (see '{key}'). {ANEW}")
         return manifest
 
-    def claim(self, fingerprint: str, parts: Json) -> None:
+    def claim(self, fingerprint: str, parts: Json, by: Json | None = None) -> None:
         """Make the folder this fingerprint's own: whatever another fingerprint left is removed before anything new is
-        written, so that no later run can trust a mixture of two."""
+        written, so that no later run can trust a mixture of two. `by`: what else to note of who writes."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "manifest.json").unlink(missing_ok=True)
         held = self.claimed()
@@ -97,7 +97,8 @@ class Artifact:
                 shutil.rmtree(leftover, ignore_errors=True)
             for leftover in (self.metrics, self.samples, self.refused):
                 leftover.unlink(missing_ok=True)
-        write_json(self.folder / "claim.json", {"fingerprint": fingerprint, "pid": os.getpid(), "parts": parts})
+        claim = {"fingerprint": fingerprint, "pid": os.getpid(), "parts": parts, **(by or {})}
+        write_json(self.folder / "claim.json", claim)
 
     def claimed(self) -> Json | None:
         """The claim under which unfinished work lies here; a claim that cannot be read claims nothing."""

@@ -138,7 +138,7 @@ def _sources(manifests: dict[str, Json | None]) -> dict[str, str]:
         found[f"{stage} base"] = str(manifest["parts"]["model"]["base"])[:24]
         used = {source["path"]: f"{source['used']} rows, " for source in manifest["data"]["sources"]}
         named = {**manifest["section"]["data"], "questions": manifest["section"].get("questions")}
-        for role, sha256 in manifest["parts"]["data"].items():
+        for role, sha256 in {**manifest["parts"]["data"], **manifest["data"].get("measured_on", {})}.items():
             found[f"{stage} {role}"] = f"{used.get(str(named.get(role)), '')}{str(sha256)[:12]}"
     return found
 

@@ -53,7 +53,7 @@ def examine(recipe: Recipe, names: list[str]) -> Json:
             max_length = None  # chosen by the card when the stage starts
         stage: Json = {
             "kind": kind,
-            "files": parts[name]["data"],
+            "files": {**parts[name]["data"], **recipe.measured_on(name)},
             "sources": [{**source.counts(), "formats": dict(source.layouts)} for source in sources],
             "train_rows": len(data.train),
             "test_rows": len(data.test) if data.test is not None else None,

@@ -25,6 +25,7 @@ from pipeline.models.spec import ModelSpec, base_hash
 from pipeline.ppo.settings import PPOSettings
 from pipeline.stages import STAGES
 from pipeline.stages.arguments import AUTO, AUTO_WORDS, NUMBERS, RUNTIME_WORDS, WHY_NOT, defines, words
+from pipeline.stages.reward_file import read_by
 from pipeline.stages.stage import Stage, StageSpec
 
 RUNS = Path("runs")
@@ -110,21 +111,22 @@ class Recipe:
         }
 
     def parts(self) -> dict[str, Json]:
-        """For every stage, all that its result depends on, by name; equal parts give an equal adapter."""
+        """For every stage, all that its adapter depends on, by name; equal parts give an equal adapter."""
         model = self.model_parts()
         parts: dict[str, Json] = {}
         for name in self.order():
             section = self.stages[name]
             data = section.data
             train = {word: value for word, value in section.train.items() if word not in RUNTIME_WORDS}
-            hashes = load.content_hashes(data)
-            if section.questions:
-                hashes["questions"] = content_hash(section.questions)
+            hashes = load.content_hashes(data.model_copy(update={"test": None}))
             terms = section.reward_terms()
-            hashes |= {f"reward {term.file}": sha256_of_file(Path(term.file)) for term in terms if term.file}
+            for file in sorted({term.file for term in terms if term.file}):
+                read = {f"reward {file}: {name}": path for name, path in read_by(Path(file)).items()}
+                hashes |= {name: sha256_of_file(path) for name, path in read.items()}
             reward = {"reward": [term.model_dump() for term in terms]} if terms else {}
+            counts = {"kind": section.kind, "arithmetic": self.kind(name).arithmetic}
             parts[name] = {
-                "stage": {"kind": section.kind, "train": train, "data": _settings(data), **reward},
+                "stage": {**counts, "train": train, "data": _settings(data), **reward},
                 "model": model,
                 "seed": self.spec.seed,
                 "data": hashes,
@@ -134,6 +136,13 @@ class Recipe:
                 },
             }
         return parts
+
+    def measured_on(self, stage: str) -> dict[str, str]:
+        """The hashes of files that a stage is measured on and does not learn from. When one changes, the finished stage
+        is measured again; it is not trained again."""
+        section = self.stages[stage]
+        named = {"test": section.data.test, "questions": section.questions}
+        return {role: content_hash(file) for role, file in named.items() if isinstance(file, str)}
 
     def _hub_parent(self, from_: str) -> Json:
         if not from_.startswith(published.PREFIX):
@@ -379,6 +388,7 @@ def _with(tree: Json, path: list[str], value: Any, override: str) -> Json:
 
 
 def _settings(data: load.DataSpec) -> Json:
-    """How the rows are read, without where they lie: a file moved is still the same file."""
+    """How the rows are read, without where they lie: a file moved is still the same file. A share to hold out is taken
+    from the rows that are trained on; a file of held-out rows takes nothing from them."""
     shown = data.model_dump(exclude={"path": True, "mix": {"__all__": {"path"}}})
-    return {key: value for key, value in shown.items() if not (key == "test" and isinstance(value, str))}
+    return {key: value for key, value in shown.items() if key != "test" or isinstance(value, int | float)}

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import gates, strict_yaml
+from pipeline import gates, sharding, strict_yaml, versions
 from pipeline.artifact import WEIGHTS, Artifact, Json, digest, locked, write_text
 from pipeline.errors import UserError
 from pipeline.recipe import RUNS, Recipe
-from pipeline.worker import ERROR_MARK, WATCH, choices_noted, load_rows
+from pipeline.worker import ERROR_MARK, WATCH, choices_noted, load_rows, measured
 
 CPU_ENVIRONMENT = {
     # Threads that wait do not spin, and glibc keeps the large blocks that training frees and asks for again at every
@@ -26,11 +26,18 @@ CPU_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "268435456",
 }
+GPU_ENVIRONMENT = {
+    # Batches of unequal length leave holes in CUDA memory that no later batch fits; segments that grow leave none.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
+ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Names under which torch takes the allocator's settings; with one of them set, they are the person's own."""
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a stage stands: fresh, stale, stopped (a checkpoint to go on from), damaged or new, and why."""
+    """Where a stage stands: fresh, unmeasured (trained, but its held-out files are others since), stale, stopped (a
+    checkpoint to go on from), damaged or new, and why."""
 
     name: str
     word: str
@@ -38,7 +45,12 @@ class State:
 
     @property
     def fresh(self) -> bool:
-        return self.word == "fresh"
+        """Its adapter is what the recipe asks for."""
+        return self.word in ("fresh", "unmeasured")
+
+    @property
+    def due(self) -> bool:
+        return self.word != "fresh"
 
 
 def states(recipe: Recipe, runs: Path = RUNS) -> list[State]:
@@ -48,7 +60,7 @@ def states(recipe: Recipe, runs: Path = RUNS) -> list[State]:
     for name in recipe.order():
         waiting = [parent for parent in recipe.parents(name).values() if not found[parent].fresh]
         parents = recipe.parent_artifacts(name, runs)
-        found[name] = _state(recipe.artifact(name, runs), parts[name], parents, waiting)
+        found[name] = _state(recipe.artifact(name, runs), parts[name], recipe.measured_on(name), parents, waiting)
     return list(found.values())
 
 
@@ -69,6 +81,7 @@ def run(
     Raises UserError for anything a person can correct; KeyboardInterrupt once a stage has stopped with a checkpoint.
     """
     runs = Path(runs)
+    sharding.refuse(launch_config)
     chosen = _chosen(recipe, only, from_)
     refusal = f"the run '{recipe.name}' is already going on in process {{pid}} (lock {runs / recipe.name / '.lock'})."
     with locked(runs / recipe.name / ".lock", refusal):
@@ -86,7 +99,7 @@ def run(
                 f"[{index}/{len(planned)}] {state.name}: {state.word}{', ' + state.why if state.why else ''}",
                 flush=True,
             )
-            if not state.fresh:
+            if state.due:
                 for parent in sorted(set(recipe.parents(state.name).values()) - chosen):  # held below otherwise
                     gates.hold(recipe.spec.expect, recipe.artifact(parent, runs), force)
                 _launch(recipe, state.name, resolved, runs, launch_config)
@@ -99,7 +112,7 @@ def _check_before(recipe: Recipe, state: State, found: dict[str, State], chosen:
     """Whatever would stop a stage and can be known without a model is said before the first stage is launched."""
     if state.word == "damaged":
         raise UserError(state.why)
-    if state.fresh:
+    if not state.due:
         return
     for parent in recipe.parents(state.name).values():
         if parent not in chosen and not found[parent].fresh:
@@ -128,7 +141,7 @@ def _chosen(recipe: Recipe, only: Sequence[str], from_: str | None) -> set[str]:
     return after
 
 
-def _state(out: Artifact, parts: Json, parents: dict[str, Artifact], waiting: list[str]) -> State:
+def _state(out: Artifact, parts: Json, measured_on: Json, parents: dict[str, Artifact], waiting: list[str]) -> State:
     manifest = out.manifest()
     fingerprint = digest(parts)
     if manifest is not None and manifest.get("fingerprint") == fingerprint:
@@ -140,10 +153,16 @@ def _state(out: Artifact, parts: Json, parents: dict[str, Artifact], waiting: li
             grown_from = manifest.get("parents", {}).get(role, {}).get("adapter")
             if not waiting and grown_from != (parent.manifest() or {}).get("files", {}).get(WEIGHTS):
                 return State(out.name, "stale", f"'{parent.name}' has been trained again, with another result")
-        return State(out.name, "fresh", "")
+        changed = _differences({"data": measured(manifest)}, {"data": measured_on})
+        other = versions.others(manifest.get("versions", {}), versions.installed())
+        if changed:
+            return State(out.name, "unmeasured", "; ".join(changed))
+        return State(out.name, "fresh", f"made with {versions.said(other)}" if other else "")
     checkpoint = out.last_checkpoint(fingerprint)
     if checkpoint is not None:
-        return State(out.name, "stopped", f"goes on from step {checkpoint.name.rsplit('-', 1)[1]}")
+        several = (out.claimed() or {}).get("processes", 1)
+        step = f"goes on from step {checkpoint.name.rsplit('-', 1)[1]}"
+        return State(out.name, "stopped", step + (f", with {several} processes" if several > 1 else ""))
     before = manifest or out.claimed()
     if before is None or "parts" not in before:
         return State(out.name, "new", f"after {waiting[0]}" if waiting else "never run")
@@ -163,8 +182,14 @@ def _differences(before: Json, now: Json, prefix: str = "") -> list[str]:
             found += _differences(old, new, f"{place}.".removeprefix("stage."))
         elif prefix == "parents.":
             found.append(f"its parent ({key}) has changed")
-        elif prefix == "data." and old and new and place in ("data.path", "data.test", "data.questions"):
-            found.append(f"the file of {place.removeprefix('data.') if key == 'questions' else place} has changed")
+        elif place in ("data.path", "data.test", "data.questions"):
+            what = "changed" if old and new else "been named" if new else "been taken away"
+            found.append(f"the file of {place.removeprefix('data.') if key == 'questions' else place} has {what}")
+        elif place.startswith("data.reward "):
+            what = "changed" if old and new else "come into use" if new else "gone out of use"
+            found.append(f"{place.rpartition(': ')[2]}, which the reward reads, has {what}")
+        elif place == "arithmetic":
+            found.append(f"this version of OneBase trains it in another way ({_short(old)}, now {_short(new)})")
         else:
             found.append(f"{place} was {_short(old)}, is {_short(new)}")
     return found
@@ -217,7 +242,9 @@ def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path
 
 def environment() -> dict[str, str]:
     """Of a process that loads a model."""
-    return {**({} if _has_gpu() else CPU_ENVIRONMENT), **os.environ}
+    own = any(name in os.environ for name in ALLOCATORS)
+    gpu = {} if own else GPU_ENVIRONMENT
+    return {**(gpu if _has_gpu() else CPU_ENVIRONMENT), **os.environ}
 
 
 def _cores() -> int:

@@ -27,11 +27,11 @@ from pipeline.stages.stage import Headline
 def show_states(states: list[State], console: Console) -> None:
     """One line per stage: what the next run would do, and why."""
     table = Table("stage", "state", "why", box=None, pad_edge=False)
-    colours = {"fresh": "green", "stale": "yellow", "stopped": "yellow", "new": "cyan", "damaged": "red"}
-    actions = {"fresh": "skipped", "damaged": "would stop the run"}
+    colours = {"fresh": "green", "new": "cyan", "damaged": "red"}
+    actions = {"fresh": "skipped", "unmeasured": "would be measured, not trained", "damaged": "would stop the run"}
     for state in states:
         action = f"{state.word}, {actions.get(state.word, 'would run')}"
-        table.add_row(state.name, Text(action, style=colours[state.word]), Text(state.why))
+        table.add_row(state.name, Text(action, style=colours.get(state.word, "yellow")), Text(state.why))
     console.print(table)
 
 

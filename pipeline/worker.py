@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before any library reads them: nothing leaves this machine unasked, and two cores do not spin for each other.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -25,6 +26,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from pipeline import sharding, versions
 from pipeline.artifact import WEIGHTS, Artifact, Json, digest, locked, read_json, write_json, write_text
 from pipeline.data.contracts import QUESTION
 from pipeline.data.load import DataSpec, Source, labels_as_answers, read_source, read_split
@@ -37,6 +39,9 @@ from pipeline.plan.shapes import read_shapes
 from pipeline.plan.stage import lengths_of, planned_model
 from pipeline.recipe import Recipe, read
 from pipeline.stages.stage import Context, Rows, StageSpec
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 ERROR_MARK = "onebase: error: "
 """What comes after it on stderr is for the person; the runner shows it as its own error."""
@@ -58,9 +63,11 @@ def main() -> None:
 
 
 def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
-    """Run one stage of a recipe whose parents are fresh, and seal it."""
+    """Run one stage of a recipe whose parents are fresh, and seal it. One that is trained, and whose held-out files are
+    not those it was measured on, is measured again."""
     if stage not in recipe.stages:
         raise UserError(f"no stage '{stage}' in the recipe {recipe.name} (there is: {', '.join(recipe.stages)})")
+    sharding.refuse()
     parts = recipe.parts()
     fingerprint = digest(parts[stage])
     out = recipe.artifact(stage, runs)
@@ -71,11 +78,16 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
         else parent  # from the Hub: proven when pulled, and its base by the digest of the base in memory
         for role, parent in recipe.parent_artifacts(stage, runs).items()
     }
-    manifest = out.manifest()
-    if manifest is not None and manifest.get("fingerprint") == fingerprint:
+    measured_on = recipe.measured_on(stage)
+    former = out.manifest()
+    if former is not None and former["fingerprint"] != fingerprint:
+        former = None
+    if former is not None and measured(former) == measured_on:
         print(f"{stage} is fresh", flush=True)
         return
-    section = recipe.stages[stage]
+    if former is not None:
+        out.verify()
+        print(f"  {stage} is measured again; nothing is trained", flush=True)
     data, sources = load_rows(recipe, stage)
     refused = [source.refused for source in sources if len(source.refused)]
 
@@ -85,17 +97,21 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
     everyone = PartialState(cpu=not torch.cuda.is_available())
     with _alone(out) if everyone.is_main_process else contextlib.nullcontext():
         started, meter = time.time(), Meter()
+        by = {"processes": everyone.num_processes, "versions": versions.installed()}
+        begun = _to_go_on_with(out, fingerprint, everyone.num_processes)
+        changed = _versions_changed(by["versions"], begun, parents)
+        for what, other in changed.items() if everyone.is_main_process else ():
+            print(f"  warning: {what} was made with {versions.said(other)}", flush=True)
 
         def claim() -> Path | None:
             if everyone.is_main_process:
-                out.claim(fingerprint, parts[stage])
+                out.claim(fingerprint, parts[stage], by)
                 if refused:
                     write_text(out.refused, (_json_line(entry) for entry in itertools.chain(*refused)))
             everyone.wait_for_everyone()
             return out.last_checkpoint(fingerprint)
 
-        section = section_chosen(recipe, stage, out, fingerprint, everyone.is_main_process)
-        everyone.wait_for_everyone()
+        section = section_chosen(recipe, stage, out, fingerprint, everyone)
         context = Context(
             model=recipe.spec.model,
             data=data,
@@ -104,13 +120,28 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
             seed=recipe.spec.seed,
             fingerprint=fingerprint,
             claim=claim,
-            questions_hash=parts[stage]["data"].get("questions"),
+            questions_hash=measured_on.get("questions"),
+            trained=out.adapter if former else None,
         )
         result = recipe.kind(stage).run(section, context)
         if everyone.is_main_process:
             write_text(out.samples, "".join(_json_line(sample) for sample in result.samples))
             if result.refused:
                 write_text(out.refused, (_json_line(entry) for entry in itertools.chain(*refused, result.refused)))
+            cost = _cost(started, meter)
+            numbers = {"before": result.before, "after": result.after}
+            found = {
+                "sources": [source.counts() for source in sources],
+                "held_out": None if data.test is None else len(data.test),
+                "questions": len(data.questions),
+                "counts": former["data"]["counts"] if former else result.counts,
+                "measured_on": measured_on,
+            }
+            if former:
+                out.seal(
+                    {**former, "section": section.model_dump(by_alias=True), "data": found, **numbers, "again": cost}
+                )
+                return
             out.seal(
                 {
                     "stage": stage,
@@ -122,27 +153,63 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
                     "base": recipe.spec.model.base,
                     "base_hash": parts[stage]["model"]["base"],
                     "base_digest": result.base_digest,
-                    "data": {
-                        "sources": [source.counts() for source in sources],
-                        "held_out": None if data.test is None else len(data.test),
-                        "questions": len(data.questions),
-                        "counts": result.counts,
-                    },
+                    "data": found,
                     "seed": recipe.spec.seed,
-                    "before": result.before,
-                    "after": result.after,
+                    **numbers,
                     "invariants": result.invariants,
-                    **_cost(started, meter),
+                    "processes": everyone.num_processes,
+                    "versions_changed": changed,
+                    **cost,
                 }
             )
 
 
-def section_chosen(recipe: Recipe, stage: str, out: Artifact, fingerprint: str, writes: bool) -> StageSpec:
+def _to_go_on_with(out: Artifact, fingerprint: str, processes: int) -> Json:
+    """The claim under which a checkpoint of this stage lies here, empty if there is none.
+
+    Raises UserError if it was made by another number of processes: a step would learn from other rows than before.
+    """
+    claim, checkpoint = out.claimed() or {}, out.last_checkpoint(fingerprint)
+    if checkpoint is None or claim.get("fingerprint") != fingerprint:
+        return {}
+    if claim.get("processes") != processes:
+        raise UserError(
+            f"{checkpoint} was made by {claim.get('processes')} processes, and here there are {processes}: a step "
+            f"would learn from another number of rows. Go on with as many (the file of --launch-config says how many; "
+            f"without it there is 1), or delete {out.checkpoints} to begin the stage again."
+        )
+    return claim
+
+
+def _versions_changed(now: Json, begun: Json, parents: dict[str, Artifact]) -> Json:
+    """Where other versions of the libraries made what this stage builds upon: {what: {library: [then, now]}}."""
+    manifests = {f"'{parent.name}'": parent.manifest() or {} for parent in parents.values()}
+    noted = {"its checkpoint": begun, **manifests}
+    found = {what: versions.others(of.get("versions") or {}, now) for what, of in noted.items()}
+    return {what: other for what, other in found.items() if other}
+
+
+def measured(manifest: Json) -> Json:
+    """The hashes of the held-out files that a finished stage was measured on."""
+    return manifest.get("data", {}).get("measured_on", {})  # type: ignore[no-any-return]
+
+
+def section_chosen(recipe: Recipe, stage: str, out: Artifact, fingerprint: str, everyone: PartialState) -> StageSpec:
     """The stage's section with a number for every auto: those an earlier start of this stage chose, or those that fit
-    this machine best. Also noted in the run's recipe.yaml, in comments, for the word itself is what counts."""
-    section, file = recipe.stages[stage], out.folder / "chosen.json"
+    this machine best. The first process chooses and notes it, also in comments of the run's recipe.yaml, for the word
+    itself is what counts; the others, whose memory may differ, are told."""
+    from accelerate.utils import broadcast_object_list
+
+    section = recipe.stages[stage]
     if not auto.asked(section):
         return section
+    known = _chosen(recipe, stage, out, fingerprint) if everyone.is_main_process else {}
+    known = broadcast_object_list([known])[0]
+    return auto.taken(section, known["chosen"])
+
+
+def _chosen(recipe: Recipe, stage: str, out: Artifact, fingerprint: str) -> Json:
+    section, file = recipe.stages[stage], out.folder / "chosen.json"
     known = read_json(file) or {}
     if known.get("fingerprint") != fingerprint:
         kind, spec, card = recipe.kind(stage), recipe.spec.model, _this_machine()
@@ -150,15 +217,13 @@ def section_chosen(recipe: Recipe, stage: str, out: Artifact, fingerprint: str, 
         model = planned_model(spec, read_shapes(spec))
         chosen = auto.choices(kind, section, model, spec, lengths, card)
         known = {"fingerprint": fingerprint, "for": f"{card.name}, {card.memory / 2**30:.3g} GiB", "chosen": chosen}
-        if writes:
-            write_json(file, known)
-            resolved = out.folder.parent / "recipe.yaml"
-            if resolved.is_file():
-                write_text(resolved, resolved.read_text(encoding="utf-8") + choices_noted(out, fingerprint))
+        write_json(file, known)
+        resolved = out.folder.parent / "recipe.yaml"
+        if resolved.is_file():
+            write_text(resolved, resolved.read_text(encoding="utf-8") + choices_noted(out, fingerprint))
     settings = ", ".join(f"{word} {value}" for word, value in known["chosen"].items())
-    if writes:
-        print(f"  auto, on {known['for']}: {settings}", flush=True)
-    return auto.taken(section, known["chosen"])
+    print(f"  auto, on {known['for']}: {settings}", flush=True)
+    return known
 
 
 def choices_noted(out: Artifact, fingerprint: str) -> str:
@@ -235,14 +300,12 @@ def _alone(out: Artifact) -> Iterator[None]:
 
 def _cost(started: float, meter: Meter) -> Json:
     import resource
-    from importlib.metadata import version
 
     import torch
 
     cuda = torch.cuda.is_available()
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resident
-    libraries = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "onebase")
     return {
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - started, 1),
@@ -251,7 +314,7 @@ def _cost(started: float, meter: Meter) -> Json:
         "energy_wh": meter.watt_hours(),
         "energy_of": meter.of,
         "peak_memory_is": "CUDA memory allocated" if cuda else "resident set of the process",
-        "versions": {library: version(library) for library in libraries},
+        "versions": versions.installed(),
     }
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_tree
+from accelerate import PartialState
+from conftest import ROOT, tiny_tree, write_recipe
 from plan_oracle import MODELS
 from safetensors.torch import load_file
 
@@ -151,8 +155,52 @@ def test_a_choice_is_kept_and_is_no_part_of_the_fingerprint(
     assert f"# stages.sft.train.max_length: {train['max_length']}\n" in noted
     # on a larger card what was begun goes on as it was begun
     monkeypatch.setattr(worker, "_this_machine", lambda: Card("another card", 80 << 30))
-    again = worker.section_chosen(recipe, "sft", recipe.artifact("sft", tmp_path), manifest["fingerprint"], True)
+    again = worker.section_chosen(
+        recipe, "sft", recipe.artifact("sft", tmp_path), manifest["fingerprint"], PartialState(cpu=True)
+    )
     assert again.train == train
+
+
+TWO_CARDS = """
+import json, sys
+from pathlib import Path
+from accelerate import PartialState
+from pipeline import worker
+from pipeline.plan.cards import Card
+from pipeline.recipe import read
+
+everyone, asked = PartialState(cpu=True), []
+rank = everyone.process_index
+
+def machine():
+    asked.append(rank)
+    return Card("a card", (2, 80)[rank] << 30)
+
+worker._this_machine = machine
+recipe, runs = read(sys.argv[1]), Path(sys.argv[2])
+section = worker.section_chosen(recipe, "sft", recipe.artifact("sft", runs), "f", everyone)
+(runs / f"{rank}.json").write_text(json.dumps([section.train, asked]))
+"""
+
+
+def test_the_first_process_chooses_for_all(tiny_base: Path, tmp_path: Path) -> None:
+    """Two processes, of which each would choose otherwise for the memory that it sees."""
+    tree = tiny_tree(tiny_base, tmp_path)
+    tree["stages"] = {"sft": {**tree["stages"]["sft"], "train": {**ALL, "max_length": "auto"}}}
+    tree["stages"]["sft"].pop("from")
+    tree["train"] = {}
+    (tmp_path / "two.py").write_text(TWO_CARDS)
+    path = write_recipe(tree, tmp_path / "two.yaml")
+    said = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(tmp_path / "two.py"), str(path), str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert said.returncode == 0, said.stdout + said.stderr
+    (first, asked), (second, asked_too) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second and isinstance(first["per_device_train_batch_size"], int)
+    assert (asked, asked_too) == ([0], [])
 
 
 def test_some_layers_checkpointed_train_the_same_adapter(tiny_base: Path, tmp_path: Path) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_tree
+from conftest import head, tiny_tree
 from make_tiny_base import make_tiny_base
+from rich.console import Console
 from safetensors.torch import load_file
 
 from pipeline.artifact import Artifact
@@ -19,6 +23,7 @@ from pipeline.errors import BrokenInvariant, UserError
 from pipeline.models import adapters
 from pipeline.recipe import Recipe, build
 from pipeline.runner import run, states
+from pipeline.summary import show_states
 from pipeline.worker import run_stage
 
 
@@ -109,6 +114,113 @@ def test_fresh_is_skipped_and_only_what_depends_on_a_change_is_stale(chain: tupl
         dialogues.write_text(kept, encoding="utf-8")
 
 
+def test_other_held_out_files_are_measured_on_and_nothing_is_trained(
+    chain: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """The numbers are those of the trained adapter, and of its parent's before, taken here by plain scoring."""
+    from pipeline.data import render
+    from pipeline.data.contracts import PREFERENCE
+    from pipeline.data.load import DataSpec, read_source
+    from pipeline.evaluate import scoring
+    from pipeline.models import base as bases
+
+    runs = tmp_path / "runs"
+    shutil.copytree(chain[1], runs)
+    others = {
+        "questions": head("questions.jsonl", 3, tmp_path / "questions.jsonl"),
+        "pairs": head("comparisons.jsonl", 7, tmp_path / "pairs.jsonl"),
+    }
+    changes = [f"stages.{name}.data.test={others['pairs']}" for name in ("reward", "dpo")]
+    recipe = build(chain[0], [f"stages.sft.questions={others['questions']}", *changes])
+    found = {state.name: (state.word, state.why) for state in states(recipe, runs)}
+    assert found == {
+        "pretrain": ("fresh", ""),
+        "sft": ("unmeasured", "the file of questions has changed"),
+        "reward": ("unmeasured", "the file of data.test has changed"),
+        "dpo": ("unmeasured", "the file of data.test has changed"),
+    }
+    before = {name: recipe.artifact(name, runs).verify() for name in recipe.order()}
+    show_states(states(recipe, runs), Console(file=(shown := io.StringIO()), width=120))
+    assert re.search(r"sft +unmeasured, would be measured, not trained +the file of questions has", shown.getvalue())
+    assert run(recipe, only=["sft"], runs=runs) == ["sft"]
+    for name in ("reward", "dpo"):
+        run_stage(recipe, name, runs)
+    assert words(recipe, runs) == dict.fromkeys(recipe.order(), "fresh")
+    after = {name: recipe.artifact(name, runs).verify() for name in recipe.order()}
+    for name in recipe.order():
+        same = ("files", "fingerprint", "parts", "parents", "invariants", "started", "seconds")
+        assert {key: after[name][key] for key in same} == {key: before[name][key] for key in same}
+        assert after[name]["data"]["counts"] == before[name]["data"]["counts"]
+    assert after["sft"]["data"]["questions"] == 3 and after["dpo"]["data"]["held_out"] == 7
+    assert len(recipe.artifact("sft", runs).samples.read_text().splitlines()) == 3
+
+    spec = recipe.spec.model
+    tokenizer = bases.load_tokenizer(spec)
+    rows = read_source(others["pairs"], PREFERENCE, DataSpec(path=others["pairs"])).rows
+    replies = [(render.reply(tokenizer, row, "chosen"), render.reply(tokenizer, row, "rejected")) for row in rows]
+    for when, stage in (("before", "sft"), ("after", "dpo")):
+        model = adapters.as_trained(bases.load_base(spec, tokenizer), recipe.artifact(stage, runs).adapter)
+        plain = scoring.preferences(model, tokenizer, replies)
+        assert {key: after["dpo"][when][key] for key in plain} == pytest.approx(plain, abs=1e-6)
+    talks = [[render.conversation(tokenizer, row, side) for side in ("chosen", "rejected")] for row in rows]
+    base = bases.load_base(spec, tokenizer, reward=True)
+    plain = scoring.reward_model(adapters.as_trained(base, recipe.artifact("reward", runs).adapter), tokenizer, talks)
+    assert {key: after["reward"]["after"][key] for key in plain} == pytest.approx(plain, abs=1e-6)
+
+
+def test_a_ppo_stage_is_measured_again_too(tiny_base: Path, tmp_path: Path) -> None:
+    """Named back, the first file of held-out prompts gives the first numbers: the draws are the same."""
+    (tmp_path / "pays.py").write_text(
+        "def pays(completions, **_):\n    return [len(c[0]['content']) for c in completions]\n"
+    )
+    tree = tiny_tree(tiny_base, tmp_path)
+    held_out = [head("prompts_test.jsonl", rows, tmp_path / f"{rows}.jsonl") for rows in (3, 2)]
+    tree["train"] = {}
+    tree["stages"] = {
+        "ppo": {
+            "data": {"path": head("prompts.jsonl", 8, tmp_path / "prompts.jsonl"), "test": held_out[0]},
+            "reward": f"{tmp_path}/pays.py:pays",
+            "train": {"steps": 2, "batch_size": 4, "response_length": 8, "kl_stop": 1000.0, "learning_rate": 1e-2},
+        }
+    }  # fmt: skip
+    run_stage(build(tree), "ppo", tmp_path)
+    found = [build(tree).artifact("ppo", tmp_path).verify()]
+    for file in (held_out[1], held_out[0]):
+        recipe = build(tree, [f"stages.ppo.data.test={file}"])
+        assert words(recipe, tmp_path) == {"ppo": "unmeasured"}
+        run_stage(recipe, "ppo", tmp_path)
+        found.append(recipe.artifact("ppo", tmp_path).verify())
+    assert [one["data"]["held_out"] for one in found] == [3, 2, 3]
+    assert len({one["files"][adapters.WEIGHTS] for one in found}) == 1
+    assert found[0]["after"] == found[2]["after"] and found[0]["before"] == found[2]["before"]
+    assert found[0]["after"]["kl"] > 0 and found[1]["after"]["reward"] != found[0]["after"]["reward"]
+
+
+def test_other_versions_are_said_and_noted(
+    chain: tuple[dict[str, Any], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe, runs = copied(chain, tmp_path)
+    sft = recipe.artifact("sft", runs)
+    older = {**(sft.manifest() or {}), "versions": {**sft.verify()["versions"], "trl": "0.1"}}
+    sft.seal({key: value for key, value in older.items() if key != "files"})
+    (state,) = [state for state in states(recipe, runs) if state.name == "sft"]
+    assert state.word == "fresh" and state.why.startswith("made with trl 0.1 (here ")
+    run_stage(recipe, "dpo", runs)
+    assert "warning: 'sft' was made with trl 0.1 (here " in capfd.readouterr().out
+    assert recipe.artifact("dpo", runs).verify()["versions_changed"]["'sft'"]["trl"][0] == "0.1"
+
+
+def test_a_stage_that_computes_otherwise_is_stale(
+    chain: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.stages import STAGES
+
+    monkeypatch.setitem(STAGES, "dpo", replace(STAGES["dpo"], arithmetic=STAGES["dpo"].arithmetic + 1))
+    found = {state.name: state for state in states(build(chain[0]), chain[1])}
+    assert [name for name, state in found.items() if not state.fresh] == ["dpo"]
+    assert found["dpo"].why == "this version of OneBase trains it in another way (1, now 2)"
+
+
 def copied(chain: tuple[dict[str, Any], Path], to: Path) -> tuple[Recipe, Path]:
     shutil.copytree(chain[1], to / "runs")
     return build(chain[0], ["stages.dpo.train.beta=0.2"]), to / "runs"
@@ -194,6 +306,20 @@ def test_a_wrong_reference_stops_dpo_before_it_trains(
     with pytest.raises(BrokenInvariant, match="a reference that is not the policy"):
         run_stage(recipe, "dpo", runs)
     assert recipe.artifact("dpo", runs).manifest() == out(chain, "dpo").manifest()
+
+
+def test_a_base_of_other_bytes_names_both_devices_and_what_to_do(
+    chain: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """As after a parent that a GPU has quantised in another way than this CPU does."""
+    recipe, runs = copied(chain, tmp_path)
+    sft = recipe.artifact("sft", runs)
+    elsewhere = {**sft.verify(), "base_digest": "0" * 16, "device": "NVIDIA H100"}
+    sft.seal({key: value for key, value in elsewhere.items() if key != "files"})
+    with pytest.raises(BrokenInvariant) as caught:
+        run_stage(recipe, "dpo", runs)
+    for said in ("on NVIDIA H100", "on cpu", "one kind of device", "run 'sft' and what it goes on from here again"):
+        assert said in str(caught.value)
 
 
 def test_a_full_disk_leaves_nothing_to_trust(chain: tuple[dict[str, Any], Path], tmp_path: Path) -> None:

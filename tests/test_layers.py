@@ -7,12 +7,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 LAYERS = [
-    ["errors", "artifact", "metrics", "strict_yaml", "gates", "energy"]
+    ["errors", "artifact", "metrics", "strict_yaml", "gates", "energy", "versions"]
     + ["data.contracts", "data.formats", "data.dialogues", "data.trees", "data.shelf"],
     ["models", "data", "ppo"],
     ["stages", "evaluate", "plan"],
     ["recipe"],
-    ["runner", "worker", "evaluation_plan", "evaluator", "summary", "doctor", "report", "compare", "chat", "publish"],
+    ["runner", "worker", "evaluation_plan", "evaluator", "summary", "doctor", "report", "compare", "chat", "publish"]
+    + ["sharding"],
     ["cli"],
 ]
 

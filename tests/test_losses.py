@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from pipeline import metrics
 from pipeline.data import render
 from pipeline.data.contracts import PREFERENCE
 from pipeline.data.load import DataSpec, read_source
+from pipeline.errors import BrokenInvariant
 from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.recipe import Recipe, build
@@ -95,31 +98,76 @@ def by_hand(model: Any, reply: render.Reply) -> torch.Tensor:
     return sum(logp_TV[t - 1, ids_T[t]] for t in range(start, len(ids_T)))  # type: ignore[return-value]
 
 
-def test_dpo_loss_equals_the_formula(tiny_base: Path, tmp_path: Path) -> None:
-    """-log sigmoid(beta * ((log pi_w - log ref_w) - (log pi_l - log ref_l))), arXiv 2305.18290 eq. 7, with a policy
-    that has moved away from its reference."""
+def dpo_trainer(
+    base: Path, folder: Path, moved: float = 0.0, batch: int = 6, **train: Any
+) -> tuple[list[tuple[render.Reply, render.Reply]], Any]:
+    """The stage's trainer, on a policy that has moved so far from the base before its reference was copied."""
     from trl import DPOConfig, DPOTrainer
 
     from pipeline.stages import sequences
     from pipeline.stages import trainer as shared
 
-    recipe = one_stage(tiny_base, tmp_path, "dpo")
+    recipe = one_stage(base, folder, "dpo")
     spec = recipe.spec.model
     tokenizer = bases.load_tokenizer(spec)
     torch.manual_seed(0)
     model = adapters.fresh(bases.load_base(spec, tokenizer), spec.lora)
-    some = pairs(recipe, "dpo", tokenizer)[:6]
+    shift(model, moved)
     args = DPOConfig(
-        output_dir=str(tmp_path), beta=0.3, bf16=False, use_cpu=True, report_to="none", per_device_train_batch_size=6
+        output_dir=str(folder), bf16=False, use_cpu=True, report_to="none", per_device_train_batch_size=batch, **train
     )
     taking = type("DPOTrainer", (shared.TakesEncoded, DPOTrainer), {})
-    trainer = shared.build(
-        taking, model, args=args, train_dataset=sequences.reply_pairs(some), processing_class=tokenizer
-    )
+    some = pairs(recipe, "dpo", tokenizer)[:batch]
+    rows = sequences.reply_pairs(some)
+    return some, shared.build(taking, model, args=args, train_dataset=rows, processing_class=tokenizer)
+
+
+def shift(model: Any, by: float) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if ".default." in name:
-                weight.add_(torch.randn_like(weight) * 0.05)
+                weight.add_(torch.randn_like(weight) * by)
+
+
+def dpo_settings() -> list[dict[str, Any]]:
+    """Every loss of the installed TRL, and what else changes the value of a loss."""
+    from trl import DPOTrainer
+
+    losses = re.findall(r'loss_type == "(\w+)"', inspect.getsource(DPOTrainer._compute_loss))
+    assert {"sigmoid", "ipo", "sft", "aot"} <= set(losses)
+    alone = [{"loss_type": [loss], **({"label_smoothing": 0.1} if loss == "exo_pair" else {})} for loss in losses]
+    mixed: list[dict[str, Any]] = [
+        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+        {"loss_weights": [0.5]},
+        {"use_weighting": True},
+        {"ld_alpha": 0.3},
+        {"f_divergence_type": "js_divergence"},
+        {"precompute_ref_log_probs": True},
+        {"beta": 1e-4},
+    ]
+    return [*alone, *mixed]
+
+
+@pytest.mark.parametrize("train", dpo_settings(), ids=lambda train: "-".join(map(str, [*train, *train.values()][:2])))
+def test_dpo_may_start_under_every_loss_and_under_none_from_another_reference(
+    tiny_base: Path, tmp_path: Path, train: dict[str, Any]
+) -> None:
+    from pipeline.stages import invariants
+
+    _, trainer = dpo_trainer(tiny_base, tmp_path, moved=0.05, batch=2, **train)
+    found = invariants.reference_is_the_start(trainer)
+    assert found["step_0_log_ratio"] < 1e-4 and abs(found["step_0_margin"]) < 1e-4
+    shift(trainer.model, 0.02)
+    with pytest.raises(BrokenInvariant, match="a reference that is not the policy"):
+        invariants.reference_is_the_start(trainer)
+
+
+def test_dpo_loss_equals_the_formula(tiny_base: Path, tmp_path: Path) -> None:
+    """-log sigmoid(beta * ((log pi_w - log ref_w) - (log pi_l - log ref_l))), arXiv 2305.18290 eq. 7, with a policy
+    that has moved away from its reference."""
+    some, trainer = dpo_trainer(tiny_base, tmp_path, beta=0.3)
+    model = trainer.model
+    shift(model, 0.05)
     model.eval()
     with torch.no_grad():
         batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))

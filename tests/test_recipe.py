@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import time
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, tiny_tree, write_recipe
 
-from pipeline import strict_yaml
+from pipeline import runner, sharding, strict_yaml
 from pipeline.errors import UserError
 from pipeline.recipe import build, read
+from pipeline.runner import run
+from pipeline.worker import run_stage
 
 GOOD = """\
 name: t
@@ -58,6 +61,8 @@ def test_floats_are_numbers_and_overrides_apply(good: Path) -> None:
         (("1e-5", "2020-01-01"), 7, "stages.pretrain.train.learning_rate", "is read as date"),
         (("  base:", "  lora: {inference_mode: true}\n  base:"), 3, "model.lora.inference_mode", "set by the stage"),
         (("learning_rate: 1e-5", "hub_token: x"), 7, "stages.pretrain.train.hub_token", "does not belong"),
+        (("learning_rate: 1e-5", "deepspeed: z3.json"), 7, "stages.pretrain.train.deepspeed", "is not supported"),
+        (("learning_rate: 1e-5", "fsdp: full_shard"), 7, "stages.pretrain.train.fsdp", "--launch-config recipes/acc"),
     ],
 )
 def test_mistakes_are_named(good: Path, change: tuple[str, str], line: int, key: str, says: str) -> None:
@@ -82,6 +87,53 @@ def test_cycle_double_key_and_broken_yaml(good: Path) -> None:
     good.write_text(text + "  dpo: [\n")
     with pytest.raises(UserError, match="is not YAML"):
         read(good)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("distributed_type: FSDP\nnum_processes: 2\n", "distributed_type asks for FSDP"),
+        ("distributed_type: MULTI_GPU\ndeepspeed_config: {zero_stage: 3}\n", "deepspeed_config asks for DeepSpeed"),
+        ('{"distributed_type": "DEEPSPEED"}', "distributed_type asks for DeepSpeed"),
+        ("distributed_type: [", "is no accelerate config"),
+    ],
+)
+def test_a_base_in_shards_is_refused_before_any_work(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, names: str
+) -> None:
+    """Whether a file asks for it, or the one that accelerate itself has written, which its launcher reads unasked."""
+    file = tmp_path / "accelerate" / "default_config.yaml"
+    file.parent.mkdir()
+    file.write_text(text)
+    with pytest.raises(UserError, match=rf"{file}: {names}"):
+        run(read(good), runs=tmp_path / "runs", launch_config=file)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(UserError, match=rf"{file}: {names}"):
+        run(read(good), runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_variable_that_asks_for_shards_is_named(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sharding.refuse(ROOT / "recipes" / "accelerate" / "ddp.yaml")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for start in (run, lambda recipe, runs: run_stage(recipe, "pretrain", runs)):
+        with pytest.raises(
+            UserError, match="ACCELERATE_USE_FSDP is set .* asks for FSDP.* recipes/accelerate/ddp.yaml"
+        ):
+            start(read(good), runs=tmp_path / "runs")
+
+
+def test_cuda_memory_grows_in_segments_unless_the_person_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = importlib.util.find_spec("torch")
+    assert torch and torch.origin
+    reads = (Path(torch.origin).parent / "lib" / "libc10.so").read_bytes()
+    assert all(name.encode() in reads for name in (*runner.GPU_ENVIRONMENT, *runner.ALLOCATORS))
+    for name in runner.ALLOCATORS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(runner, "_has_gpu", lambda: True)
+    assert runner.environment()["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    assert "PYTORCH_ALLOC_CONF" not in runner.environment()
 
 
 def test_the_resolved_recipe_reads_back_as_the_same(good: Path, tmp_path: Path) -> None:
@@ -146,6 +198,63 @@ def test_fingerprints_follow_what_changes(tiny_base: Path, tmp_path: Path) -> No
     dialogues = Path(tree["stages"]["sft"]["data"]["path"])
     dialogues.write_text(dialogues.read_text().replace("I", "We", 1))
     assert {n for n, p in build(tree).parts().items() if p != before[n]} == {"sft", "reward", "dpo"}
+
+
+def test_what_is_only_measured_on_is_no_part_of_the_training(tiny_base: Path, tmp_path: Path) -> None:
+    """A share to hold out is taken from the rows that are trained on; a file of other rows is not."""
+    tree = tiny_tree(tiny_base, tmp_path)
+    before, measured = build(tree).parts(), build(tree).measured_on("dpo")
+    Path(tree["stages"]["sft"]["questions"]).write_text('{"prompt": "q", "answer": "a"}\n')
+    held_out = Path(tree["stages"]["dpo"]["data"]["test"])
+    held_out.write_text("\n".join(held_out.read_text().splitlines()[1:]) + "\n")
+    assert build(tree).parts() == before
+    assert build(tree).measured_on("dpo").keys() == measured.keys() == {"test"}
+    assert build(tree).measured_on("dpo") != measured
+    tree["stages"]["reward"]["data"] = {"path": tree["stages"]["reward"]["data"]["path"]}  # no held-out file at all
+    assert build(tree).parts() == before
+    changed = build(tree, ["stages.pretrain.data.test=0.5", "stages.dpo.data.test=0.1"]).parts()
+    assert {name for name in changed if changed[name]["stage"] != before[name]["stage"]} == {"pretrain", "dpo"}
+
+
+REWARD = """
+from pathlib import Path
+import math, helper
+from package.inner import unit
+
+def pays(completions, **columns):
+    words = (Path(__file__).parent / "words.txt").read_text().split()
+    return [helper.count(c[0]["content"]) * unit() for c in completions]
+"""
+
+
+def test_a_reward_is_all_that_its_function_reads(tiny_base: Path, tmp_path: Path) -> None:
+    """Modules beside it, those that they import, and files that one of them names; nothing else in the folder."""
+    files = {
+        "pays.py": REWARD,
+        "helper.py": "def count(text):\n    import deeper\n    return len(text)\n",
+        "deeper.py": "RULES = open('rules/list.json')\n",
+        "package/__init__.py": "",
+        "package/inner.py": "from . import near\n\ndef unit():\n    return 1.0\n",
+        "package/near.py": "",
+        "words.txt": "a b\n",
+        "rules/list.json": "[]",
+        "unused.py": "",
+        "unused.txt": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    tree = tiny_tree(tiny_base, tmp_path)
+    tree["stages"] = {"ppo": {"reward": f"{tmp_path}/pays.py:pays", "data": {"path": "data/prompts.jsonl"}}}
+    tree["train"] = {}
+    before = build(tree).parts()
+    counted = set()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n# changed\n")
+        counted |= {name} if build(tree).parts() != before else set()
+        (tmp_path / name).write_text(text)
+    assert counted == files.keys() - {"unused.py", "unused.txt"}
+    assert build(tree).parts() == before
 
 
 def test_the_command_line_answers_at_once() -> None:

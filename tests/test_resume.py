@@ -11,9 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, tiny_tree, write_recipe
 
-from pipeline.artifact import Artifact, mark_checkpoint
+from pipeline.artifact import Artifact, mark_checkpoint, write_json
+from pipeline.errors import UserError
+from pipeline.recipe import read
+from pipeline.runner import states
+from pipeline.stages import trainer
+from pipeline.worker import run_stage
 
 ONEBASE = [sys.executable, "-m", "pipeline", "run"]
 
@@ -123,6 +129,31 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_run_is_refused(tiny_bas
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert "stopped" in shown.stdout and "goes on from step" in shown.stdout
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step would learn from another number of rows. A finished stage stays fresh, however many there are."""
+    chain = read(recipe(tiny_base, tmp_path, epochs=1))
+    sft = chain.artifact("sft", tmp_path)
+    with monkeypatch.context() as planted:
+        planted.setattr(trainer, "save", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_stage(chain, "sft", tmp_path)
+    held = sft.claimed() or {}
+    assert held["processes"] == 1 and sft.last_checkpoint(held["fingerprint"])
+    write_json(sft.folder / "claim.json", {**held, "processes": 2})  # as two leave it
+    assert states(chain, tmp_path)[0].why.endswith(", with 2 processes")
+    with pytest.raises(UserError, match="was made by 2 processes, and here there are 1: .* or delete .*checkpoints"):
+        run_stage(chain, "sft", tmp_path)
+    assert sft.last_checkpoint(held["fingerprint"])
+    write_json(sft.folder / "claim.json", held)
+    run_stage(chain, "sft", tmp_path)
+    manifest = sft.verify()
+    assert manifest["processes"] == 1
+    sft.seal({**{key: value for key, value in manifest.items() if key != "files"}, "processes": 2})
+    assert states(chain, tmp_path)[0].word == "fresh"
 
 
 def test_a_checkpoint_is_trusted_whole_and_under_its_fingerprint_only(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def _parents_answers(ctx: Context, shown: list[Row]) -> tuple[dict[str, float], 
     policy before training, proven equal, so there is nothing to ask again."""
     parent = ctx.parents.get("policy")
     manifest = (parent.manifest() or {}) if parent else {}
-    asked = manifest.get("parts", {}).get("data", {}).get("questions")
+    asked = manifest.get("data", {}).get("measured_on", {}).get("questions")
     if parent is None or asked is None or asked != ctx.questions_hash:
         return None
     try:

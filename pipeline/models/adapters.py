@@ -107,6 +107,12 @@ def round_frozen(model: PeftModel) -> None:
             weight.data = weight.data.to(compute)
 
 
+def restore(model: PeftModel, folder: Path) -> None:
+    """Put a finished adapter (and its head) in the place of the one that is trained, proven to be the one on disk."""
+    _lay_in(model, folder, "default")
+    prove_same(model, folder)
+
+
 def others(model: PeftModel) -> list[str]:
     """The adapters beside the trained one."""
     return [name for name in model.peft_config if name != "default"]

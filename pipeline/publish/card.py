@@ -203,7 +203,8 @@ def _lineage(sealed: Sealed) -> str:
         sources = entry["data"]["sources"]
         names = ", ".join(source["path"] for source in sources)
         used = ", ".join(f"{source['used']} of {source['rows']}" for source in sources)
-        hashes = ", ".join(f"`{sha[:16]}`" for sha in entry["parts"]["data"].values() if sha)
+        files = {**entry["parts"]["data"], **entry["data"].get("measured_on", {})}
+        hashes = ", ".join(f"`{sha[:16]}`" for sha in files.values() if sha)
         adapter = f"`{entry['files'][WEIGHTS][:16]}`"
         grew = parents or f"{sealed.base_id or 'the base'} (`{entry['base_hash']}`)"
         lines.append(f"| {entry['stage']} | {entry['kind']} | {grew} | {names} | {used} | {hashes} | {adapter} |")
@@ -257,7 +258,7 @@ def _hub_datasets(sealed: Sealed) -> list[str]:
             continue
         data = entry["section"]["data"]
         named = {f"mix[{number}]": part["path"] for number, part in enumerate(data.get("mix") or [])} | data
-        hashes = entry["parts"]["data"]
+        hashes = {**entry["parts"]["data"], **entry["data"].get("measured_on", {})}
         found += [named[role] for role, sha in hashes.items() if str(sha).startswith("hub:") and role in named]
     return list(dict.fromkeys(found))
 

@@ -88,13 +88,13 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
 
 
 def _examined(recipe: Recipe, runs: Path, finished: dict[str, Json]) -> Json:
-    """What `onebase data` found of the very files that the finished stages were trained on."""
+    """What `onebase data` found of the very files that the finished stages were trained and measured on."""
     found = doctor.kept(recipe, runs)
-    return {
-        name: found[name]
+    files = {
+        name: {**manifest.get("parts", {}).get("data", {}), **manifest.get("data", {}).get("measured_on", {})}
         for name, manifest in finished.items()
-        if name in found and found[name].get("files") == manifest.get("parts", {}).get("data")
     }
+    return {name: found[name] for name in finished if name in found and found[name].get("files") == files[name]}
 
 
 def _evaluated(recipe: Recipe, typed: str, runs: Path) -> Json | None:

@@ -89,6 +89,12 @@ OUR_WORDS = {
         "trust_remote_code",
     ],
     "is set by the stage": ["task_type", "inference_mode", "base_model_name_or_path", "peft_type", "modules_to_save"],
+    "is not supported, each GPU holds the whole base; for several: --launch-config recipes/accelerate/ddp.yaml": [
+        "deepspeed",
+        "fsdp",
+        "fsdp_config",
+        "parallelism_config",
+    ],
     "does not belong in a recipe; log in with `hf auth login` or set HF_TOKEN": ["hub_token", "push_to_hub_token"],
 }
 NUMBERS: dict[str, tuple[type, float]] = {

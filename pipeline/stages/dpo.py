@@ -46,7 +46,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
         trainer_class, model, args=args, train_dataset=sequences.reply_pairs(train_set), processing_class=tokenizer
     )
     result.invariants |= invariants.only_adapter_trains(model)
-    result.invariants |= invariants.reference_is_the_start(trainer, ctx)
+    result.invariants |= invariants.reference_is_the_start(trainer)
 
     # train, with the held-out numbers before and after
     result.before = scoring.preferences(model, tokenizer, test_set)

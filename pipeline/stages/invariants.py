@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from pipeline import versions
 from pipeline.data.render import Encoded
 from pipeline.errors import BrokenInvariant, UserError
 from pipeline.evaluate import scoring
@@ -40,6 +41,8 @@ RELOAD_TOLERANCE = 1e-5
 BORROWED_TOLERANCE = {"float32": 1e-5}
 """Of a reward model's score on the policy's base, by dtype; 1e-3 in half precision."""
 STEP_0_TOLERANCE = 1e-4
+TAKEN_TOLERANCE = 0.02
+"""Nats a token by which a reference's log-probabilities may differ in a batch of another padding, in half precision."""
 COMPARED = 32
 """Tokens of an answer that policy and reference are compared on before the first step of ppo."""
 
@@ -47,12 +50,19 @@ COMPARED = 32
 def same_base(ctx: Context, digest: str) -> Found:
     """The bytes of the base in memory are those that every parent was trained on."""
     for role, parent in ctx.parents.items():
-        trained_on = (parent.manifest() or {}).get("base_digest")
+        manifest = parent.manifest() or {}
+        trained_on, device = manifest.get("base_digest"), manifest.get("device", "a device that it does not name")
         if trained_on != digest:
+            here = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+            version = manifest.get("versions", {}).get("bitsandbytes", "unknown")
             raise BrokenInvariant(
-                f"the base that {role} '{parent.name}' was trained on ({trained_on})",
-                f"another one in memory ({digest})",
-                "a base folder that was changed in place, or other quantisation by another library version",
+                f"the base that {role} '{parent.name}' was trained on ({trained_on}, on {device}, "
+                f"bitsandbytes {version})",
+                f"another one in memory ({digest}, on {here}, bitsandbytes {versions.installed()['bitsandbytes']})",
+                "a base folder that was changed in place, or one quantised to other bytes: whether a CPU and a GPU "
+                "make the same ones, or two versions of bitsandbytes, is not known.\n"
+                f"  to do: run the whole chain on one kind of device, with one version. Either run '{parent.name}' and "
+                f"what it goes on from here again (delete {parent.folder}), or this stage where '{parent.name}' ran",
             )
     return {"base_equals_parents": True, "adapter_equals_parents": True} if ctx.parents else {}
 
@@ -106,27 +116,44 @@ def ends_are_learnt(sequences: Sequence[Encoded], counts: Found, tokenizer: PreT
     return {"rows_with_supervised_end": ends, "rows_not_cut": whole}
 
 
-def reference_is_the_start(trainer: Trainer, ctx: Context) -> Found:
-    """Before the first step policy and reference are one: margins are 0 and the sigmoid loss is ln 2."""
+def reference_is_the_start(trainer: Trainer) -> Found:
+    """Before the first step policy and reference are one: each answer of the first batch is as likely under both.
+
+    Log-ratios (nats, of an answer) say so under every loss. Where the loss is the plain sigmoid it is ln 2 as well.
+    Reference log-probabilities taken beforehand were taken in other batches, so they are equal up to rounding only.
+    """
     model = trainer.model.eval()
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    seen = trainer._metrics["eval"]
 
-    def of(pairs: Sequence[int]) -> list[tuple[float, float]]:
-        with torch.no_grad(), computing(model):
-            loss = trainer.compute_loss(model, splitting.part(batch, pairs[0], pairs[-1] + 1)).item()
-        return [(loss, trainer._metrics["eval"]["rewards/margins"][-1])] * len(pairs)
+    def of(pairs: Sequence[int]) -> list[tuple[float, float, float]]:
+        found = []
+        for pair in pairs:
+            part = splitting.part(batch, pair, pair + 1)
+            with torch.no_grad(), computing(model):
+                loss = trainer.compute_loss(model, part).item()
+            rewards = [abs(seen[f"rewards/{side}"][-1]) for side in ("chosen", "rejected")]
+            tokens = part["completion_mask"].sum(1).tolist() if trainer.precompute_ref_logps else [1, 1]
+            ratios = [reward / (trainer.beta or 1) / n for reward, n in zip(rewards, tokens, strict=True)]
+            found.append((loss, seen["rewards/margins"][-1], math.nan if math.nan in ratios else max(ratios)))
+        return found
 
     found = in_halves(of, range(splitting.rows(batch)))
-    trainer._metrics["eval"].clear()
-    loss, margin = (sum(values) / len(found) for values in zip(*found, strict=True))
-    plain = list(trainer.loss_types) == ["sigmoid"]
-    if abs(margin) > STEP_0_TOLERANCE or (plain and abs(loss - math.log(2)) > STEP_0_TOLERANCE):
+    seen.clear()
+    losses, margins, ratios = zip(*found, strict=True)
+    loss, margin, ratio = sum(losses) / len(found), sum(margins) / len(found), max(ratios)
+    taken = trainer.precompute_ref_logps
+    plain = trainer.loss_types == ["sigmoid"] and trainer.loss_weights == [1.0]
+    plain = plain and not (taken or trainer.use_weighting or trainer.aux_loss_enabled)
+    tolerance, unit = (TAKEN_TOLERANCE, "a token") if taken else (STEP_0_TOLERANCE, "an answer")
+    if not ratio <= tolerance or (plain and not abs(loss - math.log(2)) <= STEP_0_TOLERANCE):
         raise BrokenInvariant(
-            f"loss ln 2 = {math.log(2):.4f} and margin 0 before the first DPO step",
-            f"loss {loss:.4f} and margin {margin:.4f}",
+            f"every answer as likely under the policy as under its reference before the first DPO step, within "
+            f"{tolerance} nats {unit}" + (f", and the loss ln 2 = {math.log(2):.4f}" if plain else ""),
+            f"a difference of {ratio:.4f}, margin {margin:.4f}, loss {loss:.4f}",
             "a reference that is not the policy this stage starts from",
         )
-    return {"step_0_loss": loss, "step_0_margin": margin}
+    return {"step_0_loss": loss, "step_0_margin": margin, "step_0_log_ratio": ratio}
 
 
 def base_unchanged(model: PeftModel, digest: str) -> Found:

@@ -11,20 +11,24 @@ import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy
+import pyarrow.compute
 import torch
 
 from pipeline.errors import UserError
 from pipeline.models.halving import freed, out_of_memory
+from pipeline.plan.stage import optimizer_bytes
 from pipeline.stages.fitting import checkpoints, longest_that_fits
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import Trainer as _Trainer
 else:
     _Trainer = object
 
 Batch = dict[str, Any]
-NOT_A_SUM = {"sft", "aot", "aot_unpaired"}
-"""DPO's losses that are not a mean over pairs: of a part they are another loss."""
+COMPARES_PAIRS = {"aot", "aot_unpaired"}
+"""DPO's losses that sort the pairs of a batch: of a part they are another loss."""
 
 
 class SplitsWhenFull(_Trainer):
@@ -36,13 +40,20 @@ class SplitsWhenFull(_Trainer):
     """Whether the longest batch is tried before the first step. A CPU does not say that it is full."""
     when_split: Callable[[int, int], None] = staticmethod(lambda rows, left: None)
     """Told the rows that did not fit and those that are tried next."""
+    when_tried: Callable[[int], None] = staticmethod(lambda rows: None)
+    """Told the rows that are tried again after `patience`."""
+    patience = 100
+    """Steps after which twice as many rows are tried again: what was full may have been so for a moment. Each time that
+    they do not fit it is doubled, so that the passes lost are few."""
     _share = 1.0
     _probed = False
+    _most, _since, _tried = 0, 0, False
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         if self.probes and not self._probed:
             self._probe(model)
         self._probed = True
+        self._try_more()
         # Of several processes DDP averages what has accumulated by the last micro-batch: it must all be there.
         aside = {} if self.accelerator.num_processes > 1 else _taken_gradients(model)
         loss = self._in_parts(model, inputs, num_items_in_batch)
@@ -58,45 +69,104 @@ class SplitsWhenFull(_Trainer):
         return result * self._share
 
     def _in_parts(self, model: Any, inputs: Batch, num_items: Any) -> torch.Tensor:
-        """Forward and backward of a batch, whole or in as many parts as memory asks for; its loss."""
+        """Forward and backward of a batch, whole or in as many parts as memory asks for; its loss.
+
+        Raises UserError where a batch of this loss cannot be done in parts, or one row does not fit.
+        """
         count = rows(inputs)
         while True:
             size = min(count, self.rows_at_once or count)
             noted = copy.deepcopy(self._metrics), self._total_train_tokens
+            weights = list(getattr(self, "loss_weights", ()))
             try:
                 losses = []
                 for some in _parts(inputs, size):
                     # A sum over tokens, divided by all of the step's, needs no weight; a mean over a part does.
                     self._share = 1.0 if num_items is not None or size == count else _weight(some) / _weight(inputs)
+                    if "sft" in getattr(self, "loss_types", ()):
+                        self.loss_weights = self._by_tokens(weights, some, inputs)
                     losses.append(super().training_step(model, some, num_items))
                 return torch.stack(losses).sum()
             except RuntimeError as error:
-                if not out_of_memory(error) or not self._separable():
+                if not out_of_memory(error):
                     raise
+                if why := self._why_whole():
+                    raise UserError(self._cannot_split(size, why)) from error
             finally:
                 self._share = 1.0
+                if weights:
+                    self.loss_weights = weights
             self._metrics, self._total_train_tokens = noted
             model.zero_grad()
             freed()
             if size == 1:
                 raise UserError(self._too_long(inputs))
+            self.patience *= 2 if self._tried else 1
+            self._most, self._since, self._tried = max(self._most, size), self.state.global_step, False
             self.rows_at_once = size // 2
             self.when_split(size, self.rows_at_once)
 
+    def _try_more(self) -> None:
+        if self.rows_at_once is None or self.state.global_step - self._since < self.patience:
+            return
+        more = self.rows_at_once * 2
+        self.rows_at_once = more if more < self._most else None
+        self._since, self._tried = self.state.global_step, True
+        self.when_tried(min(more, self._most))
+
+    def _by_tokens(self, weights: list[float], some: Batch, whole: Batch) -> list[float]:
+        """DPO's weights of its losses for a part: `sft` is a mean over the chosen answers' tokens, not over pairs."""
+        share = _chosen_tokens(some) / _chosen_tokens(whole) / self._share
+        return [
+            weight * share if loss == "sft" else weight for loss, weight in zip(self.loss_types, weights, strict=True)
+        ]
+
     def _probe(self, model: Any) -> None:
         """Try the longest rows as one batch, so that what does not fit is found before the first step."""
-        lengths = [_length(row) for row in self.train_dataset]
-        longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-self.args.per_device_train_batch_size :]
+        longest = numpy.argsort(lengths(self.train_dataset), kind="stable")[-self.args.per_device_train_batch_size :]
+        room = self._room_for_later(model)
         noted = copy.deepcopy(self._metrics), self._total_train_tokens
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
-            self._in_parts(model, self.data_collator([self.train_dataset[i] for i in longest]), None)
+            self._in_parts(model, self.data_collator([self.train_dataset[int(i)] for i in longest]), None)
+        del room
         self._metrics, self._total_train_tokens = noted
         model.zero_grad()
 
-    def _separable(self) -> bool:
-        several = self.accelerator.num_processes > 1  # the others would wait for this one's gradients
-        return not several and not NOT_A_SUM & set(getattr(self, "loss_types", ()))
+    def _room_for_later(self, model: Any) -> list[torch.Tensor]:
+        """As much memory as the steps will take for good: the optimizer's state, which its first step makes, and the
+        gradients that are kept aside while a further micro-batch is done."""
+        state = 0.0 if getattr(self.optimizer, "state", None) else optimizer_bytes(self.args.optim)
+        aside = 4 if self.args.gradient_accumulation_steps > 1 and self.accelerator.num_processes == 1 else 0
+        return [
+            torch.empty(int(weight.numel() * (state + aside)), dtype=torch.uint8, device=weight.device)
+            for weight in model.parameters()
+            if weight.requires_grad
+        ]
+
+    def _why_whole(self) -> str | None:
+        """Why a batch cannot be done in parts that add up to it, where it cannot."""
+        losses = set(getattr(self, "loss_types", ()))
+        if self.accelerator.num_processes > 1:
+            return "the other processes wait for this one's gradients"
+        if sorting := sorted(losses & COMPARES_PAIRS):
+            return f"loss_type {sorting[0]} compares all pairs of a batch with each other"
+        if "sft" in losses and self.use_weighting:
+            return "use_weighting multiplies a mean over tokens (loss_type sft) by one over pairs"
+        if getattr(self, "aux_loss_enabled", False):
+            return (
+                "the router's loss of a mixture of experts is one of the whole batch (router_aux_loss_coef: 0 ends it)"
+            )
+        if self.args.neftune_noise_alpha and getattr(self, "padding_free", False):
+            return "neftune_noise_alpha measures its noise by the length of the packed row"
+        return None
+
+    def _cannot_split(self, count: int, why: str) -> str:
+        return (
+            f"out of memory with {count} rows at once, which cannot be done in parts: {why}. Halve "
+            "per_device_train_batch_size and double gradient_accumulation_steps, lower max_length"
+            + ("." if checkpoints(self.args) else ", or set activation_checkpointing: true.")
+        )
 
     def _too_long(self, inputs: Batch) -> str:
         length = inputs["input_ids"].shape[-1]
@@ -138,6 +208,10 @@ def _weight(inputs: Batch) -> int:
     return rows(inputs) if _pairs(inputs) else int((inputs["labels"][..., 1:] != -100).sum())
 
 
+def _chosen_tokens(inputs: Batch) -> int:
+    return int(inputs["completion_mask"].chunk(2)[0][:, 1:].sum())
+
+
 def _parts(inputs: Batch, size: int) -> list[Batch]:
     count = rows(inputs)
     return [part(inputs, start, min(start + size, count)) for start in range(0, count, size)]
@@ -175,7 +249,9 @@ def _part_of_packed(inputs: Batch, start: int, stop: int) -> Batch:
     return some
 
 
-def _length(row: Batch) -> int:
-    if "input_ids" in row:
-        return len(row["input_ids"])
-    return len(row.get("prompt_ids", ())) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+def lengths(rows: Dataset) -> numpy.ndarray:
+    """Tokens of each row (R,), without reading the tokens: from the column that says so, or where the lists end."""
+    if "length" in rows.column_names:
+        return numpy.asarray(rows.with_format("numpy")["length"][:])
+    ids = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
+    return pyarrow.compute.list_value_length(ids).to_numpy()

@@ -81,6 +81,8 @@ class Stage:
     run: Callable[[StageSpec, Context], Result]
     answers: bool
     """Whether it leaves a policy, which can be asked things (a reward model cannot)."""
+    arithmetic: int = 1
+    """Counts up when the stage would make another adapter of the same inputs: what was trained before is then stale."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class Context:
     None to start at the beginning. Called once everything that can be refused has been accepted."""
     questions_hash: str | None = None
     """Of the file of questions, to know whether a parent was asked the same."""
+    trained: Path | None = None
+    """The adapter that this stage has made already, where it is only to be measured again."""
 
 
 @dataclass

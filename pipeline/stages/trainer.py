@@ -18,6 +18,8 @@ from pipeline.artifact import written_whole
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
 from pipeline.models import adapters
 from pipeline.models.forward import checkpoint_first
+from pipeline.models.halving import out_of_memory
+from pipeline.plan.stage import optimizer_bytes
 from pipeline.stages.progress import Checkpoints, Progress, Stop
 from pipeline.stages.splitting import SplitsWhenFull
 from pipeline.stages.stage import Context, StageSpec
@@ -141,10 +143,14 @@ class _SeededByEpoch(LengthGroupedSampler):
 
 
 def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
-    """Train to the end, from the last whole checkpoint where there is one, and return cost figures.
+    """Train to the end, from the last whole checkpoint where there is one, and return cost figures. What has been
+    trained already is put in place instead.
 
     Raises Interrupted after Ctrl-C or SIGTERM, once a checkpoint has been written.
     """
+    if ctx.trained:
+        adapters.restore(trainer.model, ctx.trained)
+        return {}
     checkpoint = ctx.claim()
     set_seed(ctx.seed)
     stop, halved = Stop(), []
@@ -155,14 +161,24 @@ def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
         print(f"  step {step + 1}: out of memory with {rows} rows at once; the same step with {left}", flush=True)
         metrics.append(ctx.out.metrics, step, {"out_of_memory": rows, "rows_at_once": left})
 
-    trainer.when_split = note
+    def note_trial(rows: int) -> None:
+        step = trainer.state.global_step
+        print(f"  step {step + 1}: {rows} rows at once are tried again", flush=True)
+        metrics.append(ctx.out.metrics, step, {"rows_at_once": rows})
+
+    trainer.when_split, trainer.when_tried = note, note_trial
     trainer.remove_callback(PrinterCallback)  # Progress prints
     trainer.add_callback(stop)
     trainer.add_callback(Checkpoints(ctx.fingerprint, spec.train.get("save_total_limit") or 1))
     trainer.add_callback(Progress(ctx, resumed=checkpoint is not None))
     metrics.rewind(ctx.out.metrics, int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
-    with stop.listening():
-        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        with stop.listening():
+            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(_full_beside_the_rows(trainer, ctx)) from error
     if stop.asked:
         raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
     if trainer.state.global_step == 0:
@@ -171,11 +187,24 @@ def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
     if not math.isfinite(loss) and not checkpoint:
         raise UserError(f"stage '{ctx.out.name}' ended with a loss of {loss}: lower the learning rate")
     done = {"steps": trainer.state.global_step, "train_seconds": round(output.metrics["train_runtime"], 1)}
-    return {**done, "rows_at_once": halved[-1]} if halved else done
+    return {**done, "rows_at_once": min(halved)} if halved else done
+
+
+def _full_beside_the_rows(trainer: Trainer, ctx: Context) -> str:
+    weights = sum(weight.numel() for weight in adapters.trainable(trainer.model).values())
+    state = weights * optimizer_bytes(trainer.args.optim) / 2**20
+    return (
+        f"stage '{ctx.out.name}' ran out of memory in step {trainer.state.global_step + 1}, after the passes over its "
+        f"rows: most likely in the optimizer's step, whose state takes {state:.0f} MiB from the first step on. Set "
+        "optim: adamw_8bit, lower model.lora.r or per_device_train_batch_size, or end what else uses the GPU. Run "
+        "again to go on from the last checkpoint."
+    )
 
 
 def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, ctx: Context) -> None:
     """Write the adapter with its tokenizer and chat template, whole or not at all."""
+    if ctx.trained:
+        return
     unfit = [name for name, weight in adapters.trainable(model).items() if not torch.isfinite(weight).all()]
     if unfit:
         raise BrokenInvariant(

@@ -139,9 +139,16 @@ def test_rows_longer_than_the_window_are_dropped_or_end_their_turn(tokenizer) ->
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer) -> None:  # type: ignore[no-untyped-def]
     from copy import deepcopy
 
+    from pipeline.models.base import PLAIN_TEMPLATE
+
     fickle = deepcopy(tokenizer)
-    fickle.chat_template = "{{ messages | length }}" + tokenizer.chat_template
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    # Where a special token opens the turn, it is found although what stands before it changes ...
+    fickle.chat_template = "{{ messages | length }}" + tokenizer.chat_template
+    labels = render.demonstration(fickle, row).labels
+    assert tokenizer.decode([label for label in labels if label != IGNORED]) == "a<|im_end|>"
+    # ... and where only words open it, they could be anybody's.
+    fickle.chat_template = "{{ messages | length }}" + PLAIN_TEMPLATE
     with pytest.raises(render.Unrenderable, match="renders turn 1 differently"):
         render.demonstration(fickle, row)
     fickle.chat_template = None

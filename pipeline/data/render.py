@@ -7,6 +7,8 @@ pad and end-of-turn are one token, a mask by id would hide the end and the model
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 from dataclasses import dataclass
@@ -160,19 +162,36 @@ def _written_calls(messages: Messages) -> Messages:
     ]
 
 
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that stand for no text. `all_special_ids` holds only those that have a role or were registered by name,
+    and most families ship their end-of-turn tokens as special in tokenizer.json alone."""
+    return frozenset(token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
+
+
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
     """The tokens at which an answer ends: end-of-sequence, and what the chat template closes a turn with."""
-    found = [tokenizer.eos_token_id]
-    if tokenizer.chat_template:
-        asked = [{"role": "user", "content": "q"}]
-        told = [*asked, {"role": "assistant", "content": STAND_IN}]
-        for messages in (told, [*told, *asked]):
-            # Some templates close the last turn with another token than those before it.
-            closing = rendered(tokenizer, messages).partition(STAND_IN)[2].lstrip()
-            ids = _tokens(tokenizer, closing)[0]
-            if ids and ids[0] in tokenizer.all_special_ids:
-                found.append(ids[0])
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([tokenizer.eos_token_id, *turn_ends(tokenizer)]))
+
+
+def turn_ends(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The special tokens that the chat template closes the assistant's turns with; none where it closes none."""
+    return _turn_ends(tokenizer, json.dumps(tokenizer.chat_template)) if tokenizer.chat_template else ()
+
+
+@functools.lru_cache(maxsize=8)
+def _turn_ends(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
+    asked = [{"role": "user", "content": "q"}]
+    told = [*asked, {"role": "assistant", "content": STAND_IN}]
+    # Some templates close the last turn with another token than those before it.
+    closings = [rendered(tokenizer, messages).partition(STAND_IN)[2].lstrip() for messages in (told, [*told, *asked])]
+    found = [_tokens(tokenizer, closing)[0][:1] for closing in closings]
+    with contextlib.suppress(Unrenderable):  # and a turn that calls a tool with yet another, where they know tools
+        call = {"type": "function", "function": {"name": "f", "arguments": {"x": STAND_IN}}}
+        called = rendered(tokenizer, [*asked, {"role": "assistant", "content": "", "tool_calls": [call]}])
+        if STAND_IN in called:
+            found.append(_tokens(tokenizer, called.rstrip())[0][-1:])
+    special = special_ids(tokenizer) | {tokenizer.eos_token_id}
+    return tuple(dict.fromkeys(token for ids in found for token in ids if token in special))
 
 
 def padded(rows: list[list[int]], fill: int, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
@@ -248,7 +267,8 @@ def _opened(tokenizer: Tokenizer, before: Messages, row: Row, text: str, said: i
     tokens = [
         (token, begin, end) for token, (begin, end) in zip(*_tokens(tokenizer, asked), strict=True) if end > shared
     ]
-    marks = [end for token, _, end in tokens if token in tokenizer.all_special_ids]
+    special = special_ids(tokenizer)
+    marks = [end for token, _, end in tokens if token in special]
     for _, _, end in reversed(tokens):
         opening = asked[tokens[0][1] : end]
         # Without a special token in it, the opening could be anybody's words.

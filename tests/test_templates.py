@@ -184,6 +184,34 @@ def test_answers_stop_where_the_template_ends_a_turn(of_family: Any, name: str, 
     assert set(wanted) <= set(render.stop_ids(tokenizer)) <= {*wanted, tokenizer.eos_token_id}
 
 
+UNCLOSED = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ppo"])
+def test_a_template_that_closes_no_turn_is_refused_without_sft_too(tiny_base: Path, tmp_path: Path, kind: str) -> None:
+    from pipeline.errors import UserError
+    from pipeline.recipe import build
+    from pipeline.worker import run_stage
+
+    (tmp_path / "unclosed.jinja").write_text(UNCLOSED)
+    row = {"prompt": TALK[:1], "chosen": TALK[1:2], "rejected": TALK[3:]}
+    row = row if kind == "dpo" else {"prompt": TALK[:1], "answer": "2"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    paid = {} if kind == "dpo" else {"reward": "recipes/rewards/number.py:right"}
+    recipe = build(
+        {
+            "name": "unclosed",
+            "model": {"base": str(tiny_base), "chat_template": str(tmp_path / "unclosed.jinja")},
+            "stages": {kind: {"data": {"path": str(tmp_path / "rows.jsonl")}, **paid}},
+        }
+    )
+    with pytest.raises(UserError, match=r"no token that the model could stop at|does not close .*(?s:.*)chat_template"):
+        run_stage(recipe, kind, tmp_path / "runs")
+
+
 def test_what_a_template_throws_away_is_not_taught_as_silence(of_family: Any) -> None:
     thinking = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "all I say </think>"}, *TALK[:2]]
     with pytest.raises(render.Unrenderable, match="leaves out what the assistant says in turn 1"):

@@ -63,13 +63,22 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer after its prompt: the answer's ids run through the end-of-turn token."""
+    """An answer after its prompt: the answer's ids run through the end-of-turn token.
+
+    Of an answer of several messages only the assistant's carry loss, as `labels` says: the answer's ids where there is
+    loss and -100 elsewhere.
+    """
 
     prompt_ids: list[int]
     reply_ids: list[int]
+    labels: list[int]
 
     def sequence(self) -> Encoded:
-        return Encoded(self.prompt_ids + self.reply_ids, [IGNORED] * len(self.prompt_ids) + self.reply_ids)
+        return Encoded(self.prompt_ids + self.reply_ids, [IGNORED] * len(self.prompt_ids) + self.labels)
+
+    @property
+    def supervised(self) -> int:
+        return sum(label != IGNORED for label in self.labels)
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.reply_ids)
@@ -117,15 +126,35 @@ def prompt(tokenizer: Tokenizer, row: Row) -> list[int]:
 
 
 def reply(tokenizer: Tokenizer, row: Row, key: str) -> Reply:
-    """The prompt and one of its answers (`chosen`, `rejected`, `completion`)."""
+    """The prompt and one of its answers (`chosen`, `rejected`, `completion`), from the assistant's first word to the
+    end of its last turn."""
     if isinstance(row["prompt"], str):
         return _plain(tokenizer, row["prompt"], row[key])
-    messages = row["prompt"] + row[key]
-    text = rendered(tokenizer, messages, row)
-    start, _ = _turn(tokenizer, messages, len(row["prompt"]), text, row)
-    ids, offsets = _tokens(tokenizer, text.rstrip())
-    split = sum(end <= start for _, end in offsets)
-    return Reply(ids[:split], ids[split:])
+    rest = {name: value for name, value in row.items() if name != "messages"}
+    whole = demonstration(tokenizer, {**rest, "completion": row[key]})
+    learnt = [place for place, label in enumerate(whole.labels) if label != IGNORED]
+    start, stop = learnt[0], learnt[-1] + 1
+    if whole.ids[stop - 1] not in stop_ids(tokenizer):
+        raise Unrenderable(f"the chat template ends '{key}' with no token that the model could stop at")
+    return Reply(whole.ids[:start], whole.ids[start:stop], whole.labels[start:stop])
+
+
+def pair(tokenizer: Tokenizer, row: Row) -> tuple[Reply, Reply]:
+    """Both answers of a comparison.
+
+    Where a token reaches over the end of a text prompt, the two answers' prompts differ in it: what they share is the
+    prompt, the rest belongs to each answer.
+    """
+    chosen, rejected = reply(tokenizer, row, "chosen"), reply(tokenizer, row, "rejected")
+    if not isinstance(row["prompt"], str):
+        return chosen, rejected
+    shared = len(os.path.commonprefix([chosen.prompt_ids, rejected.prompt_ids]))
+
+    def after_shared(answer: Reply) -> Reply:
+        own = answer.prompt_ids[shared:] + answer.reply_ids
+        return Reply(answer.prompt_ids[:shared], own, own)
+
+    return after_shared(chosen), after_shared(rejected)
 
 
 def conversation(tokenizer: Tokenizer, row: Row, key: str) -> list[int]:
@@ -170,12 +199,19 @@ def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
     """The tokens at which an answer ends: end-of-sequence, and what the chat template closes a turn with."""
-    return list(dict.fromkeys([tokenizer.eos_token_id, *turn_ends(tokenizer)]))
+    ends = _turn_ends(tokenizer, json.dumps(tokenizer.chat_template)) if tokenizer.chat_template else ()
+    return list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
 
 
-def turn_ends(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The special tokens that the chat template closes the assistant's turns with; none where it closes none."""
-    return _turn_ends(tokenizer, json.dumps(tokenizer.chat_template)) if tokenizer.chat_template else ()
+def closes_turns(tokenizer: Tokenizer) -> bool:
+    """Whether the chat template ends a dialogue with a token that the model can stop at."""
+    told = [{"role": "user", "content": "q"}, {"role": "assistant", "content": STAND_IN}]
+    return not {*_closing(tokenizer, told)}.isdisjoint(stop_ids(tokenizer))
+
+
+def _closing(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+    """The token after what is said in STAND_IN's turn, if any."""
+    return _tokens(tokenizer, rendered(tokenizer, messages).partition(STAND_IN)[2].lstrip())[0][:1]
 
 
 @functools.lru_cache(maxsize=8)
@@ -183,8 +219,7 @@ def _turn_ends(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
     asked = [{"role": "user", "content": "q"}]
     told = [*asked, {"role": "assistant", "content": STAND_IN}]
     # Some templates close the last turn with another token than those before it.
-    closings = [rendered(tokenizer, messages).partition(STAND_IN)[2].lstrip() for messages in (told, [*told, *asked])]
-    found = [_tokens(tokenizer, closing)[0][:1] for closing in closings]
+    found = [_closing(tokenizer, messages) for messages in (told, [*told, *asked])]
     with contextlib.suppress(Unrenderable):  # and a turn that calls a tool with yet another, where they know tools
         call = {"type": "function", "function": {"name": "f", "arguments": {"x": STAND_IN}}}
         called = rendered(tokenizer, [*asked, {"role": "assistant", "content": "", "tool_calls": [call]}])
@@ -216,7 +251,7 @@ def _plain(tokenizer: Tokenizer, before: str, after: str) -> Reply:
     split = sum(end <= len(before) for _, end in offsets)
     if ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
-    return Reply(ids[:split], ids[split:])
+    return Reply(ids[:split], ids[split:], ids[split:])
 
 
 def _turn(tokenizer: Tokenizer, messages: Messages, index: int, text: str, row: Row) -> tuple[int, int]:

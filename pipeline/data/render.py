@@ -86,7 +86,7 @@ class Reply:
 
 def document(tokenizer: Tokenizer, text: str) -> Encoded:
     """A text to be learnt whole, closed by the end-of-sequence token."""
-    ids = _one_bos(tokenizer, list(tokenizer(text)["input_ids"]))
+    ids, _ = _text_tokens(tokenizer, text)
     if ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
     return Encoded(ids, list(ids))
@@ -121,7 +121,7 @@ def demonstration(tokenizer: Tokenizer, row: Row) -> Encoded:
 def prompt(tokenizer: Tokenizer, row: Row) -> list[int]:
     """A prompt up to where the assistant begins to speak."""
     if isinstance(row["prompt"], str):
-        return _one_bos(tokenizer, list(tokenizer(row["prompt"])["input_ids"]))
+        return _text_tokens(tokenizer, row["prompt"])[0]
     return _tokens(tokenizer, rendered(tokenizer, row["prompt"], row, ask=True))[0]
 
 
@@ -245,8 +245,7 @@ def padded(rows: list[list[int]], fill: int, side: str = "right") -> tuple[torch
 
 def _plain(tokenizer: Tokenizer, before: str, after: str) -> Reply:
     """Text and its continuation, closed by the end-of-sequence token."""
-    ids, offsets = _tokens(tokenizer, before + after, special=True)
-    ids = _one_bos(tokenizer, ids)
+    ids, offsets = _text_tokens(tokenizer, before + after)
     # A token that reaches over the boundary is part of what is learnt: it says the start of the answer.
     split = sum(end <= len(before) for _, end in offsets)
     if ids[-1:] != [tokenizer.eos_token_id]:
@@ -354,8 +353,14 @@ def _tokens(tokenizer: Tokenizer, text: str, special: bool = False) -> tuple[lis
     return list(encoding["input_ids"]), list(encoding["offset_mapping"])
 
 
-def _one_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+def _text_tokens(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """A text that no template made, with the tokens that the tokenizer puts before one. Those that some put after it
+    are left off: they would end a prompt before its answer, and lie at (0, 0) as if they stood in the prompt."""
+    ids, offsets = _tokens(tokenizer, text, special=True)
+    special = special_ids(tokenizer)
+    while ids and ids[-1] in special and offsets[-1] == (0, 0):
+        ids.pop(), offsets.pop()
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         raise Unrenderable("begins with two beginning-of-sequence tokens: take the one out of the text")
-    return ids
+    return ids, offsets

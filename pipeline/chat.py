@@ -196,7 +196,7 @@ class Chat:
 
 def opened(run: Path, policies: list[str], corrections: Path, new_tokens: int, temperature: float) -> Chat:
     """Load what a run left. Raises UserError naming the policies there are."""
-    if not (run / "recipe.yaml").is_file():
+    if not os.path.isfile(run / "recipe.yaml"):
         raise UserError(f"{run} is no run (it has no recipe.yaml). Name a folder such as runs/quickstart")
     recipe = read(run / "recipe.yaml")
     there = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def cp(name: str, to: Path) -> None:
     from pipeline.errors import UserError
 
     source = Path(_find(name))
-    if not source.is_file():
+    if not os.path.isfile(source):
         raise UserError(f"no recipe '{name}' (there is: {', '.join(_recipes())})")
     target = to / source.name if to.is_dir() else to
     if target.exists():
@@ -157,7 +158,7 @@ def run(
     from pipeline import runner, summary
     from pipeline.errors import UserError
 
-    if launch_config and not launch_config.is_file():
+    if launch_config and not os.path.isfile(launch_config):
         raise UserError(f"--launch-config: no such file: {launch_config}")
     chain, console = _read(recipe, override), Console()
     try:
@@ -328,7 +329,7 @@ def _run(run: str, overrides: list[str], runs: Path):  # type: ignore[no-untyped
     from pipeline.errors import UserError
 
     folder = Path(run)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return _read(run, overrides), runs
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is not the folder of a run (no recipe.yaml)")
@@ -352,7 +353,7 @@ def _recipes() -> dict[str, Path]:
 
 
 def _find(name: str) -> str:
-    return name if Path(name).exists() else str(_recipes().get(name.removesuffix(".yaml"), name))
+    return name if os.path.exists(name) else str(_recipes().get(name.removesuffix(".yaml"), name))
 
 
 def _about(path: Path) -> str:

@@ -3,6 +3,7 @@ same."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ ITEMS = ("corpus_loss", "dialogue_loss", "preferences", "questions", "choices", 
 def show(first: Path, second: Path, console: Console) -> None:
     """Print everything in which two run folders differ. Raises UserError if one of them is no run."""
     for folder in (first, second):
-        if not (folder / "recipe.yaml").is_file():
+        if not os.path.isfile(folder / "recipe.yaml"):
             raise UserError(f"{folder} is no run (it has no recipe.yaml). Name folders such as runs/quickstart")
     trees = [strict_yaml.load(folder / "recipe.yaml")[0] for folder in (first, second)]
     console.print(Text(f"A = {first}\nB = {second}", style="bold"))

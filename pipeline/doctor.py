@@ -108,10 +108,11 @@ def show(found: Json, console: Console) -> None:
 
 def show_rows(recipe: Recipe, name: str, count: int, console: Console) -> None:
     """Rows as the model will see them: tokens with loss green, those without dim, special tokens reversed."""
-    from pipeline.data.render import IGNORED, Unrenderable
+    from pipeline.data.render import IGNORED, Unrenderable, special_ids
     from pipeline.models.base import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.spec.model)
+    special = special_ids(tokenizer)
     data, _ = load_rows(recipe, name)
     console.print(Text.assemble(("loss", "bold green"), "  ", ("no loss", "dim"), "  ", ("special token", "reverse")))
     for row in data.train[:count]:
@@ -131,7 +132,7 @@ def show_rows(recipe: Recipe, name: str, count: int, console: Console) -> None:
                     continue
                 torn = []
                 style = "dim" if learnt == IGNORED else "bold green"
-                if token in tokenizer.all_special_ids:
+                if token in special:
                     style += " reverse"
                 shown.append("".join(MARKS.get(letter, letter) for letter in piece), style=style)
             shown.append(f"  [{len(sequence.ids)} tokens, {sequence.supervised} with loss]", style="cyan")

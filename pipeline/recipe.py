@@ -1,13 +1,15 @@
 """A recipe: one YAML file for the whole chain, read strictly.
 
 YAML -> overrides -> checked sections -> order. Everything wrong is said with the file, the line and the dotted key,
-before torch is imported.
+before torch is imported. Paths that people write are tried with os.path, here and elsewhere: pathlib raises on a name
+that no file system has room for.
 """
 
 from __future__ import annotations
 
 import difflib
 import graphlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,7 @@ from pipeline.stages.reward_file import read_by
 from pipeline.stages.stage import Stage, StageSpec
 
 RUNS = Path("runs")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 
 class RecipeSpec(BaseModel):
@@ -51,7 +53,7 @@ class RecipeSpec(BaseModel):
     @classmethod
     def _name_is_a_folder(cls, name: str) -> str:
         if not NAME.fullmatch(name):
-            raise ValueError("letters, digits, - and _ only: it becomes a folder below runs/")
+            raise ValueError("letters, digits, - and _ only, at most 100: it becomes a folder below runs/")
         return name
 
 
@@ -194,7 +196,7 @@ def build(tree: Json, overrides: Any = (), path: str = "recipe", lines: dict[str
     known = {word for section in spec.stages.values() for word in words(STAGES[section.kind].config_class)}
     _check_words("train", spec.train, known, wrong)
     template = spec.model.chat_template
-    if template and not Path(template).is_file():
+    if template and not os.path.isfile(template):
         raise wrong("model.chat_template", f"no such file: {template}")
     recipe = Recipe(spec.model_copy(update={"stages": _merged(spec)}), tree)
     for name, section in recipe.stages.items():
@@ -211,7 +213,7 @@ def build(tree: Json, overrides: Any = (), path: str = "recipe", lines: dict[str
             except ValidationError as error:
                 word, message = _first_complaint(error)
                 raise wrong(f"stages.{name}.train.{word}".removesuffix(".recipe"), message) from None
-        if section.train.get("push_to_hub") and Path(spec.model.base).exists() and not spec.model.public_id:
+        if section.train.get("push_to_hub") and os.path.exists(spec.model.base) and not spec.model.public_id:
             raise wrong(
                 f"stages.{name}.train.push_to_hub",
                 "names the base, and nobody else has this folder: say what it is on the Hub (model.public_id)",
@@ -230,7 +232,7 @@ def build(tree: Json, overrides: Any = (), path: str = "recipe", lines: dict[str
 def _check_stage(name: str, section: StageSpec, spec: RecipeSpec, wrong: Any) -> None:
     key = f"stages.{name}"
     if not NAME.fullmatch(name):
-        raise wrong(key, "a stage's name has letters, digits, - and _ only: it becomes a folder")
+        raise wrong(key, "a stage's name has letters, digits, - and _ only, at most 100: it becomes a folder")
     if section.kind not in STAGES:
         place, ask = (f"{key}.kind", "") if section.kind != name else (key, "; name its stage with kind:")
         raise wrong(place, f"there is no stage '{section.kind}'{_meant(section.kind, STAGES)}{ask}")
@@ -276,7 +278,7 @@ def _check_reward(key: str, section: StageSpec, spec: RecipeSpec, wrong: Any) ->
         raise wrong(key, "pays for nothing: every weight is 0, which measures a source without paying for it")
     for term in terms:
         if term.file is not None:
-            if not Path(term.file).is_file():
+            if not os.path.isfile(term.file):
                 raise wrong(key, f"no such file: {term.file}")
             if not defines(Path(term.file), term.source.rpartition(":")[2]):
                 raise wrong(key, f"{term.file} defines no '{term.source.rpartition(':')[2]}', or is no Python")

@@ -103,6 +103,20 @@ def test_a_share_is_held_out_by_prompt(tmp_path: Path) -> None:
     assert list(again.train) == list(split.train)
 
 
+def test_a_whole_number_holds_out_that_many_prompts(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i % 10}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(50)]
+    path = rows_file(tmp_path, rows)
+    split = read_split(DataSpec(path=path, test=3), PREFERENCE, seed=1)
+    assert split.test is not None and len(split.test) == 3 * 5 and len(split.train) == 7 * 5
+    assert len({row["prompt"] for row in split.test}) == 3
+    assert not {row["prompt"] for row in split.train} & {row["prompt"] for row in split.test}
+    with pytest.raises(UserError, match="holding out 10 of the 10 prompts leaves no row to train on"):
+        read_split(DataSpec(path=path, test=10), PREFERENCE, seed=1)
+    for test in (0, 1, -2, 1.5, 1.0, True):
+        with pytest.raises(ValueError, match=r"a share .*, for example 0.1, or a whole number of prompts from 2 up"):
+            DataSpec(path=path, test=test)
+
+
 def test_dialogues_are_split_by_what_is_asked_not_by_their_system_prompt(tmp_path: Path) -> None:
     system = {"role": "system", "content": "be kind"}
     rows = [{"messages": [system, {"role": "user", "content": f"q{i % 50}"}, SAYS]} for i in range(100)]

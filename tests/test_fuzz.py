@@ -1,18 +1,26 @@
-"""Mutated rows of every format: no traceback, no hang, no row unaccounted for."""
+"""Mutated rows of every format, and mutated recipes: no traceback, no hang, no row unaccounted for."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import tiny_tree
+from rich.console import Console
 from test_formats import CASES
 
 from pipeline.data.contracts import DEMONSTRATION, LANGUAGE_MODELING, PREFERENCE, PROMPT_ONLY, QUESTION
 from pipeline.data.load import DataSpec, read_source
 from pipeline.errors import UserError
+from pipeline.plan import cards
+from pipeline.recipe import build, read
+from pipeline.summary import show_needs
+from pipeline.worker import load_rows
 
 ROWS = 2500
 SEEDS = [row for row, _, _ in CASES] + [
@@ -31,7 +39,15 @@ STRANGE: list[Any] = [
 ]  # fmt: skip
 
 
-def mutated(value: Any, rng: random.Random) -> Any:
+PATHS: list[Any] = [
+    "a" * 5000, "b" * 300, "x\0y", "\0", "a/" * 3000 + "b", "\ud800", "~", "/dev/null", "no/such",
+    "hub:" + "c" * 5000, "hub:x\0y/z", f"{'d' * 5000}.py:f", "x\0y.py:f", f"{'e' * 3000}.jsonl", f"{'f' * 300}.gguf",
+    "data/corpus.jsonl", "recipes/templates/chatml.jinja", f"{'g' * 300}/{'h' * 300}", "a--b/c", "x\0y/z",
+]  # fmt: skip
+"""What no file system has room for, and what is no file."""
+
+
+def mutated(value: Any, rng: random.Random, strange: list[Any] = STRANGE) -> Any:
     """The value with one thing in it changed, dropped, doubled, renamed or moved."""
     if isinstance(value, dict) and value and rng.random() < 0.85:
         key = rng.choice(list(value))
@@ -40,7 +56,7 @@ def mutated(value: Any, rng: random.Random) -> Any:
             return {k: v for k, v in value.items() if k != key}
         if how < 0.25:
             return {(k + "x" if k == key else k): v for k, v in value.items()}
-        return {**value, key: mutated(value[key], rng)}
+        return {**value, key: mutated(value[key], rng, strange)}
     if isinstance(value, list) and value and rng.random() < 0.8:
         place = rng.randrange(len(value))
         how = rng.random()
@@ -50,8 +66,8 @@ def mutated(value: Any, rng: random.Random) -> Any:
             return value[:place] + [value[place]] * 2 + value[place + 1 :]
         if how < 0.4:
             return rng.sample(value, len(value))
-        return [mutated(item, rng) if i == place else item for i, item in enumerate(value)]
-    return rng.choice(STRANGE)
+        return [mutated(item, rng, strange) if i == place else item for i, item in enumerate(value)]
+    return rng.choice(strange)
 
 
 def lines(rng: random.Random) -> list[bytes]:
@@ -94,3 +110,39 @@ def test_no_mutated_row_is_lost(tmp_path: Path, contract: Any) -> None:
         json.dumps(row, ensure_ascii=False).encode("utf-8")  # nothing that cannot be tokenized or written
     with pytest.raises(UserError, match="unfit rows in"):
         read_source(str(path), contract, DataSpec(path=str(path)))
+
+
+def test_no_mutated_recipe_gives_a_traceback(tiny_base: Path, tmp_path: Path) -> None:
+    """600 recipes with one or two things wrong: read, planned, hashed and their rows loaded, or refused in words."""
+    rng = random.Random(22)
+    tree = tiny_tree(tiny_base, tmp_path)
+    pairs = tree["stages"]["dpo"]["data"]["path"]
+    tree["stages"]["ppo"] = {
+        "from": "sft", "data": {"mix": [{"path": pairs, "epochs": 1}]}, "questions": tree["stages"]["sft"]["questions"],
+        "reward": [{"source": "reward"}, {"source": "recipes/rewards/number.py:right", "weight": 0}],
+    }  # fmt: skip
+    tree["model"] |= {"chat_template": "recipes/templates/chatml.jinja", "revision": None, "public_id": None}
+    tree["expect"] = {"sft.question_accuracy": ">= 0.1"}
+    file = tmp_path / "recipe.yaml"
+    card, console, refused = cards.card("rtx3060"), Console(file=io.StringIO()), 0
+    for number in range(600):
+        spoilt = tree
+        for _ in range(rng.randint(1, 2)):
+            spoilt = mutated(spoilt, rng, STRANGE + 2 * PATHS)
+        try:
+            if number % 4 and isinstance(spoilt, dict):
+                recipe = build(spoilt)
+            else:  # reading YAML takes longer than all the rest
+                file.write_text(json.dumps(spoilt), encoding="utf-8")
+                recipe = read(file)
+            with contextlib.suppress(UserError):
+                show_needs(recipe, card, console)
+            recipe.parts()
+            for stage in recipe.order():
+                load_rows(recipe, stage)
+        except UserError as error:
+            assert str(error)
+            refused += 1
+        except Exception as error:
+            raise AssertionError(f"recipe {number}: {json.dumps(spoilt)[:3000]}") from error
+    assert 300 < refused < 600

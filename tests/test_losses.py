@@ -87,7 +87,114 @@ def test_packed_equals_unpacked(tiny_base: Path, tmp_path: Path) -> None:
 def pairs(recipe: Recipe, kind: str, tokenizer: Any) -> list[tuple[render.Reply, render.Reply]]:
     path = recipe.stages[kind].data.path
     rows = read_source(path, PREFERENCE, DataSpec(path=path)).rows
-    return [(render.reply(tokenizer, row, "chosen"), render.reply(tokenizer, row, "rejected")) for row in rows]
+    return [render.pair(tokenizer, row) for row in rows]
+
+
+TALKS = [
+    {
+        "prompt": [{"role": "user", "content": "How far is it?"}],
+        "chosen": [
+            {"role": "assistant", "content": "From where?"},
+            {"role": "user", "content": "From the old harbour, of course."},
+            {"role": "assistant", "content": "Two miles."},
+        ],
+        "rejected": [
+            {"role": "assistant", "content": "Far."},
+            {"role": "user", "content": "How far?"},
+            {"role": "assistant", "content": "Very."},
+            {"role": "user", "content": "In miles, I mean"},
+            {"role": "assistant", "content": "I do not know"},
+        ],
+    },
+    {
+        "prompt": [{"role": "user", "content": "Add 2"}],
+        "chosen": [
+            {
+                "role": "assistant",
+                "content": "I ask.",
+                "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}],
+            },
+            {"role": "tool", "name": "add", "content": "4711 is what came out"},
+            {"role": "assistant", "content": "It is done."},
+        ],
+        "rejected": [{"role": "assistant", "content": "No."}],
+    },
+]
+CALLING = """{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\n' + m.content }}{% for call in m.tool_calls %}{{ call.function.name }}{% endfor -%}
+{{- '<|im_end|>' + '\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+SPOKEN = [
+    (
+        ["From where?<|im_end|>", "Two miles.<|im_end|>"],
+        ["Far.<|im_end|>", "Very.<|im_end|>", "I do not know<|im_end|>"],
+    ),
+    (["I ask.add<|im_end|>", "It is done.<|im_end|>"], ["No.<|im_end|>"]),
+]
+
+
+def spoken_by_hand(model: Any, tokenizer: Any, row: dict[str, Any], key: str) -> tuple[torch.Tensor, int]:
+    """log pi of what the assistant says in an answer, and how many tokens that is: ChatML written out turn by turn."""
+    ids: list[int] = []
+    learnt: list[int] = []
+    for message in row["prompt"] + row[key]:
+        says = message["role"] == "assistant" and message in row[key]
+        said = message["content"] + "".join(call["function"]["name"] for call in message.get("tool_calls", []))
+        for text, counts in ((f"<|im_start|>{message['role']}\n", False), (f"{said}<|im_end|>", says), ("\n", False)):
+            piece = tokenizer(text, add_special_tokens=False)["input_ids"]
+            learnt += range(len(ids), len(ids) + len(piece)) if counts else []
+            ids += piece
+    logp_TV = log_softmax(model(input_ids=torch.tensor([ids])).logits[0].float(), dim=-1)
+    return sum(logp_TV[t - 1, ids[t]] for t in learnt), len(learnt)  # type: ignore[return-value]
+
+
+def test_dpo_learns_only_what_the_assistant_says(tiny_base: Path, tmp_path: Path) -> None:
+    """Answers of several messages: loss, held-out numbers and what `onebase data --show` paints are over the
+    assistant's tokens, not over what the user or a tool says between them."""
+    from trl import DPOConfig, DPOTrainer
+
+    from pipeline.data import doctor
+    from pipeline.evaluate import scoring
+    from pipeline.stages import sequences
+    from pipeline.stages import trainer as shared
+
+    spec = one_stage(tiny_base, tmp_path, "dpo").spec.model
+    tokenizer = bases.load_tokenizer(spec)
+    tokenizer.chat_template = CALLING
+    torch.manual_seed(0)
+    model = adapters.fresh(bases.load_base(spec, tokenizer), spec.lora)
+    some = [render.pair(tokenizer, row) for row in TALKS]
+    args = DPOConfig(
+        output_dir=str(tmp_path), beta=0.3, bf16=False, use_cpu=True, report_to="none", per_device_train_batch_size=2
+    )
+    trainer = shared.build(
+        type("DPOTrainer", (shared.TakesEncoded, DPOTrainer), {}), model, args=args,
+        train_dataset=sequences.reply_pairs(some), processing_class=tokenizer,
+        data_collator=shared.LearntTokens(tokenizer.pad_token_id),
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".default." in name:
+                weight.add_(torch.randn_like(weight) * 0.05)
+    model.eval()
+    with torch.no_grad():
+        theirs = trainer.compute_loss(model, trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))).item()
+        told = {}
+        for adapter in ("ref", "default"):
+            model.set_adapter(adapter)
+            told[adapter] = [
+                [spoken_by_hand(model, tokenizer, row, key) for key in ("chosen", "rejected")] for row in TALKS
+            ]
+    margins = [(p[0][0] - r[0][0]) - (p[1][0] - r[1][0]) for p, r in zip(told["default"], told["ref"], strict=True)]
+    assert max(abs(margin) for margin in margins) > 0.01
+    assert theirs == pytest.approx(torch.stack([-logsigmoid(0.3 * m) for m in margins]).mean().item(), abs=1e-4)
+    means = [[(total / count).item() for total, count in pair] for pair in told["default"]]
+    held_out = scoring.preferences(model, tokenizer, some)
+    assert held_out["preference_margin"] == pytest.approx(sum(w - v for w, v in means) / 2, abs=1e-4)
+    for row, spoken in zip(TALKS, SPOKEN, strict=True):
+        for sequence, turns in zip(doctor.sequences("dpo", tokenizer, row), spoken, strict=True):
+            assert tokenizer.decode([label for label in sequence.labels if label != render.IGNORED]) == "".join(turns)
 
 
 def by_hand(model: Any, reply: render.Reply) -> torch.Tensor:
@@ -230,7 +337,7 @@ def test_held_out_numbers_equal_plain_loops(tiny_base: Path, tmp_path: Path) -> 
     found = scoring.language_model(model, tokenizer, texts)
     loss = found["loss"]
     with torch.no_grad():
-        each = [by_hand(model, render.Reply(text.ids[:1], text.ids[1:])).item() for text in texts]
+        each = [by_hand(model, render.Reply(text.ids[:1], text.ids[1:], text.ids[1:])).item() for text in texts]
     assert loss == pytest.approx(-sum(each) / sum(len(text.ids) - 1 for text in texts), abs=1e-4)
     assert found["perplexity"] == pytest.approx(math.exp(loss))
     nats, tokens = -numpy.array(each), numpy.array([len(text.ids) - 1 for text in texts])

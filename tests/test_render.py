@@ -97,6 +97,39 @@ def test_a_token_over_the_boundary_is_learnt_and_pairs_keep_their_own(tokenizer)
     assert "the" in tokenizer.decode(spaced.reply_ids)
 
 
+@pytest.fixture(scope="module")
+def appending(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """A tokenizer that puts bos before a text and eos after it, as Llama 2 with add_eos_token or T5 does."""
+    from tokenizers import Tokenizer, processors
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("appending")
+    engine = Tokenizer.from_file(str(tiny_base / "tokenizer.json"))
+    marks = [(mark, engine.token_to_id(mark)) for mark in ("<|im_start|>", "<|im_end|>")]
+    around = processors.TemplateProcessing(single="<|im_start|> $A <|im_end|>", special_tokens=marks)
+    engine.post_processor = around
+    engine.save(str(folder / "tokenizer.json"))
+    roles = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_text_rows_split_alike_where_the_tokenizer_appends_eos(tokenizer, appending) -> None:  # type: ignore[no-untyped-def]
+    bos, eos = appending.bos_token_id, appending.eos_token_id
+    assert appending("the")["input_ids"][0] == bos and appending("the")["input_ids"][-1] == eos
+    row = {"prompt": "two and two is", "completion": " four, as ever"}
+    for ours in (tokenizer, appending):
+        start = [bos] if ours is appending else []
+        prompt, answer = (ours(text, add_special_tokens=False)["input_ids"] for text in row.values())
+        reply = render.reply(ours, row, "completion")
+        assert (reply.prompt_ids, reply.reply_ids) == (start + prompt, [*answer, eos])
+        assert render.demonstration(ours, row).labels == [IGNORED] * len(start + prompt) + [*answer, eos]
+        assert render.prompt(ours, row) == start + prompt  # and no end before the answer
+        assert render.conversation(ours, row, "completion") == start + prompt + [*answer, eos]
+        assert render.document(ours, "two and two").ids.count(eos) == 1
+
+
 def test_padding_is_by_length_where_pad_is_the_end_token(tokenizer) -> None:  # type: ignore[no-untyped-def]
     end = tokenizer.pad_token_id
     ids_BT, mask_BT = render.padded([[5, end], [6, 7, 8, end]], end)
@@ -139,9 +172,16 @@ def test_rows_longer_than_the_window_are_dropped_or_end_their_turn(tokenizer) ->
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer) -> None:  # type: ignore[no-untyped-def]
     from copy import deepcopy
 
+    from pipeline.models.base import PLAIN_TEMPLATE
+
     fickle = deepcopy(tokenizer)
-    fickle.chat_template = "{{ messages | length }}" + tokenizer.chat_template
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    # Where a special token opens the turn, it is found although what stands before it changes ...
+    fickle.chat_template = "{{ messages | length }}" + tokenizer.chat_template
+    labels = render.demonstration(fickle, row).labels
+    assert tokenizer.decode([label for label in labels if label != IGNORED]) == "a<|im_end|>"
+    # ... and where only words open it, they could be anybody's.
+    fickle.chat_template = "{{ messages | length }}" + PLAIN_TEMPLATE
     with pytest.raises(render.Unrenderable, match="renders turn 1 differently"):
         render.demonstration(fickle, row)
     fickle.chat_template = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+import functools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ WORK = [
 END = "<|im_end|>"
 QWEN_CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'
 THOUGHT = "<think>\n\n</think>\n\n"
+EOS = {"gptoss": "<|return|>", "deepseekv3": "<｜end▁of▁sentence｜>"}
+"""Where the end-of-sequence token is another than the one of the tiny base."""
 # What each family has the assistant say, turn by turn, as its template lays it down; None where it refuses tools.
 FAMILIES: dict[str, tuple[list[str], list[str] | None]] = {
     "llama3": (["Hello, friend.<|eot_id|>", "Two it is.<|eot_id|>"], None),
@@ -87,12 +90,28 @@ def plain(tiny_base: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny_base)
 
 
-def of_family(plain: Any, name: str) -> Any:
-    tokenizer = copy.deepcopy(plain)
-    tokenizer.chat_template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
-    marks = sorted(set(re.findall(MARKS, tokenizer.chat_template)) - {tokenizer.eos_token})
-    tokenizer.add_special_tokens({"bos_token": "<|begin_of_text|>", "additional_special_tokens": marks})
-    return tokenizer
+@pytest.fixture(scope="module")
+def of_family(plain: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tokenizer as the families ship theirs: its marks special in tokenizer.json alone, while tokenizer_config.json
+    names only bos, eos and pad; saved, and loaded as a user loads it."""
+    from tokenizers import AddedToken, Tokenizer
+    from transformers import AutoTokenizer
+
+    @functools.cache
+    def shipped(name: str) -> Any:
+        folder = tmp_path_factory.mktemp(name)
+        template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+        engine = Tokenizer.from_str(plain.backend_tokenizer.to_str())
+        marks = ["<|begin_of_text|>", *sorted(set(re.findall(MARKS, template)))]
+        engine.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+        engine.save(str(folder / "tokenizer.json"))
+        roles = {"bos_token": "<|begin_of_text|>", "eos_token": EOS.get(name, END), "pad_token": "<|endoftext|>"}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        return AutoTokenizer.from_pretrained(folder)
+
+    return shipped
 
 
 def learnt(tokenizer: Any, row: dict[str, Any]) -> list[str]:
@@ -113,8 +132,8 @@ def learnt(tokenizer: Any, row: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_learnt_is_what_the_assistant_says(plain: Any, name: str) -> None:
-    tokenizer = of_family(plain, name)
+def test_what_is_learnt_is_what_the_assistant_says(of_family: Any, name: str) -> None:
+    tokenizer = of_family(name)
     talk, work = FAMILIES[name]
     assert learnt(tokenizer, {"messages": TALK}) == talk
     if work is not None:
@@ -124,9 +143,9 @@ def test_what_is_learnt_is_what_the_assistant_says(plain: Any, name: str) -> Non
 @pytest.mark.parametrize(
     "name", ["llama3", "llama3_1", "qwen2_5", "qwen3_instruct_2507", "gemma3", "cohere", "lfm2_v2"]
 )
-def test_masks_equal_prefix_differences(plain: Any, name: str) -> None:
+def test_masks_equal_prefix_differences(of_family: Any, name: str) -> None:
     """Where later turns change nothing of earlier ones: tokens of the prefix through a turn, less those before it."""
-    tokenizer = of_family(plain, name)
+    tokenizer = of_family(name)
 
     def ids(messages: list[dict[str, Any]], ask: bool) -> list[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
@@ -143,9 +162,9 @@ def test_masks_equal_prefix_differences(plain: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama3", "phi3", "lfm2", "qwen2_5_vl"])
-def test_a_template_without_words_for_tools_is_no_teacher_of_silence(plain: Any, name: str) -> None:
+def test_a_template_without_words_for_tools_is_no_teacher_of_silence(of_family: Any, name: str) -> None:
     with pytest.raises(render.Unrenderable, match="leaves out the tool|template refuses"):
-        render.demonstration(of_family(plain, name), {"messages": WORK, "tools": TOOLS})
+        render.demonstration(of_family(name), {"messages": WORK, "tools": TOOLS})
 
 
 @pytest.mark.parametrize(
@@ -153,20 +172,51 @@ def test_a_template_without_words_for_tools_is_no_teacher_of_silence(plain: Any,
     [
         ("phi3", ["<|end|>"]),
         ("gemma3", ["<end_of_turn>"]),
-        ("gptoss", ["<|return|>", "<|end|>"]),
+        ("gptoss", ["<|return|>", "<|end|>", "<|call|>"]),
         ("llama3_1", ["<|eot_id|>"]),
     ],
 )
-def test_answers_stop_where_the_template_ends_a_turn(plain: Any, name: str, marks: list[str]) -> None:
-    tokenizer = of_family(plain, name)
-    assert set(tokenizer.convert_tokens_to_ids(marks)) <= set(render.stop_ids(tokenizer))
+def test_answers_stop_where_the_template_ends_a_turn(of_family: Any, name: str, marks: list[str]) -> None:
+    tokenizer = of_family(name)
+    named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    assert set(tokenizer.all_special_ids) == named  # the marks have no role and are registered nowhere
+    wanted = tokenizer.convert_tokens_to_ids(marks)
+    assert set(wanted) <= set(render.stop_ids(tokenizer)) <= {*wanted, tokenizer.eos_token_id}
 
 
-def test_what_a_template_throws_away_is_not_taught_as_silence(plain: Any) -> None:
+UNCLOSED = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ppo"])
+def test_a_template_that_closes_no_turn_is_refused_without_sft_too(tiny_base: Path, tmp_path: Path, kind: str) -> None:
+    from pipeline.errors import UserError
+    from pipeline.recipe import build
+    from pipeline.worker import run_stage
+
+    (tmp_path / "unclosed.jinja").write_text(UNCLOSED)
+    row = {"prompt": TALK[:1], "chosen": TALK[1:2], "rejected": TALK[3:]}
+    row = row if kind == "dpo" else {"prompt": TALK[:1], "answer": "2"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    paid = {} if kind == "dpo" else {"reward": "recipes/rewards/number.py:right"}
+    recipe = build(
+        {
+            "name": "unclosed",
+            "model": {"base": str(tiny_base), "chat_template": str(tmp_path / "unclosed.jinja")},
+            "stages": {kind: {"data": {"path": str(tmp_path / "rows.jsonl")}, **paid}},
+        }
+    )
+    with pytest.raises(UserError, match=r"no token that the model could stop at|does not close .*(?s:.*)chat_template"):
+        run_stage(recipe, kind, tmp_path / "runs")
+
+
+def test_what_a_template_throws_away_is_not_taught_as_silence(of_family: Any) -> None:
     thinking = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "all I say </think>"}, *TALK[:2]]
     with pytest.raises(render.Unrenderable, match="leaves out what the assistant says in turn 1"):
-        render.demonstration(of_family(plain, "qwen3"), {"messages": thinking})
+        render.demonstration(of_family("qwen3"), {"messages": thinking})
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     silent = [WORK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
     with pytest.raises(render.Unrenderable, match="leaves out the tool call of turn 1"):
-        render.demonstration(of_family(plain, "gemma3"), {"messages": silent})
+        render.demonstration(of_family("gemma3"), {"messages": silent})

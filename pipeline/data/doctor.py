@@ -183,7 +183,7 @@ def sequences(kind: str, tokenizer: Tokenizer, row: Row) -> list[render.Encoded]
         "pretrain": lambda: [render.document(tokenizer, row["text"])],
         "sft": lambda: [render.demonstration(tokenizer, row)],
         "reward": lambda: [bare(render.conversation(tokenizer, row, key)) for key in ("chosen", "rejected")],
-        "dpo": lambda: [render.reply(tokenizer, row, key).sequence() for key in ("chosen", "rejected")],
+        "dpo": lambda: [answer.sequence() for answer in render.pair(tokenizer, row)],
         "ppo": lambda: [bare(render.prompt(tokenizer, row))],
     }
     return makers[kind]()

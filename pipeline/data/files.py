@@ -18,6 +18,7 @@ import csv
 import gzip
 import hashlib
 import json
+import os
 import re
 import sys
 import zlib
@@ -50,12 +51,12 @@ def placed_rows(path: str, split: str, lines: bool) -> Iterator[Placed]:
     local = Path(path)
     if hub.is_hub_id(path):
         yield from _numbered(path, hub.rows(path, split))
-    elif local.is_dir() and hub.saved_by_datasets(local):
+    elif os.path.isdir(local) and hub.saved_by_datasets(local):
         yield from _numbered(path, hub.saved(local, split))
-    elif local.is_dir():
+    elif os.path.isdir(local):
         for file in _of_split(local, split):
             yield from _file_rows(file, lines)
-    elif local.is_file():
+    elif os.path.isfile(local):
         if split != "train":
             raise UserError(f"{path}: data.split is '{split}', but a single file has no splits; name the file instead")
         yield from _file_rows(local, lines)
@@ -66,10 +67,10 @@ def placed_rows(path: str, split: str, lines: bool) -> Iterator[Placed]:
 def content_hash(path: str) -> str:
     """What lies there, for fingerprints: sha256 of a file or of a folder's files, or the commit of a Hub data set."""
     local = Path(path)
-    if local.is_file():
+    if os.path.isfile(local):
         with local.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    if local.is_dir():
+    if os.path.isdir(local):
         files = sorted(f for f in local.rglob("*") if f.is_file()) if hub.saved_by_datasets(local) else _files(local)
         names = "".join(f"{file.relative_to(local)} {content_hash(str(file))}\n" for file in files)
         return hashlib.sha256(names.encode()).hexdigest()
@@ -87,8 +88,11 @@ def kind_of(file: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    seen = [file for file in folder.rglob("*") if not any(p.startswith(".") for p in file.relative_to(folder).parts)]
-    files = sorted(file for file in seen if file.is_file() and kind_of(file) in ENDINGS)
+    try:
+        seen = [at for at in folder.rglob("*") if not any(p.startswith(".") for p in at.relative_to(folder).parts)]
+        files = sorted(file for file in seen if file.is_file() and kind_of(file) in ENDINGS)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error}") from error
     rows = [file for file in files if kind_of(file) not in TEXTS]
     files = rows or files  # a README beside rows is about them, and none of them
     if not files:

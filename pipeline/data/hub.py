@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ FILE_ENDINGS = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md", ".r
 def is_hub_id(path: str) -> bool:
     """owner/name; a name with a file's ending is a file that is missing, and is nobody else's business."""
     looks_like_a_file = Path(path).suffix in FILE_ENDINGS
-    return not Path(path).exists() and not looks_like_a_file and re.fullmatch(r"[\w-]+/[\w.-]+", path) is not None
+    return not os.path.exists(path) and not looks_like_a_file and re.fullmatch(r"[\w-]+/[\w.-]+", path) is not None
 
 
 def saved_by_datasets(folder: Path) -> bool:

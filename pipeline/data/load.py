@@ -49,14 +49,14 @@ class DataSpec(BaseModel):
     """Training rows: a file or folder (see data/files.py), or the id of a data set on the Hub (owner/name)."""
     mix: list[Part] | None = Field(default=None, min_length=1)
     """Several sources instead of one path, each with its weight or epochs."""
-    test: str | float | None = None
-    """Held-out rows: a file as above, or the share of the prompts to hold out (0 < share < 1)."""
+    test: str | int | float | None = None
+    """Held-out rows: a file as above, the share of the prompts to hold out (0 < share < 1), or how many prompts."""
     format: Format = "auto"
     """How the rows of `path` and `test` are laid out: told by their keys, unless one of data/formats.py is named."""
     split: str = "train"
     """Split of a Hub data set or of a folder of `datasets`."""
     group: str | None = None
-    """Column whose equal values stay on one side when a share is held out; the prompt, unless one is named."""
+    """Column whose equal values stay on one side when prompts are held out; the prompt, unless one is named."""
     limit: int | None = Field(default=None, gt=0)
     """Use at most so many rows of `path`, taken from the start."""
     on_bad_row: Literal["stop", "skip"] = "stop"
@@ -72,8 +72,11 @@ class DataSpec(BaseModel):
             raise ValueError("with 'mix', 'limit' and 'split' belong to its entries")
         if self.mix and len({part.weight is None for part in self.mix}) > 1:
             raise ValueError("gives a weight to some entries of 'mix' and none to others; give one to all or to none")
-        if isinstance(self.test, float) and not 0 < self.test < 1:
-            raise ValueError(f"test is {self.test}: a share lies between 0 and 1, for example 0.1")
+        if isinstance(self.test, int | float) and not (0 < self.test < 1 or (self.test > 1 and self.test % 1 == 0)):
+            raise ValueError(
+                f"test is {self.test}; it is a file, a share between 0 and 1, for example 0.1, or a whole number of "
+                "prompts from 2 up"
+            )
         return self
 
     def parts(self) -> list[Part]:
@@ -153,7 +156,7 @@ def read_source(path: str, contract: Contract, spec: DataSpec, part: Part | None
 
 
 def read_split(spec: DataSpec, contract: Contract, seed: int) -> Split:
-    """Training and held-out rows. A share is held out by prompt or group, so none stands on both sides."""
+    """Training and held-out rows. These are held out by prompt or group, so none stands on both sides."""
     sources = [read_source(part.path, contract, spec, part) for part in spec.parts()]
     rows = [source.rows for source in sources]
     kept = [list(range(len(r))) for r in rows]
@@ -168,7 +171,8 @@ def read_split(spec: DataSpec, contract: Contract, seed: int) -> Split:
             source.held_out = sum(s == number for s, _ in held)
         if not any(kept):
             names = " and ".join(source.path for source in sources)
-            raise UserError(f"{names}: holding out {spec.test} of the prompts leaves no row to train on")
+            there = len({_digest(row, spec.group) for source in rows for row in source})
+            raise UserError(f"{names}: holding out {spec.test} of the {there} prompts leaves no row to train on")
     if spec.mix is None:
         return Split(Picked(rows, [0] * len(kept[0]), kept[0]), test, sources)
     which, index, passes = mixture.drawn(
@@ -298,13 +302,14 @@ class _Labelled:
 
 
 def _held_out(
-    rows: list[Sequence[Row]], share: float, group: str | None, seed: int
+    rows: list[Sequence[Row]], wanted: float, group: str | None, seed: int
 ) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Indices kept of each source, and (source, index) of those held out: a share of the distinct prompts or groups."""
+    """Indices kept of each source, and (source, index) of those held out: of the distinct prompts or groups the share
+    `wanted`, or that many where it is above 1."""
     keys = [[_digest(row, group) for row in source] for source in rows]
     distinct = sorted(set().union(*keys))
     random.Random(seed).shuffle(distinct)
-    chosen = set(distinct[: max(1, round(len(distinct) * share))])
+    chosen = set(distinct[: int(wanted) if wanted > 1 else max(1, round(len(distinct) * wanted))])
     kept = [[i for i, key in enumerate(of_source) if key not in chosen] for of_source in keys]
     return kept, [(s, i) for s, of_source in enumerate(keys) for i, key in enumerate(of_source) if key in chosen]
 

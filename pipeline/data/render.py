@@ -7,6 +7,8 @@ pad and end-of-turn are one token, a mask by id would hide the end and the model
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 from dataclasses import dataclass
@@ -61,13 +63,22 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer after its prompt: the answer's ids run through the end-of-turn token."""
+    """An answer after its prompt: the answer's ids run through the end-of-turn token.
+
+    Of an answer of several messages only the assistant's carry loss, as `labels` says: the answer's ids where there is
+    loss and -100 elsewhere.
+    """
 
     prompt_ids: list[int]
     reply_ids: list[int]
+    labels: list[int]
 
     def sequence(self) -> Encoded:
-        return Encoded(self.prompt_ids + self.reply_ids, [IGNORED] * len(self.prompt_ids) + self.reply_ids)
+        return Encoded(self.prompt_ids + self.reply_ids, [IGNORED] * len(self.prompt_ids) + self.labels)
+
+    @property
+    def supervised(self) -> int:
+        return sum(label != IGNORED for label in self.labels)
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.reply_ids)
@@ -75,7 +86,7 @@ class Reply:
 
 def document(tokenizer: Tokenizer, text: str) -> Encoded:
     """A text to be learnt whole, closed by the end-of-sequence token."""
-    ids = _one_bos(tokenizer, list(tokenizer(text)["input_ids"]))
+    ids, _ = _text_tokens(tokenizer, text)
     if ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
     return Encoded(ids, list(ids))
@@ -110,20 +121,40 @@ def demonstration(tokenizer: Tokenizer, row: Row) -> Encoded:
 def prompt(tokenizer: Tokenizer, row: Row) -> list[int]:
     """A prompt up to where the assistant begins to speak."""
     if isinstance(row["prompt"], str):
-        return _one_bos(tokenizer, list(tokenizer(row["prompt"])["input_ids"]))
+        return _text_tokens(tokenizer, row["prompt"])[0]
     return _tokens(tokenizer, rendered(tokenizer, row["prompt"], row, ask=True))[0]
 
 
 def reply(tokenizer: Tokenizer, row: Row, key: str) -> Reply:
-    """The prompt and one of its answers (`chosen`, `rejected`, `completion`)."""
+    """The prompt and one of its answers (`chosen`, `rejected`, `completion`), from the assistant's first word to the
+    end of its last turn."""
     if isinstance(row["prompt"], str):
         return _plain(tokenizer, row["prompt"], row[key])
-    messages = row["prompt"] + row[key]
-    text = rendered(tokenizer, messages, row)
-    start, _ = _turn(tokenizer, messages, len(row["prompt"]), text, row)
-    ids, offsets = _tokens(tokenizer, text.rstrip())
-    split = sum(end <= start for _, end in offsets)
-    return Reply(ids[:split], ids[split:])
+    rest = {name: value for name, value in row.items() if name != "messages"}
+    whole = demonstration(tokenizer, {**rest, "completion": row[key]})
+    learnt = [place for place, label in enumerate(whole.labels) if label != IGNORED]
+    start, stop = learnt[0], learnt[-1] + 1
+    if whole.ids[stop - 1] not in stop_ids(tokenizer):
+        raise Unrenderable(f"the chat template ends '{key}' with no token that the model could stop at")
+    return Reply(whole.ids[:start], whole.ids[start:stop], whole.labels[start:stop])
+
+
+def pair(tokenizer: Tokenizer, row: Row) -> tuple[Reply, Reply]:
+    """Both answers of a comparison.
+
+    Where a token reaches over the end of a text prompt, the two answers' prompts differ in it: what they share is the
+    prompt, the rest belongs to each answer.
+    """
+    chosen, rejected = reply(tokenizer, row, "chosen"), reply(tokenizer, row, "rejected")
+    if not isinstance(row["prompt"], str):
+        return chosen, rejected
+    shared = len(os.path.commonprefix([chosen.prompt_ids, rejected.prompt_ids]))
+
+    def after_shared(answer: Reply) -> Reply:
+        own = answer.prompt_ids[shared:] + answer.reply_ids
+        return Reply(answer.prompt_ids[:shared], own, own)
+
+    return after_shared(chosen), after_shared(rejected)
 
 
 def conversation(tokenizer: Tokenizer, row: Row, key: str) -> list[int]:
@@ -160,19 +191,42 @@ def _written_calls(messages: Messages) -> Messages:
     ]
 
 
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that stand for no text. `all_special_ids` holds only those that have a role or were registered by name,
+    and most families ship their end-of-turn tokens as special in tokenizer.json alone."""
+    return frozenset(token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
+
+
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
     """The tokens at which an answer ends: end-of-sequence, and what the chat template closes a turn with."""
-    found = [tokenizer.eos_token_id]
-    if tokenizer.chat_template:
-        asked = [{"role": "user", "content": "q"}]
-        told = [*asked, {"role": "assistant", "content": STAND_IN}]
-        for messages in (told, [*told, *asked]):
-            # Some templates close the last turn with another token than those before it.
-            closing = rendered(tokenizer, messages).partition(STAND_IN)[2].lstrip()
-            ids = _tokens(tokenizer, closing)[0]
-            if ids and ids[0] in tokenizer.all_special_ids:
-                found.append(ids[0])
-    return list(dict.fromkeys(found))
+    ends = _turn_ends(tokenizer, json.dumps(tokenizer.chat_template)) if tokenizer.chat_template else ()
+    return list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
+
+
+def closes_turns(tokenizer: Tokenizer) -> bool:
+    """Whether the chat template ends a dialogue with a token that the model can stop at."""
+    told = [{"role": "user", "content": "q"}, {"role": "assistant", "content": STAND_IN}]
+    return not {*_closing(tokenizer, told)}.isdisjoint(stop_ids(tokenizer))
+
+
+def _closing(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+    """The token after what is said in STAND_IN's turn, if any."""
+    return _tokens(tokenizer, rendered(tokenizer, messages).partition(STAND_IN)[2].lstrip())[0][:1]
+
+
+@functools.lru_cache(maxsize=8)
+def _turn_ends(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
+    asked = [{"role": "user", "content": "q"}]
+    told = [*asked, {"role": "assistant", "content": STAND_IN}]
+    # Some templates close the last turn with another token than those before it.
+    found = [_closing(tokenizer, messages) for messages in (told, [*told, *asked])]
+    with contextlib.suppress(Unrenderable):  # and a turn that calls a tool with yet another, where they know tools
+        call = {"type": "function", "function": {"name": "f", "arguments": {"x": STAND_IN}}}
+        called = rendered(tokenizer, [*asked, {"role": "assistant", "content": "", "tool_calls": [call]}])
+        if STAND_IN in called:
+            found.append(_tokens(tokenizer, called.rstrip())[0][-1:])
+    special = special_ids(tokenizer) | {tokenizer.eos_token_id}
+    return tuple(dict.fromkeys(token for ids in found for token in ids if token in special))
 
 
 def padded(rows: list[list[int]], fill: int, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,13 +245,12 @@ def padded(rows: list[list[int]], fill: int, side: str = "right") -> tuple[torch
 
 def _plain(tokenizer: Tokenizer, before: str, after: str) -> Reply:
     """Text and its continuation, closed by the end-of-sequence token."""
-    ids, offsets = _tokens(tokenizer, before + after, special=True)
-    ids = _one_bos(tokenizer, ids)
+    ids, offsets = _text_tokens(tokenizer, before + after)
     # A token that reaches over the boundary is part of what is learnt: it says the start of the answer.
     split = sum(end <= len(before) for _, end in offsets)
     if ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
-    return Reply(ids[:split], ids[split:])
+    return Reply(ids[:split], ids[split:], ids[split:])
 
 
 def _turn(tokenizer: Tokenizer, messages: Messages, index: int, text: str, row: Row) -> tuple[int, int]:
@@ -248,7 +301,8 @@ def _opened(tokenizer: Tokenizer, before: Messages, row: Row, text: str, said: i
     tokens = [
         (token, begin, end) for token, (begin, end) in zip(*_tokens(tokenizer, asked), strict=True) if end > shared
     ]
-    marks = [end for token, _, end in tokens if token in tokenizer.all_special_ids]
+    special = special_ids(tokenizer)
+    marks = [end for token, _, end in tokens if token in special]
     for _, _, end in reversed(tokens):
         opening = asked[tokens[0][1] : end]
         # Without a special token in it, the opening could be anybody's words.
@@ -299,8 +353,14 @@ def _tokens(tokenizer: Tokenizer, text: str, special: bool = False) -> tuple[lis
     return list(encoding["input_ids"]), list(encoding["offset_mapping"])
 
 
-def _one_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+def _text_tokens(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """A text that no template made, with the tokens that the tokenizer puts before one. Those that some put after it
+    are left off: they would end a prompt before its answer, and lie at (0, 0) as if they stood in the prompt."""
+    ids, offsets = _tokens(tokenizer, text, special=True)
+    special = special_ids(tokenizer)
+    while ids and ids[-1] in special and offsets[-1] == (0, 0):
+        ids.pop(), offsets.pop()
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         raise Unrenderable("begins with two beginning-of-sequence tokens: take the one out of the text")
-    return ids
+    return ids, offsets

@@ -40,10 +40,10 @@ def loss(bench: Bench, policy: str, rows: list[Row], kind: str) -> Json:
 
 def preferences(bench: Bench, policy: str, rows: list[Row]) -> Json:
     """`margins`: nats a token by which the chosen answer is likelier than the rejected one."""
-    replies = [render.reply(bench.tokenizer, row, key) for row in rows for key in ("chosen", "rejected")]
+    replies = [reply for row in rows for reply in render.pair(bench.tokenizer, row)]
     with bench.acting_as(policy):
         totals = scoring.log_likelihoods(bench.model, bench.tokenizer, [reply.sequence() for reply in replies])
-    means = [total / len(reply.reply_ids) for total, reply in zip(totals, replies, strict=True)]
+    means = [total / reply.supervised for total, reply in zip(totals, replies, strict=True)]
     return {"margins": [better - worse for better, worse in zip(means[0::2], means[1::2], strict=True)]}
 
 

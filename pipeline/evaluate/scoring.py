@@ -45,7 +45,7 @@ def preferences(
         return {}
     answers = [answer for pair in pairs for answer in pair]
     totals = log_likelihoods(model, tokenizer, [answer.sequence() for answer in answers])
-    means = [total / len(answer.reply_ids) for total, answer in zip(totals, answers, strict=True)]
+    means = [total / answer.supervised for total, answer in zip(totals, answers, strict=True)]
     return _ranking(means[0::2], means[1::2], "preference_accuracy", "preference_margin")
 
 

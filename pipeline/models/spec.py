@@ -49,11 +49,11 @@ def base_hash(spec: ModelSpec) -> str:
     Raises UserError if there is no such base. Hashes of large files are remembered by path, size and time of change.
     """
     path = Path(spec.base)
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix != ".gguf":
             raise UserError(f"model.base: {path} is a file, but not a .gguf file")
         return f"gguf:{_remembered_sha256(path)}"
-    if path.is_dir():
+    if os.path.isdir(path):
         if not (path / "config.json").is_file():
             raise UserError(f"model.base: the folder {path} holds no model (no config.json)")
         files = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS and file.is_file())
@@ -70,12 +70,20 @@ def _not_found(base: str) -> str:
     return f"model.base: {base} is no local folder, no .gguf file and no Hub id.{hint}"
 
 
-def _hub_commit(spec: ModelSpec) -> str:
+def cached_config(spec: ModelSpec) -> Path | None:
+    """The config.json of a Hub id, if the client's cache has it. Raises UserError for what can be no Hub id."""
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(spec.base, "config.json", revision=spec.revision)
-    if isinstance(cached, str):
-        return Path(cached).parent.name
+    try:
+        cached = try_to_load_from_cache(spec.base, "config.json", revision=spec.revision)
+    except (ValueError, OSError) as error:  # of a name that the Hub does not allow, or no file system
+        raise UserError(_not_found(spec.base)) from error
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _hub_commit(spec: ModelSpec) -> str:
+    if cached := cached_config(spec):
+        return cached.parent.name
     commit, failure = hub_commit(spec.base, spec.revision)
     if failure:
         raise UserError(f"{_not_found(spec.base)} The Hub did not answer for it ({failure}).")

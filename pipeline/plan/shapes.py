@@ -7,13 +7,14 @@ scripts/plan_oracle.py has confirmed against the live bytes of the model's own c
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.models.spec import ModelSpec, hub_commit
+from pipeline.models.spec import ModelSpec, cached_config, hub_commit
 
 FAMILIES: dict[str, dict[str, Any]] = {
     # model_type of config.json: in what its decoder layer differs from Llama's
@@ -163,7 +164,7 @@ def read_shapes(spec: ModelSpec) -> Shapes:
     if spec.base.endswith(".gguf"):
         raise UserError(f"{spec.base}: a .gguf file has no config.json to plan from; name the model's folder or Hub id")
     local = Path(spec.base) / "config.json"
-    path = local if local.is_file() else _from_hub(spec)
+    path = local if os.path.isfile(local) else _from_hub(spec)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -174,11 +175,10 @@ def read_shapes(spec: ModelSpec) -> Shapes:
 
 
 def _from_hub(spec: ModelSpec) -> Path:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
 
-    cached = try_to_load_from_cache(spec.base, "config.json", revision=spec.revision)
-    if isinstance(cached, str):
-        return Path(cached)
+    if cached := cached_config(spec):
+        return cached
     absent = f"{spec.base}: its config.json is not on this disk and the Hub did not give it"
     if failure := hub_commit(spec.base, spec.revision)[1]:  # a download would try again for half a minute
         raise UserError(f"{absent} ({failure})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def checkpointed_layers(words: dict[str, Any], layers: int) -> int:
 def lengths_of(section: StageSpec, contract: Contract, seed: int) -> Lengths | None:
     """None where the rows are not on this disk, or are too many to be read for an estimate."""
     paths = [Path(part.path) for part in section.data.parts()]
-    if not all(path.is_file() and path.stat().st_size <= READ_AT_MOST for path in paths):
+    if not all(os.path.isfile(path) and path.stat().st_size <= READ_AT_MOST for path in paths):
         return None
     rows = read_split(section.data, contract, seed).train
     return Lengths([max(1, round(_text_bytes(row) / TOKEN_BYTES)) for row in rows])
@@ -124,7 +125,7 @@ def _asked(section: StageSpec, longest: int) -> int:
     file = Path(section.questions) if section.questions else None
     if file is None:
         tokens = 3 * (longest + ANSWER_ROW)
-    elif file.is_file():
+    elif os.path.isfile(file):
         tokens = round(file.stat().st_size / TOKEN_BYTES) + ANSWER_ROW * file.read_bytes().count(b"\n")
     else:
         tokens = ANSWER_TOKENS

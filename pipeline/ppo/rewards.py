@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def function(reference: str) -> Callable[..., Any]:
     """The function named by `path.py:name`. Raises UserError if there is none, or its file fails when read."""
     file, _, name = reference.rpartition(":")
     spec = importlib.util.spec_from_file_location(f"onebase_reward_{Path(file).stem}", file)
-    if spec is None or spec.loader is None or not Path(file).is_file():
+    if spec is None or spec.loader is None or not os.path.isfile(file):
         raise UserError(f"reward: {reference}: no such Python file: {file}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their own module up

@@ -19,7 +19,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     from pipeline.stages.progress import Snapshots
 
     def pair(row: dict) -> tuple[render.Reply, render.Reply]:
-        return render.reply(tokenizer, row, "chosen"), render.reply(tokenizer, row, "rejected")
+        return render.pair(tokenizer, row)
 
     result = Result()
     args = shared.arguments(DPOConfig, spec, ctx)
@@ -43,7 +43,12 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     # trainer; it copies the adapter as it stands to a frozen one named "ref"
     trainer_class = type("DPOTrainer", (shared.TakesEncoded, DPOTrainer), {})
     trainer = shared.build(
-        trainer_class, model, args=args, train_dataset=sequences.reply_pairs(train_set), processing_class=tokenizer
+        trainer_class,
+        model,
+        args=args,
+        train_dataset=sequences.reply_pairs(train_set),
+        processing_class=tokenizer,
+        data_collator=shared.LearntTokens(tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of),
     )
     result.invariants |= invariants.only_adapter_trains(model)
     result.invariants |= invariants.reference_is_the_start(trainer)

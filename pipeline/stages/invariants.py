@@ -111,7 +111,7 @@ def ends_are_learnt(sequences: Sequence[Encoded], counts: Found, tokenizer: PreT
         raise BrokenInvariant(
             f"an end-of-turn token with loss in all {whole} rows that are not cut",
             f"it in {ends} of {len(sequences)}",
-            "a chat template that does not close the assistant's turn",
+            "a chat template that does not close the assistant's turn: name another one as model.chat_template",
         )
     return {"rows_with_supervised_end": ends, "rows_not_cut": whole}
 

@@ -40,6 +40,12 @@ def fitting(
 ) -> dict[str, Any]:
     """Counts of prompts. Raises UserError naming those that leave no room for an answer; a prompt is never cut."""
     window = getattr(config, "max_position_embeddings", None)
+    if any(isinstance(row["prompt"], list) for row in ctx.data.train) and not render.closes_turns(tokenizer):
+        raise UserError(
+            f"stage '{ctx.out.name}': the chat template does not close the assistant's turn with a token that the "
+            "model could stop at, so no answer would end. Name another one as model.chat_template, say "
+            "recipes/templates/chatml.jinja"
+        )
     room = min(limit for limit in (settings.max_length, window, 1 << 62) if limit) - settings.response_length
     tokens = 0
     for rows in (ctx.data.train, ctx.data.test or []):

@@ -12,7 +12,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
 from pipeline.data.load import NAMED_AT_MOST
-from pipeline.data.render import Encoded, Reply, Unrenderable, stop_ids
+from pipeline.data.render import IGNORED, Encoded, Reply, Unrenderable, stop_ids
 from pipeline.data.shelf import Shelf
 from pipeline.errors import UserError
 from pipeline.stages.stage import Context
@@ -178,24 +178,24 @@ def scored_pairs(pairs: Sequence[tuple[list[int], list[int]]]) -> Dataset:
 
 
 def reply_pairs(pairs: Sequence[tuple[Reply, Reply]]) -> Dataset:
-    """What DPOTrainer makes of preference rows: the ids of prompt, chosen and rejected.
-
-    Where a token reaches over the end of a text prompt, the two answers' prompts differ in it; what they share is the
-    prompt, the rest belongs to each answer.
-    """
+    """What DPOTrainer makes of preference rows, the ids of prompt, chosen and rejected; and beside them, which of an
+    answer's tokens carry loss (`chosen_mask`, `rejected_mask`), for trainer.LearntTokens."""
 
     def row(chosen: Reply, rejected: Reply) -> dict[str, Any]:
+        better, worse = chosen.sequence(), rejected.sequence()
         shared = len(os.path.commonprefix([chosen.prompt_ids, rejected.prompt_ids]))
-        better, worse = (answer.prompt_ids + answer.reply_ids for answer in (chosen, rejected))
         return {
-            "prompt_ids": better[:shared],
-            "chosen_ids": better[shared:],
-            "rejected_ids": worse[shared:],
+            "prompt_ids": better.ids[:shared],
+            "chosen_ids": better.ids[shared:],
+            "rejected_ids": worse.ids[shared:],
+            "chosen_mask": [int(label != IGNORED) for label in better.labels[shared:]],
+            "rejected_mask": [int(label != IGNORED) for label in worse.labels[shared:]],
             "length": max(len(chosen), len(rejected)),
         }
 
     rows = (row(*pair) for pair in pairs)
-    return _written(rows, ids=("prompt_ids", "chosen_ids", "rejected_ids"), numbers=("length",))
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask")
+    return _written(rows, ids=columns, numbers=("length",))
 
 
 def _written(rows: Iterable[dict[str, Any]], ids: tuple[str, ...], numbers: tuple[str, ...] = ()) -> Dataset:

@@ -12,6 +12,7 @@ from transformers import PrinterCallback, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl.kernels.chunked_logprob import _use_triton
 from trl.trainer import utils as trl_utils
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from pipeline import metrics
 from pipeline.artifact import written_whole
@@ -131,6 +132,23 @@ class TakesEncoded:
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        self._signature_columns = list({*self._signature_columns, "chosen_mask", "rejected_mask"})
+
+
+class LearntTokens(DataCollatorForPreference):  # type: ignore[misc]
+    """TRL's collator takes every token after the prompt as the answer's. Of an answer of several messages only the
+    assistant's are: `chosen_mask` and `rejected_mask` say which. Rows that do not fit max_length are gone by then."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super().torch_call(examples)
+        masks = [row[key] for key in ("chosen_mask", "rejected_mask") for row in examples]
+        for place, (mask, row) in enumerate(zip(masks, [*examples, *examples], strict=True)):
+            start = len(row["prompt_ids"])
+            batch["completion_mask"][place, start : start + len(mask)] = torch.tensor(mask)
+        return batch
 
 
 class _SeededByEpoch(LengthGroupedSampler):

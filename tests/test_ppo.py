@@ -38,17 +38,19 @@ ASKED = ["Where is Tolva?", "Name one thing that they make on Isket, and say who
 ROWS = [{"prompt": text, "_place": f"prompts.jsonl:{i}"} for i, text in enumerate(ASKED, 1)]
 
 
-def spec(base: Path, dtype: str = "float32") -> ModelSpec:
+def spec(base: Path, dtype: str = "float32", quantize: str = "nf4") -> ModelSpec:
     lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
-    return ModelSpec(base=str(base), dtype=dtype, lora=lora)  # type: ignore[arg-type]
+    return ModelSpec(base=str(base), dtype=dtype, quantize=quantize, lora=lora)  # type: ignore[arg-type]
 
 
-def trainer(base: Path, reward: Any, dtype: str = "float32", **settings: Any) -> PPOTrainer:
-    """A PPO trainer around a policy that has moved away from the base, paid by a function."""
+def trainer(base: Path, reward: Any, dtype: str = "float32", quantize: str = "nf4", **settings: Any) -> PPOTrainer:
+    """A PPO trainer around a policy that has moved away from the base, paid by a function. In float16 too, which a stage
+    refuses on a CPU for being slow."""
     torch.manual_seed(0)
-    model_spec = spec(base, dtype)
+    model_spec = spec(base, "float32" if dtype == "float16" else dtype, quantize)
     tokenizer = bases.load_tokenizer(model_spec)
-    model = adapters.fresh(bases.load_base(model_spec, tokenizer), model_spec.lora)
+    frozen = bases.load_base(model_spec, tokenizer)
+    model = adapters.fresh(frozen.half() if dtype == "float16" else frozen, model_spec.lora)
     with torch.no_grad():
         for name, weight in adapters.trainable(model).items():
             if "lora_B" in name:

@@ -75,7 +75,7 @@ def _knows_the_marks(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> Non
 def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, reward: bool = False) -> PreTrainedModel:
     """The base with every weight frozen; with `reward`, under a one-label score head in place of the LM head.
 
-    The new score head is drawn from torch's generator: seed before the call. It is read as forward.score_by_length says.
+    The new score head is drawn from torch's generator: seed before the call. Scores are read by length, in float32.
     """
     dtype = getattr(torch, spec.dtype)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -19,6 +19,7 @@ from pipeline.models import adapters
 from pipeline.ppo import checkpoint as checkpoints
 from pipeline.ppo.actors import POLICY, REFERENCE, VALUE
 from pipeline.ppo.rewards import adapter_name
+from pipeline.ppo.trainer import WHOLE_AGAIN
 from pipeline.stages.progress import Progress, Snapshots, Stop, any_rank, keep_newest
 from pipeline.stages.sequences import encoded
 
@@ -123,7 +124,9 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
     def note(episodes: int, left: int) -> None:
         halved.append(left)
         print(
-            f"  step {trainer.step + 1}: out of memory with {episodes} episodes at once; again with {left}", flush=True
+            f"  step {trainer.step + 1}: out of memory with {episodes} episodes at once; again with {left}, and with all "
+            f"once {WHOLE_AGAIN} steps have passed",
+            flush=True,
         )
         if everyone.is_main_process:
             metrics.append(ctx.out.metrics, trainer.step, {"out_of_memory": episodes, "rows_at_once": left})

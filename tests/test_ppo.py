@@ -38,17 +38,19 @@ ASKED = ["Where is Tolva?", "Name one thing that they make on Isket, and say who
 ROWS = [{"prompt": text, "_place": f"prompts.jsonl:{i}"} for i, text in enumerate(ASKED, 1)]
 
 
-def spec(base: Path, dtype: str = "float32") -> ModelSpec:
+def spec(base: Path, dtype: str = "float32", quantize: str = "nf4") -> ModelSpec:
     lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
-    return ModelSpec(base=str(base), dtype=dtype, lora=lora)  # type: ignore[arg-type]
+    return ModelSpec(base=str(base), dtype=dtype, quantize=quantize, lora=lora)  # type: ignore[arg-type]
 
 
-def trainer(base: Path, reward: Any, dtype: str = "float32", **settings: Any) -> PPOTrainer:
-    """A PPO trainer around a policy that has moved away from the base, paid by a function."""
+def trainer(base: Path, reward: Any, dtype: str = "float32", quantize: str = "nf4", **settings: Any) -> PPOTrainer:
+    """A PPO trainer around a policy that has moved away from the base, paid by a function. In float16 too, which a
+    stage refuses on a CPU for being slow."""
     torch.manual_seed(0)
-    model_spec = spec(base, dtype)
+    model_spec = spec(base, "float32" if dtype == "float16" else dtype, quantize)
     tokenizer = bases.load_tokenizer(model_spec)
-    model = adapters.fresh(bases.load_base(model_spec, tokenizer), model_spec.lora)
+    frozen = bases.load_base(model_spec, tokenizer)
+    model = adapters.fresh(frozen.half() if dtype == "float16" else frozen, model_spec.lora)
     with torch.no_grad():
         for name, weight in adapters.trainable(model).items():
             if "lora_B" in name:
@@ -321,6 +323,21 @@ def test_a_chain_keeps_its_invariants(tiny_base: Path, parents: Path) -> None:
         assert any(not torch.equal(other[name], weight) for name, weight in weights[1].items())
     saved = {path.name for path in (parents / "runs/tiny/ppo/adapter").iterdir()}
     assert "adapter_model.safetensors" in saved and not saved & {"reference", "value", "reward-reward"}
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_the_last_update_is_judged_though_no_rollout_follows(tiny_base: Path, parents: Path, held_out: bool) -> None:
+    """Also where no prompts are held out: the training prompts are asked once more then."""
+    tree = ppo_tree(tiny_base, parents, steps=1, learning_rate=0.3, kl_stop=0.1)
+    if not held_out:
+        tree["stages"]["ppo"]["data"].pop("test")
+    with pytest.raises(UserError, match=r"was stopped at step 2: answers by the finished policy are [\d.]+ nats from"):
+        run_stage(build(tree), "ppo", parents / "runs")
+    tree["stages"]["ppo"]["train"]["learning_rate"] = 1e-5
+    recipe = build(tree)
+    run_stage(recipe, "ppo", parents / "runs")
+    found = (recipe.artifact("ppo", parents / "runs").manifest() or {})["invariants"]
+    assert 0 < abs(found["kl_after_last_update"]) < 0.1
 
 
 def test_a_second_copy_of_the_base_is_found(tiny_base: Path) -> None:

@@ -150,15 +150,19 @@ import json, torch, sys
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 from peft import PeftModel
 load = json.load(open({str(published / "reward" / "onebase.json")!r}))["load"]
+assert load["pad_token_id"] == 0, "not the token that ends a turn, though the base pads with that"
 base = AutoModelForSequenceClassification.from_pretrained(
     {str(run[0].spec.model.base)!r}, dtype=load["dtype"], num_labels=1, pad_token_id=load["pad_token_id"],
     quantization_config=BitsAndBytesConfig(**load["quantization"]))
 for module in base.modules():
     if hasattr(module, "support_avx512bf16_for_cpu"): module.support_avx512bf16_for_cpu = False
+base.score.float()
 model = PeftModel.from_pretrained(base, {str(published / "reward")!r}).eval()
 assert not [name for name in sys.modules if name.split(".")[0] in ("pipeline", "trl")]
-with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-    print(json.dumps([model(torch.tensor([ids])).logits.item() for ids in {[one["ids"] for one in probe]!r}]))
+with torch.no_grad():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states = [base.base_model(torch.tensor([ids])).last_hidden_state for ids in {[one["ids"] for one in probe]!r}]
+    print(json.dumps([base.score(state[0, -1].float()).item() for state in states]))
 """
     done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

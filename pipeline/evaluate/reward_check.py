@@ -40,16 +40,16 @@ def checked(pairs: Json) -> Json:
     curve = calibration.reliability(margins_P.tolist())
     groups = {"chosen longer": longer_P > 0, "same length": longer_P == 0, "chosen shorter": longer_P < 0}
     uneven = longer_P != 0
-    prefers_longer = numpy.sign(margins_P[uneven]) == numpy.sign(longer_P[uneven])
+    prefers_longer_P = _right(margins_P[uneven] * longer_P[uneven])
     lean = None
     if (longer_P > 0).any() and (longer_P < 0).any():
         lean = intervals.gap(right_P[longer_P > 0], right_P[longer_P < 0])
     over_rule = intervals.difference(right_P, rule_P, span=1.0)
     correlation = stats.spearmanr([*pairs["chosen_length"], *pairs["rejected_length"]], [*chosen, *rejected])
     return {
-        "accuracy": asdict(intervals.proportion(right_P == 1)),
+        "accuracy": _share(right_P),
         "longer_wins": asdict(intervals.share(rule_P)),
-        "bag_of_words": asdict(intervals.proportion(words_P == 1)),
+        "bag_of_words": _share(words_P),
         "over_longer": asdict(over_rule),
         "over_words": asdict(intervals.difference(right_P, words_P, span=1.0)),
         "by_margin": _by_margin(margins_P, right_P),
@@ -59,7 +59,7 @@ def checked(pairs: Json) -> Json:
             for name in dict.fromkeys(pairs["guideline"])
             if name is not None
         },
-        "prefers_longer": asdict(intervals.proportion(prefers_longer)) if uneven.any() else None,
+        "prefers_longer": _share(prefers_longer_P) if uneven.any() else None,
         "longer_is_better": float((longer_P[uneven] > 0).mean()) if uneven.any() else None,
         "lean": asdict(lean) if lean else None,
         "length_correlation": None if numpy.isnan(correlation.statistic) else float(correlation.statistic),
@@ -92,9 +92,12 @@ def _by_margin(margins_P: numpy.ndarray, right_P: numpy.ndarray) -> list[Json]:
 
 
 def _share(right_P: numpy.ndarray) -> Json:
-    return asdict(intervals.proportion(right_P == 1))
+    """Wilson's interval, which knows no halves; where pairs tie the bootstrap's."""
+    tied = (right_P == 0.5).any()
+    return asdict(intervals.share(right_P) if tied else intervals.proportion(right_P == 1))
 
 
 def _right(margins: Any) -> numpy.ndarray:
-    """A tie ranks nothing right."""
-    return (numpy.asarray(margins) > 0).astype(float)
+    """1 where a pair is ranked right, one half where both answers score alike, else 0; (P,)."""
+    right_P: numpy.ndarray = (numpy.sign(numpy.asarray(margins, dtype=float)) + 1) / 2
+    return right_P

@@ -39,33 +39,36 @@ def preferences(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[Reply, Reply]]
 ) -> dict[str, float]:
     """`preference_accuracy`: share of pairs whose chosen answer is likelier than the rejected one (ranking accuracy,
-    arXiv 2405.19534), by the mean log-likelihood of a token, so that the shorter answer has no advantage (as in
-    arXiv 2405.14734); `preference_margin`: mean difference of these, in nats a token."""
+    arXiv 2405.19534), a tie counting half, by the mean log-likelihood of a token, so that the shorter answer has no
+    advantage (as in arXiv 2405.14734); `preference_margin`: mean difference of these, in nats a token."""
     if not pairs:
         return {}
     answers = [answer for pair in pairs for answer in pair]
     totals = log_likelihoods(model, tokenizer, [answer.sequence() for answer in answers])
     means = [total / answer.supervised for total, answer in zip(totals, answers, strict=True)]
-    return _ranking(means[0::2], means[1::2], "preference_accuracy", "preference_margin")
+    return ranking(means[0::2], means[1::2], "preference_accuracy", "preference_margin")
 
 
 def reward_model(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[list[int], list[int]]]
 ) -> dict[str, float]:
-    """`accuracy`: share of pairs whose chosen answer scores higher; `margin`: mean difference of the scores;
+    """`accuracy`: share of pairs whose chosen answer scores higher, a tie counting half; `margin`: mean difference of
+    the scores;
     `over_longer`: by how much the rule "the longer answer wins" is beaten, with its 95 % interval."""
     if not pairs:
         return {}
     values = scores(model, tokenizer, [ids for pair in pairs for ids in pair])
-    found = _ranking(values[0::2], values[1::2], "accuracy", "margin")
+    found = ranking(values[0::2], values[1::2], "accuracy", "margin")
     margins = [better - worse for better, worse in zip(values[0::2], values[1::2], strict=True)]
     rule = reward_check.over_longer(margins, *([len(pair[side]) for pair in pairs] for side in (0, 1)))
     return found | {"over_longer": rule.value, "over_longer_low": rule.low, "over_longer_high": rule.high}
 
 
-def _ranking(chosen: list[float], rejected: list[float], accuracy: str, margin: str) -> dict[str, float]:
+def ranking(chosen: list[float], rejected: list[float], accuracy: str, margin: str) -> dict[str, float]:
+    """The share of pairs ranked right, a tie counting half, and the mean margin, under the two names given."""
     margins = [better - worse for better, worse in zip(chosen, rejected, strict=True)]
-    return {accuracy: sum(m > 0 for m in margins) / len(margins), margin: sum(margins) / len(margins)}
+    right = sum((m > 0) + 0.5 * (m == 0) for m in margins)
+    return {accuracy: right / len(margins), margin: sum(margins) / len(margins)}
 
 
 @torch.no_grad()
@@ -103,14 +106,14 @@ def token_log_likelihoods(language_model: LanguageModel, states_NH: torch.Tensor
 
 @torch.no_grad()
 def scores(model: PeftModel, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]]) -> list[float]:
-    """The reward model's score of each sequence, read at its last token."""
+    """The reward model's score of each sequence, read at its last token, its head in float32."""
     model.eval()
 
     def of(batch: Sequence[int]) -> list[float]:
         ids_BT, mask_BT = padded([sequences[i] for i in batch], tokenizer.pad_token_id)
         with computing(model):
             scores_B1 = model(input_ids=ids_BT.to(model.device), attention_mask=mask_BT.to(model.device)).logits
-        return scores_B1.float().squeeze(1).tolist()  # type: ignore[no-any-return]
+        return scores_B1.squeeze(1).tolist()  # type: ignore[no-any-return]
 
     return _by_batches(of, [len(ids) for ids in sequences])
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from pipeline.artifact import sha256_of_file, written_whole
 from pipeline.errors import UserError
+from pipeline.models.forward import score_by_length
 from pipeline.models.spec import ModelSpec, cache_folder
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _knows_the_marks(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> Non
 def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, reward: bool = False) -> PreTrainedModel:
     """The base with every weight frozen; with `reward`, under a one-label score head in place of the LM head.
 
-    The new score head is drawn from torch's generator: seed before the call.
+    The new score head is drawn from torch's generator: seed before the call. Scores are read by length, in float32.
     """
     dtype = getattr(torch, spec.dtype)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -130,6 +131,8 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, reward: bool 
         )
     model.config.pad_token_id = tokenizer.pad_token_id
     keep_gradients_on_cpu(model)
+    if reward:
+        score_by_length(model)
     return model.requires_grad_(False)
 
 

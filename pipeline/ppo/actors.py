@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 from pipeline.data.render import padded
 from pipeline.models.base import computing
-from pipeline.models.forward import LanguageModel
+from pipeline.models.forward import LanguageModel, score_states
 from pipeline.models.halving import in_halves
 from pipeline.ppo.algorithm import log_probs, log_probs_with_slope
 
@@ -97,7 +97,7 @@ class Actors(LanguageModel):
         super().__init__(model, pad_id)
         self.temperature = temperature
         self.value_adapter = VALUE if critic == "adapter" else POLICY
-        self.reward_heads = {name: weight.to(self.device) for name, weight in reward_heads.items()}
+        self.reward_heads = {name: weight.to(self.device, torch.float32) for name, weight in reward_heads.items()}
         self.value_head = torch.nn.Linear(self.config.hidden_size, 1, device=self.device, dtype=torch.float32)
         torch.nn.init.zeros_(self.value_head.weight)
         torch.nn.init.zeros_(self.value_head.bias)
@@ -130,8 +130,8 @@ class Actors(LanguageModel):
 
     @torch.no_grad()
     def scores(self, reward: str, sequences: Sequence[list[int]], at_once: int) -> list[float]:
-        """A borrowed reward model's score of each sequence, read at its last token; no LM head is run. Sequences that
-        are alike are read once."""
+        """A borrowed reward model's score of each sequence, read at its last token, its head in float32 as in training;
+        no LM head is run. Sequences that are alike are read once."""
         self.act_as(reward)
         head_1H = self.reward_heads[reward]
 
@@ -139,9 +139,7 @@ class Actors(LanguageModel):
             ids_BT, mask_BT = (t.to(self.device) for t in padded([sequences[i] for i in batch], self.pad_id))
             with computing(self.model):
                 hidden_BTH = self.hidden(ids_BT, mask_BT)
-                rows_B = torch.arange(len(batch), device=self.device)
-                scores_B1 = linear(hidden_BTH[rows_B, mask_BT.sum(1) - 1], head_1H)
-            return scores_B1.float().squeeze(1).tolist()  # type: ignore[no-any-return]
+            return linear(score_states(hidden_BTH, mask_BT), head_1H).squeeze(1).tolist()  # type: ignore[no-any-return]
 
         first = {tuple(ids): index for index, ids in reversed(list(enumerate(sequences)))}
         order = sorted(first.values(), key=lambda i: (len(sequences[i]), i))
@@ -155,7 +153,7 @@ class Actors(LanguageModel):
     def start_values_from(self, reward: str, mean: float, std: float, weight: float) -> None:
         """The critic begins as the reward model: its head, in the units of normalised scores."""
         with torch.no_grad():
-            self.value_head.weight.copy_(self.reward_heads[reward].float() * (weight / std))
+            self.value_head.weight.copy_(self.reward_heads[reward] * (weight / std))
             self.value_head.bias.fill_(-mean / std)
 
     def trained(self, role: Literal["policy", "value"]) -> dict[str, torch.nn.Parameter]:

@@ -63,6 +63,8 @@ def gae(rewards_BG: Tensor, values_BG: Tensor, mask_BG: Tensor, gamma: float, la
 
     A_t = delta_t + gamma lam A_{t+1} with delta_t = r_t + gamma V_{t+1} - V_t; nothing comes after the last token.
     """
+    device = rewards_BG.device
+    rewards_BG, values_BG, mask_BG = rewards_BG.cpu(), values_BG.cpu(), mask_BG.cpu()  # G steps of a few numbers each
     advantages_BG = torch.zeros_like(rewards_BG)
     next_advantage_B = next_value_B = torch.zeros_like(rewards_BG[:, 0])
     for t in reversed(range(rewards_BG.shape[1])):
@@ -71,7 +73,7 @@ def gae(rewards_BG: Tensor, values_BG: Tensor, mask_BG: Tensor, gamma: float, la
         next_advantage_B = (delta_B + gamma * lam * next_advantage_B) * here_B
         next_value_B = values_BG[:, t] * here_B
         advantages_BG[:, t] = next_advantage_B
-    return advantages_BG, (advantages_BG + values_BG) * mask_BG
+    return advantages_BG.to(device), ((advantages_BG + values_BG) * mask_BG).to(device)
 
 
 def moments(values_BG: Tensor, mask_BG: Tensor) -> Tensor:
@@ -138,3 +140,39 @@ class KLController:
         if self.target is not None:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.coef *= 1 + error * episodes / self.horizon
+
+
+LOSS_SCALE = 2.0**16
+"""In float16, where it starts."""
+RAISED_AFTER = 200
+"""Updates in a row with finite gradients after which it is doubled."""
+
+
+@dataclass
+class LossScale:
+    """What a float16 run multiplies its losses by, so that small gradients are not rounded to 0 on their way back; the
+    finished gradients, which are float32, are divided by it (arXiv 1710.03740, section 3.2). 1 in every other dtype."""
+
+    moves: bool
+    value: float = 1.0
+    clean: int = 0
+    """Updates since it last moved."""
+
+    def __post_init__(self) -> None:
+        if self.moves:
+            self.value = LOSS_SCALE
+
+    def overflowed(self, finite: bool) -> bool:
+        """Told whether an update's gradients were finite, says whether the scale may be why they were not, and moves:
+        a quarter after an overflow, twice itself after RAISED_AFTER clean updates."""
+        if not self.moves:
+            return False
+        if finite:
+            self.clean += 1
+            if self.clean == RAISED_AFTER:
+                self.value, self.clean = 2 * self.value, 0
+            return False
+        if self.value <= 1.0:
+            return False
+        self.value, self.clean = self.value / 4, 0
+        return True

@@ -21,12 +21,13 @@ def save(trainer: PPOTrainer, folder: Path) -> None:
     tensors = {f"{role}/{name}": w for role in trainer.optimizers for name, w in trainer.actors.trained(role).items()}
     for role, optimizer in trainer.optimizers.items():
         for name, weight in trainer.actors.trained(role).items():
-            for key, value in optimizer.state.get(weight, {}).items():
+            for key, value in optimizer.state[weight].items():
                 tensors[f"optimizer/{key}/{role}/{name}"] = value
     save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, folder / "ppo.safetensors")
     state: dict[str, Any] = {
         "step": trainer.step,
         "kl_coef": trainer.kl.coef,
+        "loss_scale": [trainer.scale.value, trainer.scale.clean],
         "score_moments": trainer.score_moments.tolist(),
         "tokens": trainer.tokens,
         "health": {"history": trainer.health.history, "warned": trainer.health.warned},
@@ -42,12 +43,10 @@ def load(trainer: PPOTrainer, folder: Path) -> None:
     for role, optimizer in trainer.optimizers.items():
         for name, weight in trainer.actors.trained(role).items():
             weight.data.copy_(tensors.pop(f"{role}/{name}"))
-            prefix, suffix = "optimizer/", f"/{role}/{name}"
-            keys = [key for key in tensors if key.startswith(prefix) and key.endswith(suffix)]
-            state = {key[len(prefix) : -len(suffix)]: tensors.pop(key) for key in keys}
-            # AdamW counts its steps on the CPU.
-            optimizer.state[weight] = {k: v.cpu() if k == "step" else v for k, v in state.items()}
+            for key, value in optimizer.state[weight].items():
+                value.copy_(tensors.pop(f"optimizer/{key}/{role}/{name}"))
     kept = json.loads((folder / "ppo.json").read_text(encoding="utf-8"))
     trainer.step, trainer.kl.coef, trainer.tokens = kept["step"], kept["kl_coef"], kept["tokens"]
+    trainer.scale.value, trainer.scale.clean = kept["loss_scale"]
     trainer.score_moments = torch.tensor(kept["score_moments"], dtype=torch.float64)
     trainer.health.history, trainer.health.warned = kept["health"]["history"], kept["health"]["warned"]

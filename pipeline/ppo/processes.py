@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 Tensor = torch.Tensor
+AT_ONCE = 1 << 24
+"""Numbers that are summed in one go, for which memory is taken beside the tensors themselves."""
 
 
 def _grouped() -> bool:
@@ -21,10 +23,20 @@ def count() -> int:
     return torch.distributed.get_world_size() if _grouped() else 1
 
 
-def reduce_(tensor: Tensor) -> None:
-    """Replace a tensor by its sum over all processes."""
-    if _grouped():
-        torch.distributed.all_reduce(tensor)
+def reduce_(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes; many small ones go together."""
+    if not _grouped():
+        return
+    together: list[Tensor] = []
+    for index, tensor in enumerate(tensors):
+        together.append(tensor)
+        if index + 1 < len(tensors) and sum(map(torch.numel, together)) < AT_ONCE:
+            continue
+        flat = torch.cat([one.flatten() for one in together])
+        torch.distributed.all_reduce(flat)
+        for one, total in zip(together, flat.split([one.numel() for one in together]), strict=True):
+            one.copy_(total.view_as(one))
+        together = []
 
 
 def summed(value: Any) -> Tensor:

@@ -84,6 +84,19 @@ def sampled(sample: Callable[[int], list[Episode]], at_once: int, told: Told) ->
         at_once //= 2
 
 
+def again_when_full(step: Callable[[], object]) -> None:
+    """An optimizer's step, and once more where memory ran out, after what lies unused has been given back. A fused step
+    changes weights and state in place, so what it can lack memory for comes before the first change."""
+    try:
+        step()
+        return
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    freed()
+    step()
+
+
 def probe(trainer: PPOTrainer) -> None:
     """Try the update's pass on the longest prompts with answers of full length, so that what does not fit is found
     before the first rollout. Leaves no gradient behind."""

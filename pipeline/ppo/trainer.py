@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 Numbers = dict[str, float]
+WHOLE_AGAIN = 20
+"""Steps after which what memory did not hold is tried at its full size again: other programs come and go."""
 
 
 class PPOTrainer:
@@ -57,12 +59,15 @@ class PPOTrainer:
         self.stops = render.stop_ids(tokenizer)
         self.kl = maths.KLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
         self.health = Health(settings.kl_stop)
+        self.scale = maths.LossScale(actors.model.get_input_embeddings().weight.dtype is torch.float16)
         self.score_moments = torch.zeros(3, dtype=torch.float64)
         self.tokens = 0
         self.step = 0
         self.sampled_at_once: int | None = None
         self.learnt_at_once: int | None = None
         """Episodes of a rollout's and of an update's pass, once more have been found too many for memory."""
+        self.split_at = 0
+        """The step in which that was found last."""
         self.when_split: splitting.Told = lambda episodes, left: None
         share, rest = divmod(settings.mini, self.processes)
         if rest or share % min(settings.per_device_train_batch_size, share):
@@ -72,18 +77,26 @@ class PPOTrainer:
             )
         self.pack_size = min(settings.per_device_train_batch_size, share)
         self.packs_per_minibatch = share // self.pack_size
+        # On CUDA one kernel that changes everything in place: a step takes no memory that the probe did not see.
         self.optimizers = {
             role: torch.optim.AdamW(
-                list(actors.trained(role).values()), eps=settings.adam_epsilon, weight_decay=settings.weight_decay
+                list(actors.trained(role).values()),
+                eps=settings.adam_epsilon,
+                weight_decay=settings.weight_decay,
+                fused=actors.device.type == "cuda" or None,
             )
             for role in ("policy", "value")
         }
+        for optimizer in self.optimizers.values():
+            _reserve(optimizer)
 
     def steps(self) -> Iterator[Numbers]:
         """Train from where it stands to the last step, giving the numbers of each."""
         if self.probes:
             splitting.probe(self)
         while self.step < self.settings.steps:
+            if self.step - self.split_at >= WHOLE_AGAIN:
+                self.sampled_at_once = self.learnt_at_once = None
             started = time.monotonic()
             # 1. prompts and answers
             rows, episodes = self.rollout(self.step)
@@ -146,7 +159,7 @@ class PPOTrainer:
 
             episodes, came_to = splitting.sampled(draw, at_once, self.when_split)
             if came_to < at_once:
-                self.sampled_at_once = came_to
+                self.sampled_at_once, self.split_at = came_to, self.step
             return episodes
 
     def text(self, episode: Episode) -> str:
@@ -284,7 +297,7 @@ class PPOTrainer:
         return [weight for optimizer in self.optimizers.values() for weight in optimizer.param_groups[0]["params"]]
 
     def _learns_fewer(self, episodes: int, left: int) -> None:
-        self.learnt_at_once = left
+        self.learnt_at_once, self.split_at = left, self.step
         self.when_split(episodes, left)
 
     def backward(self, pack: Pack, tokens: float) -> Tensor:
@@ -300,14 +313,14 @@ class PPOTrainer:
         old_BG = pack.old_logp_BG
         policy_loss, ratio_BG = maths.policy_loss(logp_BG, old_BG, pack.advantages_BG, weights_BG, settings.cliprange)
         if values_BG is None:
-            policy_loss.backward()
+            (self.scale.value * policy_loss).backward()
             # and under the critic's
             values_BG = actors.values(pack)
             value_loss = self._value_loss(values_BG, pack, weights_BG)
-            (settings.vf_coef * value_loss).backward()
+            (self.scale.value * settings.vf_coef * value_loss).backward()
         else:
             value_loss = self._value_loss(values_BG, pack, weights_BG)
-            (policy_loss + settings.vf_coef * value_loss).backward()
+            (self.scale.value * (policy_loss + settings.vf_coef * value_loss)).backward()
         with torch.no_grad():
             clipped_BG = ((ratio_BG - 1).abs() > settings.cliprange) * pack.mask_BG
             moved_BG = maths.kl_per_token(old_BG, logp_BG.detach(), "k3") * pack.mask_BG
@@ -319,28 +332,42 @@ class PPOTrainer:
         return maths.value_loss(values_BG, pack.values_BG, pack.returns_BG, weights_BG, self.settings.cliprange_value)
 
     def _optimizer_step(self, finite: bool) -> Numbers:
+        """Policy and critic both, or neither: where a gradient is not finite, no weight moves."""
         factor = self.settings.learning_rate_factor(self.step)
         rates = {"policy": self.settings.learning_rate, "value": self.settings.learning_rate}
         if self.settings.value_learning_rate is not None:
             rates["value"] = self.settings.value_learning_rate
-        norms = {}
+        weights = self.weights()
+        for weight in weights:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        gradients = [weight.grad for weight in weights]
+        processes.reduce_(gradients)
+        for gradient in gradients if self.scale.moves else []:
+            gradient.div_(self.scale.value)
+        norms = {
+            role: torch.nn.utils.clip_grad_norm_(
+                list(self.actors.trained(role).values()), self.settings.max_grad_norm
+            ).item()
+            for role in self.optimizers
+        }
+        fit = finite and all(map(math.isfinite, norms.values()))
         for role, optimizer in self.optimizers.items():
-            parameters = list(self.actors.trained(role).values())
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                processes.reduce_(parameter.grad)
-            norms[role] = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm).item()
             for group in optimizer.param_groups:
                 group["lr"] = rates[role] * factor
-            if finite and math.isfinite(norms[role]):
-                optimizer.step()
+            if fit:
+                splitting.again_when_full(optimizer.step)
             optimizer.zero_grad(set_to_none=True)
-        return {
-            "grad_norm": norms["policy"],
-            "value_grad_norm": norms["value"],
-            "learning_rate": rates["policy"] * factor,
-        }
+        numbers = {"learning_rate": rates["policy"] * factor}
+        if self.scale.moves:
+            numbers["loss_scale"] = self.scale.value
+        # All processes have the same gradients by now, so they all skip and move the scale alike.
+        skipped = finite and self.scale.overflowed(fit)
+        if self.scale.moves:
+            numbers["skipped_updates"] = float(skipped)
+        if skipped:
+            return numbers
+        return numbers | {"grad_norm": norms["policy"], "value_grad_norm": norms["value"]}
 
     def _account(
         self, raw: list[float], told: dict[str, list[float]], episodes: list[Episode], texts: list[str]
@@ -379,4 +406,15 @@ class PPOTrainer:
 
 
 def _means(totals: dict[str, list[float]]) -> Numbers:
-    return {key: sum(values) / len(values) for key, values in totals.items()}
+    none = {"grad_norm": 0.0, "value_grad_norm": 0.0}  # of a step whose every update was skipped
+    return none | {key: sum(values) / len(values) for key, values in totals.items()}
+
+
+def _reserve(optimizer: torch.optim.AdamW) -> None:
+    """The state that AdamW would make in its first step, made now, so that what is tried before the first rollout is
+    tried beside it."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            step = torch.zeros((), dtype=torch.float32, device=weight.device if group["fused"] else "cpu")
+            moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[weight] = {"step": step, **moments}

@@ -45,7 +45,8 @@ def config(sealed: Sealed) -> Json:
 
 
 def write_tokenizer(sealed: Sealed, folder: Path) -> PreTrainedTokenizerBase:
-    """Tokenizer and template as they were sealed; for a policy also a generation config with the stop tokens."""
+    """Tokenizer and template as they were sealed, with a generation config that names the stop tokens; a reward model's
+    with a pad token by which transformers finds a sequence's last token."""
     from transformers import AutoTokenizer
 
     from pipeline.data.render import stop_ids
@@ -53,12 +54,32 @@ def write_tokenizer(sealed: Sealed, folder: Path) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(sealed.artifact.adapter)
     tokenizer.init_kwargs.pop("is_local", None)
     tokenizer.init_kwargs.pop("local_files_only", None)
+    if sealed.reward:
+        tokenizer.pad_token_id = pad_that_ends_nothing(tokenizer)
     tokenizer.save_pretrained(folder)
     generation = _generation_config(sealed)
     generation.eos_token_id = stop_ids(tokenizer)
     generation.pad_token_id = tokenizer.pad_token_id
     generation.save_pretrained(folder)
     return tokenizer
+
+
+def pad_that_ends_nothing(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """A pad token that no scored sequence ends in: transformers reads a score at the last token that is not the pad
+    token. The tokenizer's own if it is one, else a special token that stands in no dialogue; None if there is none,
+    with which transformers reads one sequence at a time right and refuses to read several."""
+    from pipeline.data.render import conversation
+
+    seen: list[int] = []
+    if tokenizer.chat_template:
+        talk = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
+        seen = conversation(tokenizer, {"prompt": talk[:3], "answer": talk[3:]}, "answer")
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id, *seen[-1:]):
+        return int(tokenizer.pad_token_id)
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    free = special - {tokenizer.eos_token_id, tokenizer.bos_token_id, *seen}
+    named = ("pad" not in str(tokenizer.added_tokens_decoder[token]).lower() for token in sorted(free))
+    return min(zip(named, sorted(free), strict=True), default=(False, None))[1]
 
 
 def _generation_config(sealed: Sealed) -> Any:
@@ -89,5 +110,5 @@ def loading(sealed: Sealed, folder: Path) -> Json:
         "dtype": model.dtype,
         "attn_implementation": model.attn_implementation,
         "quantization": None if model.quantize == "none" else quantization,
-        "pad_token_id": json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["pad_token_id"],
+        "pad_token_id": json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("pad_token_id"),
     }

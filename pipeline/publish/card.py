@@ -92,6 +92,7 @@ def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> st
             f"from transformers import {kind}, AutoTokenizer{four_bit}",
             "",
             f'base = {kind}.from_pretrained("{load["base"]}", {", ".join(given)})',
+            *(["base.score.float()  # so that the adapter's score head is not rounded"] if sealed.reward else []),
             f'model = PeftModel.from_pretrained(base, "{name}")  # transformers and PEFT',
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         ]
@@ -106,6 +107,11 @@ def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> st
         warning = (
             "transformers says of the base that its `score.weight` is newly initialized; the adapter brings the head."
         )
+        if load["dtype"] != "float32":
+            warning += (
+                " In training the head computed in float32, as it does here. Without the line that says so, "
+                f"`model(**tokens).logits` gives the same rounded to {load['dtype']}, which has two or three digits."
+            )
         return f"{text}\n\n{warning}\n\n{_score(load['dtype'])}"
     return (
         f"{text}\n\n{_ask(sealed, name, load['dtype'])}\n\n"
@@ -147,7 +153,11 @@ def _score(autocast: str = "float32") -> str:
         "    score = model(**tokens).logits.item()",
     ]
     if autocast != "float32":
-        lines[4] = f"with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.{autocast}):"
+        lines[4:] = [
+            f"with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.{autocast}):",
+            "    states = base.base_model(**tokens).last_hidden_state",
+            "score = base.score(states[0, -1].float()).item()",
+        ]
     return "```python\n" + "\n".join(lines) + "\n```"
 
 

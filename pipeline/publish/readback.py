@@ -89,6 +89,8 @@ def load(job: dict[str, Any]) -> tuple[Any, list[str]]:
     if job["reward"] and not any(".score." in name for name in written):
         sys.exit("the score head is missing from adapter_model.safetensors")
     base, _ = kind.from_pretrained(job["base"], revision=job["revision"], **options, **common)
+    if job["reward"]:
+        base.score.float()  # before PEFT takes it as the shape of the head that it loads
     for module in base.modules():  # bitsandbytes' repacked kernel for AVX512-BF16 is not the arithmetic of training
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -136,6 +138,12 @@ def in_float32(model: Any) -> None:
 
 def result(job: dict[str, Any], model: Any, row_BT: torch.Tensor) -> torch.Tensor:
     """The last logits (K, V) of a sequence, or a reward model's score of it (1,)."""
+    if job["reward"] and job["form"] == "adapter":
+        classifier = model.get_base_model()
+        states_TH = classifier.base_model(input_ids=row_BT).last_hidden_state[0]
+        with torch.autocast(model.device.type, enabled=False):  # the head computes in float32, as in training
+            score: torch.Tensor = classifier.score(states_TH[-1].float()).cpu()
+        return score
     words = {} if job["reward"] else {"logits_to_keep": job["keep"], "use_cache": False}
     found: torch.Tensor = model(input_ids=row_BT, **words).logits[0].float().cpu().contiguous()
     return found

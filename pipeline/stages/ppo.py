@@ -61,7 +61,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     result.invariants |= invariants.processes_agree(actors.trained("policy") | actors.trained("value"))
     end = rewarded.ask(trainer, ctx.data.test or [])
     result.after = rewarded.numbers(end) | rewarded.gain(start, end, ctx.seed)
-    ppo_loop.judge_end(trainer, ctx, result.after)
+    result.invariants |= ppo_loop.judge_end(trainer, ctx, end)
     actors.act_as(roles.POLICY)
     result.after |= answers.ask(model, tokenizer, ctx, result.samples, "after")
 

@@ -15,10 +15,12 @@ from pipeline.artifact import Artifact, mark_checkpoint
 from pipeline.data import render
 from pipeline.data.load import NAMED_AT_MOST
 from pipeline.errors import Interrupted, UserError
+from pipeline.evaluate import rewarded
 from pipeline.models import adapters
 from pipeline.ppo import checkpoint as checkpoints
 from pipeline.ppo.actors import POLICY, REFERENCE, VALUE
 from pipeline.ppo.rewards import adapter_name
+from pipeline.ppo.trainer import WHOLE_AGAIN
 from pipeline.stages.progress import Progress, Snapshots, Stop, any_rank, keep_newest
 from pipeline.stages.sequences import encoded
 
@@ -133,7 +135,9 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
     def note(episodes: int, left: int) -> None:
         halved.append(left)
         print(
-            f"  step {trainer.step + 1}: out of memory with {episodes} episodes at once; again with {left}", flush=True
+            f"  step {trainer.step + 1}: out of memory with {episodes} episodes at once; again with {left}, and "
+            f"with all once {WHOLE_AGAIN} steps have passed",
+            flush=True,
         )
         if everyone.is_main_process:
             metrics.append(ctx.out.metrics, trainer.step, {"out_of_memory": episodes, "rows_at_once": left})
@@ -182,12 +186,18 @@ def save(trainer: PPOTrainer, ctx: Context) -> None:
     everyone.wait_for_everyone()
 
 
-def judge_end(trainer: PPOTrainer, ctx: Context, held_out: dict[str, float]) -> None:
-    """The last update is seen by no rollout; the held-out answers are its judge."""
-    kl, limit = held_out.get("kl", 0.0), trainer.settings.kl_stop
-    if not ctx.trained and not kl <= limit:
-        reason = f"held-out answers are {kl:.1f} nats from the reference (kl_stop {limit:g})"
+def judge_end(trainer: PPOTrainer, ctx: Context, held_out: rewarded.Rewarded) -> dict[str, Any]:
+    """The last update is seen by no rollout. The held-out answers are its judge; where there are none, as many answers
+    to training prompts as a rollout has. A stage that is only measured again has been judged."""
+    if ctx.trained:
+        return {}
+    prompts = trainer.rows[: max(1, trainer.settings.batch_size // rewarded.ANSWERS)]
+    answered = held_out if held_out.scores else rewarded.ask(trainer, prompts)
+    kl, limit = sum(answered.kl) / len(answered.kl), trainer.settings.kl_stop
+    if not kl <= limit:
+        reason = f"answers by the finished policy are {kl:.1f} nats from the reference (kl_stop {limit:g})"
         raise UserError(_unhealthy(ctx, trainer.step + 1, reason))
+    return {"kl_after_last_update": kl}
 
 
 def _unhealthy(ctx: Context, step: int, reason: str) -> str:

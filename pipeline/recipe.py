@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline import gates, strict_yaml
-from pipeline.artifact import WEIGHTS, Artifact, Json, digest, sha256_of_file
+from pipeline.artifact import NAME, WEIGHTS, Artifact, Json, digest, sha256_of_file
 from pipeline.data import load
 from pipeline.data.files import content_hash
 from pipeline.errors import UserError
@@ -28,7 +28,6 @@ from pipeline.stages.arguments import AUTO, AUTO_WORDS, NUMBERS, RUNTIME_WORDS, 
 from pipeline.stages.stage import Stage, StageSpec
 
 RUNS = Path("runs")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 class RecipeSpec(BaseModel):

@@ -34,14 +34,27 @@ def write(sealed: Sealed, folder: Path) -> None:
 
 
 def config(sealed: Sealed) -> Json:
-    """PEFT's description, with the base's public name and a score head named once."""
+    """PEFT's description, with the base's public name, a score head named once, and modules by name: no pattern, for
+    nobody should have to match a stranger's."""
     found = json.loads((sealed.artifact.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     commit = sealed.manifest["base_hash"].partition("@")[2] or None
     found |= {"base_model_name_or_path": sealed.base_id, "revision": commit, "inference_mode": True}
+    if isinstance(found.get("target_modules"), str):
+        found |= {"target_modules": _adapted(sealed.artifact.adapter / WEIGHTS), "exclude_modules": None}
     if found.get("modules_to_save"):
         heads = {"classifier"} if sealed.reward else set()  # PEFT's other name for a head, which no base here has
         found["modules_to_save"] = sorted(set(found["modules_to_save"]) - heads)
     return dict(found)
+
+
+def _adapted(weights: Path) -> list[str]:
+    """The modules that an adapter's tensors belong to."""
+    from safetensors import safe_open
+
+    with safe_open(weights, framework="numpy") as tensors:
+        names = list(tensors.keys())
+    parted = [name.removeprefix("base_model.model.").partition(".lora_") for name in names]
+    return sorted({module for module, lora, _ in parted if lora})
 
 
 def write_tokenizer(sealed: Sealed, folder: Path) -> PreTrainedTokenizerBase:

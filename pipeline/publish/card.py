@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from pathlib import Path
 from typing import Any
 
@@ -199,15 +201,20 @@ def _lineage(sealed: Sealed) -> str:
         if entry.get("gone"):
             lines.append(f"| {entry['stage']} | | | trained again since | | | `{entry['adapter'][:16]}` |")
             continue
-        parents = ", ".join(f"{parent['stage']} ({role})" for role, parent in entry.get("parents", {}).items())
+        parents = ", ".join(f"{parent['stage']} ({_cell(role)})" for role, parent in entry.get("parents", {}).items())
         sources = entry["data"]["sources"]
-        names = ", ".join(source["path"] for source in sources)
+        names = ", ".join(_cell(source["path"]) for source in sources)
         used = ", ".join(f"{source['used']} of {source['rows']}" for source in sources)
         hashes = ", ".join(f"`{sha[:16]}`" for sha in entry["parts"]["data"].values() if sha)
         adapter = f"`{entry['files'][WEIGHTS][:16]}`"
         grew = parents or f"{sealed.base_id or 'the base'} (`{entry['base_hash']}`)"
         lines.append(f"| {entry['stage']} | {entry['kind']} | {grew} | {names} | {used} | {hashes} | {adapter} |")
     return "\n".join(lines) + "\n\nWhole hashes, counts and settings are in `onebase.json`." + _base_note(sealed)
+
+
+def _cell(text: str) -> str:
+    """A text as it stands, in a cell of a table. Part of a lineage may be somebody else's words."""
+    return html.escape(re.sub(r"([\\`\[|])", r"\\\1", text), quote=False)
 
 
 def _base_note(sealed: Sealed) -> str:
@@ -240,8 +247,8 @@ def _cost(sealed: Sealed) -> str:
     known = [entry for entry in sealed.lineage if not entry.get("gone")]
     for entry in known:
         peak = f"{entry['peak_memory_mib']} MiB ({entry['peak_memory_is']})"
-        lines.append(f"| {entry['stage']} | {entry['seconds']} | {peak} | {entry['device']} |")
-    versions = ", ".join(f"{name} {version}" for name, version in known[-1]["versions"].items())
+        lines.append(f"| {entry['stage']} | {entry['seconds']} | {_cell(peak)} | {_cell(entry['device'])} |")
+    versions = _cell(", ".join(f"{name} {version}" for name, version in known[-1]["versions"].items()))
     return "\n".join(lines) + f"\n\nTrained with {versions}."
 
 
@@ -256,9 +263,11 @@ def _hub_datasets(sealed: Sealed) -> list[str]:
         if entry.get("gone"):
             continue
         data = entry["section"]["data"]
-        named = {f"mix[{number}]": part["path"] for number, part in enumerate(data.get("mix") or [])} | data
+        named = {f"mix[{number}]": part["path"] for number, part in enumerate(data.get("mix") or [])}
+        named |= {word: data.get(word) for word in ("path", "test")}
         hashes = entry["parts"]["data"]
-        found += [named[role] for role, sha in hashes.items() if str(sha).startswith("hub:") and role in named]
+        on_hub = [named.get(role) for role, sha in hashes.items() if str(sha).startswith("hub:")]
+        found += [name for name in on_hub if isinstance(name, str)]
     return list(dict.fromkeys(found))
 
 

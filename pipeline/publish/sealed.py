@@ -66,7 +66,7 @@ def sealed(recipe: Recipe, stage: str, runs: Path) -> Sealed:
         )
     base_id = _public_id(recipe.spec.model)
     names = _hub_names(recipe.spec.model, base_id)
-    lineage = [_public(entry, names) for entry in [*ancestors(artifact, manifest), manifest]]
+    lineage = [_public(_once(entry), names) for entry in [*ancestors(artifact, manifest), manifest]]
     return Sealed(artifact, manifest, recipe.spec.model, base_id, lineage, _public(recipe.tree, names))
 
 
@@ -89,6 +89,15 @@ def ancestors(artifact: Artifact, manifest: Json) -> list[Json]:
         for entry in [*ancestors(parent, theirs), theirs]:
             found.setdefault(entry["fingerprint"], entry)
     return list(found.values())
+
+
+def _once(entry: Json) -> Json:
+    """A manifest whose parents do not repeat the lineage that stands before it."""
+    told = {
+        role: {key: value for key, value in noted.items() if key != "lineage"}
+        for role, noted in entry.get("parents", {}).items()
+    }
+    return {**entry, "parents": told} if told else entry
 
 
 def _public_id(model: ModelSpec) -> str | None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from pipeline.artifact import sha256_of_file, written_whole
 from pipeline.errors import UserError
-from pipeline.models.spec import ModelSpec, cache_folder
+from pipeline.models.spec import ModelSpec, cache_folder, pinned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with the recipe's chat template where it names one and a pad token in any case."""
+    spec = pinned(spec)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(local_folder(spec), revision=spec.revision)
+        tokenizer = AutoTokenizer.from_pretrained(local_folder(spec), revision=spec.revision, trust_remote_code=False)
     except Exception as error:  # a damaged file fails in as many ways as there are file formats
         raise UserError(f"model.base: the tokenizer of {spec.base} cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
@@ -76,6 +77,7 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, reward: bool 
 
     The new score head is drawn from torch's generator: seed before the call.
     """
+    spec = pinned(spec)
     dtype = getattr(torch, spec.dtype)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if (

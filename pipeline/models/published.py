@@ -86,6 +86,11 @@ def load_words(reference: str) -> Json:
     return dict((pulled(reference).manifest() or {})["load"])
 
 
+def pinned(reference: str) -> str:
+    """The same publication by its commit."""
+    return f"{PREFIX}{(pulled(reference).manifest() or {})['hub']}"
+
+
 def refusal(what: str, error: Exception) -> UserError:
     """A failure of the Hub client in words that say what to do. The token is in none of them."""
     from huggingface_hub import constants

@@ -62,7 +62,15 @@ def base_hash(spec: ModelSpec) -> str:
         return "folder:" + digest({file.name: _remembered_sha256(file) for file in files})
     if spec.base.count("/") != 1 or spec.base.startswith((".", "/", "~")):
         raise UserError(_not_found(spec.base))
-    return f"hub:{spec.base}@{_hub_commit(spec)}"
+    return f"hub:{spec.base}@{_first_commit(spec.base, spec.revision)}"
+
+
+def pinned(spec: ModelSpec) -> ModelSpec:
+    """The same with a commit for its revision, where the base is a Hub id: so what is loaded is what was fingerprinted,
+    though a branch may move on between the two. Raises UserError if there is no such base."""
+    if Path(spec.base).exists() or spec.base.endswith(".gguf"):
+        return spec
+    return spec.model_copy(update={"revision": base_hash(spec).partition("@")[2]})
 
 
 def _not_found(base: str) -> str:
@@ -70,16 +78,22 @@ def _not_found(base: str) -> str:
     return f"model.base: {base} is no local folder, no .gguf file and no Hub id.{hint}"
 
 
-def _hub_commit(spec: ModelSpec) -> str:
-    from huggingface_hub import try_to_load_from_cache
+@cache
+def _first_commit(base: str, revision: str | None) -> str:
+    """The commit at which this machine first saw a revision, by the Hub client's cache; else the Hub's present one."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(spec.base, "config.json", revision=spec.revision)
-    if isinstance(cached, str):
-        return Path(cached).parent.name
-    commit, failure = hub_commit(spec.base, spec.revision)
+    config = try_to_load_from_cache(base, "config.json", revision=revision)
+    failure = "" if isinstance(config, str) else hub_commit(base, revision)[1]
+    if not isinstance(config, str) and not failure:
+        try:
+            # Fetched, not only asked for: the cache then knows the commit, in later processes and without a network.
+            config = hf_hub_download(base, "config.json", revision=revision, etag_timeout=4)
+        except Exception as error:  # the client raises a different class for each way a network can fail
+            failure = type(error).__name__
     if failure:
-        raise UserError(f"{_not_found(spec.base)} The Hub did not answer for it ({failure}).")
-    return commit
+        raise UserError(f"{_not_found(base)} The Hub did not answer for it ({failure}).")
+    return Path(str(config)).parent.name
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.artifact import WEIGHTS, Artifact, Json, read_json, sha256_of_file
 from pipeline.errors import UserError
-from pipeline.models.spec import ModelSpec
+from pipeline.models.spec import ModelSpec, pinned
 from pipeline.recipe import Recipe
 
 _FOLDERS = re.compile(r"(?<![\w:/.~])~?/(?:[^\s/:]+/)*")
@@ -67,7 +67,7 @@ def sealed(recipe: Recipe, stage: str, runs: Path) -> Sealed:
     base_id = _public_id(recipe.spec.model)
     names = _hub_names(recipe.spec.model, base_id)
     lineage = [_public(_once(entry), names) for entry in [*ancestors(artifact, manifest), manifest]]
-    return Sealed(artifact, manifest, recipe.spec.model, base_id, lineage, _public(recipe.tree, names))
+    return Sealed(artifact, manifest, pinned(recipe.spec.model), base_id, lineage, _public(recipe.tree, names))
 
 
 def ancestors(artifact: Artifact, manifest: Json) -> list[Json]:

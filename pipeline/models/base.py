@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 
 from pipeline.artifact import sha256_of_file, written_whole
+from pipeline.data.render import stop_ids
 from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec, cache_folder, pinned
 
@@ -113,7 +120,11 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, reward: bool 
                 local_folder(spec), num_labels=1, **options
             )
         else:
-            model, found = AutoModelForCausalLM.from_pretrained(local_folder(spec), **options)
+            # In place of the base's own, whose penalties and suppressed tokens no stage is trained or measured with.
+            decoding = GenerationConfig(eos_token_id=stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                local_folder(spec), generation_config=decoding, **options
+            )
     except Exception as error:  # a damaged file fails in as many ways as there are file formats
         if "out of memory" in str(error).lower():
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.artifact import WEIGHTS, Json, write_json
 from pipeline.errors import UserError
@@ -58,8 +58,8 @@ def _adapted(weights: Path) -> list[str]:
 
 
 def write_tokenizer(sealed: Sealed, folder: Path) -> PreTrainedTokenizerBase:
-    """Tokenizer and template as they were sealed; for a policy also a generation config with the stop tokens."""
-    from transformers import AutoTokenizer
+    """Tokenizer and template as they were sealed, and a generation config with the stop tokens."""
+    from transformers import AutoTokenizer, GenerationConfig
 
     from pipeline.data.render import stop_ids
 
@@ -67,23 +67,30 @@ def write_tokenizer(sealed: Sealed, folder: Path) -> PreTrainedTokenizerBase:
     tokenizer.init_kwargs.pop("is_local", None)
     tokenizer.init_kwargs.pop("local_files_only", None)
     tokenizer.save_pretrained(folder)
-    generation = _generation_config(sealed)
-    generation.eos_token_id = stop_ids(tokenizer)
-    generation.pad_token_id = tokenizer.pad_token_id
+    # Where an answer stops, and nothing else: the stages were trained and measured without the base's own decoding
+    # words, so with them it would not answer as it was measured. The card names them (decoding_words).
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
+    generation = GenerationConfig(eos_token_id=stop_ids(tokenizer), **tokens)  # type: ignore[no-untyped-call]
     generation.save_pretrained(folder)
     return tokenizer
 
 
-def _generation_config(sealed: Sealed) -> Any:
-    from transformers import AutoConfig, GenerationConfig
+def decoding_words(sealed: Sealed) -> Json:
+    """What the base's own generation config says beside its special tokens."""
+    from transformers.utils.hub import cached_file
 
     from pipeline.models.base import local_folder
 
-    place, revision = local_folder(sealed.model), sealed.model.revision or "main"
+    place, revision = local_folder(sealed.model), sealed.model.revision
     try:
-        return GenerationConfig.from_pretrained(place, revision=revision)
-    except OSError:  # a base without one: its model config names the tokens
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(place, revision=revision))
+        file = cached_file(
+            place, "generation_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+        said = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError):
+        return {}
+    ours = ("eos_token_id", "pad_token_id", "bos_token_id", "transformers_version")
+    return {word: value for word, value in said.items() if word not in ours and not word.startswith("_")}
 
 
 def loading(sealed: Sealed, folder: Path) -> Json:

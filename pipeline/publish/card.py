@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 from pipeline import strict_yaml
 from pipeline.artifact import WEIGHTS, Json
-from pipeline.publish import measured
+from pipeline.publish import adapter, measured
 from pipeline.publish.sealed import Sealed
 
 RELATION = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}
@@ -72,7 +73,24 @@ def _about(sealed: Sealed, form: str) -> str:
 
 
 def _loading(sealed: Sealed, form: str, name: str, files: list[str], load: Json | None) -> str:
-    return {"adapter": _load_adapter, "merged": _load_merged, "gguf": _load_gguf}[form](sealed, name, files, load or {})
+    how = {"adapter": _load_adapter, "merged": _load_merged, "gguf": _load_gguf}[form]
+    return how(sealed, name, files, load or {}) + _left_out(sealed, form)
+
+
+def _left_out(sealed: Sealed, form: str) -> str:
+    """The decoding words that the base's authors ship, for whoever wants them."""
+    words = {} if sealed.reward else adapter.decoding_words(sealed)
+    if not words:
+        return ""
+    told = [f"{word}: {json.dumps(value)}".replace("`", "'") for word, value in words.items()]
+    listed = ", ".join(f"`{one if len(one) <= 80 else one[:79] + '…'}`" for one in told)
+    vllm = (
+        " vLLM takes them from the base unless its `--generation-config` says otherwise." if form == "adapter" else ""
+    )
+    return (
+        f"\n\nThe base's own generation config also says {listed}. All stages were trained and measured without these, "
+        f"and so is what stands above; pass them along with a question to have them.{vllm}"
+    )
 
 
 def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> str:
@@ -123,14 +141,14 @@ def _ask(sealed: Sealed, name: str, autocast: str = "float32") -> str:
     template = (sealed.artifact.adapter / "chat_template.jinja").is_file()
     talk = 'apply_chat_template([{"role": "user", "content": "Hello!"}], add_generation_prompt=True, return_dict=True, '
     read = f'tokenizer.{talk}return_tensors="pt")' if template else 'tokenizer("Once upon", return_tensors="pt")'
-    ends = f'GenerationConfig.from_pretrained("{name}", max_new_tokens=100)'
-    answer = f"answer = model.generate(**tokens, {'generation_config=ends' if name else 'max_new_tokens=100'})"
+    ends = f'model.generation_config = GenerationConfig.from_pretrained("{name}")  # where an answer stops'
+    answer = "answer = model.generate(**tokens, max_new_tokens=100)"
     lines = [
         *(["import torch"] if autocast != "float32" else []),
         *(["from transformers import GenerationConfig"] if name else []),
         *([""] if name else []),
         f"tokens = {read}.to(model.device)",
-        *([f"ends = {ends}  # at which tokens an answer stops"] if name else []),
+        *([ends] if name else []),
         *([f"with torch.autocast(model.device.type, dtype=torch.{autocast}):"] if autocast != "float32" else []),
         ("    " if autocast != "float32" else "") + answer,
         'print(tokenizer.decode(answer[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))',

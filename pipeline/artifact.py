@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from typing import Any
 from pipeline.errors import UserError
 
 Json = dict[str, Any]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+"""Of a run or a stage: it becomes a folder."""
 WEIGHTS = "adapter_model.safetensors"
 ANEW = "Delete its folder to have the stage trained anew."
 

@@ -116,7 +116,9 @@ class Chat:
         if room < 1:
             raise UserError(f"the conversation fills the model's window of {window} tokens. Begin anew with /reset")
         prompt_BT = torch.tensor([ids], device=actors.device)
-        sampled = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        # From all tokens, as training and evaluation sample; transformers alone would take the 50 likeliest.
+        whole = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        sampled = whole if self.temperature else {"do_sample": False}
         with self.bench.acting_as(policy), torch.no_grad(), computing(self.bench.model):
             told_BT = self.bench.model.generate(
                 input_ids=prompt_BT,

@@ -48,7 +48,7 @@ def launch(recipe: Recipe, runs: Path, judge: tuple[str, str] | None = None, tas
     where = folder(recipe, runs)
     plan(recipe, runs, [benchmarks.source(task) for task in tasks])
     resolved, log = where / "recipe.yaml", where / "log.txt"
-    write_text(resolved, strict_yaml.dump(recipe.tree))
+    write_text(resolved, strict_yaml.dump(recipe.pinned_tree()))
     command = [sys.executable, "-m", "pipeline.evaluator", str(resolved), "--runs", str(runs)]
     if judge:
         Judge(*judge)

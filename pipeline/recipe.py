@@ -18,12 +18,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline import gates, strict_yaml
-from pipeline.artifact import WEIGHTS, Artifact, Json, digest, sha256_of_file
+from pipeline.artifact import NAME, WEIGHTS, Artifact, Json, digest, sha256_of_file
 from pipeline.data import load
 from pipeline.data.files import content_hash
 from pipeline.errors import UserError
 from pipeline.models import published
-from pipeline.models.spec import ModelSpec, base_hash
+from pipeline.models.spec import ModelSpec, base_hash, pinned
 from pipeline.ppo.settings import PPOSettings
 from pipeline.stages import STAGES
 from pipeline.stages.arguments import AUTO, AUTO_WORDS, NUMBERS, RUNTIME_WORDS, WHY_NOT, defines, words
@@ -31,7 +31,6 @@ from pipeline.stages.reward_file import read_by
 from pipeline.stages.stage import Stage, StageSpec
 
 RUNS = Path("runs")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 
 class RecipeSpec(BaseModel):
@@ -151,6 +150,19 @@ class Recipe:
             return {}
         return {"policy": f"sha256:{published.pulled(from_).verify()['files'][WEIGHTS]}"}
 
+    def pinned_tree(self) -> Json:
+        """The tree with a commit for whatever it names on the Hub, so that the processes of a run read the same bytes
+        though a branch moves on meanwhile."""
+        model, stages = dict(self.tree["model"]), dict(self.tree["stages"])
+        if revision := pinned(self.spec.model).revision:
+            model["revision"] = revision
+        if model["base"].startswith(published.PREFIX):
+            model["base"] = published.pinned(model["base"])
+        for name, section in stages.items():
+            if isinstance(section, dict) and str(section.get("from", "")).startswith(published.PREFIX):
+                stages[name] = {**section, "from": published.pinned(section["from"])}
+        return {**self.tree, "model": model, "stages": stages}
+
     def fork(self, stage: str, name: str, *overrides: str) -> Recipe:
         """The same recipe with one more stage: a copy of `stage` under another name, changed by overrides relative to
         it (`"train.beta=0.3"`). What the two share is trained once.
@@ -260,7 +272,9 @@ def _on_published(spec: RecipeSpec, wrong: Any) -> RecipeSpec:
         name: section if section.from_ else section.model_copy(update={"from_": spec.model.base})
         for name, section in spec.stages.items()
     }
-    model = spec.model.model_copy(update={"base": load["base"], "revision": load["revision"]})
+    # A base that was published from a local folder has no commit there; then the recipe's own word counts.
+    revision = load["revision"] or spec.model.revision
+    model = spec.model.model_copy(update={"base": load["base"], "revision": revision})
     return spec.model_copy(update={"model": model, "stages": stages})
 
 

@@ -92,7 +92,7 @@ def run(
         resolved = runs / recipe.name / "recipe.yaml"
         parts = recipe.parts()
         notes = [choices_noted(recipe.artifact(name, runs), digest(parts[name])) for name in recipe.order()]
-        write_text(resolved, strict_yaml.dump(recipe.tree) + "".join(notes))
+        write_text(resolved, strict_yaml.dump(recipe.pinned_tree()) + "".join(notes))
         done = []
         for index, state in enumerate(planned, 1):
             print(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from publish_run import with_decoding_words
 
 from pipeline.chat import Chat, Say, opened
 from pipeline.data import render
@@ -22,7 +23,8 @@ from pipeline.models.spec import ModelSpec
 @pytest.fixture(scope="module")
 def bench(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     folder = tmp_path_factory.mktemp("chat")
-    spec = ModelSpec(base=str(tiny_base), lora={"r": 4, "target_modules": "all-linear"})
+    base = with_decoding_words(tiny_base, folder / "base")
+    spec = ModelSpec(base=str(base), lora={"r": 4, "target_modules": "all-linear"})
     tokenizer = bases.load_tokenizer(spec)
     for seed, name in enumerate(("sft", "dpo")):
         torch.manual_seed(seed)

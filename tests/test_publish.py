@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from publish_run import BASE_ID, finished_run
+from publish_run import BASE_ID, DECODING, finished_run, with_decoding_words
 from safetensors.torch import load_file, save_file
 
 from pipeline.artifact import Json
@@ -29,7 +29,8 @@ Run = tuple[Recipe, Path]
 @pytest.fixture(scope="module")
 def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     runs = tmp_path_factory.mktemp("runs")
-    yield finished_run(tiny_base, runs, "pretrain", "sft", "reward"), runs
+    base = with_decoding_words(tiny_base, tmp_path_factory.mktemp("base") / "tiny")
+    yield finished_run(base, runs, "pretrain", "sft", "reward"), runs
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,30 @@ def test_every_form_passes_and_says_by_how_much(published: Path) -> None:
     assert parity("adapter")["greedy_answers_equal"] == parity("adapter")["prompts"]
     assert 0 < parity("merged")["logits_relative_error"] < 0.02
     assert parity("reward")["scores_relative_error"] == 0
+
+
+def test_a_publication_stops_where_training_did_and_decodes_plainly(published: Path) -> None:
+    """Whatever words the base ships (all of them here): the gate has compared the answers, and the card names them."""
+    from transformers import GenerationConfig
+
+    shape_only = {"output_attentions", "output_hidden_states", "bos_token_id", "decoder_start_token_id"}
+    speed_only = {"use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config"}
+    speed_only |= {"disable_compile", "prefill_chunk_size", "low_memory", "use_mtp", "is_assistant"}
+    assisted = {
+        "max_matching_ngram_size",
+        "speculation_type",
+    }  # of a second model, which generate is given as an argument
+    moved = {"penalty_alpha", "dola_layers", "diversity_penalty", "num_beam_groups", "constraints", "force_words_ids"}
+    known = {*DECODING, *shape_only, *speed_only, *assisted, *moved, "eos_token_id", "pad_token_id"}
+    words = {word for word in vars(GenerationConfig()) if not word.startswith("_") and "assistant" not in word}
+    assert words - known - {"transformers_version", "continuous_batching_config", "target_lookbehind"} == set()
+    for form in ("adapter", "merged"):
+        said = json.loads((published / form / "generation_config.json").read_text())
+        assert {word: said[word] for word in said if word != "transformers_version"} == {
+            "eos_token_id": [2], "pad_token_id": 2,
+        }  # fmt: skip
+        card = (published / form / "README.md").read_text()
+        assert "`repetition_penalty: 1.9`" in card and all(f"`{word}: " in card for word in DECODING)
 
 
 def test_no_file_names_a_folder_of_this_machine(published: Path, run: Run) -> None:

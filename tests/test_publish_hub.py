@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, head, tiny_tree, write_recipe
-from hub_server import Hub, serve
+from hub_server import Hub, git_oid, serve
+from make_tiny_base import make_tiny_base
 from publish_run import BASE_ID, finished_run
 
 from pipeline.artifact import file_hashes, write_json
+from pipeline.recipe import read
 
 TOKEN = "hf_onebase_loopback"
 
@@ -253,3 +255,47 @@ def test_what_trl_pushes_from_a_local_base_names_no_folder(hub: Hub, tiny_base: 
     paths = [str(tiny_base).encode(), str(tmp_path).encode()]
     named = {name for name, content in pushed.items() if any(path in content for path in paths)}
     assert named <= {"training_args.bin"}  # transformers' own, which holds all arguments; README.md says so
+
+
+def uploaded(hub: Hub, folder: Path, repository: str) -> str:
+    """Commit a folder to a repository of the Hub, and say which commit that is."""
+    files = {}
+    for file in folder.iterdir():
+        data = file.read_bytes()
+        files[file.name] = {"oid": git_oid(data), "size": len(data), "data": data}
+    hub.create("model", repository)
+    return str(hub.commit(hub.repos["model", repository], "main", files, "by hand"))
+
+
+def test_a_base_on_the_hub_is_loaded_at_the_commit_it_was_fingerprinted_at(
+    hub: Hub, tiny_base: Path, tmp_path: Path
+) -> None:
+    """Its branch moves on once the machine has seen it: to other weights, and a tokenizer that cannot stop."""
+    from pipeline.models import base
+    from pipeline.models.spec import ModelSpec
+
+    local = ModelSpec(base=str(tiny_base))
+    tokenizer = base.load_tokenizer(local)
+    seen = base.frozen_digest(base.load_base(local, tokenizer))
+    first, machine = uploaded(hub, tiny_base, BASE_ID), environment(hub, tmp_path / "home")
+    tree = tiny_tree(tiny_base, tmp_path)
+    tree["model"]["base"] = BASE_ID
+    tree["stages"] = {"pretrain": tree["stages"]["pretrain"]}
+    tree["stages"]["pretrain"]["train"]["max_steps"] = 1
+    recipe = write_recipe(tree, tmp_path / "recipe.yaml")
+    assert onebase(machine, "plan", str(recipe), "--gpu", "12GB").returncode == 0
+    moved = make_tiny_base(tmp_path / "moved", seed=1)
+    config = json.loads((moved / "tokenizer_config.json").read_text())
+    (moved / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}))
+    assert uploaded(hub, moved, BASE_ID) != first
+
+    done = onebase(machine, "run", str(recipe), "--runs", str(tmp_path / "runs"))
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "runs" / "tiny" / "pretrain" / "manifest.json").read_text())
+    assert manifest["base_hash"] == f"hub:{BASE_ID}@{first}"
+    assert manifest["base_digest"] == seen
+    assert read(tmp_path / "runs" / "tiny" / "recipe.yaml").spec.model.revision == first
+    hub.stop()
+    alone = {**machine, "HF_HUB_OFFLINE": "1"}
+    again = onebase(alone, "run", str(recipe), "--runs", str(tmp_path / "runs"))
+    assert "nothing to do" in again.stdout, again.stderr

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from publish_run import finished_run
+from publish_run import finished_run, with_decoding_words
 from safetensors.torch import load_file, save_file
 
 from pipeline.artifact import WEIGHTS
@@ -31,7 +31,7 @@ ASKED = [{"role": "user", "content": "What is on the island?"}]
 @pytest.fixture(scope="module")
 def runs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
-    recipe = finished_run(tiny_base, runs, *STAGES)
+    recipe = finished_run(with_decoding_words(tiny_base, runs / "base"), runs, *STAGES)
     # After so few steps all stages say the same; with thirty times the adapter, this one does not.
     sealed = recipe.artifact("pretrain", runs)
     tensors = load_file(sealed.adapter / WEIGHTS)

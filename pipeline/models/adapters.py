@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import save_and_load
 from safetensors.torch import load_file
 
 from pipeline.artifact import WEIGHTS
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HEAD = "score"
+
+# At every save PEFT would ask the Hub for the base's vocabulary, at the branch's present commit and not at the one that
+# is trained on; where they differ it would write the embeddings along. A frozen base's vocabulary never grows.
+save_and_load.check_file_exists_on_hf_hub = lambda *_, **__: False
 
 
 def fresh(base: PreTrainedModel, lora: dict[str, Any], reward: bool = False) -> PeftModel:

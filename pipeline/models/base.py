@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 
 from pipeline.artifact import sha256_of_file, written_whole
+from pipeline.data.render import stop_ids
 from pipeline.errors import UserError
 from pipeline.models.forward import score_by_length
-from pipeline.models.spec import ModelSpec, cache_folder
+from pipeline.models.spec import ModelSpec, cache_folder, pinned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,8 +29,9 @@ if TYPE_CHECKING:
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with the recipe's chat template where it names one and a pad token in any case."""
+    spec = pinned(spec)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(local_folder(spec), revision=spec.revision)
+        tokenizer = AutoTokenizer.from_pretrained(local_folder(spec), revision=spec.revision, trust_remote_code=False)
     except Exception as error:  # a damaged file fails in as many ways as there are file formats
         raise UserError(f"model.base: the tokenizer of {spec.base} cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
@@ -77,6 +85,7 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, reward: bool 
 
     The new score head is drawn from torch's generator: seed before the call. Scores are read by length, in float32.
     """
+    spec = pinned(spec)
     dtype = getattr(torch, spec.dtype)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if (
@@ -112,7 +121,11 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, reward: bool 
                 local_folder(spec), num_labels=1, **options
             )
         else:
-            model, found = AutoModelForCausalLM.from_pretrained(local_folder(spec), **options)
+            # In place of the base's own, whose penalties and suppressed tokens no stage is trained or measured with.
+            decoding = GenerationConfig(eos_token_id=stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                local_folder(spec), generation_config=decoding, **options
+            )
     except Exception as error:  # a damaged file fails in as many ways as there are file formats
         if "out of memory" in str(error).lower():
             raise

@@ -6,19 +6,19 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import shutil
 from pathlib import Path
 
-from pipeline.artifact import WEIGHTS, Artifact, Json, file_hashes, read_json, write_json, written_whole
+from pipeline.artifact import WEIGHTS, Artifact, Json, file_hashes, write_json, written_whole
 from pipeline.errors import UserError
+from pipeline.models.record import CONFIG, RECORD, SIZES, Adapter, Record, read
 from pipeline.models.spec import cache_folder
 
-RECORD = "onebase.json"
-"""Beside what is published: how to load it, its lineage, and the hashes of its files."""
 PREFIX = "hub:"
-_REFERENCE = re.compile(r"hub:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
-_ADAPTER = ("adapter_*", "token*", "vocab*", "merges.txt", "special_tokens_map.json", "*.jinja", "*.model")
+_WANTED = "to go on from it, it must be published --as adapter"
+_REFERENCE = re.compile(r"hub:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?")
 
 
 @functools.cache
@@ -29,31 +29,66 @@ def pulled(reference: str) -> Artifact:
     such repository, it holds no adapter that OneBase published, or a file of it has been altered since.
     """
     repository, revision = _parsed(reference)
-    snapshot = _snapshot(repository, revision)
-    record = read_json(snapshot / RECORD)
-    if record is None or record.get("form") != "adapter":
-        held = "nothing that `onebase publish` wrote" if record is None else f"a {record.get('form')} publication"
-        raise UserError(f"{reference} holds {held}; to go on from it, it must be published --as adapter")
-    folder = cache_folder() / "published" / f"{repository.replace('/', '--')}--{snapshot.name[:16]}" / record["stage"]
-    if not (folder / "manifest.json").is_file():
-        found = file_hashes(snapshot)
-        wanted = {name: sha for name, sha in record["files"].items() if any(Path(name).match(p) for p in _ADAPTER)}
-        wrong = sorted(name for name, sha in wanted.items() if found.get(name) != sha)
-        if wrong or WEIGHTS not in wanted:
-            raise UserError(f"{reference}: {(wrong or [WEIGHTS])[0]} is not the file that was published")
-        with written_whole(folder) as new:
-            (new / "adapter").mkdir()
-            for name in wanted:
-                shutil.copyfile(snapshot / name, new / "adapter" / name)
-            own = record["lineage"][-1]
-            origin = {"hub": f"{repository}@{snapshot.name}", "lineage": record["lineage"], "load": record["load"]}
-            write_json(new / "manifest.json", {**own, **origin, "files": file_hashes(new / "adapter")})
+    return taken(reference, repository, _snapshot(repository, revision))
+
+
+def taken(reference: str, repository: str, snapshot: Path) -> Artifact:
+    """A downloaded publication as an artifact in the cache. Nothing of it is believed that has not been looked at."""
+    files = {name: _inside(snapshot, name, reference) for name in (RECORD, CONFIG, WEIGHTS)}
+    if not files[RECORD].exists():
+        raise UserError(f"{reference} holds nothing that `onebase publish` wrote; {_WANTED}")
+    record = read(files[RECORD], RECORD, Record, reference)
+    if record.form != "adapter" or record.load is None:
+        raise UserError(f"{reference} holds a {record.form} publication; {_WANTED}")
+    folder = cache_folder() / "published" / f"{repository.replace('/', '--')}--{snapshot.name[:16]}" / record.stage
+    if (folder / "manifest.json").is_file():
+        return Artifact(folder)
+    with written_whole(folder) as new:
+        (new / "adapter").mkdir()
+        for name in (CONFIG, WEIGHTS):
+            if not files[name].is_file() or files[name].stat().st_size > SIZES[name]:
+                raise UserError(f"{reference}: its {name} is missing, or larger than {SIZES[name] >> 20} MiB")
+            shutil.copyfile(files[name], new / "adapter" / name)
+        found = file_hashes(new / "adapter")
+        for name, sha in found.items():
+            if record.files.get(name) != sha:
+                raise UserError(f"{reference}: {name} is not the file that was published")
+        adapter = read(new / "adapter" / CONFIG, CONFIG, Adapter, reference)
+        if (adapter.base_model_name_or_path, adapter.revision) != (record.load.base, record.load.revision):
+            raise UserError(f"{reference}: its {CONFIG} and its {RECORD} name different bases")
+        _check_weights(new / "adapter" / WEIGHTS, reference)
+        write_json(new / "manifest.json", {**record.manifest(), "hub": f"{repository}@{snapshot.name}", "files": found})
     return Artifact(folder)
+
+
+def _inside(snapshot: Path, name: str, reference: str) -> Path:
+    """Where a file of a snapshot really lies: in the Hub client's folder of that repository, not behind a link."""
+    real = (snapshot / name).resolve()
+    if not real.is_relative_to(snapshot.resolve().parents[1]):
+        raise UserError(f"{reference}: its {name} is a link to somewhere else")
+    return real
+
+
+def _check_weights(file: Path, reference: str) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            strange = [name for name in tensors.keys() if not name.startswith("base_model.model.")]  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{reference}: its {WEIGHTS} cannot be read: {error}") from None
+    if strange:
+        raise UserError(f"{reference}: its {WEIGHTS} holds tensors that are no adapter's, first {strange[0][:60]!a}")
 
 
 def load_words(reference: str) -> Json:
     """How the base under a published adapter is loaded: base (Hub id), revision, dtype, quantization."""
     return dict((pulled(reference).manifest() or {})["load"])
+
+
+def pinned(reference: str) -> str:
+    """The same publication by its commit."""
+    return f"{PREFIX}{(pulled(reference).manifest() or {})['hub']}"
 
 
 def refusal(what: str, error: Exception) -> UserError:
@@ -83,10 +118,26 @@ def _parsed(reference: str) -> tuple[str, str | None]:
 
 
 def _snapshot(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    """The three files that are needed, in the Hub client's cache; without a network those that lie there already."""
+    from huggingface_hub import HfApi, snapshot_download
 
-    patterns = [*_ADAPTER, RECORD]
+    failed = f"{PREFIX}{repository} cannot be pulled"
+    unreached: Exception | None = None
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
     except Exception as error:  # the client raises a different class for each way a network can fail
-        raise refusal(f"{PREFIX}{repository} cannot be pulled", error) from None
+        if getattr(getattr(error, "response", None), "status_code", 500) < 500:
+            raise refusal(failed, error) from None
+        unreached = error
+    else:
+        for file in info.siblings or []:
+            if (file.size or 0) > SIZES.get(file.rfilename, math.inf):
+                raise UserError(f"{failed}: its {file.rfilename} is larger than {SIZES[file.rfilename] >> 20} MiB")
+    try:
+        return Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=list(SIZES), local_files_only=unreached is not None
+            )
+        )
+    except Exception as error:  # as above
+        raise refusal(failed, unreached or error) from None

@@ -62,7 +62,15 @@ def base_hash(spec: ModelSpec) -> str:
         return "folder:" + digest({file.name: _remembered_sha256(file) for file in files})
     if spec.base.count("/") != 1 or spec.base.startswith((".", "/", "~")):
         raise UserError(_not_found(spec.base))
-    return f"hub:{spec.base}@{_hub_commit(spec)}"
+    return f"hub:{spec.base}@{_first_commit(spec.base, spec.revision)}"
+
+
+def pinned(spec: ModelSpec) -> ModelSpec:
+    """The same with a commit for its revision, where the base is a Hub id: so what is loaded is what was fingerprinted,
+    though a branch may move on between the two. Raises UserError if there is no such base."""
+    if Path(spec.base).exists() or spec.base.endswith(".gguf"):
+        return spec
+    return spec.model_copy(update={"revision": base_hash(spec).partition("@")[2]})
 
 
 def _not_found(base: str) -> str:
@@ -70,24 +78,33 @@ def _not_found(base: str) -> str:
     return f"model.base: {base} is no local folder, no .gguf file and no Hub id.{hint}"
 
 
-def cached_config(spec: ModelSpec) -> Path | None:
+def cached_config(base: str, revision: str | None) -> Path | None:
     """The config.json of a Hub id, if the client's cache has it. Raises UserError for what can be no Hub id."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        cached = try_to_load_from_cache(spec.base, "config.json", revision=spec.revision)
+        cached = try_to_load_from_cache(base, "config.json", revision=revision)
     except (ValueError, OSError) as error:  # of a name that the Hub does not allow, or no file system
-        raise UserError(_not_found(spec.base)) from error
+        raise UserError(_not_found(base)) from error
     return Path(cached) if isinstance(cached, str) else None
 
 
-def _hub_commit(spec: ModelSpec) -> str:
-    if cached := cached_config(spec):
-        return cached.parent.name
-    commit, failure = hub_commit(spec.base, spec.revision)
+@cache
+def _first_commit(base: str, revision: str | None) -> str:
+    """The commit at which this machine first saw a revision, by the Hub client's cache; else the Hub's present one."""
+    from huggingface_hub import hf_hub_download
+
+    config = cached_config(base, revision)
+    failure = "" if config else hub_commit(base, revision)[1]
+    if not config and not failure:
+        try:
+            # Fetched, not only asked for: the cache then knows the commit, in later processes and without a network.
+            config = Path(hf_hub_download(base, "config.json", revision=revision, etag_timeout=4))
+        except Exception as error:  # the client raises a different class for each way a network can fail
+            failure = type(error).__name__
     if failure:
-        raise UserError(f"{_not_found(spec.base)} The Hub did not answer for it ({failure}).")
-    return commit
+        raise UserError(f"{_not_found(base)} The Hub did not answer for it ({failure}).")
+    return Path(str(config)).parent.name
 
 
 @cache

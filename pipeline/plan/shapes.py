@@ -177,7 +177,7 @@ def read_shapes(spec: ModelSpec) -> Shapes:
 def _from_hub(spec: ModelSpec) -> Path:
     from huggingface_hub import hf_hub_download
 
-    if cached := cached_config(spec):
+    if cached := cached_config(spec.base, spec.revision):
         return cached
     absent = f"{spec.base}: its config.json is not on this disk and the Hub did not give it"
     if failure := hub_commit(spec.base, spec.revision)[1]:  # a download would try again for half a minute

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.artifact import WEIGHTS, Json, write_json
 from pipeline.errors import UserError
@@ -34,20 +34,33 @@ def write(sealed: Sealed, folder: Path) -> None:
 
 
 def config(sealed: Sealed) -> Json:
-    """PEFT's description, with the base's public name and a score head named once."""
+    """PEFT's description, with the base's public name, a score head named once, and modules by name: no pattern, for
+    nobody should have to match a stranger's."""
     found = json.loads((sealed.artifact.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     commit = sealed.manifest["base_hash"].partition("@")[2] or None
     found |= {"base_model_name_or_path": sealed.base_id, "revision": commit, "inference_mode": True}
+    if isinstance(found.get("target_modules"), str):
+        found |= {"target_modules": _adapted(sealed.artifact.adapter / WEIGHTS), "exclude_modules": None}
     if found.get("modules_to_save"):
         heads = {"classifier"} if sealed.reward else set()  # PEFT's other name for a head, which no base here has
         found["modules_to_save"] = sorted(set(found["modules_to_save"]) - heads)
     return dict(found)
 
 
+def _adapted(weights: Path) -> list[str]:
+    """The modules that an adapter's tensors belong to."""
+    from safetensors import safe_open
+
+    with safe_open(weights, framework="numpy") as tensors:
+        names = list(tensors.keys())
+    parted = [name.removeprefix("base_model.model.").partition(".lora_") for name in names]
+    return sorted({module for module, lora, _ in parted if lora})
+
+
 def write_tokenizer(sealed: Sealed, folder: Path) -> PreTrainedTokenizerBase:
-    """Tokenizer and template as they were sealed, with a generation config that names the stop tokens; a reward model's
-    with a pad token by which transformers finds a sequence's last token."""
-    from transformers import AutoTokenizer
+    """Tokenizer and template as they were sealed, and a generation config with the stop tokens; a reward model's
+    tokenizer with a pad token by which transformers finds a sequence's last token."""
+    from transformers import AutoTokenizer, GenerationConfig
 
     from pipeline.data.render import stop_ids
 
@@ -57,9 +70,10 @@ def write_tokenizer(sealed: Sealed, folder: Path) -> PreTrainedTokenizerBase:
     if sealed.reward:
         tokenizer.pad_token_id = pad_that_ends_nothing(tokenizer)
     tokenizer.save_pretrained(folder)
-    generation = _generation_config(sealed)
-    generation.eos_token_id = stop_ids(tokenizer)
-    generation.pad_token_id = tokenizer.pad_token_id
+    # Where an answer stops, and nothing else: the stages were trained and measured without the base's own decoding
+    # words, so with them it would not answer as it was measured. The card names them (decoding_words).
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
+    generation = GenerationConfig(eos_token_id=stop_ids(tokenizer), **tokens)  # type: ignore[no-untyped-call]
     generation.save_pretrained(folder)
     return tokenizer
 
@@ -82,16 +96,22 @@ def pad_that_ends_nothing(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return min(zip(named, sorted(free), strict=True), default=(False, None))[1]
 
 
-def _generation_config(sealed: Sealed) -> Any:
-    from transformers import AutoConfig, GenerationConfig
+def decoding_words(sealed: Sealed) -> Json:
+    """What the base's own generation config says beside its special tokens."""
+    from transformers.utils.hub import cached_file
 
     from pipeline.models.base import local_folder
 
-    place, revision = local_folder(sealed.model), sealed.model.revision or "main"
+    place, revision = local_folder(sealed.model), sealed.model.revision
     try:
-        return GenerationConfig.from_pretrained(place, revision=revision)
-    except OSError:  # a base without one: its model config names the tokens
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(place, revision=revision))
+        file = cached_file(
+            place, "generation_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+        said = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError):
+        return {}
+    ours = ("eos_token_id", "pad_token_id", "bos_token_id", "transformers_version")
+    return {word: value for word, value in said.items() if word not in ours and not word.startswith("_")}
 
 
 def loading(sealed: Sealed, folder: Path) -> Json:

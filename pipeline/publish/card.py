@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 from pipeline import strict_yaml
 from pipeline.artifact import WEIGHTS, Json
-from pipeline.publish import measured
+from pipeline.publish import adapter, measured
 from pipeline.publish.sealed import Sealed
 
 RELATION = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}
@@ -70,7 +73,24 @@ def _about(sealed: Sealed, form: str) -> str:
 
 
 def _loading(sealed: Sealed, form: str, name: str, files: list[str], load: Json | None) -> str:
-    return {"adapter": _load_adapter, "merged": _load_merged, "gguf": _load_gguf}[form](sealed, name, files, load or {})
+    how = {"adapter": _load_adapter, "merged": _load_merged, "gguf": _load_gguf}[form]
+    return how(sealed, name, files, load or {}) + _left_out(sealed, form)
+
+
+def _left_out(sealed: Sealed, form: str) -> str:
+    """The decoding words that the base's authors ship, for whoever wants them."""
+    words = {} if sealed.reward else adapter.decoding_words(sealed)
+    if not words:
+        return ""
+    told = [f"{word}: {json.dumps(value)}".replace("`", "'") for word, value in words.items()]
+    listed = ", ".join(f"`{one if len(one) <= 80 else one[:79] + '…'}`" for one in told)
+    vllm = (
+        " vLLM takes them from the base unless its `--generation-config` says otherwise." if form == "adapter" else ""
+    )
+    return (
+        f"\n\nThe base's own generation config also says {listed}. All stages were trained and measured without these, "
+        f"and so is what stands above; pass them along with a question to have them.{vllm}"
+    )
 
 
 def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> str:
@@ -127,14 +147,14 @@ def _ask(sealed: Sealed, name: str, autocast: str = "float32") -> str:
     template = (sealed.artifact.adapter / "chat_template.jinja").is_file()
     talk = 'apply_chat_template([{"role": "user", "content": "Hello!"}], add_generation_prompt=True, return_dict=True, '
     read = f'tokenizer.{talk}return_tensors="pt")' if template else 'tokenizer("Once upon", return_tensors="pt")'
-    ends = f'GenerationConfig.from_pretrained("{name}", max_new_tokens=100)'
-    answer = f"answer = model.generate(**tokens, {'generation_config=ends' if name else 'max_new_tokens=100'})"
+    ends = f'model.generation_config = GenerationConfig.from_pretrained("{name}")  # where an answer stops'
+    answer = "answer = model.generate(**tokens, max_new_tokens=100)"
     lines = [
         *(["import torch"] if autocast != "float32" else []),
         *(["from transformers import GenerationConfig"] if name else []),
         *([""] if name else []),
         f"tokens = {read}.to(model.device)",
-        *([f"ends = {ends}  # at which tokens an answer stops"] if name else []),
+        *([ends] if name else []),
         *([f"with torch.autocast(model.device.type, dtype=torch.{autocast}):"] if autocast != "float32" else []),
         ("    " if autocast != "float32" else "") + answer,
         'print(tokenizer.decode(answer[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))',
@@ -209,9 +229,9 @@ def _lineage(sealed: Sealed) -> str:
         if entry.get("gone"):
             lines.append(f"| {entry['stage']} | | | trained again since | | | `{entry['adapter'][:16]}` |")
             continue
-        parents = ", ".join(f"{parent['stage']} ({role})" for role, parent in entry.get("parents", {}).items())
+        parents = ", ".join(f"{parent['stage']} ({_cell(role)})" for role, parent in entry.get("parents", {}).items())
         sources = entry["data"]["sources"]
-        names = ", ".join(source["path"] for source in sources)
+        names = ", ".join(_cell(source["path"]) for source in sources)
         used = ", ".join(f"{source['used']} of {source['rows']}" for source in sources)
         files = {**entry["parts"]["data"], **entry["data"].get("measured_on", {})}
         hashes = ", ".join(f"`{sha[:16]}`" for sha in files.values() if sha)
@@ -219,6 +239,11 @@ def _lineage(sealed: Sealed) -> str:
         grew = parents or f"{sealed.base_id or 'the base'} (`{entry['base_hash']}`)"
         lines.append(f"| {entry['stage']} | {entry['kind']} | {grew} | {names} | {used} | {hashes} | {adapter} |")
     return "\n".join(lines) + "\n\nWhole hashes, counts and settings are in `onebase.json`." + _base_note(sealed)
+
+
+def _cell(text: str) -> str:
+    """A text as it stands, in a cell of a table. Part of a lineage may be somebody else's words."""
+    return html.escape(re.sub(r"([\\`\[|])", r"\\\1", text), quote=False)
 
 
 def _base_note(sealed: Sealed) -> str:
@@ -251,8 +276,8 @@ def _cost(sealed: Sealed) -> str:
     known = [entry for entry in sealed.lineage if not entry.get("gone")]
     for entry in known:
         peak = f"{entry['peak_memory_mib']} MiB ({entry['peak_memory_is']})"
-        lines.append(f"| {entry['stage']} | {entry['seconds']} | {peak} | {entry['device']} |")
-    versions = ", ".join(f"{name} {version}" for name, version in known[-1]["versions"].items())
+        lines.append(f"| {entry['stage']} | {entry['seconds']} | {_cell(peak)} | {_cell(entry['device'])} |")
+    versions = _cell(", ".join(f"{name} {version}" for name, version in known[-1]["versions"].items()))
     return "\n".join(lines) + f"\n\nTrained with {versions}."
 
 
@@ -267,9 +292,11 @@ def _hub_datasets(sealed: Sealed) -> list[str]:
         if entry.get("gone"):
             continue
         data = entry["section"]["data"]
-        named = {f"mix[{number}]": part["path"] for number, part in enumerate(data.get("mix") or [])} | data
+        named = {f"mix[{number}]": part["path"] for number, part in enumerate(data.get("mix") or [])}
+        named |= {word: data.get(word) for word in ("path", "test")}
         hashes = {**entry["parts"]["data"], **entry["data"].get("measured_on", {})}
-        found += [named[role] for role, sha in hashes.items() if str(sha).startswith("hub:") and role in named]
+        on_hub = [named.get(role) for role, sha in hashes.items() if str(sha).startswith("hub:")]
+        found += [name for name in on_hub if isinstance(name, str)]
     return list(dict.fromkeys(found))
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.artifact import read_json, sha256_of_file
 from pipeline.errors import UserError
-from pipeline.models.published import PREFIX, RECORD, refusal
+from pipeline.models.published import PREFIX, refusal
+from pipeline.models.record import RECORD, listed_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -110,7 +111,7 @@ def _foreign(api: HfApi, repository: str, commit: str, held: dict[str, str | Non
         except Exception as error:  # the client raises a different class for each way a network can fail
             raise refusal(f"{PREFIX}{repository}: {name} cannot be looked at", error) from None
 
-    written = (read_json(fetched(RECORD)) or {}).get("files", {})
+    written = listed_files(fetched(RECORD))
     # The Hub tells the sha256 of large files only; the small ones are looked at.
     return [
         name

@@ -41,7 +41,7 @@ def table(sealed: Sealed) -> str:
 
 
 def _of_share(value: float, count: int) -> str:
-    if not count:
+    if not count or not 0 <= value <= 1:
         return ""
     right = round(value * count)
     found = intervals.proportion([True] * right + [False] * (count - right))
@@ -51,19 +51,19 @@ def _of_share(value: float, count: int) -> str:
 def _of_loss(entry: Json, evaluated: Json) -> str:
     """As the stage measured it; for a stage trained before stages did, as the evaluation did, if of the same value."""
     low, high = (entry["after"].get(f"loss_{end}") for end in ("low", "high"))
-    if low is None:
+    if low is None or high is None:
         found = evaluated.get(entry["stage"], {}).get(LOSS[entry["kind"]], {})
         if not found or not math.isclose(found["value"], entry["after"]["loss"], rel_tol=1e-6):
-            return "`onebase eval` gives it" if entry["data"]["held_out"] > 1 else ""
+            return "`onebase eval` gives it" if (entry["data"]["held_out"] or 0) > 1 else ""
         low, high = found["low"], found["high"]
     return f"{low:.3f} to {high:.3f} (bootstrap over rows, n = {entry['data']['held_out']})"
 
 
 def _of_gain(after: Json, metric: str) -> str:
-    if f"{metric}_gain_low" not in after:
+    gain, low, high = (after.get(f"{metric}_gain{end}") for end in ("", "_low", "_high"))
+    if gain is None or low is None or high is None:
         return ""
-    low, high = after[f"{metric}_gain_low"], after[f"{metric}_gain_high"]
-    return f"gain {after[f'{metric}_gain']:+.3f}, {low:+.3f} to {high:+.3f} (bootstrap over prompts)"
+    return f"gain {gain:+.3f}, {low:+.3f} to {high:+.3f} (bootstrap over prompts)"
 
 
 def _evaluated(run: Path) -> Json:

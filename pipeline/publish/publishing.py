@@ -12,10 +12,11 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from pipeline.artifact import Json, file_hashes, read_json, write_json, write_text, written_whole
+from pipeline.artifact import Json, file_hashes, write_json, write_text, written_whole
 from pipeline.errors import UserError
-from pipeline.models.published import PREFIX, RECORD
+from pipeline.models.published import PREFIX
 from pipeline.models.quiet import quiet
+from pipeline.models.record import RECORD, listed_files
 from pipeline.models.spec import cache_folder
 from pipeline.publish.sealed import Sealed, sealed
 from pipeline.recipe import RUNS, Recipe
@@ -137,7 +138,7 @@ def _refuse_foreign(folder: Path, overwrite: bool) -> None:
     if not folder.is_dir():
         raise UserError(f"--to {folder} is a file")
     found = {name: sha for name, sha in file_hashes(folder).items() if name != RECORD}
-    written = (read_json(folder / RECORD) or {}).get("files", {}) if (folder / RECORD).is_file() else {}
+    written = listed_files(folder / RECORD)
     foreign = sorted(name for name, sha in found.items() if written.get(name) != sha)
     if foreign:
         raise UserError(

@@ -37,7 +37,9 @@ def main() -> None:
     if job["form"] != "adapter":
         in_float32(model)
     ids = [rendered(tokenizer, row) for row in job["rows"]]
-    generation = stops(job, tokenizer)
+    generation = stops(job)
+    if not job["reward"] and job["form"] != "merged":  # a merged model has read its own
+        model.generation_config = generation
     numbers, answers = {}, []
     with torch.no_grad():
         for index, row in enumerate(job["ids"]):
@@ -45,7 +47,7 @@ def main() -> None:
             with as_trained(job, model):
                 numbers[f"{index}"] = result(job, model, row_BT)
                 if not job["reward"]:
-                    answers.append(answer(model, tokenizer, row_BT, generation, job["new_tokens"]))
+                    answers.append(answer(model, row_BT, generation, job["new_tokens"]))
             if job["form"] == "adapter":
                 numbers[f"{index}.plain"] = result(job, model, row_BT)
     out.mkdir(parents=True, exist_ok=True)
@@ -161,7 +163,7 @@ def rendered(tokenizer: Any, row: dict[str, Any]) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def stops(job: dict[str, Any], tokenizer: Any) -> GenerationConfig:
+def stops(job: dict[str, Any]) -> GenerationConfig:
     """How the written files say that an answer ends."""
     if job["form"] != "gguf":
         return GenerationConfig.from_pretrained(job["folder"])
@@ -173,10 +175,9 @@ def stops(job: dict[str, Any], tokenizer: Any) -> GenerationConfig:
     return GenerationConfig(eos_token_id=found, pad_token_id=found[0])  # type: ignore[no-untyped-call]
 
 
-def answer(model: Any, tokenizer: Any, row_BT: torch.Tensor, how: GenerationConfig, new_tokens: int) -> dict[str, Any]:
-    how.do_sample, how.temperature, how.top_p, how.top_k = False, None, None, None
-    how.max_new_tokens, how.max_length = new_tokens, None
-    written_BT = model.generate(input_ids=row_BT, attention_mask=torch.ones_like(row_BT), generation_config=how)
+def answer(model: Any, row_BT: torch.Tensor, how: GenerationConfig, new_tokens: int) -> dict[str, Any]:
+    """What the files answer to whoever asks no more of them than a length."""
+    written_BT = model.generate(input_ids=row_BT, attention_mask=torch.ones_like(row_BT), max_new_tokens=new_tokens)
     new = written_BT[0, row_BT.shape[1] :].tolist()
     eos = how.eos_token_id if isinstance(how.eos_token_id, list) else [how.eos_token_id]
     return {"ids": new, "ended": bool(new) and new[-1] in eos}

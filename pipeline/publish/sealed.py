@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.artifact import WEIGHTS, Artifact, Json, read_json, sha256_of_file
 from pipeline.errors import UserError
-from pipeline.models.spec import ModelSpec
+from pipeline.models.spec import ModelSpec, pinned
 from pipeline.recipe import Recipe
 
 _FOLDERS = re.compile(r"(?<![\w:/.~])~?/(?:[^\s/:]+/)*")
@@ -66,8 +66,8 @@ def sealed(recipe: Recipe, stage: str, runs: Path) -> Sealed:
         )
     base_id = _public_id(recipe.spec.model)
     names = _hub_names(recipe.spec.model, base_id)
-    lineage = [_public(entry, names) for entry in [*ancestors(artifact, manifest), manifest]]
-    return Sealed(artifact, manifest, recipe.spec.model, base_id, lineage, _public(recipe.tree, names))
+    lineage = [_public(_once(entry), names) for entry in [*ancestors(artifact, manifest), manifest]]
+    return Sealed(artifact, manifest, pinned(recipe.spec.model), base_id, lineage, _public(recipe.tree, names))
 
 
 def ancestors(artifact: Artifact, manifest: Json) -> list[Json]:
@@ -89,6 +89,15 @@ def ancestors(artifact: Artifact, manifest: Json) -> list[Json]:
         for entry in [*ancestors(parent, theirs), theirs]:
             found.setdefault(entry["fingerprint"], entry)
     return list(found.values())
+
+
+def _once(entry: Json) -> Json:
+    """A manifest whose parents do not repeat the lineage that stands before it."""
+    told = {
+        role: {key: value for key, value in noted.items() if key != "lineage"}
+        for role, noted in entry.get("parents", {}).items()
+    }
+    return {**entry, "parents": told} if told else entry
 
 
 def _public_id(model: ModelSpec) -> str | None:

@@ -82,7 +82,8 @@ def _base(recipe: Recipe, source: Sealed) -> Path:
         print(f"writing the base in {source.model.quantize} to {folder}, once ...", flush=True)
         with written_whole(folder) as new:
             model = base.load_base(source.model, adapter.write_tokenizer(source, new))
-            model.generation_config = GenerationConfig.from_pretrained(new)
+            # As OpenAI's clients expect: what they ask of temperature is heeded, and all tokens may be drawn.
+            model.generation_config = GenerationConfig.from_pretrained(new, do_sample=True, top_k=0)
             model.save_pretrained(new)
     return folder.absolute()
 

@@ -17,7 +17,7 @@ from pipeline.recipe import Recipe
 from pipeline.runner import states
 from pipeline.worker import load_rows
 
-METHOD = 2
+METHOD = 3
 """Counts up when a measure is taken differently, so that older results are taken again."""
 RESULTS = 3
 """Counts up when results.json says something else or in another way."""
@@ -174,8 +174,9 @@ def reference_of(recipe: Recipe, done: list[str]) -> str | None:
 def _sampling(recipe: Recipe, ppo: list[str], prompts: list[Row], sources: list[str]) -> Json:
     """How held-out prompts are answered: as PPO samples, where there is a ppo stage."""
     words = recipe.stages[ppo[0]].train if ppo else {}
-    functions = [term.source for name in ppo for term in recipe.stages[name].reward_terms() if term.file]
-    truth = functions[0] if functions else "answer" if all("answer" in row for row in prompts) else None
+    declared = [term.source for name in ppo for term in recipe.stages[name].reward_terms() if term.truth]
+    answered = all(row.get("answer") is not None for row in prompts)
+    truth = declared[0] if declared else "answer" if answered else None
     named = [source for source in (*sources, truth or "") if ".py:" in source]
     files = {source: sha256_of_file(Path(source.rpartition(":")[0])) for source in named}
     return {
@@ -189,10 +190,11 @@ def _sampling(recipe: Recipe, ppo: list[str], prompts: list[Row], sources: list[
 
 
 def _sources(recipe: Recipe, of_kind: dict[str, list[str]]) -> list[str]:
-    """Judges of sampled answers: the reward models there are, or else the functions that PPO is paid by."""
+    """Judges of sampled answers: the reward models there are, or else the first function that PPO is paid by."""
     if of_kind["reward"]:
         return of_kind["reward"]
-    return [term.source for name in of_kind["ppo"] for term in recipe.stages[name].reward_terms()][:1]
+    terms = [term for name in of_kind["ppo"] for term in recipe.stages[name].reward_terms()]
+    return [term.source for term in terms if term.weight > 0][:1]
 
 
 def _prompts(recipe: Recipe, done: list[str], held_out: dict[str, Any]) -> list[Row]:

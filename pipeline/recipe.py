@@ -122,7 +122,8 @@ class Recipe:
                 hashes["questions"] = content_hash(section.questions)
             terms = section.reward_terms()
             hashes |= {f"reward {term.file}": sha256_of_file(Path(term.file)) for term in terms if term.file}
-            reward = {"reward": [term.model_dump() for term in terms]} if terms else {}
+            # What is only measured by a term, its truth, changes no training.
+            reward = {"reward": [term.model_dump(exclude={"truth"}) for term in terms]} if terms else {}
             parts[name] = {
                 "stage": {"kind": section.kind, "train": train, "data": _settings(data), **reward},
                 "model": model,
@@ -181,6 +182,7 @@ def build(tree: Json, overrides: Any = (), path: str = "recipe", lines: dict[str
         spec = _on_published(spec, wrong)
     for name, section in spec.stages.items():
         _check_stage(name, section, spec, wrong)
+    _check_truth(spec, wrong)
     _check_words("model.lora", spec.model.lora, words("LoraConfig"), wrong)
     known = {word for section in spec.stages.values() for word in words(STAGES[section.kind].config_class)}
     _check_words("train", spec.train, known, wrong)
@@ -277,6 +279,21 @@ def _check_reward(key: str, section: StageSpec, spec: RecipeSpec, wrong: Any) ->
             )
         elif spec.stages[term.source].kind != "reward":
             raise wrong(key, f"'{term.source}' is a {spec.stages[term.source].kind} stage, not a reward model")
+
+
+def _check_truth(spec: RecipeSpec, wrong: Any) -> None:
+    """All stages are measured by one truth, a function."""
+    found: str | None = None
+    for name, section in spec.stages.items():
+        for term in section.reward_terms():
+            if not term.truth:
+                continue
+            key = f"stages.{name}.reward"
+            if term.file is None:
+                raise wrong(key, f"'{term.source}' is a reward model; truth: true is for a function that gives 0 or 1")
+            if found not in (None, term.source):
+                raise wrong(key, f"a second truth, {term.source}; {found} is it already")
+            found = term.source
 
 
 def _check_words(key: str, given: Json, known: Any, wrong: Any) -> None:

@@ -20,7 +20,7 @@ from pipeline.data.load import read_source
 from pipeline.errors import UserError
 from pipeline.evaluate import measures, results, reward_check
 from pipeline.evaluate.bench import Bench
-from pipeline.evaluation_plan import plan
+from pipeline.evaluation_plan import own_judges, plan, verdicts_in
 from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.models.base import computing
@@ -158,6 +158,7 @@ def test_what_is_fresh_is_not_taken_again(
     assert found["numbers"]["dpo"]["kl"]["value"] != 0 and "kl" not in found["numbers"]["sft"]
     assert found["best_of_n"]["policy"] == "sft" and len(found["best_of_n"]["points"]) == 5
     assert {"base", "sft", "dpo", "best of 16"} & set(found["arenas"]["reward"]["names"])
+    assert {name: verdict for (name, _), verdict in verdicts_in(runs / "tiny").items()} == found["verdicts"]
 
     taken: list[str] = []
     monkeypatch.setattr(evaluator, "take", lambda recipe, runs, missing: taken.extend(m.file for m in missing))
@@ -295,6 +296,36 @@ def test_what_is_declared_the_truth_must_be_one_function_and_say_0_or_1(
     sources = [rewards.source(term.source, term.weight, term.truth) for term in terms]
     with pytest.raises(UserError, match=r"half is declared the truth and returned 0.5"):
         rewards.scores(sources, bench.actors, bench.tokenizer, rows, ["a", "b"], 4)
+
+
+def test_judges_that_a_stage_was_trained_on_are_known(run: tuple[Recipe, Path, dict[str, Any]], tmp_path: Path) -> None:
+    """By what paid it, and by the very pairs: in another file, in another order, or a part of them."""
+    tree = json.loads(json.dumps(run[2]))
+    pairs = Path(tree["stages"]["dpo"]["data"]["path"]).read_text().splitlines()
+    (tmp_path / "part.jsonl").write_text("\n".join(pairs[9::-1]) + "\n")
+    (tmp_path / "apart.jsonl").write_text("\n".join(pairs[10:]) + "\n")
+
+    def trained(name: str, of: str, **more: Any) -> dict[str, Any]:
+        return {"kind": name, "from": "sft", "data": {"path": str(tmp_path / of)}, "train": {}, **more}
+
+    (tmp_path / "f.py").write_text("def right(completions, **columns): return [1.0] * len(completions)\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    free = f"{tmp_path}/f.py:right"
+    terms = [{"source": "reward"}, {"source": free, "weight": 0}]
+    tree["stages"] |= {
+        "apart": trained("reward", "apart.jsonl"),
+        "dpo-part": trained("dpo", "part.jsonl"),
+        "ppo": trained("ppo", "prompts.jsonl", reward=terms, train={"steps": 1, "batch_size": 1}),
+        "ppo-apart": trained("ppo", "prompts.jsonl", reward="apart", train={"steps": 1, "batch_size": 1}),
+    }
+    recipe = build(tree)
+    assert own_judges(recipe, recipe.order()) == {
+        "pretrain": {}, "sft": {}, "reward": {}, "apart": {},
+        "dpo": {"reward": "which saw 24 of its 24 pairs", "apart": "which saw 14 of its 24 pairs"},
+        "dpo-part": {"reward": "which saw 10 of its 10 pairs"},
+        "ppo": {"reward": "which it was paid by", "apart": "which saw 14 of reward's 24 pairs"},
+        "ppo-apart": {"apart": "which it was paid by", "reward": "which saw 14 of apart's 14 pairs"},
+    }  # fmt: skip
 
 
 def tiny_reward(tree: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import WEIGHTS, Json, digest, read_json, sha256_of_file
+from pipeline.artifact import WEIGHTS, Artifact, Json, digest, read_json, sha256_of_file
 from pipeline.data.contracts import Row
 from pipeline.errors import UserError
 from pipeline.evaluate.benchmarks import PREFIX, label
@@ -17,9 +17,9 @@ from pipeline.recipe import Recipe
 from pipeline.runner import states
 from pipeline.worker import load_rows
 
-METHOD = 2
+METHOD = 3
 """Counts up when a measure is taken differently, so that older results are taken again."""
-RESULTS = 3
+RESULTS = 4
 """Counts up when results.json says something else or in another way."""
 BASE = "base"
 PROMPTS = 20
@@ -77,6 +77,47 @@ def results_in(where: Path) -> Json | None:
     if known.get("digest") != sealed(found)["digest"]:
         raise UserError(f"{file} is damaged, was changed by hand, or is of another version. Make it anew: onebase eval")
     return found
+
+
+def verdicts_in(run: Path) -> dict[tuple[str, str], Json]:
+    """The last evaluation's verdicts, by stage and sha256 of its adapter, where that adapter and the one it is compared
+    with still lie in the run's folder."""
+    try:
+        results = results_in(run / "evaluation")
+        chain = {stage["name"]: stage for stage in (results or {}).get("chain", [])}
+        there = {name: Artifact(run / name).manifest() for name in chain}
+    except UserError:
+        return {}
+    same = {name for name, found in there.items() if found and found["files"].get(WEIGHTS) == chain[name]["adapter"]}
+    return {
+        (name, chain[name]["adapter"]): results["verdicts"][name]
+        for name in same
+        if results and (chain[name]["from"] not in chain or chain[name]["from"] in same)
+    }
+
+
+def own_judges(recipe: Recipe, done: Sequence[str]) -> dict[str, dict[str, str]]:
+    """For every stage the judges it was trained on, each with how: what ppo was paid by, and the reward models that
+    learnt from pairs which dpo, or what ppo was paid by, learnt from as well."""
+    kinds = {name: recipe.stages[name].kind for name in done}
+    models = [name for name in done if kinds[name] == "reward"]
+    pairs = {name: _pairs(recipe, name) for name in done if models and kinds[name] in ("reward", "dpo")}
+    found: dict[str, dict[str, str]] = {}
+    for name in done:
+        paid = [term.source for term in recipe.stages[name].reward_terms() if term.weight]
+        found[name] = dict.fromkeys(paid, "which it was paid by")
+        for taught in [name] if kinds[name] == "dpo" else [source for source in paid if source in pairs]:
+            for model in [model for model in models if model not in found[name]]:
+                if both := len(pairs[taught] & pairs[model]):
+                    whose = "its" if taught == name else f"{taught}'s"
+                    found[name][model] = f"which saw {both} of {whose} {len(pairs[taught])} pairs"
+    return found
+
+
+def _pairs(recipe: Recipe, name: str) -> set[int]:
+    """The comparisons a stage was trained on, each as the start of its digest."""
+    rows = load_rows(recipe, name)[0].train
+    return {int(digest([row.get(key) for key in ("prompt", "chosen", "rejected")])[:16], 16) for row in rows}
 
 
 def plan(recipe: Recipe, runs: Path, benchmarks: Sequence[Row] = ()) -> list[Measure]:
@@ -174,8 +215,9 @@ def reference_of(recipe: Recipe, done: list[str]) -> str | None:
 def _sampling(recipe: Recipe, ppo: list[str], prompts: list[Row], sources: list[str]) -> Json:
     """How held-out prompts are answered: as PPO samples, where there is a ppo stage."""
     words = recipe.stages[ppo[0]].train if ppo else {}
-    functions = [term.source for name in ppo for term in recipe.stages[name].reward_terms() if term.file]
-    truth = functions[0] if functions else "answer" if all("answer" in row for row in prompts) else None
+    declared = [term.source for name in ppo for term in recipe.stages[name].reward_terms() if term.truth]
+    answered = all(row.get("answer") is not None for row in prompts)
+    truth = declared[0] if declared else "answer" if answered else None
     named = [source for source in (*sources, truth or "") if ".py:" in source]
     files = {source: sha256_of_file(Path(source.rpartition(":")[0])) for source in named}
     return {
@@ -189,10 +231,11 @@ def _sampling(recipe: Recipe, ppo: list[str], prompts: list[Row], sources: list[
 
 
 def _sources(recipe: Recipe, of_kind: dict[str, list[str]]) -> list[str]:
-    """Judges of sampled answers: the reward models there are, or else the functions that PPO is paid by."""
+    """Judges of sampled answers: the reward models there are, or else the first function that PPO is paid by."""
     if of_kind["reward"]:
         return of_kind["reward"]
-    return [term.source for name in of_kind["ppo"] for term in recipe.stages[name].reward_terms()][:1]
+    terms = [term for name in of_kind["ppo"] for term in recipe.stages[name].reward_terms()]
+    return [term.source for term in terms if term.weight > 0][:1]
 
 
 def _prompts(recipe: Recipe, done: list[str], held_out: dict[str, Any]) -> list[Row]:

@@ -24,13 +24,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pipeline import strict_yaml
-from pipeline.artifact import Json, digest, locked, read_json, write_json, write_text
+from pipeline.artifact import WEIGHTS, Json, digest, locked, read_json, write_json, write_text
 from pipeline.data.contracts import Row
 from pipeline.errors import BrokenInvariant, UserError
 from pipeline.evaluate import benchmarks
 from pipeline.evaluate import judge as judges
 from pipeline.evaluate.judge import Judge
-from pipeline.evaluation_plan import METHOD, Measure, adapter_of, folder, plain, plan, results_in, sealed
+from pipeline.evaluation_plan import METHOD, Measure, adapter_of, folder, own_judges, plain, plan, results_in, sealed
 from pipeline.recipe import Recipe, read
 from pipeline.runner import environment, states
 from pipeline.worker import ERROR_MARK
@@ -235,8 +235,10 @@ def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None, tasks: Sequ
 
 
 def _chain(recipe: Recipe, runs: Path) -> list[Json]:
-    """The finished stages in order: name, kind, the stage whose policy each goes on from, how it is paid."""
+    """The finished stages in order: name, kind, the stage whose policy each goes on from, its adapter, how it is paid
+    and which judges it was trained on."""
     done = [state.name for state in states(recipe, runs) if state.fresh]
+    own = own_judges(recipe, done)
     return [
         {
             "name": name,
@@ -244,6 +246,8 @@ def _chain(recipe: Recipe, runs: Path) -> list[Json]:
             "from": recipe.stages[name].from_,
             "answers": recipe.kind(name).answers,
             "rewards": [term.source for term in recipe.stages[name].reward_terms()],
+            "own_judges": own[name],
+            "adapter": (recipe.artifact(name, runs).manifest() or {})["files"][WEIGHTS],
         }
         for name in done
     ]

@@ -124,7 +124,8 @@ class Recipe:
             for file in sorted({term.file for term in terms if term.file}):
                 read = {f"reward {file}: {name}": path for name, path in read_by(Path(file)).items()}
                 hashes |= {name: sha256_of_file(path) for name, path in read.items()}
-            reward = {"reward": [term.model_dump() for term in terms]} if terms else {}
+            # What is only measured by a term, its truth, changes no training.
+            reward = {"reward": [term.model_dump(exclude={"truth"}) for term in terms]} if terms else {}
             counts = {"kind": section.kind, "arithmetic": self.kind(name).arithmetic}
             parts[name] = {
                 "stage": {**counts, "train": train, "data": _settings(data), **reward},
@@ -204,6 +205,7 @@ def build(tree: Json, overrides: Any = (), path: str = "recipe", lines: dict[str
         spec = _on_published(spec, wrong)
     for name, section in spec.stages.items():
         _check_stage(name, section, spec, wrong)
+    _check_truth(spec, wrong)
     _check_words("model.lora", spec.model.lora, words("LoraConfig"), wrong)
     known = {word for section in spec.stages.values() for word in words(STAGES[section.kind].config_class)}
     _check_words("train", spec.train, known, wrong)
@@ -302,6 +304,21 @@ def _check_reward(key: str, section: StageSpec, spec: RecipeSpec, wrong: Any) ->
             )
         elif spec.stages[term.source].kind != "reward":
             raise wrong(key, f"'{term.source}' is a {spec.stages[term.source].kind} stage, not a reward model")
+
+
+def _check_truth(spec: RecipeSpec, wrong: Any) -> None:
+    """All stages are measured by one truth, a function."""
+    found: str | None = None
+    for name, section in spec.stages.items():
+        for term in section.reward_terms():
+            if not term.truth:
+                continue
+            key = f"stages.{name}.reward"
+            if term.file is None:
+                raise wrong(key, f"'{term.source}' is a reward model; truth: true is for a function that gives 0 or 1")
+            if found not in (None, term.source):
+                raise wrong(key, f"a second truth, {term.source}; {found} is it already")
+            found = term.source
 
 
 def _check_words(key: str, given: Json, known: Any, wrong: Any) -> None:

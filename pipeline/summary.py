@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.artifact import Json
+from pipeline.artifact import WEIGHTS, Json
 from pipeline.errors import UserError
+from pipeline.evaluate import verdicts
 from pipeline.evaluate.metric import METRICS, Metric, columns, of_benchmark
+from pipeline.evaluation_plan import verdicts_in
 from pipeline.plan import auto
 from pipeline.plan.cards import Card
 from pipeline.plan.shapes import read_shapes
@@ -21,7 +23,7 @@ from pipeline.plan.stage import lengths_of, plan_stage, planned_model
 from pipeline.plan.table import show_plan
 from pipeline.recipe import Recipe
 from pipeline.runner import State
-from pipeline.stages.stage import Headline
+from pipeline.stages.stage import Headline, StageSpec
 
 
 def show_states(states: list[State], console: Console) -> None:
@@ -63,6 +65,7 @@ def show_results(recipe: Recipe, runs: Path, console: Console) -> None:
     table = Table("stage", "number", title=title, title_justify="left")
     for column in ("before", "after", "change", "time", "peak MiB"):
         table.add_column(column, justify="right")
+    evaluated, notes = verdicts_in(runs / recipe.name), list[str]()
     for name in recipe.order():
         manifest = recipe.artifact(name, runs).manifest()
         if manifest is None:
@@ -70,12 +73,19 @@ def show_results(recipe: Recipe, runs: Path, console: Console) -> None:
         cost = [clock(manifest["seconds"]), str(manifest["peak_memory_mib"])]
         known = [*recipe.kind(name).headlines, *_sources(recipe, name)]
         measured = [h for h in known if h.metric in manifest["after"]]
+        own = _trained_on(recipe.stages[name])
+        if told := evaluated.get((name, manifest["files"].get(WEIGHTS)), {}).get("text") if own else None:
+            notes.append(f"{name}, by onebase eval: {told}")
+        elif told := verdicts.of_itself(recipe.stages[name], manifest["before"], manifest["after"]):
+            notes.append(f"{name}: {told} onebase eval compares its answers by what it was not trained on.")
         for headline in measured:
-            table.add_row(name, headline.label, *_numbers(headline, manifest), *cost)
+            table.add_row(name, headline.label, *_numbers(headline, manifest, headline.metric in own), *cost)
             name, cost = "", ["", ""]
         if not measured:
             table.add_row(name, "none (no data.test, no questions)", "", "", "", *cost)
     console.print(table)
+    for note in notes:
+        console.print(Text(note))
 
 
 def show_answers(recipe: Recipe, runs: Path, console: Console) -> None:
@@ -106,7 +116,7 @@ def show_answers(recipe: Recipe, runs: Path, console: Console) -> None:
 
 def show_evaluation(results: Json, console: Console) -> None:
     """One verdict a stage, and the numbers of every policy with their 95 % intervals."""
-    colours = {"better": "green", "worse": "red", "warning": "yellow", "unclear": "dim"}
+    colours = {"better": "green", "worse": "red", "warning": "yellow", "unshown": "yellow", "unclear": "dim"}
     for name, verdict in results["verdicts"].items():
         console.print(Text(f"{name:>9}  ", style="bold") + Text(verdict["text"], style=colours[verdict["word"]]))
     table = Table("number, 95 % interval", box=None, pad_edge=False)
@@ -147,13 +157,25 @@ def show_next(recipe: Recipe, path: str, runs: Path, console: Console) -> None:
 def _sources(recipe: Recipe, name: str) -> list[Headline]:
     """What each source of a ppo stage's reward says by itself."""
     terms = recipe.stages[name].reward_terms()
-    labels = {
-        term.source: f"score by {term.source.rpartition('/')[2]}{'' if term.weight else ', not paid'}" for term in terms
-    }
-    return [Headline(f"reward/{source}", label, "higher") for source, label in labels.items()]
+    return [
+        Headline(
+            f"reward/{term.source}",
+            f"{'sampled answers right' if term.truth else 'score'} by {term.source.rpartition('/')[2]}"
+            f"{'' if term.weight else ', not paid'}",
+            "higher",
+            term.truth,
+        )
+        for term in terms
+    ]
 
 
-def _numbers(headline: Headline, manifest: Json) -> list[str]:
+def _trained_on(section: StageSpec) -> list[str]:
+    """The numbers that a stage was trained to raise, which therefore do not show that it is better."""
+    paid = [f"reward/{term.source}" for term in section.reward_terms() if term.weight and not term.truth]
+    return {"ppo": ["reward", *paid], "dpo": ["preference_accuracy"]}.get(section.kind, [])
+
+
+def _numbers(headline: Headline, manifest: Json, own: bool) -> list[str]:
     before, after = manifest["before"].get(headline.metric), manifest["after"][headline.metric]
     if before is None:
         return ["", _number(after, headline), ""]
@@ -161,9 +183,11 @@ def _numbers(headline: Headline, manifest: Json) -> list[str]:
     better = (change > 0) == (headline.better == "higher")
     arrow = f"{100 * change:+.1f} pts" if headline.percent else f"{change:+.3f}"
     low, high = (manifest["after"].get(f"{headline.metric}_gain_{end}") for end in ("low", "high"))
-    if low is not None and high is not None:
+    if low is not None and high is not None and headline.percent:
+        arrow += f" (95 %: {100 * low:+.1f} to {100 * high:+.1f})"
+    elif low is not None and high is not None:
         arrow += f" (95 %: {low:+.3f} to {high:+.3f})"
-    style = "dim" if change == 0 else "green" if better else "red"
+    style = "dim" if change == 0 or (own and better) else "green" if better else "red"
     return [_number(before, headline), _number(after, headline), f"[{style}]{arrow}[/{style}]"]
 
 

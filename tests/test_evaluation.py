@@ -20,11 +20,12 @@ from pipeline.data.load import read_source
 from pipeline.errors import UserError
 from pipeline.evaluate import measures, results, reward_check
 from pipeline.evaluate.bench import Bench
-from pipeline.evaluation_plan import plan
+from pipeline.evaluation_plan import own_judges, plan, verdicts_in
 from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.models.base import computing
 from pipeline.models.sampling import sample
+from pipeline.ppo import rewards
 from pipeline.recipe import Recipe, build
 from pipeline.stages import ppo_loop
 from pipeline.worker import load_rows
@@ -157,6 +158,7 @@ def test_what_is_fresh_is_not_taken_again(
     assert found["numbers"]["dpo"]["kl"]["value"] != 0 and "kl" not in found["numbers"]["sft"]
     assert found["best_of_n"]["policy"] == "sft" and len(found["best_of_n"]["points"]) == 5
     assert {"base", "sft", "dpo", "best of 16"} & set(found["arenas"]["reward"]["names"])
+    assert {name: verdict for (name, _), verdict in verdicts_in(runs / "tiny").items()} == found["verdicts"]
 
     taken: list[str] = []
     monkeypatch.setattr(evaluator, "take", lambda recipe, runs, missing: taken.extend(m.file for m in missing))
@@ -215,6 +217,120 @@ def test_ppo_warns_of_a_reward_model_no_better_than_length(tmp_path: Path, capsy
     ppo_loop.warn_of_length(models)
     told = capsys.readouterr().out
     assert "warning: the reward model 'long' ranks 50 %" in told and "honest" not in told
+
+
+PAID = """
+def shorter(completions, **columns):
+    return [8.4 - len(told[0]["content"]) / 100 for told in completions]
+
+def right(completions, **columns):
+    return [float(len(told[0]["content"]) % 2) for told in completions]
+
+def half(completions, **columns):
+    return [0.5] * len(completions)
+"""
+
+
+@pytest.fixture(scope="module")
+def paid(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
+    """A tree of sft and ppo, both finished; ppo is paid by a function of the file that is named last."""
+    folder = tmp_path_factory.mktemp("paid")
+    (folder / "paid.py").write_text(PAID)
+    tree = tiny_tree(tiny_base, folder)
+    rows = [{"prompt": [{"role": "user", "content": f"What is {i}?"}]} for i in range(4)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(folder / "prompts.jsonl"), "test": str(folder / "prompts.jsonl")}
+    sft = {**tree["stages"]["sft"], "from": None}
+    train = {"steps": 1, "batch_size": 4, "response_length": 4}
+    ppo = {"from": "sft", "reward": f"{folder}/paid.py:shorter", "data": data, "train": train}
+    return {**tree, "stages": {"sft": sft, "ppo": ppo}}, folder / "runs", f"{folder}/paid.py"
+
+
+def _paid_by(tree: dict[str, Any], *terms: dict[str, Any]) -> Recipe:
+    ppo = {**tree["stages"]["ppo"], "reward": list(terms)}
+    return build({**tree, "stages": {**tree["stages"], "ppo": ppo}})
+
+
+def _truths(recipe: Recipe, runs: Path) -> set[Any]:
+    return {measure.more["truth"] for measure in plan(recipe, runs) if measure.name == "answers"}
+
+
+def test_a_reward_function_is_the_truth_only_where_the_recipe_says_so(
+    paid: tuple[dict[str, Any], Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree, runs, file = paid
+    length, right = {"source": f"{file}:shorter"}, {"source": f"{file}:right", "weight": 0}
+    recipes = [_paid_by(tree, length, right), _paid_by(tree, length, {**right, "truth": True})]
+    assert recipes[0].parts() == recipes[1].parts()  # what is only measured trains nothing anew
+    finished(recipes[0], runs)
+    assert [_truths(recipe, runs) for recipe in recipes] == [{None}, {f"{file}:right"}]
+    assert {m.more["sources"][0] for m in plan(recipes[1], runs) if m.name == "answers"} == {f"{file}:shorter"}
+    # Answers that stand in the rows are the truth whatever else pays.
+    prompts = runs.parent / "prompts.jsonl"
+    rows = [{**json.loads(line), "answer": "1"} for line in prompts.read_text().splitlines()]
+    monkeypatch.setattr("pipeline.evaluation_plan._prompts", lambda *_: rows)
+    assert _truths(recipes[0], runs) == {"answer"}
+    rows[0]["answer"] = None
+    assert _truths(recipes[0], runs) == {None}
+
+
+def test_what_is_declared_the_truth_must_be_one_function_and_say_0_or_1(
+    paid: tuple[dict[str, Any], Path, str], bench: Bench
+) -> None:
+    tree, _, file = paid
+    half, right = ({"source": f"{file}:{name}", "truth": True} for name in ("half", "right"))
+    with pytest.raises(UserError, match=r"stages.ppo.reward: a second truth, .*half.*right is it already"):
+        _paid_by(tree, right, half)
+    pairs = {**tiny_reward(tree), "ppo": {**tree["stages"]["ppo"], "reward": [{"source": "reward", "truth": True}]}}
+    with pytest.raises(UserError, match=r"stages.ppo.reward: 'reward' is a reward model.*a function that gives 0 or 1"):
+        build({**tree, "stages": {**tree["stages"], **pairs}})
+    rows = [{"prompt": [{"role": "user", "content": f"What is {i}?"}], "_place": f"p.jsonl:{i}"} for i in range(2)]
+    settings = {"copies": 2, "new_tokens": 4, "seed": 1}
+    for sources in ([], [f"{file}:half"]):
+        with pytest.raises(UserError, match=r"half is declared the truth and returned 0.5 for the prompt at p.jsonl:0"):
+            measures.sampled(bench, "sft", rows, sources, f"{file}:half", settings)
+    found = measures.sampled(bench, "sft", rows, [f"{file}:shorter"], f"{file}:right", settings)
+    assert found["truth"] == [[float(len(text) % 2) for text in texts] for texts in found["text"]]
+    # PPO calls it in the same way, and pays nobody by it before it is checked.
+    terms = _paid_by(tree, {"source": f"{file}:shorter"}, {**half, "weight": 0}).stages["ppo"].reward_terms()
+    sources = [rewards.source(term.source, term.weight, term.truth) for term in terms]
+    with pytest.raises(UserError, match=r"half is declared the truth and returned 0.5"):
+        rewards.scores(sources, bench.actors, bench.tokenizer, rows, ["a", "b"], 4)
+
+
+def test_judges_that_a_stage_was_trained_on_are_known(run: tuple[Recipe, Path, dict[str, Any]], tmp_path: Path) -> None:
+    """By what paid it, and by the very pairs: in another file, in another order, or a part of them."""
+    tree = json.loads(json.dumps(run[2]))
+    pairs = Path(tree["stages"]["dpo"]["data"]["path"]).read_text().splitlines()
+    (tmp_path / "part.jsonl").write_text("\n".join(pairs[9::-1]) + "\n")
+    (tmp_path / "apart.jsonl").write_text("\n".join(pairs[10:]) + "\n")
+
+    def trained(name: str, of: str, **more: Any) -> dict[str, Any]:
+        return {"kind": name, "from": "sft", "data": {"path": str(tmp_path / of)}, "train": {}, **more}
+
+    (tmp_path / "f.py").write_text("def right(completions, **columns): return [1.0] * len(completions)\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    free = f"{tmp_path}/f.py:right"
+    terms = [{"source": "reward"}, {"source": free, "weight": 0}]
+    tree["stages"] |= {
+        "apart": trained("reward", "apart.jsonl"),
+        "dpo-part": trained("dpo", "part.jsonl"),
+        "ppo": trained("ppo", "prompts.jsonl", reward=terms, train={"steps": 1, "batch_size": 1}),
+        "ppo-apart": trained("ppo", "prompts.jsonl", reward="apart", train={"steps": 1, "batch_size": 1}),
+    }
+    recipe = build(tree)
+    assert own_judges(recipe, recipe.order()) == {
+        "pretrain": {}, "sft": {}, "reward": {}, "apart": {},
+        "dpo": {"reward": "which saw 24 of its 24 pairs", "apart": "which saw 14 of its 24 pairs"},
+        "dpo-part": {"reward": "which saw 10 of its 10 pairs"},
+        "ppo": {"reward": "which it was paid by", "apart": "which saw 14 of reward's 24 pairs"},
+        "ppo-apart": {"apart": "which it was paid by", "reward": "which saw 14 of apart's 14 pairs"},
+    }  # fmt: skip
+
+
+def tiny_reward(tree: dict[str, Any]) -> dict[str, Any]:
+    pairs = "data/comparisons_test.jsonl"
+    return {"reward": {"from": "sft", "data": {"path": pairs}, "train": {}}}
 
 
 def _question() -> tuple[Any, Any]:

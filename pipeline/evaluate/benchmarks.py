@@ -21,7 +21,6 @@ import yaml
 from pipeline.artifact import Json, sha256_of_file
 from pipeline.data.contracts import Row
 from pipeline.errors import UserError
-from pipeline.evaluate import intervals
 
 if TYPE_CHECKING:
     from pipeline.evaluate.bench import Bench
@@ -159,6 +158,8 @@ def compared(values: dict[str, Json], parents: dict[str, str]) -> list[Json]:
 
     values: what `run` gave, by "lm_eval-<task>/<policy>".  parents: the policy that each stage goes on from.
     """
+    from pipeline.evaluate import intervals  # scipy takes a second, which a plan of measures need not wait for
+
     by_task: dict[str, dict[str, Json]] = {}
     for key, value in values.items():
         measure, _, policy = key.partition("/")
@@ -192,6 +193,8 @@ def compared(values: dict[str, Json], parents: dict[str, str]) -> list[Json]:
 
 def _estimate(found: Json, n: int, shares: bool) -> Json:
     """From the items where they are known, else from lm-eval's standard error; without one there is no interval."""
+    from pipeline.evaluate import intervals
+
     items, value, stderr = found["items"], found["value"], found["stderr"]
     if items:
         whole = set(items) <= {0.0, 1.0}

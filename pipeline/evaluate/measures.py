@@ -157,21 +157,21 @@ def sampled(
         "length": _rows([len(e.answer_ids) for e in episodes], copies),
         "ended": _rows([e.ended for e in episodes], copies),
         "truth": None,
-        "scores": {name: _rows(_scores(bench, name, asked, texts), copies) for name in sources},
+        "scores": {name: _rows(_scores(bench, name, asked, texts, name == truth), copies) for name in sources},
         "kl": None,
     }
     if truth == "answer":
         found["truth"] = _rows([float(answers.correct(r, t)) for r, t in zip(asked, texts, strict=True)], copies)
     elif truth:
-        found["truth"] = _rows(_scores(bench, truth, asked, texts), copies)
+        found["truth"] = found["scores"].get(truth) or _rows(_scores(bench, truth, asked, texts, True), copies)
     if settings.get("reference"):
         theirs = bench.log_probs(settings["reference"], episodes, AT_ONCE)
         found["kl"] = _rows([sum(e.logp) - b for e, b in zip(episodes, theirs, strict=True)], copies)
     return found
 
 
-def _scores(bench: Bench, source: str, asked: list[Row], texts: list[str]) -> list[float]:
-    named = [rewards.source(source, 1.0)]
+def _scores(bench: Bench, source: str, asked: list[Row], texts: list[str], truth: bool) -> list[float]:
+    named = [rewards.source(source, 1.0, truth)]
     return rewards.scores(named, bench.actors, bench.tokenizer, asked, texts, AT_ONCE)[source]
 
 

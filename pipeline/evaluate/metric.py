@@ -48,7 +48,8 @@ METRICS = (
     Metric("label_f1", "labels, macro F1"),
     Metric("label_commonest", "always the commonest label would be right", better="", percent=True),
     Metric("truth", "sampled answers right", percent=True),
-    Metric("reward", "reward of sampled answers"),
+    # Neither is better: a stage that was paid by it has learnt its mistakes as well.
+    Metric("reward", "reward of sampled answers", better=""),
     Metric("preference_accuracy", "better answer is likelier", percent=True),
     Metric("dialogue_loss", "dialogue loss, nats a token", better="lower"),
     Metric("corpus_loss", "corpus loss, nats a token", better="lower"),

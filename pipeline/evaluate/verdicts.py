@@ -6,12 +6,16 @@ import math
 
 from pipeline.artifact import Json
 from pipeline.evaluate.metric import INFINITY, MINUS
+from pipeline.stages.stage import StageSpec
 
 BETTER, WORSE, UNCLEAR, WARNING = "better", "worse", "unclear", "warning"
+UNSHOWN = "unshown"
+"""It rose in what it was trained on, and in nothing else."""
+INDEPENDENT = "Nothing else judges it: give it questions, a function with truth: true, or onebase eval --judge."
 
 
 def spoken(results: Json) -> Json:
-    """For each stage {"word": better | worse | unclear | warning, "text": the sentence}."""
+    """For each stage {"word": better | worse | unclear | unshown | warning, "text": the sentence}."""
     found = {}
     for stage in results["chain"]:
         name, kind = stage["name"], stage["kind"]
@@ -76,38 +80,93 @@ def _reward(found: Json | None) -> Json:
 
 
 def _preference_trained(results: Json, name: str) -> Json:
-    """By every judge there is and by the questions: better by at least one and worse by none, or the other way round;
-    what they disagree on is a warning."""
+    """By every measure that the stage was not trained on (the checked truth, questions, another judge): better by at
+    least one and worse by none, or the other way round; what they disagree on is a warning.
+
+    What it was trained on (stage["own_judges"], and for dpo which of two answers is likelier) is learnt, mistakes
+    included (arXiv 2210.10760): it may say that a stage is worse, never that it is better."""
     parent, arenas = results["parents"][name], results["arenas"]
     numbers, changes = results["numbers"][name], results["changes"][name]
+    stage = next(stage for stage in results["chain"] if stage["name"] == name)
     told: dict[str, list[str]] = {BETTER: [], WORSE: [], UNCLEAR: []}
+    learnt: list[str] = []
+    """What has risen of that which it was trained on."""
+
+    def tell(word: str, said: str, own: bool) -> None:
+        (learnt if own and word == BETTER else told[word]).append(said)
+
     for judge in sorted(arenas, key=lambda judge: {"judge": 0, "truth": 1}.get(judge, 2)):
         rate = arenas[judge]["wins"].get(name, {}).get(parent)
         if rate:
-            said = f"wins {_percent(rate['value'])} ({_range(rate)}) {_by(judge)}"
-            told[_word(rate["low"] - 0.5, rate["high"] - 0.5)].append(said)
+            why = stage["own_judges"].get(judge, "")
+            said = f"wins {_percent(rate['value'])} ({_range(rate)}) {_by(judge)}{', ' if why else ''}{why}"
+            tell(_word(rate["low"] - 0.5, rate["high"] - 0.5), said, bool(why))
     asked = [("question_accuracy", "questions answered right")]
     if not arenas:
         asked.append(("preference_accuracy", "the better answer is likelier"))
     for metric, label in asked:
         if metric in changes:
-            change = changes[metric]
-            told[_word(change["low"], change["high"])].append(f"{label} {_points(change)}")
+            change, own = changes[metric], metric == "preference_accuracy" and stage["kind"] == "dpo"
+            why = ", which is what dpo trains" if own else ""
+            tell(_word(change["low"], change["high"]), f"{label} {_points(change)}{why}", own)
     flagged = results["over_optimised"].get(name)
-    if flagged and not told[BETTER]:  # the mean has risen where the win rate has not
-        told[BETTER].append(f"mean reward {_span(changes['reward'])}")
-    if not any(told.values()):
+    if flagged and not learnt:  # the mean has risen where the win rate has not
+        learnt.append(f"mean reward {_span(changes['reward'])}")
+    if not any(told.values()) and not learnt:
         return _verdict(UNCLEAR, "Nothing held out to judge it by: give it a data.test or questions.")
     distance = f" It is {numbers['kl']['value']:.1f} nats an answer away from {parent}." if "kl" in numbers else ""
     doubt = f" Within chance: {'; '.join(told[UNCLEAR])}." if told[UNCLEAR] else ""
-    if told[BETTER] and told[WORSE]:
+    higher = "Higher reward" if arenas else "Trained for"
+    for_it, against, rose = ("; ".join(said) for said in (told[BETTER], told[WORSE], learnt))
+    if told[WORSE] and (told[BETTER] or flagged):
         said = "Over-optimised" if flagged else f"Better and worse than {parent}"
-        for_it, against = "; ".join(told[BETTER]), "; ".join(told[WORSE])
-        return _verdict(WARNING, f"{said}: {for_it}, but {against}.{doubt}{distance}")
-    for word, said in ((BETTER, "Better than"), (WORSE, "Worse than")):
-        if told[word]:
-            return _verdict(word, f"{said} {parent}: {'; '.join(told[word])}.{doubt}{distance}")
+        both = "; ".join([*learnt, *told[BETTER]])
+        return _verdict(WARNING, f"{said}: {both}, but {against}.{doubt}{distance}")
+    if told[WORSE]:
+        all_the_same = f" {higher} all the same: {rose}." if learnt else ""
+        return _verdict(WORSE, f"Worse than {parent}: {against}.{all_the_same}{doubt}{distance}")
+    if told[BETTER]:
+        too = f" {higher} too: {rose}." if learnt else ""
+        return _verdict(BETTER, f"Better than {parent}: {for_it}.{too}{doubt}{distance}")
+    if learnt:
+        said = f"{higher}; not shown to be better than {parent}: {rose}."
+        wanted = "" if doubt else f" {INDEPENDENT}"
+        return _verdict(UNSHOWN, f"{said}{doubt}{wanted}{distance}")
     return _verdict(UNCLEAR, f"Not to be told from {parent}.{doubt}{distance}")
+
+
+def of_itself(section: StageSpec, before: Json, after: Json) -> str | None:
+    """What a stage's own numbers show where it has risen in what it was trained on; None where it has not. Of the other
+    numbers only what is right among sampled answers has an interval (evaluate/rewarded.py)."""
+    own, what, why = {
+        "ppo": ("reward", "Higher reward", "that is what it was paid by"),
+        "dpo": ("preference_accuracy", "The better answer is likelier", "that is what dpo trains"),
+    }.get(section.kind, ("", "", ""))
+    if own not in before or own not in after or after[own] <= before[own]:
+        return None
+    asked = "question_accuracy" in before and "question_accuracy" in after
+    change = after["question_accuracy"] - before["question_accuracy"] if asked else 0.0
+    answered = f" Questions answered right {100 * change:+.0f} points.".replace("-", MINUS) if asked else ""
+    truth = _truth_gain(section, after)
+    if truth and truth["low"] > 0:
+        return f"{what}, and more sampled answers right: {_points(truth)}.{answered}"
+    if truth and truth["high"] < 0:
+        return f"Over-optimised: {what.lower()}, but fewer sampled answers right: {_points(truth)}.{answered}"
+    doubt = f" Within chance: sampled answers right {_points(truth)}." if truth else ""
+    return f"{what}; not shown to be better: {why}.{doubt}{answered}"
+
+
+def _truth_gain(section: StageSpec, after: Json) -> Json | None:
+    """By how much more sampled answers are right, where the reward has a checked truth."""
+    terms = section.reward_terms()
+    truth = next((term for term in terms if term.truth), None)
+    if truth is None:
+        return None
+    # A reward of one term is noted as the reward alone, times its weight.
+    name, scale = (f"reward/{truth.source}_gain", 1.0) if len(terms) > 1 else ("reward_gain", truth.weight)
+    if name not in after or scale <= 0:
+        return None
+    return {"value": after[name] / scale, "low": after[f"{name}_low"] / scale, "high": after[f"{name}_high"] / scale}
 
 
 def _by(judge: str) -> str:

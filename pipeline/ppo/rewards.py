@@ -33,6 +33,8 @@ class Source:
     weight: float
     adapter: str | None = None
     function: Callable[..., Any] | None = None
+    truth: bool = False
+    """Whether it must say 0 or 1."""
 
 
 def adapter_name(stage: str) -> str:
@@ -40,10 +42,10 @@ def adapter_name(stage: str) -> str:
     return f"reward-{stage}"
 
 
-def source(name: str, weight: float) -> Source:
+def source(name: str, weight: float, truth: bool = False) -> Source:
     """From a recipe's word: a stage's name, or `path.py:function`."""
     if ".py:" in name:
-        return Source(name, weight, function=function(name))
+        return Source(name, weight, function=function(name), truth=truth)
     return Source(name, weight, adapter=adapter_name(name))
 
 
@@ -132,5 +134,11 @@ def _called(source: Source, rows: list[Row], answers: list[str]) -> list[float]:
             raise UserError(
                 f"the reward function {source.name} returned {value!r} for the prompt at {row['_place']} with the "
                 f"answer {text[:80]!r}: expected a number below {LARGEST:g}"
+            )
+        if source.truth and number not in (0, 1):
+            raise UserError(
+                f"the reward function {source.name} is declared the truth and returned {value!r} for the prompt at "
+                f"{row['_place']} with the answer {text[:80]!r}: truth is 0 or 1. Mend the function, or take "
+                "`truth: true` away from it."
             )
     return [float(value) for value in values]

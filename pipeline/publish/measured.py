@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from pipeline.artifact import Json
+from pipeline.artifact import WEIGHTS, Json
 from pipeline.errors import UserError
-from pipeline.evaluate import intervals
-from pipeline.evaluation_plan import results_in
+from pipeline.evaluate import intervals, verdicts
+from pipeline.evaluation_plan import results_in, verdicts_in
 from pipeline.publish.sealed import Sealed
 from pipeline.stages import STAGES
+from pipeline.stages.stage import StageSpec
 
 LOSS = {"pretrain": "corpus_loss", "sft": "dialogue_loss"}
 """What the evaluation calls the held-out loss of a stage, by kind."""
 
 
 def table(sealed: Sealed) -> str:
-    """One line for every headline number of every stage of the lineage, in Markdown."""
+    """One line for every headline number of every stage of the lineage, in Markdown, and below what they show of stages
+    that were trained on preferences."""
     lines = ["| stage | held-out number | before | after | 95 % interval |", "| --- " * 5 + "|"]
     evaluated = _evaluated(sealed.artifact.folder.parent)
     for entry in sealed.lineage:
@@ -37,7 +39,23 @@ def table(sealed: Sealed) -> str:
                 interval = _of_gain(entry["after"], headline.metric)
             values = ["" if v is None else f"{v:.1%}" if headline.percent else f"{v:.3f}" for v in (before, after)]
             lines.append(f"| {entry['stage']} | {headline.label} | {values[0]} | {values[1]} | {interval} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_shown(sealed)])
+
+
+def _shown(sealed: Sealed) -> list[str]:
+    """Whether the stages that were trained to raise a number are better: by the run's evaluation where it is of these
+    adapters, else by the numbers above."""
+    evaluated = verdicts_in(sealed.artifact.folder.parent)
+    lines = []
+    for entry in sealed.lineage:
+        if entry.get("gone") or entry["kind"] not in ("dpo", "ppo"):
+            continue
+        found = evaluated.get((entry["stage"], entry["files"][WEIGHTS]), {}).get("text")
+        section = StageSpec.model_validate(entry["section"])
+        told = found or verdicts.of_itself(section, entry["before"], entry["after"])
+        if told:
+            lines += ["", f"**{entry['stage']}**: {told}"]
+    return lines
 
 
 def _of_share(value: float, count: int) -> str:

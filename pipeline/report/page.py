@@ -13,6 +13,7 @@ import jinja2
 from pipeline import doctor, evaluator, metrics, strict_yaml
 from pipeline.artifact import Json, write_text
 from pipeline.errors import UserError
+from pipeline.evaluate import verdicts
 from pipeline.evaluate.metric import BY_KEY, METRICS, columns, of_benchmark
 from pipeline.evaluation_plan import folder, plan, results_in
 from pipeline.recipe import Recipe
@@ -70,6 +71,7 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
         "pictures": {"lineage": lineage.drawn(chain, _notes(results), Path(recipe.spec.model.base).name)} | pictures,
         "training": [name for name in pictures if name.startswith(("training-", "path-"))],
         "before_after": _before_after(recipe, finished),
+        "of_itself": _of_itself(recipe, finished),
         "costs": costs,
         "energy": next((row["energy_of"] for row in costs if row["energy"] is not None), None),
         "data": [
@@ -161,6 +163,11 @@ def judge_name(judge: str) -> str:
     return {"truth": "the checked truth", "judge": "the external judge"}.get(judge, f"the score of '{judge}'")
 
 
+def word_shown(word: str) -> str:
+    """A verdict's word as a reader sees it."""
+    return {"unclear": "no clear change", "unshown": "not shown to be better"}.get(word, word)
+
+
 def _notes(results: Json | None) -> dict[str, str]:
     """A number under each stage of the lineage."""
     notes: dict[str, str] = {}
@@ -198,6 +205,15 @@ def _before_after(recipe: Recipe, finished: dict[str, Json]) -> list[Json]:
                     }
                 )
     return rows
+
+
+def _of_itself(recipe: Recipe, finished: dict[str, Json]) -> dict[str, str]:
+    """What the stages' own numbers show of those that were trained on preferences."""
+    told = {
+        name: verdicts.of_itself(recipe.stages[name], manifest["before"], manifest["after"])
+        for name, manifest in finished.items()
+    }
+    return {name: text for name, text in told.items() if text}
 
 
 def _cost(name: str, manifest: Json, recipe: Recipe, runs: Path) -> Json:
@@ -255,5 +271,5 @@ def _templates() -> jinja2.Environment:
     found.filters["clock"] = clock
     found.filters["file"] = _file
     found.filters["thousands"] = lambda value: f"{value:,}".replace(",", "\u202f")
-    found.globals |= {"judge_name": judge_name, "of_benchmark": of_benchmark}
+    found.globals |= {"judge_name": judge_name, "of_benchmark": of_benchmark, "word_shown": word_shown}
     return found

@@ -22,7 +22,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
 
     result = Result()
     settings = PPOSettings(**spec.train)
-    sources = [rewards.source(term.source, term.weight) for term in spec.reward_terms()]
+    sources = [rewards.source(term.source, term.weight, term.truth) for term in spec.reward_terms()]
     ctx = ppo_loop.with_every_column(ctx)
     tokenizer = bases.load_tokenizer(ctx.model)
     models = {parent.name: parent for role, parent in ctx.parents.items() if role.startswith("reward")}

@@ -23,6 +23,9 @@ class RewardTerm(BaseModel):
     source: str
     """A reward stage of the recipe, or `path.py:function`."""
     weight: float = Field(default=1.0, allow_inf_nan=False)
+    truth: bool = Field(default=False, strict=True)
+    """Whether this function is the checked truth: it gives 1 for a right answer and 0 for a wrong one, nothing else.
+    It may be paid or, with weight 0, only measured."""
 
     @property
     def file(self) -> str | None:
@@ -40,7 +43,7 @@ class StageSpec(BaseModel):
     from_: str | None = Field(default=None, alias="from")
     """The stage whose adapter this one goes on with; none for the first of a chain."""
     reward: str | list[RewardTerm] | None = None
-    """What a ppo stage is paid by: a reward stage, `path.py:function`, or a list of {source, weight}."""
+    """What a ppo stage is paid by: a reward stage, `path.py:function`, or a list of {source, weight, truth}."""
     data: DataSpec
     train: dict[str, Any] = {}
     """The trainer's own arguments, word for word."""

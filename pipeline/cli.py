@@ -79,7 +79,10 @@ def data(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures for machines.")] = False,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Examine the data: lengths, loss masks, duplicates, overlaps, baselines. Loads no weights."""
+    """Examine the data: lengths, loss masks, duplicates, overlaps, baselines. Loads no weights.
+
+    All of it is examined, whatever is wrong with some; the exit status is 2 where a run would stop.
+    """
     import json
 
     from rich.console import Console
@@ -93,15 +96,18 @@ def data(
         if name not in chain.stages:
             raise UserError(f"no stage '{name}' in the recipe {chain.name} (there is: {', '.join(chain.stages)})")
     if show:
-        for name in names:
-            doctor.show_rows(chain, name, show, Console())
-        return
-    found = doctor.examine(chain, names)
-    doctor.keep(found, chain, runs)
-    if as_json:
-        print(json.dumps(found, ensure_ascii=False, indent=1))
+        faults = [fault for name in names for fault in doctor.show_rows(chain, name, show, Console())]
     else:
-        doctor.show(found, Console())
+        found = doctor.examine(chain, names)
+        doctor.keep(found, chain, runs)
+        faults = doctor.faults_in(found)
+        if as_json:
+            print(json.dumps(found, ensure_ascii=False, indent=1))
+        else:
+            doctor.show(found, Console())
+    if faults:
+        what = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise UserError(f"{what} in the data, as told above: a run would stop there")
 
 
 @app.command()

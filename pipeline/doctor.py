@@ -1,26 +1,35 @@
-"""`onebase data`: what the rows of a recipe are like, before any of them is trained on."""
+"""`onebase data`: what the rows of a recipe are like, before any of them is trained on.
+
+A fault is what a run would stop at. One in a file hides nothing of what can be read elsewhere.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.artifact import write_json
 from pipeline.data import doctor
-from pipeline.data.contracts import Row
+from pipeline.data.contracts import QUESTION, Contract, Row
+from pipeline.data.load import DataSpec, Part, Source, labels_as_answers, read_source, read_split, refusal
+from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.stages.arguments import defaults
+from pipeline.stages.stage import Rows
 from pipeline.worker import load_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
 
     from pipeline.artifact import Json
 
+T = TypeVar("T")
 FEW_BYTES_A_TOKEN = 2.0
 LENGTH_TELLS = 0.7
 ENOUGH_PAIRS = 30
@@ -29,19 +38,24 @@ MARKS = {"\n": "⏎\n", "\t": "⇥\t"}
 
 
 def examine(recipe: Recipe, names: list[str]) -> Json:
-    """Figures of the named stages' data; tokenizes every row and loads no weights.
+    """Figures of the named stages' data and all that a run would stop at; tokenizes every row and loads no weights.
 
-    Raises UserError for rows that are refused, as a run would.
+    `faults` of the recipe and of each stage are texts. A stage whose rows cannot be read has no figures.
     """
-    from pipeline.models.base import load_tokenizer
-
-    tokenizer = load_tokenizer(recipe.spec.model)
-    parts = recipe.parts()
-    found: Json = {"recipe": recipe.name, "stages": {}}
+    found: Json = {"recipe": recipe.name, "stages": {}, "faults": []}
+    tokenizer = _tried(lambda: _tokenizer(recipe), found["faults"])
+    unhashed: list[str] = []
+    parts = _tried(recipe.parts, unhashed)
     asked: dict[str, dict[bytes, str]] = {}
     for name in recipe.order():
         # Every stage's rows are read, whichever are shown: a test set is spoilt by any stage that trains on it.
-        data, sources = load_rows(recipe, name)
+        data, sources, faults = _read(recipe, name)
+        if name in names:
+            found["stages"][name] = {"kind": recipe.stages[name].kind, "faults": faults, "warnings": []}
+        elif faults:
+            found["faults"].append(f"stage '{name}' has faults of its own: onebase data RECIPE {name} shows them")
+        if data is None:
+            continue
         asked[f"{name} train"] = doctor.asked(data.train)
         if data.test is not None or data.questions:
             asked[f"{name} test"] = doctor.asked([*(data.test or []), *data.questions])
@@ -51,32 +65,85 @@ def examine(recipe: Recipe, names: list[str]) -> Json:
         max_length = section.train.get("max_length", defaults(recipe.kind(name).config_class).get("max_length"))
         if max_length == "auto":
             max_length = None  # chosen by the card when the stage starts
-        stage: Json = {
-            "kind": kind,
-            "files": {**parts[name]["data"], **recipe.measured_on(name)},
+        stage: Json = found["stages"][name]
+        stage |= {
+            "files": {**parts[name]["data"], **recipe.measured_on(name)} if parts else {},
             "sources": [{**source.counts(), "formats": dict(source.layouts)} for source in sources],
             "train_rows": len(data.train),
             "test_rows": len(data.test) if data.test is not None else None,
             "too_long": section.data.too_long,
             "on_bad_row": section.data.on_bad_row,
-            "tokens": doctor.tokens(kind, tokenizer, data.train, max_length, section.data.too_long),
-            "test_tokens": doctor.tokens(kind, tokenizer, data.test or [], max_length, section.data.too_long),
             "duplicates": doctor.duplicates(data.train, recipe.spec.seed),
         }
+        if tokenizer is not None:
+            for key, rows in (("tokens", data.train), ("test_tokens", data.test or [])):
+                stage[key] = doctor.tokens(kind, tokenizer, rows, max_length, section.data.too_long)
         if kind in ("reward", "dpo"):
             stage["comparisons"] = doctor.comparisons(data.train, recipe.spec.seed)
-        found["stages"][name] = stage
     found["overlaps"] = _overlaps(asked, names)
     for name, stage in found["stages"].items():
-        stage["warnings"] = _warnings(name, stage, found["overlaps"])
+        if "tokens" in stage:
+            stage["faults"] += _stopping(stage)
+        if "duplicates" in stage:
+            stage["warnings"] = _warnings(name, stage, found["overlaps"])
+    found["faults"] += [fault for fault in unhashed if fault not in faults_in(found)]
     return found
+
+
+def faults_in(found: Json) -> list[str]:
+    """All that a run would stop at, of the recipe and of the stages examined."""
+    return [*found["faults"], *(fault for stage in found["stages"].values() for fault in stage["faults"])]
+
+
+def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    from pipeline.models.base import load_tokenizer
+
+    return load_tokenizer(recipe.spec.model)
+
+
+def _tried(read: Callable[[], T], faults: list[str]) -> T | None:
+    try:
+        return read()
+    except UserError as error:
+        faults.append(str(error))
+        return None
+
+
+def _read(recipe: Recipe, name: str) -> tuple[Rows | None, list[Source], list[str]]:
+    """A stage's rows, without those that a run would stop at; None where too little can be read. And the faults."""
+    section, contract = recipe.stages[name], recipe.kind(name).contract
+    first: list[str] = []
+    faults: list[str] = []
+    if whole := _tried(lambda: load_rows(recipe, name), first):
+        return (*whole, [])
+    skipping = section.data.model_copy(update={"on_bad_row": "skip"})
+
+    def fit(spec: DataSpec, contract: Contract, part: Part) -> Source | None:
+        skip = spec.model_copy(update={"on_bad_row": "skip"})
+        source = _tried(lambda: read_source(part.path, contract, skip, part), faults)
+        if source and source.reasons and spec.on_bad_row == "stop":
+            faults.append(refusal(source, contract))
+        return source
+
+    sources = [fit(section.data, contract, part) for part in skipping.parts()]
+    test, questions = section.data.test, section.questions
+    if isinstance(test, str) and not fit(section.data, contract, Part(path=test, format=section.data.format)):
+        skipping = skipping.model_copy(update={"test": None})
+    asked = fit(DataSpec(path=questions), QUESTION, Part(path=questions)) if questions else None
+    split = _tried(lambda: read_split(skipping, contract, recipe.spec.seed), faults) if all(sources) else None
+    faults = faults or first
+    if split is None:
+        return None, [], faults
+    rows = Rows(split.train, split.test, labels_as_answers(asked.rows) if asked else [])
+    return rows, [*split.sources, *([asked] if asked else [])], faults
 
 
 def keep(found: Json, recipe: Recipe, runs: Path) -> None:
     """Put the figures where the report of a run finds them: a stage's replace those it had."""
     file = runs / recipe.name / "data.json"
     before = kept(recipe, runs)
-    write_json(file, {**before, **found["stages"]})
+    whole = {name: stage for name, stage in found["stages"].items() if "tokens" in stage}
+    write_json(file, {**before, **whole})
 
 
 def kept(recipe: Recipe, runs: Path) -> Json:
@@ -89,7 +156,7 @@ def kept(recipe: Recipe, runs: Path) -> Json:
 
 
 def show(found: Json, console: Console) -> None:
-    """The figures as a person reads them: a table a stage, then what to look at."""
+    """The figures as a person reads them: a table a stage, then what a run would stop at, and what to look at."""
     for name, stage in found["stages"].items():
         table = Table(
             title=f"{name} ({stage['kind']})", title_justify="left", show_header=False, width=min(100, console.width)
@@ -99,23 +166,30 @@ def show(found: Json, console: Console) -> None:
         for label, text in _lines(stage):
             table.add_row(label, Text(text))  # a file's words are no markup
         console.print(table)
+        show_faults(stage["faults"], console)
         for warning in stage["warnings"]:
             console.print(Text(f"  ! {warning}", style="yellow"))
-        if not stage["warnings"]:
+        if not stage["warnings"] and not stage["faults"]:
             console.print(Text("  nothing to object to", style="green"))
         console.print()
+    show_faults(found["faults"], console)
 
 
-def show_rows(recipe: Recipe, name: str, count: int, console: Console) -> None:
-    """Rows as the model will see them: tokens with loss green, those without dim, special tokens reversed."""
+def show_faults(faults: list[str], console: Console) -> None:
+    for fault in faults:
+        console.print(Text("  x " + fault.replace("\n", "\n    "), style="red"), soft_wrap=True)
+
+
+def show_rows(recipe: Recipe, name: str, count: int, console: Console) -> list[str]:
+    """Rows as the model will see them: tokens with loss green, those without dim, special tokens reversed. Gives the
+    faults of the stage's files."""
     from pipeline.data.render import IGNORED, Unrenderable, special_ids
-    from pipeline.models.base import load_tokenizer
 
-    tokenizer = load_tokenizer(recipe.spec.model)
+    tokenizer = _tokenizer(recipe)
     special = special_ids(tokenizer)
-    data, _ = load_rows(recipe, name)
+    data, _, faults = _read(recipe, name)
     console.print(Text.assemble(("loss", "bold green"), "  ", ("no loss", "dim"), "  ", ("special token", "reverse")))
-    for row in data.train[:count]:
+    for row in data.train[:count] if data else []:
         console.print(Text(f"── {row['_place']}", style="green"), soft_wrap=True)  # a rule would cut a long place off
         try:
             sequences = doctor.sequences(recipe.stages[name].kind, tokenizer, row)
@@ -137,6 +211,8 @@ def show_rows(recipe: Recipe, name: str, count: int, console: Console) -> None:
                 shown.append("".join(MARKS.get(letter, letter) for letter in piece), style=style)
             shown.append(f"  [{len(sequence.ids)} tokens, {sequence.supervised} with loss]", style="cyan")
             console.print(shown)
+    show_faults(faults, console)
+    return faults
 
 
 def _labels(row: Row, count: int) -> list[str]:
@@ -157,8 +233,22 @@ def _overlaps(asked: dict[str, dict[bytes, str]], names: list[str]) -> list[Json
 
 
 def _lines(stage: Json) -> list[tuple[str, str]]:
-    tokens = stage["tokens"]
-    lines = [("rows", _source(source)) for source in stage["sources"]]
+    lines = [("rows", _source(source)) for source in stage.get("sources", [])]
+    if "tokens" in stage:
+        lines += _token_lines(stage["tokens"])
+    if alike := stage.get("duplicates"):
+        among = f" (among {alike['near_among']} rows)" if alike["near_among"] < stage["train_rows"] else ""
+        lines.append(("duplicates", f"{alike['exact']} exact, {alike['near']} near{among}"))
+    if pairs := stage.get("comparisons"):
+        words = "not to be told" if pairs["bag_of_words"] is None else f"{pairs['bag_of_words']:.1%}"
+        against = f"{pairs['contradictory']} contradict another"
+        lines.append(("comparisons", f"{pairs['pairs']} on {pairs['prompts']} prompts, {against}"))
+        lines.append(("to be beaten", f"longer answer wins {pairs['longer_wins']:.1%}, bag of words {words}"))
+    return lines
+
+
+def _token_lines(tokens: Json) -> list[tuple[str, str]]:
+    lines = []
     if length := tokens["length"]:
         lines += [
             ("tokens a row", f"{_range(length)}, 95 % within {length['p95']}; {length['sum']} in all"),
@@ -173,14 +263,6 @@ def _lines(stage: Json) -> list[tuple[str, str]]:
         lines.append(("tokens with loss", f"{_range(tokens['supervised_tokens'])} a row; none in {bare} rows"))
         kept = tokens["rows_kept"]
         lines.append(("end of turn learnt", f"in {ends} of the {kept} rows kept"))
-    alike = stage["duplicates"]
-    among = f" (among {alike['near_among']} rows)" if alike["near_among"] < stage["train_rows"] else ""
-    lines.append(("duplicates", f"{alike['exact']} exact, {alike['near']} near{among}"))
-    if pairs := stage.get("comparisons"):
-        words = "not to be told" if pairs["bag_of_words"] is None else f"{pairs['bag_of_words']:.1%}"
-        against = f"{pairs['contradictory']} contradict another"
-        lines.append(("comparisons", f"{pairs['pairs']} on {pairs['prompts']} prompts, {against}"))
-        lines.append(("to be beaten", f"longer answer wins {pairs['longer_wins']:.1%}, bag of words {words}"))
     return lines
 
 
@@ -208,30 +290,42 @@ def _bars(histogram: list[Any]) -> str:
     return "\n".join(f"≤{edge:>7} {bar:<24} {count}" for edge, count, bar in bars)
 
 
-def _warnings(name: str, stage: Json, overlaps: list[Json]) -> list[str]:
-    tokens, alike, warned = stage["tokens"], stage["duplicates"], []
-    rows = _rendered(tokens)
-    stops = "the run would stop" if stage["on_bad_row"] == "stop" else "they would be left out"
+def _stopping(stage: Json) -> list[str]:
+    """What a run would stop at in rows that can be read."""
+    return [text for text, stops in _objections(stage) if stops]
+
+
+def _objections(stage: Json) -> Iterator[tuple[str, bool]]:
+    """What the tokens of a stage's rows have against them, and whether a run would stop at it."""
+    tokens, stops = stage["tokens"], stage["on_bad_row"] == "stop"
+    fate = "" if stops else ": they would be left out"
     for part, where in ((tokens, ""), (stage["test_tokens"], " of the test set")):
         if part["unrenderable"]:
             first = part["unrenderable_named"][0]
-            what = f"{part['unrenderable']} rows{where} cannot be rendered ({stops})"
-            warned.append(f"{what}, first {first['place']}: {first['reason']}")
+            what = f"{part['unrenderable']} rows{where} cannot be rendered{fate}"
+            yield f"{what}, first {first['place']}: {first['reason']}", stops
     bare = tokens.get("rows_without_supervised_tokens", 0)
     if bare:
-        warned.append(f"{bare} rows have no token with loss within max_length {tokens['max_length']} ({stops})")
+        yield f"{bare} rows have no token with loss within max_length {tokens['max_length']}{fate}", stops
     if over := tokens["longer_than_max_length"] - bare:
         left_out = tokens.get("rows_left_out", over)
         what = {"pretrain": "are split", "ppo": "stop the run"}.get(
             stage["kind"], f"are left out: {left_out}, cut: {over - left_out}"
         )
-        warned.append(f"{over} rows ({over / rows:.1%}) are longer than max_length {tokens['max_length']} and {what}")
+        share = f"{over} rows ({over / _rendered(tokens):.1%})"
+        yield f"{share} are longer than max_length {tokens['max_length']} and {what}", stage["kind"] == "ppo"
     if stage["kind"] == "sft" and (missing := tokens["rows_kept"] - tokens["rows_whose_end_of_turn_is_supervised"]):
-        warned.append(f"in {missing} rows the end of the turn carries no loss: the model would not learn to stop")
-    if any(int(count) > 1 for count in tokens["bos_at_the_start"]):
-        warned.append("some rows begin with more than one beginning-of-sequence token")
-    if tokens["bytes_per_token"] and tokens["bytes_per_token"] < FEW_BYTES_A_TOKEN:
-        warned.append(f"a token is {tokens['bytes_per_token']} bytes: this tokenizer hardly knows the language")
+        yield f"in {missing} rows the end of the turn carries no loss: the model would not learn to stop", True
+
+
+def _warnings(name: str, stage: Json, overlaps: list[Json]) -> list[str]:
+    alike, warned = stage["duplicates"], []
+    if tokens := stage.get("tokens"):
+        warned += [text for text, stops in _objections(stage) if not stops]
+        if any(int(count) > 1 for count in tokens["bos_at_the_start"]):
+            warned.append("some rows begin with more than one beginning-of-sequence token")
+        if tokens["bytes_per_token"] and tokens["bytes_per_token"] < FEW_BYTES_A_TOKEN:
+            warned.append(f"a token is {tokens['bytes_per_token']} bytes: this tokenizer hardly knows the language")
     for how, sign in (("exact", "="), ("near", "~")):
         if alike[how]:
             a, b = alike[f"{how}_named"][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import subprocess
@@ -11,9 +12,12 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, tiny_tree, write_recipe
+from rich.console import Console
 
+from pipeline import doctor as examination
 from pipeline.data import doctor, render
 from pipeline.data.baselines import bag_of_words, longer_wins
+from pipeline.recipe import build, read
 
 
 def user(text: str) -> dict[str, str]:
@@ -112,6 +116,49 @@ def test_the_command_names_overlaps_and_what_is_cut(tiny_base: Path, tmp_path: P
 
     shown = subprocess.run([*command[:-1], "sft", "--show", "2"], cwd=ROOT, capture_output=True, text=True)
     assert "train.jsonl:1" in shown.stdout and "yes<|im_end|>" in shown.stdout and "with loss]" in shown.stdout
+
+
+def test_all_is_diagnosed_whatever_is_wrong_with_some(tiny_base: Path, tmp_path: Path) -> None:
+    """Bad rows in one stage, a missing test file in another, broken questions in the third, nothing in the fourth."""
+    tree = tiny_tree(tiny_base, tmp_path)
+    good = [{"messages": [user(f"q{n}"), says("a")]} for n in range(12)]
+    dialogues = [*good[:3], {"messages": [user("q")]}, *good[3:], {"messages": "none"}]
+    asked = write(tmp_path / "asked.jsonl", [{"prompt": "q", "answer": "x"}, {"prompt": "q"}])
+    tree["stages"]["sft"] |= {"data": {"path": write(tmp_path / "d.jsonl", dialogues)}}
+    tree["stages"]["reward"]["data"] = {**tree["stages"]["reward"]["data"], "test": str(tmp_path / "absent.jsonl")}
+    tree["stages"]["dpo"]["questions"] = asked
+    recipe = write_recipe(tree, tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "pipeline", "data", str(recipe), "--runs", str(tmp_path / "runs")]
+    done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "3 faults in the data" in done.stderr and "Traceback" not in done.stderr
+    found = json.loads(done.stdout)
+    faults = {name: stage["faults"] for name, stage in found["stages"].items()}
+    assert found["faults"] == [] and faults["pretrain"] == []
+    (rows,), (test,), (questions,) = faults["sft"], faults["reward"], faults["dpo"]
+    assert "2 unfit rows" in rows and "d.jsonl:4: " in rows and "d.jsonl:14: " in rows
+    assert "absent.jsonl: no such file" in test and "asked.jsonl:2: has no field 'answer'" in questions
+    assert found["stages"]["sft"]["train_rows"] == 12 and found["stages"]["sft"]["sources"][0]["rows"] == 14
+    for name, train in (("pretrain", 18), ("reward", 24), ("dpo", 24)):
+        assert found["stages"][name]["train_rows"] == train and found["stages"][name]["tokens"]["rows"] == train
+
+    shown = Console(file=io.StringIO(), width=200)
+    examination.show(examination.examine(read(recipe), ["sft", "pretrain"]), shown)
+    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert "d.jsonl:14: " in text and "pretrain (pretrain)" in text
+    assert "stage 'reward' has faults of its own" in text and "stage 'dpo' has faults of its own" in text
+    assert len(examination.show_rows(read(recipe), "sft", 4, shown)) == 1  # good rows are shown, and what is wrong
+    assert "── " + str(tmp_path / "d.jsonl:5") in shown.file.getvalue()  # type: ignore[attr-defined]
+
+    lenient = ("stages.sft.data.on_bad_row=skip", "stages.reward.data.test=0.5", "stages.dpo.questions=null")
+    assert examination.faults_in(examination.examine(read(recipe, *lenient), ["sft", "dpo"])) == []
+
+
+def test_without_a_tokenizer_the_rows_are_examined_all_the_same(tiny_base: Path, tmp_path: Path) -> None:
+    tree = tiny_tree(tiny_base, tmp_path)
+    tree["model"]["base"] = str(tmp_path / "no" / "such")
+    found = examination.examine(build(tree), ["sft"])
+    assert len(found["faults"]) == 2 and all(str(tmp_path / "no" / "such") in fault for fault in found["faults"])
+    assert found["stages"]["sft"]["train_rows"] == 32 and found["stages"]["sft"]["duplicates"]["exact"] == 0
 
 
 def test_a_base_without_a_template_gets_one_of_tokens_it_has(tiny_base: Path, tmp_path: Path) -> None:

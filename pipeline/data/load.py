@@ -151,7 +151,7 @@ def read_source(path: str, contract: Contract, spec: DataSpec, part: Part | None
     if not rows and not source.reasons:
         raise UserError(f"{path} is empty. Expected rows like {contract.example}")
     if source.reasons and (stop or not rows):
-        raise UserError(_refusal(source, contract, none_left=not rows))
+        raise UserError(refusal(source, contract, none_left=not rows))
     return source
 
 
@@ -321,7 +321,8 @@ def _digest(row: Row, group: str | None) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
-def _refusal(source: Source, contract: Contract, none_left: bool) -> str:
+def refusal(source: Source, contract: Contract, none_left: bool = False) -> str:
+    """What is wrong with a file's unfit rows, the first of them by name."""
     named = [f"  {entry['place']}: {entry['reason']}" for entry in source.refused[:NAMED_AT_MOST]]
     total = sum(source.reasons.values())
     more = total - len(named)

@@ -27,6 +27,10 @@ CPU_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 
+# How long torch's launcher of several processes waits for them after Ctrl-C, seconds. Left to itself it kills them
+# after 30, and a step before the checkpoint may take longer; a second Ctrl-C still kills at once.
+PATIENCE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"}
+
 
 @dataclass(frozen=True)
 class State:
@@ -217,7 +221,7 @@ def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path
 
 def environment() -> dict[str, str]:
     """Of a process that loads a model."""
-    return {**({} if _has_gpu() else CPU_ENVIRONMENT), **os.environ}
+    return {**PATIENCE, **({} if _has_gpu() else CPU_ENVIRONMENT), **os.environ}
 
 
 def _cores() -> int:

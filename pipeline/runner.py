@@ -32,6 +32,11 @@ GPU_ENVIRONMENT = {
 }
 ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """Names under which torch takes the allocator's settings; with one of them set, they are the person's own."""
+PATIENCE = {
+    # Seconds that torch's launcher of several processes waits for them after Ctrl-C. Left to itself it kills them after
+    # 30, and a step before the checkpoint may take longer; a second Ctrl-C still kills at once.
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600",
+}
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,7 @@ def environment() -> dict[str, str]:
     """Of a process that loads a model."""
     own = any(name in os.environ for name in ALLOCATORS)
     gpu = {} if own else GPU_ENVIRONMENT
-    return {**(gpu if _has_gpu() else CPU_ENVIRONMENT), **os.environ}
+    return {**PATIENCE, **(gpu if _has_gpu() else CPU_ENVIRONMENT), **os.environ}
 
 
 def _cores() -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from bitsandbytes.nn import Linear4bit
 from conftest import ROOT, head, tiny_tree, write_recipe
 from safetensors.torch import load_file
 
-from pipeline import metrics
+from pipeline import metrics, runner
 from pipeline.artifact import Artifact
 from pipeline.data import render
 from pipeline.errors import UserError
@@ -108,6 +110,24 @@ def test_greedy_rollout_is_generate_and_sampled_log_probs_are_the_models_own(tin
         first = len(episode.prompt_ids)
         own = [logp_TV[first + i - 1, token].item() for i, token in enumerate(episode.answer_ids)]
         assert episode.logp == pytest.approx(own, abs=1e-4)
+
+
+def test_tokens_stay_on_the_device_until_answers_end(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU every fetch waits for all that was asked of it before."""
+    ppo = trainer(tiny_base, length, batch_size=4)
+    prompts = [render.prompt(ppo.tokenizer, row) for row in ROWS]
+    fetched: list[int] = []
+    tolist = torch.Tensor.tolist
+
+    def counted(tensor: torch.Tensor) -> Any:
+        fetched.append(tensor.numel())
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    generator = torch.Generator().manual_seed(1)
+    drawn = sample(ppo.actors, prompts, new_tokens=12, temperature=1.0, stops=[-1], generator=generator)
+    assert [len(episode.answer_ids) for episode in drawn] == [12] * 4
+    assert fetched == [4 * 12] * 4, "tokens, their log-probabilities, which rows wrote, which ended"
 
 
 def test_sampling_follows_the_models_distribution(tiny_base: Path) -> None:
@@ -516,3 +536,26 @@ def test_two_processes_end_with_one_adapter(tiny_base: Path, parents: Path) -> N
     assert said.returncode == 0, said.stdout + said.stderr
     found = json.loads((parents / "runs/tiny/ppo/manifest.json").read_text())["invariants"]
     assert found["processes"] == 2 and found["adapters_equal_on_all_processes"]
+
+
+def test_two_processes_save_a_checkpoint_when_stopped(tiny_base: Path, parents: Path) -> None:
+    """Ctrl-C reaches the workers, and the launcher, which passes it on to them: that is one Ctrl-C and not two."""
+    tree = ppo_tree(tiny_base, parents, steps=500, save_steps=0)
+    tree["stages"]["stopped"] = {"kind": "ppo", **tree["stages"].pop("ppo")}
+    path = write_recipe(tree, parents / "stopped.yaml")
+    log = parents / "stopped.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+             "-m", "pipeline.worker", str(path), "stopped", "--runs", str(parents / "runs")],
+            cwd=ROOT, stdout=out, stderr=out, start_new_session=True,
+            env={**runner.environment(), "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while b"step 1/500" not in log.read_bytes() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    runner._stop(process)
+    (kept,) = (parents / "runs/tiny/stopped/checkpoints").glob("checkpoint-*")
+    assert (kept / "ppo.safetensors").is_file() and 0 < int(kept.name.rsplit("-", 1)[1]) < 500, log.read_text()
+    assert "a checkpoint was saved" in log.read_text()

@@ -90,6 +90,18 @@ def test_gae_is_the_discounted_sum_of_td_errors(gamma: float, lam: float) -> Non
     assert_rows(returns, [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(expected, values, strict=True)])
 
 
+def test_gae_of_one_token_and_of_cut_rows_is_that_of_each_row_alone() -> None:
+    """What stands beside an answer, or after it, changes no bit of its advantages."""
+    rewards, values = padded(ragged(4), garbage=7.0).float(), padded(ragged(5), garbage=9.0).float()
+    together, returns = maths.gae(rewards, values, MASK.float(), 0.9, 0.8)
+    for row, count in enumerate(LENGTHS):
+        alone, of_one = maths.gae(
+            rewards[row : row + 1, :count], values[row : row + 1, :count], torch.ones(1, count), 0.9, 0.8
+        )
+        assert torch.equal(together[row, :count], alone[0]) and torch.equal(returns[row, :count], of_one[0])
+        assert not together[row, count:].any() and not returns[row, count:].any()
+
+
 def test_whitening_is_over_tokens_of_all_parts() -> None:
     rows = ragged(6, scale=4.0)
     flat = [x for row in rows for x in row]

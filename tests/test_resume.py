@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, tiny_tree, write_recipe
 
+from pipeline import runner
 from pipeline.artifact import Artifact, mark_checkpoint, write_json
 from pipeline.errors import UserError
 from pipeline.recipe import read
 from pipeline.runner import states
-from pipeline.stages import trainer
+from pipeline.stages import progress, trainer
 from pipeline.worker import run_stage
 
 ONEBASE = [sys.executable, "-m", "pipeline", "run"]
@@ -169,3 +170,28 @@ def test_a_checkpoint_is_trusted_whole_and_under_its_fingerprint_only(tmp_path: 
     assert stage.last_checkpoint("theirs") is None
     stage.claim("theirs", {})
     assert not stage.checkpoints.exists()
+
+
+def test_a_signal_that_a_launcher_passes_on_is_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C reaches the processes of a run and their launcher, which sends it to them again at once, or SIGTERM."""
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    stop = progress.Stop()
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        clock[0] += 5.0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_launcher_of_several_processes_waits_for_their_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own limit is 30 seconds; it reads another from the environment that the runner gives."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    assert LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2).shutdown_timeout == 30
+    for name, value in runner.environment().items():
+        monkeypatch.setenv(name, value)
+    assert LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2).shutdown_timeout == 3600

@@ -19,6 +19,7 @@ from pipeline.evaluate.scoring import batches
 from pipeline.models import sampling
 from pipeline.models.forward import LanguageModel, plain_layers
 from pipeline.models.halving import in_halves
+from pipeline.ppo import processes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -104,7 +105,8 @@ def generate(
     new_tokens: int = NEW_TOKENS,
     alike: bool = False,
 ) -> list[Answer]:
-    """A greedy answer to each row's prompt. `alike`: what all prompts begin with is read once for each batch."""
+    """A greedy answer to each row's prompt. `alike`: what all prompts begin with is read once for each batch. Several
+    processes share the batches."""
     if not rows:
         return []
     model.eval()
@@ -127,13 +129,15 @@ def generate(
     # On a CPU most of a token's time would go into dequantising.
     plain = plain_layers(model, fold_adapter=False) if model.device.type == "cpu" else contextlib.nullcontext()
     with plain:
-        for batch in batches([len(ids) - shared + new_tokens for ids in prompts], tokens=TOKENS_AT_ONCE):
+        lengths = [len(ids) - shared + new_tokens for ids in prompts]
+        for batch in processes.share(list(batches(lengths, tokens=TOKENS_AT_ONCE))):
             episodes = in_halves(answered, batch, lambda i: len(prompts[i]) + new_tokens)
             for index, episode in zip(batch, episodes, strict=True):
                 said = episode.answer_ids[:-1] if episode.ended else episode.answer_ids
                 text = tokenizer.decode(said, skip_special_tokens=True).strip()
                 answers[index] = Answer(text, stopped=episode.ended)
-    return [answers[index] for index in range(len(rows))]
+    found = {index: answer for part in processes.gathered(answers) for index, answer in part.items()}
+    return [found[index] for index in range(len(rows))]
 
 
 def _note(samples: list[dict[str, Any]], key: str, answers: list[Answer]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 
 from pipeline.data.contracts import Row
-from pipeline.ppo import rewards
+from pipeline.ppo import processes, rewards
 from pipeline.ppo.actors import POLICY, REFERENCE, Actors, Pack, packed
 from pipeline.ppo.splitting import forward_in_parts
 
@@ -36,12 +36,26 @@ class Rewarded:
 
 
 def ask(trainer: PPOTrainer, prompts: list[Row]) -> Rewarded:
-    """The policy as it stands, sampled at the training temperature; the same random draws each time it is called."""
+    """The policy as it stands, sampled at the training temperature; the same random draws each time it is called.
+    Several processes share the prompts."""
+    parts = processes.gathered(_ask(trainer, processes.share(prompts)))
+
+    def together(of_parts: list[list[Any]]) -> list[Any]:
+        rows = range(0, sum(map(len, of_parts)), ANSWERS)
+        taken = [iter(values) for values in of_parts]
+        return [next(taken[row // ANSWERS % len(parts)]) for row in rows for _ in range(ANSWERS)]
+
+    lists = {name: together([getattr(part, name) for part in parts]) for name in ("scores", "kl", "lengths", "ended")}
+    sources = {name: together([part.by_source.get(name, []) for part in parts]) for name in parts[0].by_source}
+    return Rewarded(by_source=sources, **lists)
+
+
+def _ask(trainer: PPOTrainer, prompts: list[Row]) -> Rewarded:
     if not prompts:
         return Rewarded([], {}, [], [], [])
     rows = [row for row in prompts for _ in range(ANSWERS)]
     actors = trainer.actors
-    episodes = trainer.answers(rows, "held-out")
+    episodes = trainer.answers(rows, "held-out" + (f"/{trainer.rank}" if trainer.rank else ""))
     texts = [trainer.text(episode) for episode in episodes]
     told = rewards.scores(trainer.sources, actors, trainer.tokenizer, rows, texts, trainer.at_once())
     kl = [0.0] * len(rows)

@@ -13,6 +13,7 @@ from pipeline.evaluate import intervals, reward_check
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel
 from pipeline.models.halving import in_halves
+from pipeline.ppo import processes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -119,12 +120,12 @@ def scores(model: PeftModel, tokenizer: PreTrainedTokenizerBase, sequences: list
 
 
 def _by_batches(of: Callable[[Sequence[int]], list[float]], lengths: list[int]) -> list[float]:
-    """One value for each row, computed batch by batch."""
-    values = [0.0] * len(lengths)
-    for batch in batches(lengths):
-        for index, value in zip(batch, in_halves(of, batch, lengths.__getitem__), strict=True):
-            values[index] = value
-    return values
+    """One value for each row, computed batch by batch; several processes share the batches."""
+    values: dict[int, float] = {}
+    for batch in processes.share(list(batches(lengths))):
+        values |= zip(batch, in_halves(of, batch, lengths.__getitem__), strict=True)
+    found = {index: value for part in processes.gathered(values) for index, value in part.items()}
+    return [found[index] for index in range(len(lengths))]
 
 
 def batches(lengths: list[int], tokens: int = TOKENS_PER_BATCH) -> Iterator[list[int]]:

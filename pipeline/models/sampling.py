@@ -102,6 +102,8 @@ def _sample_batch(
         cache.batch_repeat_interleave(len(prompts))
         mask_BT = torch.cat([ones_1S.to(mask_BT).expand(len(prompts), -1), mask_BT], dim=1)
     alive = list(range(len(episodes)))
+    # Of each token so far, on the device: what was drawn for the rows alive. Fetched when rows leave and at the end.
+    drawn: list[tuple[torch.Tensor, ...]] = []
     # Which rows of the batch still write; a finished one rides along until enough of them can be taken out together.
     writing_B = torch.ones(len(episodes), dtype=torch.bool, device=device)
     for place in range(luck_BG.shape[1]):
@@ -115,29 +117,39 @@ def _sample_batch(
             )
         token_B, logp_B = _draw(logits_BV, temperature, luck_BG[:, place])
         ended_B = torch.isin(token_B, stops_S)
-        values_B = critic(hidden_BTH[:, -1]).tolist() if critic else [None] * len(alive)
-        noted = (token_B.tolist(), logp_B.tolist(), values_B, writing_B.tolist(), ended_B.tolist())
-        for row, token, logp, value, writes, ends in zip(alive, *noted, strict=True):
-            if writes:
-                episode = episodes[row]
-                episode.answer_ids.append(token)
-                episode.logp.append(logp)
-                episode.ended = ends
-                if value is not None:
-                    episode.values.append(value)
-        writing_B &= ~ended_B
+        values = (critic(hidden_BTH[:, -1]),) if critic else ()
+        drawn.append((token_B, logp_B, writing_B, ended_B, *values))
+        writing_B = writing_B & ~ended_B
         left = int(writing_B.sum())
         if left == 0:
             break
         ids_BT, positions_BT = token_B[:, None], positions_BT[:, -1:] + 1
         mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(alive), 1)], dim=1)
         if left < SHRINK_BELOW * len(alive):
+            _write([episodes[row] for row in alive], drawn)
+            drawn = []
             kept_K = writing_B.nonzero().squeeze(1)
             cache.batch_select_indices(kept_K)
             ids_BT, positions_BT, mask_BT = ids_BT[kept_K], positions_BT[kept_K], mask_BT[kept_K]
             alive, luck_BG = [alive[row] for row in kept_K.tolist()], luck_BG[kept_K]
             writing_B = writing_B[kept_K]
+    _write([episodes[row] for row in alive], drawn)
     return episodes
+
+
+def _write(episodes: list[Episode], drawn: list[tuple[torch.Tensor, ...]]) -> None:
+    """Put down what was drawn for these episodes, token after token, each as long as it still wrote."""
+    if not drawn:
+        return
+    tables = [torch.stack(column, dim=1).tolist() for column in zip(*drawn, strict=True)]
+    for place, episode in enumerate(episodes):
+        tokens, logps, writes, ends, *values = (table[place] for table in tables)
+        count = sum(writes)  # a row that has ended does not write again
+        episode.answer_ids += tokens[:count]
+        episode.logp += logps[:count]
+        episode.ended = any(ends[:count])
+        for of_critic in values:
+            episode.values += of_critic[:count]
 
 
 def _draw(logits_BV: torch.Tensor, temperature: float, luck_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

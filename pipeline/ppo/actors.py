@@ -108,15 +108,16 @@ class Actors(LanguageModel):
         """Make one adapter the active one; the trained ones also take gradients while they are."""
         self.model.set_adapter(adapter, inference_mode=adapter not in (POLICY, VALUE))
 
-    def policy(self, pack: Pack, adapter: str = POLICY) -> tuple[Tensor, Tensor, Tensor | None]:
+    def policy(self, pack: Pack, adapter: str = POLICY, way_back: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probabilities of the answers' tokens, the entropies there, and with critic: trunk the values; all (B, G).
 
-        Leaves `adapter` active, so that the caller's backward pass runs under it.
+        Leaves `adapter` active, so that the caller's backward pass runs under it. Without `way_back` the LM head
+        prepares none, and entropies are zeros.
         """
         self.act_as(adapter)
         with computing(self.model):
             states_NH = self._states(pack)
-            logp_N, entropy_N = self._log_probs(states_NH, pack.token_N)
+            logp_N, entropy_N = self._log_probs(states_NH if way_back else states_NH.detach(), pack.token_N)
         shared = adapter == POLICY == self.value_adapter
         values_BG = _placed(self.state_values(states_NH), pack) if shared else None
         return _placed(logp_N, pack), _placed(entropy_N, pack), values_BG

@@ -1,4 +1,4 @@
-"""Sums over the processes of a run; of one process, each is the value itself."""
+"""Sums over the processes of a run, and work shared among them; of one process, each is the value itself."""
 
 from __future__ import annotations
 
@@ -51,3 +51,17 @@ def summed(value: Any) -> Tensor:
     tensor = tensor.clone()
     torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def share(items: list[Any]) -> list[Any]:
+    """Every so-manieth item, for this process to work on."""
+    return items[rank() :: count()]
+
+
+def gathered(values: Any) -> list[Any]:
+    """What every process has found, in the order of their ranks."""
+    if not _grouped():
+        return [values]
+    found: list[Any] = [None] * count()
+    torch.distributed.all_gather_object(found, values)
+    return found

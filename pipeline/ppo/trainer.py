@@ -204,16 +204,30 @@ class PPOTrainer:
                 if trunk:
                     pack.values_BG = noted(pack, [e.values for e in episodes])
                 continue
-            pack.old_logp_BG, *values = splitting.forward_in_parts(self._logp_and_values, pack)
+            pack.old_logp_BG, *values = splitting.forward_in_parts(self.as_updates_see, pack)
             if values:
                 (pack.values_BG,) = values
         if not trunk:
             for pack in packs:
                 (pack.values_BG,) = splitting.forward_in_parts(lambda part: [self.actors.values(part)], pack)
 
-    def _logp_and_values(self, pack: Pack) -> list[Tensor]:
-        logp_BG, _, values_BG = self.actors.policy(pack)
-        return [logp_BG] if values_BG is None else [logp_BG, values_BG]
+    def as_updates_see(self, pack: Pack) -> list[Tensor]:
+        """The policy's log-probabilities and with critic: trunk its values, by the very pass that an update is made of,
+        so that the first ratio is exactly 1.
+
+        In training mode and with gradients asked for, since kernels may be chosen by that. PyTorch's scaled dot product
+        attention does so on CUDA: flash attention has no way back through heads of 193 to 224 on compute capability 8.6
+        to 8.9 and 12.0 (aten/native/transformers/cuda/sdp_utils.cpp), where another kernel is taken once there is a
+        gradient. bitsandbytes 0.50 calls one operator with and without (earlier ones took gemv for a single row
+        without), and PEFT's layers, whose cast is off, compute alike.
+        """
+        self.actors.model.train()
+        try:
+            with torch.enable_grad():
+                logp_BG, _, values_BG = self.actors.policy(pack, way_back=False)
+        finally:
+            self.actors.model.eval()
+        return [logp_BG.detach()] if values_BG is None else [logp_BG.detach(), values_BG.detach()]
 
     def advantages(self, packs: list[Pack]) -> Numbers:
         """Fill in `advantages_BG` and `returns_BG`; whitening is over all processes' tokens."""

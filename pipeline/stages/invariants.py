@@ -247,7 +247,8 @@ def same_tokenizer(tokenizer: PreTrainedTokenizerBase, parent: Artifact) -> None
 
 
 def policy_is_reference(trainer: PPOTrainer) -> Found:
-    """Before the first step the policy is its reference: KL exactly 0, and its ratio to itself exactly 1.
+    """Before the first step the policy is its reference: KL exactly 0, and its ratio to itself exactly 1. Each compares
+    passes made alike: KL two without gradients, the ratio two as updates are made of.
 
     Also: what the LM head gives here is what the model's own forward gives.
     """
@@ -269,12 +270,13 @@ def policy_is_reference(trainer: PPOTrainer) -> Found:
             ).logits  # fmt: skip
         logp_NV = torch.log_softmax(logits_BTV[pack.row_N, pack.state_N - first].float() / settings.temperature, -1)
         own_N = logp_NV.gather(-1, pack.token_N[:, None]).squeeze(-1)
+    before_BG = trainer.as_updates_see(pack)[0]
     actors.model.train()
     new_BG = actors.policy(pack)[0].detach()
     actors.model.eval()
     found = {
         "step_0_kl": (old_BG - reference_BG).abs().max().item(),
-        "step_0_ratio_minus_1": (torch.exp(new_BG - old_BG) - 1).abs().max().item(),
+        "step_0_ratio_minus_1": (torch.exp(new_BG - before_BG) - 1).abs().max().item(),
         "step_0_logp_against_own_forward": (own_N - old_BG[pack.row_N, pack.column_N]).abs().max().item(),
         "step_0_logp_against_sampler": (
             (noted(pack, [episode.logp for episode in episodes]) - old_BG).abs().sum() / pack.mask_BG.sum()

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 PARTS = 4
+PASSED_ON = 2.0
+"""Seconds within which a second Ctrl-C is the first one, passed on by a launcher."""
 
 
 class Progress(TrainerCallback):
@@ -128,10 +130,11 @@ def keep_newest(newest: Path, keep: int) -> None:
 
 
 class Stop(TrainerCallback):
-    """Turns Ctrl-C and SIGTERM into a checkpoint and a clean end; a second one ends at once."""
+    """Turns Ctrl-C and SIGTERM into a checkpoint and a clean end; a second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
         self.asked = False
+        self.asked_at = 0.0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -144,11 +147,11 @@ class Stop(TrainerCallback):
 
     def _ask(self, number: int, frame: Any) -> None:
         if self.asked:
-            # A launcher may pass SIGTERM on after SIGINT; only a person asks twice by SIGINT.
-            if number == signal.SIGINT:
+            # A launcher of several processes passes on the signal that they have had already, at once; or SIGTERM.
+            if number == signal.SIGINT and time.monotonic() - self.asked_at > PASSED_ON:
                 raise KeyboardInterrupt
             return
-        self.asked = True
+        self.asked, self.asked_at = True, time.monotonic()
         print("  stopping after this step ...", flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

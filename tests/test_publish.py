@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from publish_run import BASE_ID, DECODING, finished_run, with_decoding_words
 from safetensors.torch import load_file, save_file
 
-from pipeline.artifact import Json
+from pipeline.artifact import WEIGHTS, Artifact, Json
 from pipeline.errors import UserError
 from pipeline.publish import adapter, gate, merged
 from pipeline.publish.publishing import publish
@@ -137,8 +138,6 @@ def test_the_card_is_one_the_hub_accepts_and_tells_the_lineage(published: Path, 
 
 
 def test_the_card_has_what_the_evaluation_or_the_stage_found(run: Run, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     from pipeline.evaluation_plan import sealed as results
     from pipeline.publish import card, measured
 
@@ -268,6 +267,61 @@ def test_a_dropped_adapter_is_named(published: Path, run: Run, tmp_path: Path) -
         gate.check(stage(run, "sft"), "adapter", folder)
 
 
+def scaled(source: Sealed, to: Path, factor: float) -> Sealed:
+    """The same stage with an adapter that changes less."""
+    place = Artifact(shutil.copytree(source.artifact.folder, to))
+    weights = load_file(place.adapter / WEIGHTS)
+    less = {name: factor * t if "lora_B" in name else t for name, t in weights.items()}
+    save_file(less, place.adapter / WEIGHTS, metadata={"format": "pt"})
+    return replace(source, artifact=place)
+
+
+def test_a_merge_without_its_adapter_is_refused_though_it_is_within_the_limit(
+    published: Path, run: Run, tmp_path: Path
+) -> None:
+    weak = scaled(stage(run, "sft"), tmp_path / "weak", 0.02)
+    folder = altered(published, "merged", tmp_path)
+    merged.write(weak, folder)
+    found = gate.check(weak, "merged", folder)["merged"]
+    assert found["logits_relative_error"] < found["base_distance"] / 4 < gate.LOGIT_LIMIT["merged"] / 4
+
+    merged.write(scaled(weak, tmp_path / "none", 0), folder)
+    with pytest.raises(gate.Broken, match=r"nearer to the bare base(.*\n)*.*the adapter was dropped") as refused:
+        gate.check(weak, "merged", folder)
+    assert "allowed is 2%" not in str(refused.value)
+
+
+def test_a_merged_reward_model_without_its_adapter_is_refused(published: Path, run: Run, tmp_path: Path) -> None:
+    source = stage(run, "reward")
+    merged.write(scaled(source, tmp_path / "none", 0), tmp_path / "merged")
+    with pytest.raises(gate.Broken, match="the adapter was dropped; these are the base's own answers"):
+        gate.check(source, "merged", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("form", ["merged", "f16", "q8_0"])
+def test_an_adapter_that_changes_too_little_to_tell_is_said_to(form: str) -> None:
+    """Logits by hand: rounding of one size, and a base at another distance from what was trained."""
+    noise, shift = torch.randn(2, 3, 16, 64, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(3, 16, 64, generator=torch.Generator().manual_seed(1)) * 4
+    job = {"form": "merged" if form == "merged" else "gguf", "type": form, "reward": False, "rows": [{}, {}, {}]}
+    size = {"merged": 0.02, "f16": 0.01, "q8_0": 0.1}[form]
+
+    def off(distance: float, kept: float) -> str:
+        written = logits + size * noise + (1 - kept) * distance * shift
+        trained = {f"{i}": logits[i].numpy() for i in range(3)}
+        trained |= {f"{i}.base": (logits[i] + distance * shift[i]).numpy() for i in range(3)}
+        told = {"ids": [[]] * 3, "stops": [], "tied": False, "missing": [], "answers": [{}] * 3}
+        found = {"numbers": {f"{i}": written[i].numpy() for i in range(3)}}
+        return " ".join(gate.compare(job, {**told, "numbers": trained}, {**told, **found})[1])
+
+    assert not off(distance=0.4, kept=1)
+    assert "nearer to the bare base" in off(distance=2 * size, kept=0)
+    if form != "q8_0":
+        assert "too large to tell from nothing" in off(distance=2 * size, kept=1)
+        assert "--as adapter" in off(distance=2 * size, kept=1)
+    assert off(distance=0, kept=1), "an adapter that changes nothing cannot be found in what was written"
+
+
 def test_a_wrong_template_and_wrong_stop_tokens_are_named(published: Path, run: Run, tmp_path: Path) -> None:
     folder = altered(published, "adapter", tmp_path)
     template = folder / "chat_template.jinja"
@@ -290,8 +344,6 @@ def test_a_merge_onto_the_original_weights_is_named(published: Path, run: Run, t
     folder = altered(published, "merged", tmp_path)
     original = stage(run, "sft")
     unquantised = original.model.model_copy(update={"quantize": "none"})
-    from dataclasses import replace
-
     merged.write(replace(original, model=unquantised), folder)
     with pytest.raises(gate.Broken, match="onto the base's original weights, not onto the dequantised nf4"):
         gate.check(original, "merged", folder)

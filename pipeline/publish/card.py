@@ -20,6 +20,7 @@ CHECKED = {
     "scores_relative_error": "error of the scores, relative to their spread",
     "without_autocast": "the same without autocast, where plain PEFT rounds elsewhere",
     "kl": "KL(trained, written), nats a token",
+    "base_distance": "the base without the adapter, by the same measure",
     "greedy_answers_equal": "greedy answers equal",
     "prompts": "prompts asked",
 }

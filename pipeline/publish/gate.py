@@ -8,7 +8,11 @@ at, the logits or scores, and greedy answers.
     merged    logits within 2 %, relative: |written - trained| / |trained|, each row of logits less its mean
     gguf      KL(trained || written) under 1e-4 nats a token for f16; for coarser types see KL_LIMIT
 
-Whole weights are compared in float32, from the 4-bit weights as training dequantises them: the rounding of bfloat16
+Whole weights also have to be nearer to what was trained than to the bare base: of an adapter that changes little, the
+base itself is within those limits. The error may be a quarter of the distance from the base to what was trained (of
+KL, which grows with the square, a sixteenth); of the coarser files it has to be less than the distance from the base.
+
+They are compared in float32, from the 4-bit weights as training dequantises them: the rounding of bfloat16
 arithmetic alone is 2 % of the logits of a model of 135M parameters, more than the merge itself.
 """
 
@@ -31,6 +35,8 @@ from pipeline.publish.sealed import Sealed
 LOGIT_LIMIT = {"adapter": 0.0, "merged": 0.02}
 KL_LIMIT = {"f16": 1e-4, "q8_0": 1e-2, "q4_k_m": 0.5}
 """Nats a token. f16 is the promise; the others only tell a coarser grid from a broken file."""
+NEAR = 0.25
+"""The largest error of whole weights, as a share of the distance from the base to what was trained."""
 NEW_TOKENS = 16
 KEPT_LOGITS = 16
 OWN_PROMPTS = 3
@@ -104,6 +110,9 @@ def compare(job: Json, trained: Json, written: Json) -> tuple[Json, list[str]]:
             f"answers stop at other tokens: {sorted(written['stops'])}, in training {sorted(trained['stops'])}"
         )
     numbers, off = _distance(job, trained["numbers"], written["numbers"])
+    if job["form"] != "adapter" and numbers:
+        apart, near_base = _apart(job, trained["numbers"], written["numbers"])
+        numbers, off = {**numbers, **apart}, [*off, *near_base]
     wrong += off
     if not job["reward"]:
         parted, late = _answers(job, trained, written)
@@ -133,6 +142,36 @@ def _distance(job: Json, trained: Json, written: Json) -> tuple[Json, list[str]]
         plain = [(a, written[f"{i}.plain"].astype(numpy.float64)) for i, (a, _) in enumerate(pairs)]
         numbers["without_autocast"] = measure(plain)
     return numbers, off
+
+
+def _apart(job: Json, trained: Json, written: Json) -> tuple[Json, list[str]]:
+    """How far the bare base is from what was trained, and in words if that is too little for this error."""
+    error = _error(job, trained, written)
+    base = _of_base(trained)
+    distance, to_base = _error(job, trained, base), _error(job, base, written)
+    share = NEAR
+    if job["form"] == "gguf":
+        share = NEAR**2 if job["type"] == "f16" else math.inf
+    if error <= share * distance and error < to_base:
+        return {"base_distance": distance}, []
+    unit = "{:.2g} nats a token" if job["form"] == "gguf" else "{:.2%}"
+    far, ours, theirs = (unit.format(value) for value in (distance, error, to_base))
+    if to_base <= error:
+        why = f"it is nearer to the bare base ({theirs}) than to what was trained ({ours})"
+    else:
+        why = (
+            f"the adapter moves the base by {far} only, which an error of {ours} is too large to tell from nothing "
+            f"(allowed is {unit.format(share * distance)}). Publish --as adapter, which is exact"
+        )
+    return {"base_distance": distance}, [why]
+
+
+def _of_base(trained: Json) -> Json:
+    return {key.removesuffix(".base"): rows for key, rows in trained.items() if key.endswith(".base")}
+
+
+def _error(job: Json, wanted: Json, found: Json) -> float:
+    return float(next(iter(_distance(job, wanted, found)[0].values()), math.inf))
 
 
 def _logit_error(pairs: list[tuple[Any, Any]]) -> float:
@@ -184,15 +223,13 @@ def _answers(job: Json, trained: Json, written: Json) -> tuple[int, list[str]]:
 def _likely(job: Json, trained: Json, written: Json, scratch: Path) -> list[str]:
     """What the written files answer like instead."""
     whole = {**job, "form": "merged"}
-    if not job["reward"]:
-        base = {key.removesuffix(".base"): rows for key, rows in trained["numbers"].items() if key.endswith(".base")}
-        against_base = _distance(whole, base, written["numbers"])[0]
-        if against_base.get("logits_relative_error", math.inf) <= LOGIT_LIMIT["merged"]:
-            return ["likely: the adapter was dropped; these are the base's own answers"]
+    to_base = _error(whole, _of_base(trained["numbers"]), written["numbers"])
+    if to_base <= min(LOGIT_LIMIT["merged"], _error(whole, trained["numbers"], written["numbers"])):
+        return ["likely: the adapter was dropped; these are the base's own answers"]
     if job["form"] != "adapter" and job["model"]["quantize"] != "none":
         other = {**job, "model": {**job["model"], "quantize": "none"}, "base_digest": None}
         unquantised = _asked("trained", other, scratch / "unquantised")
-        error = next(iter(_distance(whole, unquantised["numbers"], written["numbers"])[0].values()), math.inf)
+        error = _error(whole, unquantised["numbers"], written["numbers"])
         if error <= LOGIT_LIMIT["merged"]:
             return [
                 "likely: the adapter was added onto the base's original weights, not onto the dequantised "

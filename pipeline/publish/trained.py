@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from pipeline.data import render
@@ -44,9 +46,9 @@ def main() -> None:
     with torch.no_grad():
         for index, row in enumerate(ids):
             numbers[f"{index}"] = result(model, row, job)
+            with without_adapter(model):
+                numbers[f"{index}.base"] = result(model, row, job)
             if not job["reward"]:
-                with model.disable_adapter():
-                    numbers[f"{index}.base"] = result(model, row, job)
                 answers.append(answer(model, tokenizer, row, job))
     out.mkdir(parents=True, exist_ok=True)
     save_file(numbers, out / "numbers.safetensors")
@@ -63,6 +65,17 @@ def encoded(tokenizer: Any, row: dict[str, Any]) -> list[int]:
     return render.conversation(
         tokenizer, {**row, "answer": [{"role": "assistant", "content": row["answer"]}]}, "answer"
     )
+
+
+@contextlib.contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """Inside, the base alone; of a reward model the base under the trained head."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    yield
+    for layer in layers:
+        layer.enable_adapters(True)
 
 
 def result(model: Any, row: list[int], job: dict[str, Any]) -> torch.Tensor:

@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pipeline import strict_yaml
-from pipeline.artifact import WEIGHTS, Json, digest, locked, read_json, write_json, write_text
+from pipeline.artifact import WEIGHTS, Json, digest, locked, read_json, sha256_of_file, write_json, write_text
 from pipeline.data.contracts import Row
 from pipeline.errors import BrokenInvariant, UserError
 from pipeline.evaluate import benchmarks
@@ -35,6 +35,8 @@ from pipeline.recipe import Recipe, read
 from pipeline.runner import environment, states
 from pipeline.worker import ERROR_MARK
 
+JUDGED = "judge.jsonl"
+"""An external judge's verdicts one by one: what it was shown, on which side, and what it replied."""
 BUSY = 10
 """Percent of the processor in use by others, above which this is not the only thing that runs."""
 
@@ -156,11 +158,13 @@ def judged(taken: dict[str, Json], where: Path, judge: Judge | None) -> Json | N
         known = {"model": "(unknown)"}
     model = judge.model if judge else known.get("model")
     fingerprint = digest([METHOD, model, prompts, told])
-    whole = known.get("value_digest") == digest(known.get("value"))
+    rows = where / JUDGED
+    kept = sha256_of_file(rows) if rows.is_file() else None
+    whole = known.get("value_digest") == digest(known.get("value")) and known.get("rows") == kept
     if known.get("fingerprint") != fingerprint or not whole:
         if judge is None:
             if known:
-                why = "answers have changed since" if whole else "the file is not as it was written"
+                why = "answers have changed since" if whole else "a file of them is not as it was written"
                 print(
                     f"  judge {model}: its verdicts are left out, as {why}. To ask again: --judge URL MODEL", flush=True
                 )
@@ -170,11 +174,15 @@ def judged(taken: dict[str, Json], where: Path, judge: Judge | None) -> Json | N
             prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
             for prompt in prompts
         ]
-        held, unread = judges.arena(judge, questions, told)
+        held, verdicts = judges.arena(judge, questions, told)
+        unread = [row["reply"] for row in verdicts if row["verdict"] is None]
         if unread:
             print(f"  {len(unread)} replies were no verdict and count as ties, such as {unread[0]!r}", flush=True)
         found = results.described(held) | {"model": model, "unread": len(unread)}
+        write_text(rows, (judges.line(row) for row in verdicts))
+        print(f"  every verdict is in {rows}", flush=True)
         known = {"fingerprint": fingerprint, "model": model, "value": found, "value_digest": digest(found)}
+        known["rows"] = sha256_of_file(rows)
         write_json(where / "judge.json", known)
     value: Json = known["value"]
     return value

@@ -64,12 +64,13 @@ def url() -> Iterator[str]:
 
 
 def test_a_judge_that_favours_a_place_sees_only_ties(url: str) -> None:
-    assert Judge(url, "first").points("q", "short", "much longer") == (0.5, [])
+    assert Judge(url, "first").points("q", "short", "much longer") == (0.5, ["A", "A"])
 
 
 def test_a_verdict_is_found_in_few_words(url: str) -> None:
-    assert Judge(url, "wordy").points("q", "short", "much longer") == (0.0, [])
-    assert Judge(url, "drawn").points("q", "short", "much longer") == (0.5, [])
+    wordy = ["Verdict: B", "**Answer A** is better"]
+    assert Judge(url, "wordy").points("q", "short", "much longer") == (0.0, wordy)
+    assert Judge(url, "drawn").points("q", "short", "much longer") == (0.5, ["A tie.", "A tie."])
     for reply, meant in (("A", "A"), ("b.", "B"), (" **B**\n", "B"), ("Tie", "tie"), ("Option A:", "A")):
         assert verdict(reply) == meant, reply
     for reply in ("", "Answer", "a good question", "Both are fine", "<think>"):
@@ -78,8 +79,10 @@ def test_a_verdict_is_found_in_few_words(url: str) -> None:
 
 def test_replies_that_are_no_verdict_are_counted_and_most_of_them_are_refused(url: str) -> None:
     told = {"sft": ["a", "bb"], "dpo": ["cc", "dd"]}
-    found, unread = arena(Judge(url, "half"), ["q1", "q2"], told)
-    assert unread == [""] and found.win_rate("sft", "dpo").value == 0.5
+    found, kept = arena(Judge(url, "half"), ["q1", "q2"], told)
+    assert [one["reply"] for one in kept if one["verdict"] is None] == [""] and found.win_rate(
+        "sft", "dpo"
+    ).value == 0.5
     with pytest.raises(UserError, match=r"chatty gave no verdict .* in 4 of 4 replies, such as 'I would rather"):
         arena(Judge(url, "chatty"), ["q1", "q2"], told)
 
@@ -110,6 +113,28 @@ def test_nothing_leaves_the_machine(url: str) -> None:
         Judge("http://127.0.0.1:1/v1", "m").points("q", "a", "b")
 
 
+def test_every_verdict_is_kept_with_who_stood_where(url: str, tmp_path: Path) -> None:
+    """Each pair in both orders, so that a person can read what the judge was shown and what it said; from these lines
+    alone the win rate follows."""
+    texts = {"sft": [["a"], ["same"]], "dpo": [["aaa"], ["same"]]}
+    rows = [{"prompt": [{"role": "user", "content": "q\u2028 1"}]}, {"prompt": "q2"}]
+    taken = {f"answers/{name}": {"value": {"text": text}, "rows": rows} for name, text in texts.items()}
+    found = evaluator.judged(taken, tmp_path, Judge(url, "longer"))
+    lines = [json.loads(line) for line in (tmp_path / "judge.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    first = {"prompt": "user: q\u2028 1", "A": "sft", "B": "dpo", "answer_A": "a", "answer_B": "aaa"}
+    second = {"prompt": "user: q\u2028 1", "A": "dpo", "B": "sft", "answer_A": "aaa", "answer_B": "a"}
+    alike = {"prompt": "q2", "A": "sft", "B": "dpo", "answer_A": "same", "answer_B": "same"}
+    assert lines == [
+        {**first, "reply": "B.", "verdict": "B"},
+        {**second, "reply": "A", "verdict": "A"},
+        {**alike, "reply": None, "verdict": "tie"},  # nobody was asked
+    ]
+    assert found is not None and found["wins"]["dpo"]["sft"]["value"] == 0.75
+    assert evaluator.judged(taken, tmp_path, None) == found
+    (tmp_path / "judge.jsonl").write_text("")
+    assert evaluator.judged(taken, tmp_path, None) is None
+
+
 def test_verdicts_are_kept_and_a_file_changed_by_hand_is_not_believed(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,4 +148,6 @@ def test_verdicts_are_kept_and_a_file_changed_by_hand_is_not_believed(
     file = tmp_path / "judge.json"
     file.write_text(file.read_text(encoding="utf-8").replace('"value": 1.0', '"value": 0.5'), encoding="utf-8")
     assert evaluator.judged(taken, tmp_path, None) is None
-    assert "judge longer: its verdicts are left out, as the file is not as it was written" in capsys.readouterr().out
+    assert (
+        "judge longer: its verdicts are left out, as a file of them is not as it was written" in capsys.readouterr().out
+    )

@@ -221,6 +221,7 @@ def test_an_external_judge_is_named_with_the_replies_that_were_none(run: tuple[R
     html, markdown = (path.read_text() for path in page.write(recipe, "my.yaml", runs))
     assert "The external judge is &lt;judge&gt;" in html and "The external judge is <judge>" in markdown
     assert "7 replies that were no verdict" in html and "7 replies that were no verdict" in markdown
+    assert "evaluation/judge.jsonl" in html and "evaluation/judge.jsonl" in markdown
 
 
 def test_the_lineage_shows_the_same_number_under_every_policy_that_is_asked(evaluated: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import numpy
 
+from pipeline.artifact import Json
 from pipeline.errors import UserError
 from pipeline.evaluate.arena import Arena
 
@@ -63,15 +64,14 @@ class Judge:
             )
 
     def points(self, question: str, a: str, b: str) -> tuple[float, list[str]]:
-        """1 if a is the better answer in both orders, 0 if b is, else one half; and the replies that were no verdict.
-
-        Equal answers are a tie that nobody is asked about."""
+        """1 if a is the better answer in both orders, 0 if b is, else one half; and the replies, a standing first and
+        then b. Equal answers are a tie that nobody is asked about."""
         if a == b:
             return 0.5, []
         told = [self._says(question, a, b), self._says(question, b, a)]
         first, second = map(verdict, told)
         points = 1.0 if (first, second) == ("A", "B") else 0.0 if (first, second) == ("B", "A") else 0.5
-        return points, [reply for reply in told if verdict(reply) is None]
+        return points, told
 
     def _says(self, question: str, a: str, b: str) -> str:
         content = ASKED.format(question=question, a=a or "(nothing)", b=b or "(nothing)")
@@ -101,8 +101,10 @@ def verdict(reply: str) -> str | None:
     return None if found is None else found["side"].upper() if found["side"] else "tie"
 
 
-def arena(judge: Judge, questions: list[str], answers: dict[str, list[str]]) -> tuple[Arena, list[str]]:
-    """Every policy's answer against every other's, question by question, and the replies that were no verdict.
+def arena(judge: Judge, questions: list[str], answers: dict[str, list[str]]) -> tuple[Arena, list[Json]]:
+    """Every policy's answer against every other's, question by question; and every verdict as a row: prompt, which
+    policy stood on side A and which on B, their answers, the reply, and what it says (A, B, tie, or None where it is no
+    verdict). Answers that are equal give one row without a reply.
 
     Raises UserError where most replies are none: they count as ties, and the judge would seem to find all alike.
     """
@@ -122,18 +124,27 @@ def arena(judge: Judge, questions: list[str], answers: dict[str, list[str]]) -> 
             failed.set()
             raise
 
-    unread: list[str] = []
+    kept: list[Json] = []
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for (p, a, b), (won, unclear) in zip(games, pool.map(play, games), strict=True):
+        for (p, a, b), (won, replies) in zip(games, pool.map(play, games), strict=True):
             points_PKK[p, a, b], points_PKK[p, b, a] = won, 1 - won
-            unread += unclear
-    asked = 2 * sum(answers[names[a]][p] != answers[names[b]][p] for p, a, b in games)
+            sides = [{"prompt": questions[p], "A": names[i], "B": names[j]} for i, j in ((a, b), (b, a))]
+            for side, reply in zip(sides, replies or [None], strict=False):
+                told = {f"answer_{word}": answers[side[word]][p] for word in "AB"}
+                kept.append({**side, **told, "reply": reply, "verdict": "tie" if reply is None else verdict(reply)})
+    asked = sum(row["reply"] is not None for row in kept)
+    unread = [row["reply"] for row in kept if row["verdict"] is None]
     if 2 * len(unread) > asked:
         raise UserError(
             f"the judge {judge.model} gave no verdict (A, B or tie) in {len(unread)} of {asked} replies, "
             f"such as {unread[0][:SHOWN]!r}. It gets {TOKENS} tokens to reply: ask one that does not think aloud."
         )
-    return Arena(names, points_PKK), unread
+    return Arena(names, points_PKK), kept
+
+
+def line(row: Json) -> str:
+    """A verdict as a line of JSON; half a character, which a cut reply may end in, is a question mark."""
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace").decode() + "\n"
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -126,9 +126,12 @@ def _read(recipe: Recipe, name: str) -> tuple[Rows | None, list[Source], list[st
             faults.append(refusal(source, contract))
         return source
 
+    def test_part(path: str) -> Part:
+        return Part(path=path, format=section.data.format, split=section.data.split, encoding=section.data.encoding)
+
     sources = [fit(section.data, contract, part) for part in skipping.parts()]
     test, questions = section.data.test, section.questions
-    if isinstance(test, str) and not fit(section.data, contract, Part(path=test, format=section.data.format)):
+    if isinstance(test, str) and not fit(section.data, contract, test_part(test)):
         skipping = skipping.model_copy(update={"test": None})
     asked = fit(DataSpec(path=questions), QUESTION, Part(path=questions)) if questions else None
     split = _tried(lambda: read_split(skipping, contract, recipe.spec.seed), faults) if all(sources) else None

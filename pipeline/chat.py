@@ -110,7 +110,7 @@ class Chat:
         try:
             ids = render.prompt(tokenizer, {"prompt": history})
         except render.Unrenderable as error:
-            raise UserError(f"{error}. Begin anew with /reset") from error
+            raise UserError(f"{error}. Ask otherwise, or begin anew with /reset") from error
         window = getattr(actors.config, "max_position_embeddings", None) or len(ids) + self.new_tokens
         room = min(self.new_tokens, window - len(ids))
         if room < 1:
@@ -129,7 +129,9 @@ class Chat:
                 streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
                 **sampled,
             )
-        return str(tokenizer.decode(told_BT[0, len(ids) :], skip_special_tokens=True)).strip()
+        return render.without_marks(
+            tokenizer, str(tokenizer.decode(told_BT[0, len(ids) :], skip_special_tokens=True))
+        ).strip()
 
     def command(self, text: str) -> str:
         """Do what a line that begins with a slash asks; what to show for it."""

@@ -64,8 +64,9 @@ def check(recipe: RecipePath, override: Overrides = []) -> None:  # noqa: B006
         unfit = f", {refused} refused" if refused else ""
         print(f"{name}: {len(data.train)} of {counts['rows']} rows from {counts['path']}{held_out}{asked}{unfit}")
     chain.parts()
-    from pipeline.stages.check import check_arguments
+    from pipeline.stages.check import check_arguments, check_base
 
+    check_base(chain.spec.model, chain.stages)
     check_arguments(chain.spec.model, chain.stages, chain.spec.seed)
     print(f"{recipe}: sound, {len(chain.stages)} stages: {' -> '.join(chain.order())}")
 

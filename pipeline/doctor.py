@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.artifact import write_json
-from pipeline.data import doctor
+from pipeline.data import doctor, render
 from pipeline.data.contracts import QUESTION, Contract, Row
 from pipeline.data.load import DataSpec, Part, Source, labels_as_answers, read_source, read_split, refusal
 from pipeline.errors import UserError
@@ -78,6 +78,7 @@ def examine(recipe: Recipe, names: list[str]) -> Json:
         if tokenizer is not None:
             for key, rows in (("tokens", data.train), ("test_tokens", data.test or [])):
                 stage[key] = doctor.tokens(kind, tokenizer, rows, max_length, section.data.too_long)
+            faults += render.unaskable(tokenizer, data.questions)
         if kind in ("reward", "dpo"):
             stage["comparisons"] = doctor.comparisons(data.train, recipe.spec.seed)
     found["overlaps"] = _overlaps(asked, names)
@@ -125,9 +126,12 @@ def _read(recipe: Recipe, name: str) -> tuple[Rows | None, list[Source], list[st
             faults.append(refusal(source, contract))
         return source
 
+    def test_part(path: str) -> Part:
+        return Part(path=path, format=section.data.format, split=section.data.split, encoding=section.data.encoding)
+
     sources = [fit(section.data, contract, part) for part in skipping.parts()]
     test, questions = section.data.test, section.questions
-    if isinstance(test, str) and not fit(section.data, contract, Part(path=test, format=section.data.format)):
+    if isinstance(test, str) and not fit(section.data, contract, test_part(test)):
         skipping = skipping.model_copy(update={"test": None})
     asked = fit(DataSpec(path=questions), QUESTION, Part(path=questions)) if questions else None
     split = _tried(lambda: read_split(skipping, contract, recipe.spec.seed), faults) if all(sources) else None
@@ -324,6 +328,8 @@ def _warnings(name: str, stage: Json, overlaps: list[Json]) -> list[str]:
         warned += [text for text, stops in _objections(stage) if not stops]
         if any(int(count) > 1 for count in tokens["bos_at_the_start"]):
             warned.append("some rows begin with more than one beginning-of-sequence token")
+        if count := tokens["texts_with_special_tokens"]:
+            warned.append(f"{count} texts spell special tokens, which the model will read as such and not as words")
         if tokens["bytes_per_token"] and tokens["bytes_per_token"] < FEW_BYTES_A_TOKEN:
             warned.append(f"a token is {tokens['bytes_per_token']} bytes: this tokenizer hardly knows the language")
     for how, sign in (("exact", "="), ("near", "~")):

@@ -236,6 +236,51 @@ def test_tables_with_torn_quotes_splits_and_nested_cells(tmp_path: Path) -> None
         read_source(str(kto), PREFERENCE, DataSpec(path="-", split="test"))
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "place", "where", "fit"),
+    [
+        ("a.jsonl", '{"text": "one"}\n{"text": "caf\u00e9"}\n{"text": "two"}\n', "a.jsonl:2", "byte 13 of the line", 2),
+        ("a.json", '[{"text": "one"}, {"text": "caf\u00e9"}]', r"a.json\[2\]", "somewhere in the row", 1),
+        ("a.csv", "text,id\none,1\ncaf\u00e9,2\ntwo,3\n", "a.csv:3", "column 'text'", 2),
+        ("a.txt", "one\n%\ntwo\nof the caf\u00e9\n%\nthree\n", "a.txt:3", "line 4", 2),
+        ("a.md.gz", "one\f two caf\u00e9", "a.md.gz:1", "line 1", 1),
+    ],
+)  # fmt: skip
+def test_a_byte_that_is_no_utf8_condemns_its_row_alone(
+    tmp_path: Path, name: str, text: str, place: str, where: str, fit: int
+) -> None:
+    written = text.encode("latin-1")
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(written) if name.endswith(".gz") else written)
+    with pytest.raises(UserError, match=rf"{place}: holds bytes that are no UTF-8 \({where}\): .* data\.encoding"):
+        read_source(str(path), LANGUAGE_MODELING, DataSpec(path=str(path)))
+    source = read_source(str(path), LANGUAGE_MODELING, DataSpec(path=str(path), on_bad_row="skip"))
+    assert len(source.rows) == fit and len(source.refused) == 1
+    for encoding in ("latin-1", "cp1252"):
+        split = read_split(DataSpec(path=str(path), encoding=encoding), LANGUAGE_MODELING, seed=1)
+        assert len(split.train) == fit + 1 and "caf\u00e9" in "".join(row["text"] for row in split.train)
+
+
+def test_encodings_of_several_bytes_and_unknown_ones(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    # longer than a block is read at once, with letters of two and of four bytes at its borders
+    rows = [{"text": f"{n} \u2028 \U0001f600 caf\u00e9" * 50} for n in range(4000)]
+    path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-16"))
+    assert bare(read_source(str(path), LANGUAGE_MODELING, DataSpec(path="-", encoding="utf-16")).rows) == rows
+    path.write_bytes(b'{"text": "\x81"}\n{"text": "x"}')  # cp1252 has no letter 81
+    source = read_source(str(path), LANGUAGE_MODELING, DataSpec(path="-", encoding="cp1252", on_bad_row="skip"))
+    assert bare(source.rows) == [{"text": "x"}] and source.refused[0]["place"].endswith("a.jsonl:1")
+    path.write_bytes(b'{"text": "x"}')
+    with pytest.raises(UserError, match="not one row is fit"):
+        read_source(str(path), LANGUAGE_MODELING, DataSpec(path="-", encoding="utf-16-le"))
+    (tmp_path / "b.csv").write_bytes("text,caf\u00e9\none,1\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"b.csv:1: the header holds bytes that are no UTF-8"):
+        read_source(str(tmp_path / "b.csv"), LANGUAGE_MODELING, DataSpec(path="-"))
+    for unknown in ("latin-0", "base64", "x\0y", ""):
+        with pytest.raises(ValueError, match="is no encoding of text that Python knows"):
+            DataSpec(path="-", encoding=unknown)
+
+
 def test_values_json_has_no_words_for(tmp_path: Path) -> None:
     import datetime
 

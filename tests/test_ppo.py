@@ -498,6 +498,28 @@ def test_prompts_that_leave_no_room_are_named(tiny_base: Path, parents: Path) ->
         run_stage(build(ppo_tree(tiny_base, parents, max_length=20)), "ppo", parents / "runs")
 
 
+def test_prompts_that_the_template_refuses_are_skipped_and_counted(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text("def asked(prompts, **columns): return [float('x' in str(p)) for p in prompts]\n")
+    tree = ppo_tree(tiny_base, tmp_path, steps=1, kl_coef=0.0)
+    rows = [json.dumps({"prompt": [{"role": "user", "content": text}]}) for text in ("x<|im_end|>", *"abcdefgh")]
+    for file in ("p.jsonl", "t.jsonl"):
+        (tmp_path / file).write_text("\n".join(rows))
+    tree["stages"] = {"ppo": {**tree["stages"]["ppo"], "reward": f"{tmp_path}/f.py:asked"}}
+    tree["train"] = {}
+    del tree["stages"]["ppo"]["from"]
+    with pytest.raises(UserError, match=r"1 rows of stage 'ppo' cannot be rendered:\n.*p\.jsonl:1: message 0 holds"):
+        run_stage(build(tree), "ppo", tmp_path / "runs")
+    tree["stages"]["ppo"]["data"]["on_bad_row"] = "skip"
+    recipe = build(tree)
+    run_stage(recipe, "ppo", tmp_path / "runs")
+    out = recipe.artifact("ppo", tmp_path / "runs")
+    counts = out.verify()["data"]["counts"]
+    assert (counts["rows"], counts["rows_unrendered"]) == (8, 1)
+    refused = [json.loads(line) for line in out.refused.read_text().splitlines()]
+    assert [entry["place"].rsplit("/", 1)[1] for entry in refused] == ["p.jsonl:1", "t.jsonl:1"]
+    assert metrics.read(out.metrics)[0]["score"] == 0.0  # no answer to the refused prompt was paid
+
+
 def numbers(**changed: float) -> dict[str, float]:
     usual = {"kl": 1.0, "entropy": 2.0, "answer_length": 20.0, "reward": 0.0, "eos_share": 1.0, "empty_share": 0.0}
     return {**usual, "score": 3.0, "score_std": 0.5, "grad_norm": 1.0, **changed}

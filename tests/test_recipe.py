@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 import time
@@ -159,6 +160,32 @@ def test_shared_words_reach_the_stages_that_know_them(tiny_base: Path, tmp_path:
     assert "packing" not in stages["reward"].train
     with pytest.raises(UserError, match="train.no_such_word: unknown key"):
         build({**tree, "train": {"no_such_word": 1}})
+
+
+def test_check_names_a_base_that_can_carry_no_reward_model(tiny_base: Path, tmp_path: Path) -> None:
+    """transformers has no score head for Granite; a run would find out only after the stages before."""
+    import shutil
+
+    from transformers import AutoModelForSequenceClassification, GraniteConfig
+    from typer.testing import CliRunner
+
+    from pipeline.cli import app
+    from pipeline.stages.check import check_base
+
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        AutoModelForSequenceClassification.from_config(GraniteConfig())
+    base = tmp_path / "granite"
+    shutil.copytree(tiny_base, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "granite"}))
+    tree = tiny_tree(base, tmp_path)
+    recipe = write_recipe(tree, tmp_path / "recipe.yaml")
+    refused = CliRunner().invoke(app, ["check", str(recipe)])
+    assert isinstance(refused.exception, UserError)
+    assert "stages.reward: a base of the type 'granite'" in str(refused.exception)
+    del tree["stages"]["reward"]
+    without = build(tree)
+    check_base(without.spec.model, without.stages)
 
 
 def test_words_are_those_of_the_installed_classes() -> None:

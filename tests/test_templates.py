@@ -15,6 +15,8 @@ from pipeline.data import render
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 MARKS = r"<[|｜][^<>{}\s]+?[|｜]>|<(?:start|end)_of_turn>|<bos>|<[A-Z_]+_TOKEN>|</?think>|</?tool_call>"
+WORDS = r"</?think>|</?tool_call>"
+"""Marks that are tokens of their own but not special, so that they may stand in what is said."""
 TOOLS = [
     {
         "type": "function",
@@ -103,7 +105,10 @@ def of_family(plain: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
         engine = Tokenizer.from_str(plain.backend_tokenizer.to_str())
         marks = ["<|begin_of_text|>", *sorted(set(re.findall(MARKS, template)))]
-        engine.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+        words = [mark for mark in marks if re.fullmatch(WORDS, mark)]
+        engine.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in words])
+        special = [mark for mark in marks if mark not in words]
+        engine.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in special])
         engine.save(str(folder / "tokenizer.json"))
         roles = {"bos_token": "<|begin_of_text|>", "eos_token": EOS.get(name, END), "pad_token": "<|endoftext|>"}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **roles}

@@ -46,7 +46,7 @@ def tokens(
     supervised: list[int] = []
     bos: Counter[int] = Counter()
     named: list[dict[str, str]] = []
-    over = tokens_lost = ends = dialogues = bare = left_out = unrenderable = size = 0
+    over = tokens_lost = ends = dialogues = bare = left_out = unrenderable = marked = size = 0
     stops = set(render.stop_ids(tokenizer))
     for row in rows:
         try:
@@ -56,6 +56,8 @@ def tokens(
             if len(named) < NAMED_AT_MOST:
                 named.append({"place": row["_place"], "reason": str(error)})
             continue
+        text = row["text"] if kind == "pretrain" else row.get("prompt")
+        marked += isinstance(text, str) and bool(render.marks(tokenizer, text))
         longest = max(len(sequence.ids) for sequence in made)
         lengths.append(longest)
         size += max(_bytes(tokenizer, sequence) for sequence in made)
@@ -87,6 +89,7 @@ def tokens(
         "longer_than_max_length": over,
         "tokens_beyond_max_length": tokens_lost,
         "bytes_per_token": round(size / sum(lengths), 2) if lengths else None,
+        "texts_with_special_tokens": marked,
         "bos_at_the_start": {str(count): rows for count, rows in sorted(bos.items())},
     }
     if kind in ("sft", "pretrain"):

@@ -9,6 +9,8 @@
 a folder              all such files in it, by name (those of `split` where they are named by splits; no texts beside
                       tables or rows, no hidden files); or what `datasets` saved there
 owner/name            a data set on the Hub
+
+Text in another encoding than UTF-8 is read where the recipe names it; else a byte that is no UTF-8 makes its row unfit.
 """
 
 from __future__ import annotations
@@ -38,12 +40,13 @@ PACKED = {".gz", ".zst"}
 ENDINGS = LINES | LISTS | TABLES | TEXTS | {".parquet"}
 PARTS = re.compile(r"\f|^%[ \t]*\r?$", re.MULTILINE)
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+STRAY = re.compile("[\udc80-\udcff]")
 SPLIT = re.compile(r"(train|test|validation|valid|dev|eval)([-_.]|$)", re.IGNORECASE)
 LONGEST_DOCUMENT = 1 << 27
 """Characters of one document; more is a file of many that nothing parts."""
 
 
-def placed_rows(path: str, split: str, lines: bool) -> Iterator[Placed]:
+def placed_rows(path: str, split: str, lines: bool, encoding: str = "utf-8") -> Iterator[Placed]:
     """Every row with its place; what is no row at all comes as the reason.
 
     Raises UserError if the file is absent, of an unknown kind, damaged, or cannot be loaded.
@@ -55,11 +58,11 @@ def placed_rows(path: str, split: str, lines: bool) -> Iterator[Placed]:
         yield from _numbered(path, hub.saved(local, split))
     elif os.path.isdir(local):
         for file in _of_split(local, split):
-            yield from _file_rows(file, lines)
+            yield from _file_rows(file, lines, encoding)
     elif os.path.isfile(local):
         if split != "train":
             raise UserError(f"{path}: data.split is '{split}', but a single file has no splits; name the file instead")
-        yield from _file_rows(local, lines)
+        yield from _file_rows(local, lines, encoding)
     else:
         raise UserError(f"{path}: no such file (looked in {Path.cwd()})")
 
@@ -114,7 +117,7 @@ def _of_split(folder: Path, split: str) -> list[Path]:
     return chosen
 
 
-def _file_rows(file: Path, lines: bool) -> Iterator[Placed]:
+def _file_rows(file: Path, lines: bool, encoding: str) -> Iterator[Placed]:
     kind = kind_of(file)
     if kind not in ENDINGS:
         raise UserError(f"{file}: unknown kind of file. Read are {', '.join(sorted(ENDINGS))}, also as .gz or .zst")
@@ -122,11 +125,11 @@ def _file_rows(file: Path, lines: bool) -> Iterator[Placed]:
         if kind == ".parquet":
             yield from _numbered(str(file), _parquet(file))
             return
-        with _opened(file) as stream:
+        with _opened(file, encoding) as stream:
             if lines or kind in LINES:
                 yield from _json_lines(str(file), stream) if kind in LINES | LISTS else _text_lines(str(file), stream)
             elif kind in LISTS:
-                yield from _json_list(file, stream)
+                yield from _json_list(file, stream, encoding)
             elif kind in TABLES:
                 yield from _table(str(file), stream, "\t" if kind == ".tsv" else ",")
             else:
@@ -134,12 +137,21 @@ def _file_rows(file: Path, lines: bool) -> Iterator[Placed]:
     except UserError:
         raise
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 (byte {error.start} of it or of its part): convert it first") from error
+        raise UserError(f"{file} is not in the encoding '{encoding}' that the recipe names: {error.reason}") from error
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
 
 
-def _opened(file: Path) -> Stream:
+def _opened(file: Path, encoding: str = "utf-8") -> Stream:
+    """A file's bytes, unpacked and in UTF-8."""
+    stream = _unpacked(file)
+    if codecs.lookup(encoding).name == "utf-8":
+        return stream
+    # what the named encoding has no letter for stays the byte it is, and makes its row unfit
+    return codecs.EncodedFile(stream, "utf-8", encoding, errors="surrogateescape")
+
+
+def _unpacked(file: Path) -> Stream:
     with file.open("rb") as plain:
         magic = plain.read(4)
     if magic[:2] == b"\x1f\x8b" or file.suffix.lower() == ".gz":
@@ -174,10 +186,20 @@ def _parsed(line: bytes) -> Row | Unreadable:
     try:
         row = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
-        return Unreadable(f"is not UTF-8 (byte {error.start} of the line)")
+        return _not_utf8(f"byte {error.start} of the line")
     except (ValueError, RecursionError) as error:
         return Unreadable(f"is broken JSON: {error}")
     return _object(row, suspect=SURROGATE.search(line) is not None)
+
+
+def _not_utf8(where: str) -> Unreadable:
+    return Unreadable(f"holds bytes that are no UTF-8 ({where}): name its encoding as data.encoding, say latin-1")
+
+
+def _stray(text: str) -> int | None:
+    """Where in a text that was decoded with `surrogateescape` the first byte stands that is no UTF-8."""
+    found = STRAY.search(text)
+    return found.start() if found else None
 
 
 def _object(row: Any, suspect: bool = True) -> Row | Unreadable:
@@ -195,27 +217,32 @@ def _no_constant(word: str) -> None:
     raise ValueError(f"{word} is no JSON")
 
 
-def _json_list(file: Path, stream: Stream) -> Iterator[Placed]:
+def _json_list(file: Path, stream: Stream, encoding: str) -> Iterator[Placed]:
     head = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
-    with _opened(file) as again:
+    with _opened(file, encoding) as again:
         if head[:1] == b"{":
             yield from _json_lines(str(file), again)
             return
         try:
-            rows = json.loads(again.read().removeprefix(codecs.BOM_UTF8).decode("utf-8"), parse_constant=_no_constant)
+            text = again.read().removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+            rows = json.loads(text, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file} is broken JSON: {error}") from error
     if not isinstance(rows, list):
         raise UserError(f"{file}: expected a JSON list of rows. For one row per line use .jsonl")
+    stray = _stray(text) is not None
     for number, row in enumerate(rows, 1):
-        yield f"{file}[{number}]", _object(row)
+        torn = stray and _stray(json.dumps(row, ensure_ascii=False)) is not None
+        yield f"{file}[{number}]", _not_utf8("somewhere in the row") if torn else _object(row)
 
 
 def _table(path: str, stream: Stream, delimiter: str) -> Iterator[Placed]:
     csv.field_size_limit(sys.maxsize)
-    lines = (line.decode("utf-8") + "\n" for line in _byte_lines(stream))
+    lines = (line.decode("utf-8", "surrogateescape") + "\n" for line in _byte_lines(stream))
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     columns = reader.fieldnames or []
+    if _stray("".join(columns)) is not None:
+        raise UserError(f"{path}:1: the header {_not_utf8('in a name')}")
     if len(set(columns)) < len(columns):
         raise UserError(f"{path}:1: two columns have the same name: {', '.join(columns)}")
     last = 1
@@ -231,7 +258,9 @@ def _table(path: str, stream: Stream, delimiter: str) -> Iterator[Placed]:
             ) from error
         # A quoted field runs over several lines; the row is named by its first.
         place, last = f"{path}:{last + 1}", reader.line_num
-        if None in row:
+        if torn := next((column for column, text in row.items() if _stray(str(text)) is not None), None):
+            yield place, _not_utf8(f"column '{torn}'")
+        elif None in row:
             yield place, Unreadable("has more fields than the header")
         elif None in row.values():
             yield place, Unreadable("has fewer fields than the header")
@@ -260,7 +289,7 @@ def _text_lines(path: str, stream: Stream) -> Iterator[Placed]:
             try:
                 yield f"{path}:{number}", {"text": line.decode("utf-8").rstrip("\r")}
             except UnicodeDecodeError as error:
-                yield f"{path}:{number}", Unreadable(f"is not UTF-8 (byte {error.start} of the line)")
+                yield f"{path}:{number}", _not_utf8(f"byte {error.start} of the line")
 
 
 def _documents(path: str, stream: Stream) -> Iterator[Placed]:
@@ -287,12 +316,14 @@ def _documents(path: str, stream: Stream) -> Iterator[Placed]:
 def _document(path: str, line: int, text: str) -> Iterator[Placed]:
     if text.strip():
         start = line + text[: len(text) - len(text.lstrip())].count("\n")
-        yield f"{path}:{start}", {"text": text.strip("\r\n")}
+        stray = _stray(text)
+        at = 0 if stray is None else line + text.count("\n", 0, stray)
+        yield f"{path}:{start}", _not_utf8(f"line {at}") if at else {"text": text.strip("\r\n")}
 
 
 def _decoded(stream: Stream) -> Iterator[str]:
     """Text in blocks that end with a line, so that no separator is torn."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     held = ""
     while block := stream.read(1 << 20):
         text = held + decoder.decode(block)

@@ -11,9 +11,9 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.data import files, formats, mixture
 from pipeline.data.contracts import Contract, Row, is_labelled
@@ -25,6 +25,17 @@ from pipeline.errors import UserError
 NAMED_AT_MOST = 20
 
 
+def _of_text(encoding: str) -> str:
+    try:
+        "".encode(encoding)
+    except (LookupError, ValueError) as error:  # of ValueError: a null byte in the name
+        raise ValueError("is no encoding of text that Python knows, such as latin-1, cp1252 or utf-16") from error
+    return encoding
+
+
+Encoding = Annotated[str, AfterValidator(_of_text)]
+
+
 class Part(BaseModel):
     """One of several sources of a stage's rows."""
 
@@ -33,6 +44,7 @@ class Part(BaseModel):
     path: str
     format: Format = "auto"
     split: str = "train"
+    encoding: Encoding = "utf-8"
     limit: int | None = Field(default=None, gt=0)
     weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Share of the mixture's rows that come from here, relative to the other sources' weights."""
@@ -55,6 +67,8 @@ class DataSpec(BaseModel):
     """How the rows of `path` and `test` are laid out: told by their keys, unless one of data/formats.py is named."""
     split: str = "train"
     """Split of a Hub data set or of a folder of `datasets`."""
+    encoding: Encoding = "utf-8"
+    """How the text of `path` and `test` is encoded, by Python's name for it (latin-1, cp1252, utf-16)."""
     group: str | None = None
     """Column whose equal values stay on one side when prompts are held out; the prompt, unless one is named."""
     limit: int | None = Field(default=None, gt=0)
@@ -82,7 +96,8 @@ class DataSpec(BaseModel):
     def parts(self) -> list[Part]:
         if self.mix:
             return self.mix
-        return [Part(path=str(self.path), format=self.format, split=self.split, limit=self.limit)]
+        words = ("format", "split", "limit", "encoding")
+        return [Part(path=str(self.path), **{word: getattr(self, word) for word in words})]
 
 
 @dataclass
@@ -129,7 +144,7 @@ def read_source(path: str, contract: Contract, spec: DataSpec, part: Part | None
 
     Raises UserError naming file and line for anything unfit, unless the spec says to skip unfit rows.
     """
-    part = part or Part(path=path, format=spec.format, split=spec.split)
+    part = part or Part(path=path, format=spec.format, split=spec.split, encoding=spec.encoding)
     rows: Shelf[Row] = Shelf(dump=strict_json)
     source = Source(path, rows)
     stop = spec.on_bad_row == "stop"
@@ -240,7 +255,7 @@ def _turns(messages: list[dict[str, Any]]) -> str:
 def _items(source: Source, part: Part, contract: Contract) -> Iterator[tuple[str, Any, str | None]]:
     """Every row a file gives, with its place, and the reason where it is none."""
     labelled = _Labelled()
-    for place, row in files.placed_rows(part.path, part.split, part.format == "lines"):
+    for place, row in files.placed_rows(part.path, part.split, part.format == "lines", part.encoding):
         source.file_rows += 1
         if isinstance(row, Unreadable):
             yield place, None, str(row)

@@ -11,6 +11,8 @@ import contextlib
 import functools
 import json
 import os
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +105,7 @@ def demonstration(tokenizer: Tokenizer, row: Row) -> Encoded:
         messages, first = row["messages"], 0
     else:
         messages, first = row["prompt"] + row["completion"], len(row["prompt"])
+    _nothing_forged(tokenizer, messages, row)
     text = rendered(tokenizer, messages, row)
     spans = [
         _turn(tokenizer, messages, index, text, row)
@@ -122,7 +125,21 @@ def prompt(tokenizer: Tokenizer, row: Row) -> list[int]:
     """A prompt up to where the assistant begins to speak."""
     if isinstance(row["prompt"], str):
         return _text_tokens(tokenizer, row["prompt"])[0]
+    _nothing_forged(tokenizer, row["prompt"], row)
     return _tokens(tokenizer, rendered(tokenizer, row["prompt"], row, ask=True))[0]
+
+
+def unaskable(tokenizer: Tokenizer, questions: Iterable[Row]) -> list[str]:
+    """Questions, their choices included, that cannot be put to the model: place and reason of each."""
+    found = []
+    for row in questions:
+        try:
+            prompt(tokenizer, row)
+            for choice in row.get("choices", []) if isinstance(row["prompt"], list) else []:
+                _nothing_forged(tokenizer, [{"role": "assistant", "content": choice}], {})
+        except Unrenderable as error:
+            found.append(f"{row['_place']}: {error}")
+    return found
 
 
 def reply(tokenizer: Tokenizer, row: Row, key: str) -> Reply:
@@ -161,6 +178,7 @@ def conversation(tokenizer: Tokenizer, row: Row, key: str) -> list[int]:
     """A prompt with one of its answers, as a reward model reads it: rendered whole, closing marks included."""
     if isinstance(row["prompt"], str):
         return _plain(tokenizer, row["prompt"], row[key]).sequence().ids
+    _nothing_forged(tokenizer, row["prompt"] + row[key], row)
     return _tokens(tokenizer, rendered(tokenizer, row["prompt"] + row[key], row))[0]
 
 
@@ -195,6 +213,26 @@ def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Tokens that stand for no text. `all_special_ids` holds only those that have a role or were registered by name,
     and most families ship their end-of-turn tokens as special in tokenizer.json alone."""
     return frozenset(token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
+
+
+def marks(tokenizer: Tokenizer, text: str) -> list[str]:
+    """The special tokens that are spelled out in a text: the tokenizer makes a token of each."""
+    return _marks(tokenizer, len(tokenizer)).findall(text)
+
+
+def without_marks(tokenizer: Tokenizer, text: str) -> str:
+    """What a model said, without special tokens that it spelled out letter by letter: put into a dialogue again, they
+    would become what they spell."""
+    while marks(tokenizer, text):  # what is left once one is gone may spell another
+        text = _marks(tokenizer, len(tokenizer)).sub("", text)
+    return text
+
+
+@functools.lru_cache(maxsize=8)
+def _marks(tokenizer: Tokenizer, size: int) -> re.Pattern[str]:
+    added = tokenizer.added_tokens_decoder
+    spelled = sorted((added[token].content for token in special_ids(tokenizer)), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, filter(None, spelled))) or r"(?!)")
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
@@ -328,6 +366,27 @@ def _nothing_lost(messages: Messages, index: int, turn: str) -> None:
     for call in messages[index].get("tool_calls") or []:
         if call["function"]["name"] not in turn:
             raise Unrenderable(f"the chat template leaves out the tool call of turn {index}: it knows no tools")
+
+
+def _nothing_forged(tokenizer: Tokenizer, messages: Messages, row: Row) -> None:
+    """Nobody speaks a special token: in what is said it would end the turn, or begin one in another's name."""
+    told = [(f"message {index}", message) for index, message in enumerate(messages)]
+    for where, value in (*told, ("'tools'", row.get("tools"))):
+        for text in _texts(value):
+            if found := marks(tokenizer, text):
+                raise Unrenderable(
+                    f"{where} holds '{found[0]}', which is a special token of this base: it would end or forge a turn. "
+                    "Take it out, or write it otherwise"
+                )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for key, below in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(key)
+            yield from _texts(below)
 
 
 def _no_results_learnt(

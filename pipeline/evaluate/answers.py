@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,9 @@ def ask(
     `question_accuracy`: share answered right; `stopped`: share of answers the model ended by itself.
     """
     questions = list(ctx.data.questions)
-    shown = questions[:: max(1, len(questions) // SHOWN)][:SHOWN] or list(_prompts(ctx.data.test or []))[:SHOWN]
+    shown = questions[:: max(1, len(questions) // SHOWN)][:SHOWN] or list(
+        itertools.islice(_prompts(tokenizer, ctx.data.test or []), SHOWN)
+    )
     if when == "before":
         known = _parents_answers(ctx, shown)
         if known is not None:
@@ -145,12 +148,14 @@ def _note(samples: list[dict[str, Any]], key: str, answers: list[Answer]) -> Non
         sample[key] = answer.text
 
 
-def _prompts(rows: list[Row]) -> Iterator[Row]:
-    """What held-out rows ask, without what they answer; documents ask nothing."""
+def _prompts(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]) -> Iterator[Row]:
+    """What held-out rows ask, without what they answer; documents ask nothing, and what the template refuses is left
+    out as it is elsewhere."""
     for row in rows:
-        if "prompt" in row:
-            yield row
-        elif "messages" in row:
+        if "prompt" not in row and "messages" in row:
             first = next(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
-            if first:
-                yield {"prompt": row["messages"][:first]}
+            row = {"prompt": row["messages"][:first]}
+        if row.get("prompt"):
+            with contextlib.suppress(render.Unrenderable):
+                render.prompt(tokenizer, row)
+                yield row

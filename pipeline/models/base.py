@@ -24,7 +24,7 @@ from pipeline.models.forward import score_by_length
 from pipeline.models.spec import ModelSpec, cache_folder, pinned
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -186,6 +186,17 @@ def _trunk(model: torch.nn.Module) -> torch.nn.Module:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     return getattr(model, model.base_model_prefix)
+
+
+def load_config(spec: ModelSpec) -> PretrainedConfig:
+    """What the base's config.json says of its language model, without its weights."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(local_folder(spec), revision=spec.revision)
+    except Exception as error:  # a damaged file fails in as many ways as there are file formats
+        raise UserError(f"model.base: {spec.base} cannot be loaded: {type(error).__name__}: {error}") from error
+    return config.get_text_config()
 
 
 def local_folder(spec: ModelSpec) -> str:

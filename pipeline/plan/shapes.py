@@ -161,6 +161,12 @@ def read_shapes(spec: ModelSpec) -> Shapes:
 
     Raises UserError if there is no config to read, or none whose shapes are known.
     """
+    config, where = read_config(spec)
+    return shapes_of(config, where)
+
+
+def read_config(spec: ModelSpec) -> tuple[dict[str, Any], str]:
+    """The config.json of a recipe's base, and where it is. Raises UserError if there is none to read."""
     if spec.base.endswith(".gguf"):
         raise UserError(f"{spec.base}: a .gguf file has no config.json to plan from; name the model's folder or Hub id")
     local = Path(spec.base) / "config.json"
@@ -171,7 +177,7 @@ def read_shapes(spec: ModelSpec) -> Shapes:
         raise UserError(f"{path} cannot be read ({error})") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} does not hold a JSON object")
-    return shapes_of(config, str(path) if path is local else f"{spec.base}: config.json")
+    return config, str(path) if path is local else f"{spec.base}: config.json"
 
 
 def _from_hub(spec: ModelSpec) -> Path:

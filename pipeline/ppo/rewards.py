@@ -100,7 +100,8 @@ def total(sources: list[Source], scores: dict[str, list[float]]) -> list[float]:
 
 
 def _conversation(tokenizer: PreTrainedTokenizerBase, row: Row, text: str) -> list[int]:
-    answer: Any = text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+    said = text if isinstance(row["prompt"], str) else render.without_marks(tokenizer, text)
+    answer: Any = said if isinstance(row["prompt"], str) else [{"role": "assistant", "content": said}]
     return render.conversation(tokenizer, {**row, "answer": answer}, "answer")
 
 

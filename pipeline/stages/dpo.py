@@ -24,6 +24,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     result = Result()
     args = shared.arguments(DPOConfig, spec, ctx)
     tokenizer = bases.load_tokenizer(ctx.model)
+    sequences.askable(ctx, tokenizer)
     skip = spec.data.on_bad_row == "skip"
     rows, train_set, unfit = sequences.encoded(ctx.data.train, pair, ctx, skip)
     _, test_set, unfit_test = sequences.encoded(ctx.data.test or [], pair, ctx, skip)

@@ -17,7 +17,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     from pipeline.ppo import rewards
     from pipeline.ppo.settings import PPOSettings
     from pipeline.ppo.trainer import PPOTrainer
-    from pipeline.stages import invariants, ppo_loop
+    from pipeline.stages import invariants, ppo_loop, sequences
     from pipeline.stages import trainer as shared
 
     result = Result()
@@ -29,12 +29,14 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     for parent in models.values():
         invariants.same_tokenizer(tokenizer, parent)
     ppo_loop.warn_of_length(models)
+    sequences.askable(ctx, tokenizer)
+    skip, config = spec.data.on_bad_row == "skip", bases.load_config(ctx.model)
+    ctx, result.counts, result.refused = ppo_loop.fitting(ctx, tokenizer, settings, config, skip)
 
     # base
     set_seed(ctx.seed)
     base = bases.load_base(ctx.model, tokenizer)
     result.base_digest = bases.frozen_digest(base)
-    result.counts = ppo_loop.fitting(ctx, tokenizer, settings, base.config.get_text_config())
 
     # adapters: the policy, itself again as reference, the reward models, the critic
     model = shared.policy(ctx, base)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from pipeline.ppo.settings import PPOSettings
     from pipeline.ppo.trainer import PPOTrainer
+    from pipeline.stages.sequences import Refused
     from pipeline.stages.stage import Context
 
 
@@ -38,9 +39,13 @@ KEPT = 2
 
 
 def fitting(
-    ctx: Context, tokenizer: PreTrainedTokenizerBase, settings: PPOSettings, config: PretrainedConfig
-) -> dict[str, Any]:
-    """Counts of prompts. Raises UserError naming those that leave no room for an answer; a prompt is never cut."""
+    ctx: Context, tokenizer: PreTrainedTokenizerBase, settings: PPOSettings, config: PretrainedConfig, skip: bool
+) -> tuple[Context, dict[str, Any], Refused]:
+    """The context without prompts that the template refuses, counts of the others, and those refused.
+
+    Raises UserError naming prompts that are refused, unless `skip`, or that leave no room for an answer; a prompt is
+    never cut.
+    """
     window = getattr(config, "max_position_embeddings", None)
     if any(isinstance(row["prompt"], list) for row in ctx.data.train) and not render.closes_turns(tokenizer):
         raise UserError(
@@ -49,9 +54,11 @@ def fitting(
             "recipes/templates/chatml.jinja"
         )
     room = min(limit for limit in (settings.max_length, window, 1 << 62) if limit) - settings.response_length
-    tokens = 0
-    for rows in (ctx.data.train, ctx.data.test or []):
-        _, prompts, _ = encoded(rows, lambda row: render.prompt(tokenizer, row), ctx)
+    tokens, kept, refused = [], [], []
+    for part in (ctx.data.train, ctx.data.test or []):
+        rows, prompts, unfit = encoded(part, lambda row: render.prompt(tokenizer, row), ctx, skip)
+        kept.append(list(rows))
+        refused += unfit
         long = [(row["_place"], len(ids)) for row, ids in zip(rows, prompts, strict=True) if len(ids) > room]
         if long:
             named = "\n".join(f"  {place}: {length} tokens" for place, length in long[:NAMED_AT_MOST])
@@ -60,8 +67,11 @@ def fitting(
                 f"max_length {settings.max_length or window} leaves beside response_length "
                 f"{settings.response_length}:\n{named}\nRaise max_length, lower response_length, or remove them."
             )
-        tokens = tokens or sum(len(ids) for ids in prompts)
-    return {"rows": len(ctx.data.train), "prompt_tokens": tokens}
+        tokens.append(sum(len(ids) for ids in prompts))
+    train, test = kept
+    unrendered = len(ctx.data.train) - len(train)
+    counts = {"rows": len(train), "prompt_tokens": tokens[0], "rows_unrendered": unrendered}
+    return replace(ctx, data=replace(ctx.data, train=train, test=ctx.data.test and test)), counts, refused
 
 
 def with_every_column(ctx: Context) -> Context:

@@ -24,6 +24,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     # Documents longer than max_length are split rather than cut: nothing of the corpus is lost.
     args = shared.arguments(SFTConfig, spec, ctx, packing=True, packing_strategy="bfd_split")
     tokenizer = bases.load_tokenizer(ctx.model)
+    sequences.askable(ctx, tokenizer)
     skip = spec.data.on_bad_row == "skip"
     rows, train_set, unfit = sequences.encoded(ctx.data.train, encode, ctx, skip)
     _, test_set, unfit_test = sequences.encoded(ctx.data.test or [], encode, ctx, skip)

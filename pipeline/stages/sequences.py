@@ -12,7 +12,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
 from pipeline.data.load import NAMED_AT_MOST
-from pipeline.data.render import IGNORED, Encoded, Reply, Unrenderable, stop_ids
+from pipeline.data.render import IGNORED, Encoded, Reply, Unrenderable, stop_ids, unaskable
 from pipeline.data.shelf import Shelf
 from pipeline.errors import UserError
 from pipeline.stages.stage import Context
@@ -54,6 +54,13 @@ def encoded(
             f"  {len(refused)} of {len(rows)} rows cannot be rendered: left out, from {refused[0]['place']}", flush=True
         )
     return kept, done, refused
+
+
+def askable(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError naming the questions that cannot be put to the model, before any weights are read."""
+    if found := unaskable(tokenizer, ctx.data.questions):
+        named = "\n  ".join(found[:NAMED_AT_MOST])
+        raise UserError(f"{len(found)} questions of stage '{ctx.out.name}' cannot be asked; correct them:\n  {named}")
 
 
 def shelf(items: Iterable[Any] = ()) -> Shelf[Any]:

@@ -23,6 +23,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     result = Result()
     args = shared.arguments(SFTConfig, spec, ctx)
     tokenizer = bases.load_tokenizer(ctx.model)
+    sequences.askable(ctx, tokenizer)
     skip = spec.data.on_bad_row == "skip"
     rows, train_set, unfit = sequences.encoded(ctx.data.train, encode, ctx, skip)
     _, test_set, unfit_test = sequences.encoded(ctx.data.test or [], encode, ctx, skip)

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,10 @@ Json = dict[str, Any]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 """Of a run or a stage: it becomes a folder."""
 WEIGHTS = "adapter_model.safetensors"
+TEMPORARY = re.compile(r"\.onebase-[0-9a-f]{16}\.tmp")
+"""What is put to a name while the file or folder is being written."""
+NEW = 60.0
+"""Seconds for which an unlocked temporary folder may be one whose process is about to lock it."""
 ANEW = "Delete its folder to have the stage trained anew."
 
 
@@ -187,9 +194,9 @@ def write_json(path: Path, value: Json) -> None:
 def write_text(path: Path, text: str | Iterable[str]) -> None:
     """Write a file whole or not at all; pieces are written as they come."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
@@ -201,19 +208,56 @@ def write_text(path: Path, text: str | Iterable[str]) -> None:
 @contextlib.contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
     """A folder to write into that takes its real name only once everything in it is on disk."""
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with temporary_beside(folder) as temporary:
         yield temporary
         for path in temporary.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        with temporary_beside(folder) as replaced:
+            before = folder.exists()
+            if before:
+                os.replace(folder, replaced)  # not deleted before the new one stands in its place
+            try:
+                os.replace(temporary, folder)
+            except OSError:
+                if before:
+                    os.replace(replaced, folder)
+                raise
+
+
+@contextlib.contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, under a name that nobody else has. It is removed at the end, and so are those that
+    killed processes left for the same path: nobody holds their lock any more."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.onebase-*.tmp"):
+        with contextlib.suppress(OSError):
+            ours = TEMPORARY.fullmatch(left.name.removeprefix(path.name))
+            if ours and time.time() - left.stat().st_mtime > NEW:
+                with _held(left):
+                    shutil.rmtree(left, ignore_errors=True)
+    temporary = _temporary(path)
+    temporary.mkdir(parents=True)
+    with contextlib.ExitStack() as held:
+        held.callback(shutil.rmtree, temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a file system without locks: then nobody takes it for abandoned either
+            held.enter_context(_held(temporary))
+        yield temporary
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """The kernel's lock on a folder, or OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.onebase-{secrets.token_hex(8)}.tmp")
 
 
 @contextlib.contextmanager

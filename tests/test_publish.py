@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -392,6 +394,22 @@ def test_what_fails_leaves_the_destination_as_it_was(
             publish(run[0], "sft", str(tmp_path / to), runs=run[1])
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_publish_that_is_terminated_leaves_nothing(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "model.tmp").mkdir()
+    (tmp_path / "model.tmp" / "thesis.txt").write_text("years of work")
+    to = ["--to", str(tmp_path / "model"), "--as", "merged"]
+    command = [sys.executable, "-m", "pipeline", "publish", str(run[1] / "tiny"), "sft", *to]
+    here = {**os.environ, "ONEBASE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(Path.cwd())}
+    writing = subprocess.Popen(command, env=here, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while writing.poll() is None and not list(tmp_path.rglob("model.safetensors")):
+        time.sleep(0.05)  # until the files are there and the gate has begun
+    assert [path.name for path in tmp_path.rglob("*.onebase-*.tmp")], "it was over before it could be ended"
+    writing.terminate()
+    assert writing.wait(30) == 128 + signal.SIGTERM
+    assert not list(tmp_path.rglob("*.onebase-*.tmp")) and not list(tmp_path.rglob("model.safetensors"))
+    assert (tmp_path / "model.tmp" / "thesis.txt").read_text() == "years of work"
 
 
 def test_what_cannot_be_published_is_said_before_anything_is_loaded(run: Run, tmp_path: Path) -> None:

@@ -13,12 +13,11 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.artifact import write_text
+from pipeline.artifact import temporary_beside, write_text
 from pipeline.errors import UserError
 from pipeline.models.spec import cache_folder
 from pipeline.publish import merged
@@ -47,15 +46,15 @@ def write(sealed: Sealed, folder: Path) -> list[str]:
 
     converter = _converter()
     tokenizer = AutoTokenizer.from_pretrained(sealed.artifact.adapter)
-    with tempfile.TemporaryDirectory(prefix="merged-", dir=folder.parent) as scratch:
+    with temporary_beside(folder.parent / "merged") as scratch:
         # float16 holds a sum of bfloat16 weights and an adapter more exactly than bfloat16 does.
-        merged.write(sealed, Path(scratch), dtype="float16")
+        merged.write(sealed, scratch, dtype="float16")
         if tokenizer.chat_template:
-            write_text(Path(scratch) / "chat_template.jinja", portable(tokenizer.chat_template))
+            write_text(scratch / "chat_template.jinja", portable(tokenizer.chat_template))
         names = [f"{sealed.title}-{kind}.gguf" for kind in ("f16", "q8_0")]
         for kind, name in zip(("f16", "q8_0"), names, strict=True):
             _run(
-                [sys.executable, str(converter), scratch, "--outtype", kind, "--outfile", str(folder / name)],
+                [sys.executable, str(converter), str(scratch), "--outtype", kind, "--outfile", str(folder / name)],
                 {"PYTHONPATH": str(converter.parent / "gguf-py"), "HF_HUB_OFFLINE": "1"},
             )
     if quantize := _quantizer():

@@ -9,10 +9,14 @@
 
 from __future__ import annotations
 
-import tempfile
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from pipeline.artifact import Json, file_hashes, write_json, write_text, written_whole
+from pipeline.artifact import Json, file_hashes, temporary_beside, write_json, write_text, written_whole
 from pipeline.errors import UserError
 from pipeline.models.published import PREFIX
 from pipeline.models.quiet import quiet
@@ -24,6 +28,27 @@ from pipeline.recipe import RUNS, Recipe
 FORMS = ("adapter", "merged", "gguf")
 
 
+@contextlib.contextmanager
+def ended_in_order() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP end the process as an error does, so that no temporary folder is left."""
+    caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        caught = []  # no other thread may set a handler
+
+    def end(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once: the second would cut the tidying short
+        raise SystemExit(128 + number)
+
+    for number in caught:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@ended_in_order()
 def publish(
     recipe: Recipe,
     stage: str,
@@ -55,8 +80,7 @@ def publish(
         repository = to.removeprefix(PREFIX)
         if not dry_run:
             hub.ready(repository, overwrite)
-        with tempfile.TemporaryDirectory(prefix="publish-", dir=_scratch()) as scratch:
-            folder = Path(scratch)
+        with temporary_beside(_scratch()) as folder:
             _fill(source, form, folder, repository)
             if not dry_run:
                 hub.push(repository, folder, private, overwrite)
@@ -65,10 +89,10 @@ def publish(
     _refuse_around(destination, source.artifact.folder)
     _refuse_foreign(destination, overwrite)
     if dry_run:
-        with tempfile.TemporaryDirectory(prefix="publish-", dir=_scratch()) as scratch:
-            _fill(source, form, Path(scratch), destination.name)
-            return _sizes(Path(scratch))
-    with written_whole(destination.absolute()) as folder:
+        with temporary_beside(_scratch()) as folder:
+            _fill(source, form, folder, destination.name)
+            return _sizes(folder)
+    with written_whole(destination.resolve()) as folder:
         _fill(source, form, folder, destination.name)
     return _sizes(destination)
 
@@ -148,10 +172,7 @@ def _refuse_foreign(folder: Path, overwrite: bool) -> None:
 
 
 def _scratch() -> Path:
-    # Not /tmp, which is memory on many machines.
-    folder = cache_folder() / "publish"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return cache_folder() / "publish" / "files"  # not /tmp, which is memory on many machines
 
 
 def _sizes(folder: Path) -> list[tuple[str, int]]:

@@ -18,7 +18,7 @@ from pipeline.evaluate.metric import METRICS, Metric, columns, of_benchmark
 from pipeline.evaluation_plan import verdicts_in
 from pipeline.plan import auto
 from pipeline.plan.cards import Card
-from pipeline.plan.shapes import read_shapes
+from pipeline.plan.shapes import Shapes, read_shapes
 from pipeline.plan.stage import lengths_of, plan_stage, planned_model
 from pipeline.plan.table import show_plan
 from pipeline.recipe import Recipe
@@ -37,8 +37,8 @@ def show_states(states: list[State], console: Console) -> None:
     console.print(table)
 
 
-def show_needs(recipe: Recipe, card: Card | None, console: Console) -> None:
-    """What every stage needs: memory, time, disk; from the shapes in the base's config.json.
+def show_needs(recipe: Recipe, card: Card | None, console: Console) -> Shapes:
+    """What every stage needs: memory, time, disk; from the shapes in the base's config.json, which are returned.
 
     Raises UserError with the reason where the shapes cannot be read or are not of a known kind.
     """
@@ -57,6 +57,13 @@ def show_needs(recipe: Recipe, card: Card | None, console: Console) -> None:
     half = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[spec.dtype]
     console.print()
     show_plan(planned, shapes, card, half, console)
+    if shapes.noted:
+        console.print(
+            f"{spec.base}: its shapes are as this package noted them on {shapes.noted}, since its config.json is "
+            "not on this disk and the Hub did not give it.",
+            style="dim", highlight=False, markup=False,
+        )  # fmt: skip
+    return shapes
 
 
 def show_results(recipe: Recipe, runs: Path, console: Console) -> None:

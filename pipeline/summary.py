@@ -12,11 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.artifact import WEIGHTS, Json
-from pipeline.errors import UserError
 from pipeline.evaluate import verdicts
 from pipeline.evaluate.metric import METRICS, Metric, columns, of_benchmark
 from pipeline.evaluation_plan import verdicts_in
-from pipeline.plan import auto
+from pipeline.plan import auto, cards
 from pipeline.plan.cards import Card
 from pipeline.plan.shapes import Shapes, read_shapes
 from pipeline.plan.stage import lengths_of, plan_stage, planned_model
@@ -46,13 +45,14 @@ def show_needs(recipe: Recipe, card: Card | None, console: Console) -> Shapes:
     shapes = read_shapes(spec)
     model = planned_model(spec, shapes)
     planned = {}
+    if card is None and any(auto.asked(section) for section in recipe.stages.values()):
+        card = cards.half_of_ram()  # as `onebase run` takes it
+        console.print("\nno GPU here: auto is planned as it would be chosen on this machine; --gpu names a card")
     for name in recipe.order():
         kind, section = recipe.kind(name), recipe.stages[name]
         lengths = lengths_of(section, kind.contract, recipe.spec.seed)
         if card:
             section = auto.resolved(kind, section, model, spec, lengths, card)
-        elif auto.asked(section):
-            raise UserError(f"stages.{name}: {', '.join(auto.asked(section))} is auto: name a card with --gpu")
         planned[name] = plan_stage(kind, section, model, spec, lengths, card)
     half = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[spec.dtype]
     console.print()

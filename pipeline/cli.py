@@ -124,6 +124,7 @@ def plan(
     from rich.console import Console
 
     from pipeline.errors import UserError
+    from pipeline.models.spec import hub_commit
     from pipeline.plan import cards
     from pipeline.runner import states
     from pipeline.summary import show_needs, show_states
@@ -135,11 +136,15 @@ def plan(
         show_states(states(chain, runs), console)
     except UserError as error:  # its needs follow from shapes alone
         unknown = error
+    noted = ""
     try:
-        show_needs(chain, card, console)
+        noted = show_needs(chain, card, console).noted
     except UserError as error:
         console.print(f"memory and time: not planned: {error}", highlight=False, markup=False)
-    if unknown:
+    base = chain.spec.model
+    if unknown and noted and hub_commit(base.base, base.revision)[1]:  # well known; only the Hub is out of reach
+        console.print(f"\nwhat would run is not told: {unknown}", highlight=False, markup=False)
+    elif unknown:
         raise unknown
 
 

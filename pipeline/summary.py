@@ -12,13 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.artifact import WEIGHTS, Json
-from pipeline.errors import UserError
 from pipeline.evaluate import verdicts
 from pipeline.evaluate.metric import METRICS, Metric, columns, of_benchmark
 from pipeline.evaluation_plan import verdicts_in
-from pipeline.plan import auto
+from pipeline.plan import auto, cards
 from pipeline.plan.cards import Card
-from pipeline.plan.shapes import read_shapes
+from pipeline.plan.shapes import Shapes, read_shapes
 from pipeline.plan.stage import lengths_of, plan_stage, planned_model
 from pipeline.plan.table import show_plan
 from pipeline.recipe import Recipe
@@ -37,8 +36,8 @@ def show_states(states: list[State], console: Console) -> None:
     console.print(table)
 
 
-def show_needs(recipe: Recipe, card: Card | None, console: Console) -> None:
-    """What every stage needs: memory, time, disk; from the shapes in the base's config.json.
+def show_needs(recipe: Recipe, card: Card | None, console: Console) -> Shapes:
+    """What every stage needs: memory, time, disk; from the shapes in the base's config.json, which are returned.
 
     Raises UserError with the reason where the shapes cannot be read or are not of a known kind.
     """
@@ -46,17 +45,25 @@ def show_needs(recipe: Recipe, card: Card | None, console: Console) -> None:
     shapes = read_shapes(spec)
     model = planned_model(spec, shapes)
     planned = {}
+    if card is None and any(auto.asked(section) for section in recipe.stages.values()):
+        card = cards.half_of_ram()  # as `onebase run` takes it
+        console.print("\nno GPU here: auto is planned as it would be chosen on this machine; --gpu names a card")
     for name in recipe.order():
         kind, section = recipe.kind(name), recipe.stages[name]
         lengths = lengths_of(section, kind.contract, recipe.spec.seed)
         if card:
             section = auto.resolved(kind, section, model, spec, lengths, card)
-        elif auto.asked(section):
-            raise UserError(f"stages.{name}: {', '.join(auto.asked(section))} is auto: name a card with --gpu")
         planned[name] = plan_stage(kind, section, model, spec, lengths, card)
     half = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[spec.dtype]
     console.print()
     show_plan(planned, shapes, card, half, console)
+    if shapes.noted:
+        console.print(
+            f"{spec.base}: its shapes are as this package noted them on {shapes.noted}, since its config.json is "
+            "not on this disk and the Hub did not give it.",
+            style="dim", highlight=False, markup=False,
+        )  # fmt: skip
+    return shapes
 
 
 def show_results(recipe: Recipe, runs: Path, console: Console) -> None:

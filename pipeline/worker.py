@@ -236,15 +236,14 @@ def choices_noted(out: Artifact, fingerprint: str) -> str:
 
 
 def _this_machine() -> Card:
-    """The GPU that is trained on; without one half of the RAM, which the system and the data also live in."""
-    import psutil
+    """The GPU that is trained on; without one half of the RAM."""
     import torch
 
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         # what is not free is held by others, and by the context that this process has just opened
         return cards.named(torch.cuda.get_device_name(), min(total, free + CONTEXT), usable=1.0)
-    return Card("half of this machine's RAM", psutil.virtual_memory().total // 2, usable=1.0)
+    return cards.half_of_ram()
 
 
 def load_rows(recipe: Recipe, stage: str) -> tuple[Rows, list[Source]]:

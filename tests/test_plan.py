@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -15,12 +17,14 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, tiny_tree, write_recipe
+from hub_server import serve
 from plan_oracle import MODELS, Variant, against_plan
 
+from pipeline import strict_yaml
 from pipeline.errors import UserError
 from pipeline.plan.cards import CARDS, card
 from pipeline.plan.memory import CONTEXT, Adapter, Model, Work, memory
-from pipeline.plan.shapes import Shapes, shapes_of
+from pipeline.plan.shapes import KNOWN, Shapes, shapes_of, shipped
 from pipeline.plan.time import step_seconds, training_operations
 from pipeline.recipe import build
 from pipeline.stages.arguments import defaults
@@ -69,6 +73,50 @@ def test_parameters_are_those_of_the_model_cards() -> None:
     }  # fmt: skip
     for name, parameters in stated.items():
         assert shapes(name).parameters == parameters, name
+
+
+def test_shapes_that_are_shipped_have_the_published_number_of_parameters() -> None:
+    """As the cards or the safetensors of each model on the Hub state them, a tied head counted once."""
+    stated = {
+        "HuggingFaceTB/SmolLM2-135M": 134_515_008, "HuggingFaceTB/SmolLM2-360M": 361_821_120,
+        "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384, "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384, "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+        "meta-llama/Llama-2-13b-hf": 13_015_864_320, "meta-llama/Llama-3.2-1B": 1_235_814_400,
+        "meta-llama/Llama-3.2-3B": 3_212_749_824, "meta-llama/Llama-3.1-8B": 8_030_261_248,
+        "meta-llama/Llama-3.1-70B": 70_553_706_496, "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+        "mistralai/Mistral-7B-v0.3": 7_248_023_552, "mistralai/Mistral-Small-24B-Base-2501": 23_572_403_200,
+        "Qwen/Qwen2.5-0.5B": 494_032_768, "Qwen/Qwen2.5-1.5B": 1_543_714_304, "Qwen/Qwen2.5-3B": 3_085_938_688,
+        "Qwen/Qwen2.5-7B": 7_615_616_512, "Qwen/Qwen2.5-14B": 14_770_033_664, "Qwen/Qwen2.5-32B": 32_763_876_352,
+        "Qwen/Qwen2.5-72B": 72_706_203_648, "Qwen/Qwen3-0.6B": 596_049_920, "Qwen/Qwen3-1.7B": 1_720_574_976,
+        "Qwen/Qwen3-4B": 4_022_468_096, "Qwen/Qwen3-8B": 8_190_735_360, "Qwen/Qwen3-14B": 14_768_307_200,
+        "Qwen/Qwen3-32B": 32_762_123_264, "google/gemma-2b": 2_506_172_416, "google/gemma-7b": 8_537_680_896,
+        "google/gemma-3-270m": 268_098_176, "google/gemma-3-1b-pt": 999_885_952,
+        "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552, "microsoft/Phi-3-medium-4k-instruct": 13_960_238_080,
+        "microsoft/Phi-4-mini-instruct": 3_836_021_760, "microsoft/phi-4": 14_659_507_200,
+        "ibm-granite/granite-3.1-2b-base": 2_533_531_648, "ibm-granite/granite-3.1-8b-base": 8_170_848_256,
+    }  # fmt: skip
+    known = json.loads(KNOWN.read_text(encoding="utf-8"))
+    assert len(stated) == len(known["models"])
+    for entry in known["models"]:
+        (name, parameters), *_ = [item for item in stated.items() if item[0] in entry["windows"]]
+        for other in entry["windows"]:
+            found = shipped(other)
+            assert found is not None and abs(found.parameters / parameters - 1) < 0.02, (name, found)
+    assert {name: bases_of(name) for name in CARD_BASES} == CARD_BASES
+    assert all(shipped(base) for base in CARD_BASES.values())
+
+
+CARD_BASES = {
+    "qwen3-8b-12gb": "Qwen/Qwen3-8B-Base",
+    "qwen3-8b-16gb": "Qwen/Qwen3-8B-Base",
+    "qwen3-8b-24gb": "Qwen/Qwen3-8B-Base",
+    "smollm2-1_7b-8gb": "HuggingFaceTB/SmolLM2-1.7B",
+    "smollm3-3b-8gb": "HuggingFaceTB/SmolLM3-3B-Base",
+}
+
+
+def bases_of(card: str) -> str:
+    return strict_yaml.load(ROOT / "recipes" / "cards" / f"{card}.yaml")[0]["model"]["base"]
 
 
 def test_torchtune_8b_qlora_on_a_4090() -> None:
@@ -255,6 +303,41 @@ def test_the_command_needs_no_weights_and_no_gpu(tmp_path: Path, tiny_base: Path
         assert part in shown.stdout
     assert shown.stdout.count("yes") == 4
     assert plan(path, "--gpu", "5GB").stdout.count("no, ") == 4
+
+
+def test_the_shipped_cards_are_planned_without_a_hub(tmp_path: Path) -> None:
+    """Of a well-known base the shapes are in the package, and the plan says so with their date."""
+    begun = children_seconds()
+    shown = plan(ROOT / "recipes" / "cards" / "qwen3-8b-12gb.yaml", "--gpu", "rtx3060", HF_HUB_OFFLINE="1")
+    assert children_seconds() - begun < 5
+    told = " ".join(shown.stdout.split())
+    assert shown.returncode == 0 and shown.stdout.count("yes") == 5, shown.stdout + shown.stderr
+    assert re.search(r"Qwen/Qwen3-8B-Base: .* as this package noted them on 20\d\d-\d\d-\d\d", told)
+    assert "would run is not told" in told and "8.19B parameters" in told
+    hidden = {"HF_HUB_OFFLINE": "1", "PATH": str(tmp_path)}  # no nvidia-smi
+    shown = plan(ROOT / "recipes" / "cards" / "smollm3-3b-8gb.yaml", **hidden)
+    assert shown.returncode == 0 and "on half of this machine's RAM" in shown.stdout, shown.stdout + shown.stderr
+
+
+def test_a_config_at_hand_wins_over_what_is_shipped(tmp_path: Path, tiny_base: Path) -> None:
+    """A Hub that has another config.json is believed; what it says of a wrong revision as well."""
+    config = json.dumps({**MODELS["Qwen3-4B"], "num_hidden_layers": 35}).encode()
+    hub = serve(str(tmp_path / "hub"))
+    hub.create("model", "Qwen/Qwen3-8B-Base")
+    entry = {"data": config, "size": len(config), "oid": hashlib.sha1(config).hexdigest()}
+    hub.commit(hub.repos["model", "Qwen/Qwen3-8B-Base"], "main", {"config.json": entry}, "config")
+    tree = tiny_tree(tiny_base, tmp_path)
+    tree["model"]["base"] = "Qwen/Qwen3-8B-Base"
+    there = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    shown = plan(write_recipe(tree, tmp_path / "recipe.yaml"), **there)
+    assert "0 of 35" in shown.stdout and "noted them" not in shown.stdout, shown.stdout + shown.stderr
+    tree["model"]["revision"] = "nope"
+    shown = plan(write_recipe(tree, tmp_path / "recipe.yaml"), **there)
+    assert "of 35" not in shown.stdout and "of 36" not in shown.stdout
+    assert shown.returncode == 2 and "RevisionNotFoundError" in shown.stderr
+    hub.stop()
+    shown = plan(write_recipe(tree, tmp_path / "recipe.yaml"), **there)
+    assert "0 of 36" in shown.stdout and "noted them" in shown.stdout and shown.returncode == 0
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path, tiny_base: Path) -> None:

@@ -102,6 +102,13 @@ def present() -> Card | None:
     return named(name.strip(), memory, taken)
 
 
+def half_of_ram() -> Card:
+    """What a stage may take on a machine without a GPU: the other half is the system's and the data's."""
+    import psutil
+
+    return Card("half of this machine's RAM", psutil.virtual_memory().total // 2, usable=1.0)
+
+
 def named(name: str, memory: int, taken: int = 0, usable: float = 0.975) -> Card:
     """A card that is here, with the speeds that are known of its kind."""
     try:

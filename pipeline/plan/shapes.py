@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ WHY_NOT = {
     "gemma2": "it caps its attention scores, which sdpa attention cannot",
     "gpt2": "its layers are not the linear ones that are quantised",
 }
+KNOWN = Path(__file__).with_name("known_shapes.json")
+"""Shapes of well-known bases by Hub id, as their config.json gave them on the day it says; `windows`:
+max_position_embeddings of each id."""
 QUANTISED_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Of a weight in nf4 with double quantisation: blocks of 64, their scales in 8 bits, blocks of 256 scales
 (arXiv 2305.14314, section 3)."""
@@ -71,6 +74,8 @@ class Shapes:
     attention_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    noted: str = ""
+    """The day on which this package noted them, where no config.json was at hand."""
 
     @property
     def q(self) -> int:
@@ -157,11 +162,18 @@ def shapes_of(config: dict[str, Any], where: str = "config.json") -> Shapes:
 
 
 def read_shapes(spec: ModelSpec) -> Shapes:
-    """The shapes of a recipe's base. Of a Hub id only config.json is fetched, if it is not in the cache.
+    """The shapes of a recipe's base. Of a Hub id only config.json is fetched, if it is not in the cache; where the Hub
+    does not give it, those of a well-known base are the ones that this package noted.
 
     Raises UserError if there is no config to read, or none whose shapes are known.
     """
-    config, where = read_config(spec)
+    try:
+        config, where = read_config(spec)
+    except UserError:
+        known = None if "RevisionNotFoundError" in hub_commit(spec.base, spec.revision) else shipped(spec.base)
+        if known is None:
+            raise
+        return known
     return shapes_of(config, where)
 
 
@@ -178,6 +190,16 @@ def read_config(spec: ModelSpec) -> tuple[dict[str, Any], str]:
     if not isinstance(config, dict):
         raise UserError(f"{path} does not hold a JSON object")
     return config, str(path) if path is local else f"{spec.base}: config.json"
+
+
+def shipped(base: str) -> Shapes | None:
+    """The shapes of a well-known base as this package noted them, by its Hub id."""
+    known = json.loads(KNOWN.read_text(encoding="utf-8"))
+    for entry in known["models"]:
+        if window := entry["windows"].get(base):
+            found = shapes_of({**entry["config"], "max_position_embeddings": window}, f"{KNOWN}: {base}")
+            return replace(found, noted=known["noted"])
+    return None
 
 
 def _from_hub(spec: ModelSpec) -> Path:

@@ -15,6 +15,7 @@ from pipeline.evaluate.benchmarks import PREFIX, label
 from pipeline.evaluate.matching import NEW_TOKENS
 from pipeline.recipe import Recipe
 from pipeline.runner import states
+from pipeline.stages.reward_file import read_by
 from pipeline.worker import load_rows
 
 METHOD = 3
@@ -219,7 +220,8 @@ def _sampling(recipe: Recipe, ppo: list[str], prompts: list[Row], sources: list[
     answered = all(row.get("answer") is not None for row in prompts)
     truth = declared[0] if declared else "answer" if answered else None
     named = [source for source in (*sources, truth or "") if ".py:" in source]
-    files = {source: sha256_of_file(Path(source.rpartition(":")[0])) for source in named}
+    read = {source: read_by(Path(source.rpartition(":")[0])) for source in named}
+    files = {source: {name: sha256_of_file(path) for name, path in found.items()} for source, found in read.items()}
     return {
         "new_tokens": int(words.get("response_length", NEW_TOKENS)),
         "temperature": float(words.get("temperature", 1.0)),

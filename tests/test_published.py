@@ -279,7 +279,7 @@ def test_no_mutated_publication_reaches_outside_the_cache_or_gives_a_traceback(
             for tells in (card._lineage, card._cost, card._hub_datasets, measured.table):
                 tells(told)
     assert listing(tmp_path) == before
-    assert 50 < accepted < MUTATIONS // 2, "the mutations are to be refused mostly, but not all"
+    assert 20 < accepted < MUTATIONS // 2, "most mutations are to be refused, but not all"
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:

@@ -183,6 +183,11 @@ def test_without_a_tokenizer_the_rows_are_examined_all_the_same(tiny_base: Path,
     found = examination.examine(build(tree), ["sft"])
     assert len(found["faults"]) == 2 and all(str(tmp_path / "no" / "such") in fault for fault in found["faults"])
     assert found["stages"]["sft"]["train_rows"] == 32 and found["stages"]["sft"]["duplicates"]["exact"] == 0
+    (tmp_path / "broken.jinja").write_text("{{ messages[0].content")
+    tree["model"] |= {"base": str(tiny_base), "chat_template": str(tmp_path / "broken.jinja")}
+    found = examination.examine(build(tree), ["sft"])
+    assert "model.chat_template: on a plain dialogue, the chat template refuses the row" in found["faults"][0]
+    assert found["stages"]["sft"]["train_rows"] == 32
 
 
 def test_a_base_without_a_template_gets_one_of_tokens_it_has(tiny_base: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ LAYERS = [
     ["models", "data", "ppo"],
     ["stages", "evaluate", "plan"],
     ["recipe"],
-    ["runner", "worker", "evaluation_plan", "evaluator", "summary", "doctor", "report", "compare", "chat", "publish"],
+    ["runner", "worker", "evaluation_plan", "evaluator", "summary", "doctor", "faults", "report", "compare", "chat"]
+    + ["publish"],
     ["cli"],
 ]
 

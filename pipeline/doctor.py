@@ -6,22 +6,20 @@ A fault is what a run would stop at. One in a file hides nothing of what can be 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.artifact import write_json
 from pipeline.data import doctor, render
-from pipeline.data.contracts import QUESTION, Contract, Row
-from pipeline.data.load import DataSpec, Part, Source, labels_as_answers, read_source, read_split, refusal
+from pipeline.data.contracts import Row
 from pipeline.errors import UserError
+from pipeline.faults import read_fit, tried
 from pipeline.recipe import Recipe
 from pipeline.stages.arguments import defaults
-from pipeline.stages.stage import Rows
-from pipeline.worker import load_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 
     from pipeline.artifact import Json
 
-T = TypeVar("T")
 FEW_BYTES_A_TOKEN = 2.0
 LENGTH_TELLS = 0.7
 ENOUGH_PAIRS = 30
@@ -43,13 +40,13 @@ def examine(recipe: Recipe, names: list[str]) -> Json:
     `faults` of the recipe and of each stage are texts. A stage whose rows cannot be read has no figures.
     """
     found: Json = {"recipe": recipe.name, "stages": {}, "faults": []}
-    tokenizer = _tried(lambda: _tokenizer(recipe), found["faults"])
+    tokenizer = tried(lambda: _tokenizer(recipe), found["faults"])
     unhashed: list[str] = []
-    parts = _tried(recipe.parts, unhashed)
+    parts = tried(recipe.parts, unhashed)
     asked: dict[str, dict[bytes, str]] = {}
     for name in recipe.order():
         # Every stage's rows are read, whichever are shown: a test set is spoilt by any stage that trains on it.
-        data, sources, faults = _read(recipe, name)
+        data, sources, faults = read_fit(recipe, name)
         if name in names:
             found["stages"][name] = {"kind": recipe.stages[name].kind, "faults": faults, "warnings": []}
         elif faults:
@@ -99,47 +96,12 @@ def faults_in(found: Json) -> list[str]:
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     from pipeline.models.base import load_tokenizer
 
-    return load_tokenizer(recipe.spec.model)
-
-
-def _tried(read: Callable[[], T], faults: list[str]) -> T | None:
+    tokenizer = load_tokenizer(recipe.spec.model)
     try:
-        return read()
-    except UserError as error:
-        faults.append(str(error))
-        return None
-
-
-def _read(recipe: Recipe, name: str) -> tuple[Rows | None, list[Source], list[str]]:
-    """A stage's rows, without those that a run would stop at; None where too little can be read. And the faults."""
-    section, contract = recipe.stages[name], recipe.kind(name).contract
-    first: list[str] = []
-    faults: list[str] = []
-    if whole := _tried(lambda: load_rows(recipe, name), first):
-        return (*whole, [])
-    skipping = section.data.model_copy(update={"on_bad_row": "skip"})
-
-    def fit(spec: DataSpec, contract: Contract, part: Part) -> Source | None:
-        skip = spec.model_copy(update={"on_bad_row": "skip"})
-        source = _tried(lambda: read_source(part.path, contract, skip, part), faults)
-        if source and source.reasons and spec.on_bad_row == "stop":
-            faults.append(refusal(source, contract))
-        return source
-
-    def test_part(path: str) -> Part:
-        return Part(path=path, format=section.data.format, split=section.data.split, encoding=section.data.encoding)
-
-    sources = [fit(section.data, contract, part) for part in skipping.parts()]
-    test, questions = section.data.test, section.questions
-    if isinstance(test, str) and not fit(section.data, contract, test_part(test)):
-        skipping = skipping.model_copy(update={"test": None})
-    asked = fit(DataSpec(path=questions), QUESTION, Part(path=questions)) if questions else None
-    split = _tried(lambda: read_split(skipping, contract, recipe.spec.seed), faults) if all(sources) else None
-    faults = faults or first
-    if split is None:
-        return None, [], faults
-    rows = Rows(split.train, split.test, labels_as_answers(asked.rows) if asked else [])
-    return rows, [*split.sources, *([asked] if asked else [])], faults
+        render.stop_ids(tokenizer)
+    except render.Unrenderable as error:
+        raise UserError(f"model.chat_template: on a plain dialogue, {error}") from error
+    return tokenizer
 
 
 def keep(found: Json, recipe: Recipe, runs: Path) -> None:
@@ -191,7 +153,7 @@ def show_rows(recipe: Recipe, name: str, count: int, console: Console) -> list[s
 
     tokenizer = _tokenizer(recipe)
     special = special_ids(tokenizer)
-    data, _, faults = _read(recipe, name)
+    data, _, faults = read_fit(recipe, name)
     console.print(Text.assemble(("loss", "bold green"), "  ", ("no loss", "dim"), "  ", ("special token", "reverse")))
     for row in data.train[:count] if data else []:
         console.print(Text(f"── {row['_place']}", style="green"), soft_wrap=True)  # a rule would cut a long place off

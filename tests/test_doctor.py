@@ -15,6 +15,7 @@ from conftest import ROOT, tiny_tree, write_recipe
 from rich.console import Console
 
 from pipeline import doctor as examination
+from pipeline.cli import main
 from pipeline.data import doctor, render
 from pipeline.data.baselines import bag_of_words, longer_wins
 from pipeline.recipe import build, read
@@ -118,7 +119,9 @@ def test_the_command_names_overlaps_and_what_is_cut(tiny_base: Path, tmp_path: P
     assert "train.jsonl:1" in shown.stdout and "yes<|im_end|>" in shown.stdout and "with loss]" in shown.stdout
 
 
-def test_all_is_diagnosed_whatever_is_wrong_with_some(tiny_base: Path, tmp_path: Path) -> None:
+def test_all_is_diagnosed_whatever_is_wrong_with_some(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Bad rows in one stage, a missing test file in another, broken questions in the third, nothing in the fourth."""
     tree = tiny_tree(tiny_base, tmp_path)
     good = [{"messages": [user(f"q{n}"), says("a")]} for n in range(12)]
@@ -128,10 +131,12 @@ def test_all_is_diagnosed_whatever_is_wrong_with_some(tiny_base: Path, tmp_path:
     tree["stages"]["reward"]["data"] = {**tree["stages"]["reward"]["data"], "test": str(tmp_path / "absent.jsonl")}
     tree["stages"]["dpo"]["questions"] = asked
     recipe = write_recipe(tree, tmp_path / "recipe.yaml")
-    command = [sys.executable, "-m", "pipeline", "data", str(recipe), "--runs", str(tmp_path / "runs")]
-    done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "3 faults in the data" in done.stderr and "Traceback" not in done.stderr
-    found = json.loads(done.stdout)
+    monkeypatch.setattr(sys, "argv", ["onebase", "data", str(recipe), "--runs", str(tmp_path / "runs"), "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr()
+    assert ended.value.code == 2 and "3 faults in the data" in printed.err
+    found = json.loads(printed.out)
     faults = {name: stage["faults"] for name, stage in found["stages"].items()}
     assert found["faults"] == [] and faults["pretrain"] == []
     (rows,), (test,), (questions,) = faults["sft"], faults["reward"], faults["dpo"]
@@ -183,6 +188,11 @@ def test_without_a_tokenizer_the_rows_are_examined_all_the_same(tiny_base: Path,
     found = examination.examine(build(tree), ["sft"])
     assert len(found["faults"]) == 2 and all(str(tmp_path / "no" / "such") in fault for fault in found["faults"])
     assert found["stages"]["sft"]["train_rows"] == 32 and found["stages"]["sft"]["duplicates"]["exact"] == 0
+    (tmp_path / "broken.jinja").write_text("{{ messages[0].content")
+    tree["model"] |= {"base": str(tiny_base), "chat_template": str(tmp_path / "broken.jinja")}
+    found = examination.examine(build(tree), ["sft"])
+    assert "model.chat_template: on a plain dialogue, the chat template refuses the row" in found["faults"][0]
+    assert found["stages"]["sft"]["train_rows"] == 32
 
 
 def test_a_base_without_a_template_gets_one_of_tokens_it_has(tiny_base: Path, tmp_path: Path) -> None:

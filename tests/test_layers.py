@@ -12,8 +12,8 @@ LAYERS = [
     ["models", "data", "ppo"],
     ["stages", "evaluate", "plan"],
     ["recipe"],
-    ["runner", "worker", "evaluation_plan", "evaluator", "summary", "doctor", "report", "compare", "chat", "publish"]
-    + ["sharding"],
+    ["runner", "worker", "evaluation_plan", "evaluator", "summary", "doctor", "faults", "report", "compare", "chat"]
+    + ["publish", "sharding"],
     ["cli"],
 ]
 

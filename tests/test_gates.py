@@ -25,7 +25,7 @@ def finished(recipe: Recipe, stage: str, runs: Path, after: dict[str, float]) ->
         role: {"adapter": recipe.artifact(parent, runs).verify()["files"]["adapter_model.safetensors"]}
         for role, parent in recipe.parents(stage).items()
     }
-    artifact.seal({**manifest, "parents": parents})
+    artifact.seal({**manifest, "parents": parents, "data": {"measured_on": recipe.measured_on(stage)}})
 
 
 @pytest.fixture

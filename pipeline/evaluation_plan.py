@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.evaluate.matching import NEW_TOKENS
 from pipeline.recipe import Recipe
 from pipeline.runner import states
 from pipeline.stages.reward_file import read_by
+from pipeline.stages.stage import Rows
 from pipeline.worker import load_rows
 
 METHOD = 3
@@ -136,7 +138,7 @@ def plan(recipe: Recipe, runs: Path, benchmarks: Sequence[Row] = ()) -> list[Mea
         raise UserError(f"{why}. Run it first: what is measured must be what the recipe says.")
     if not done:
         raise UserError(f"no stage of {recipe.name} has finished below {runs / recipe.name}. Run it first.")
-    held_out = {name: load_rows(recipe, name)[0] for name in done}
+    held_out = {name: _rendered(load_rows(recipe, name)[0], recipe.artifact(name, runs)) for name in done}
     hashes = {name: recipe.artifact(name, runs).verify()["files"][WEIGHTS] for name in done}
     policies = [BASE, *(name for name in done if recipe.kind(name).answers)]
     of_kind = {
@@ -192,6 +194,18 @@ def plan(recipe: Recipe, runs: Path, benchmarks: Sequence[Row] = ()) -> list[Mea
     if twice:
         raise UserError(f"two tasks of --lm-eval would both be kept as {twice[0]}: give them other names")
     return found
+
+
+def _rendered(rows: Rows, artifact: Artifact) -> Rows:
+    """A stage's rows without those that it left out itself (on_bad_row: skip): a template cannot write them."""
+    if not artifact.refused.is_file():
+        return rows
+    left_out = {json.loads(line)["place"] for line in artifact.refused.read_text(encoding="utf-8").splitlines()}
+
+    def kept(some: Sequence[Row]) -> list[Row]:
+        return [row for row in some if row["_place"] not in left_out]
+
+    return replace(rows, train=kept(rows.train), test=None if rows.test is None else kept(rows.test))
 
 
 def at_step(policy: str, step: int) -> str:

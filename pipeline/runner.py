@@ -16,6 +16,7 @@ from pipeline import gates, sharding, strict_yaml, versions
 from pipeline.artifact import WEIGHTS, Artifact, Json, digest, locked, write_text
 from pipeline.errors import UserError
 from pipeline.recipe import RUNS, Recipe
+from pipeline.stages.check import check_base
 from pipeline.worker import ERROR_MARK, WATCH, choices_noted, load_rows, measured
 
 CPU_ENVIRONMENT = {
@@ -129,6 +130,7 @@ def _check_before(recipe: Recipe, state: State, found: dict[str, State], chosen:
                 f"Run it too: --only {parent} --only {state.name}, or leave --only and --from away."
             )
     load_rows(recipe, state.name)
+    check_base(recipe.spec.model, {state.name: recipe.stages[state.name]})
 
 
 def _chosen(recipe: Recipe, only: Sequence[str], from_: str | None) -> set[str]:

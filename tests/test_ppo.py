@@ -22,6 +22,7 @@ from pipeline import metrics, runner
 from pipeline.artifact import Artifact
 from pipeline.data import render
 from pipeline.errors import UserError
+from pipeline.evaluation_plan import plan
 from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.models.forward import plain_layers
@@ -518,6 +519,8 @@ def test_prompts_that_the_template_refuses_are_skipped_and_counted(tiny_base: Pa
     refused = [json.loads(line) for line in out.refused.read_text().splitlines()]
     assert [entry["place"].rsplit("/", 1)[1] for entry in refused] == ["p.jsonl:1", "t.jsonl:1"]
     assert metrics.read(out.metrics)[0]["score"] == 0.0  # no answer to the refused prompt was paid
+    asked = [row for measure in plan(recipe, tmp_path / "runs") for row in measure.rows]
+    assert asked and not any("<|im_end|>" in str(row) for row in asked)  # nor does an evaluation stumble over it
 
 
 def numbers(**changed: float) -> dict[str, float]:

@@ -183,6 +183,9 @@ def test_check_names_a_base_that_can_carry_no_reward_model(tiny_base: Path, tmp_
     refused = CliRunner().invoke(app, ["check", str(recipe)])
     assert isinstance(refused.exception, UserError)
     assert "stages.reward: a base of the type 'granite'" in str(refused.exception)
+    with pytest.raises(UserError, match="stages.reward: a base of the type 'granite'"):
+        run(build(tree), runs=tmp_path / "runs")
+    assert not (tmp_path / "runs" / "tiny" / "pretrain").exists()  # nothing has been trained for nothing
     del tree["stages"]["reward"]
     without = build(tree)
     check_base(without.spec.model, without.stages)

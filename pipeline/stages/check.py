@@ -3,9 +3,12 @@ whether the base can do what the stages ask of it."""
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import logging
 import tempfile
 import warnings
+from functools import cache
 from pathlib import Path
 
 from pipeline.artifact import Artifact
@@ -15,21 +18,38 @@ from pipeline.plan.shapes import read_config
 from pipeline.stages.arguments import AUTO
 from pipeline.stages.stage import Context, Rows, StageSpec
 
+SEQUENCE_CLASSIFIERS = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
+
 
 def check_base(model: ModelSpec, stages: dict[str, StageSpec]) -> None:
     """Raises UserError for a reward stage on a base that transformers cannot put a score head on. Reads no weights."""
     rewards = [name for name, spec in stages.items() if spec.kind == "reward"]
     if not rewards or model.base.endswith(".gguf"):  # what architecture that is, only its weights' file tells
         return
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-
     kind = read_config(model)[0].get("model_type")
-    if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+    if kind not in _with_a_score_head():
         raise UserError(
             f"stages.{rewards[0]}: a base of the type '{kind}' ({model.base}) has no reward model, as transformers has "
             "no sequence-classification head for it. Leave the stage out: dpo learns from the same comparisons, and "
             "ppo can be paid by a function (path.py:function)"
         )
+
+
+@cache
+def _with_a_score_head() -> frozenset[str]:
+    """The model types of which transformers has a sequence classifier, read from its source: importing it to look them
+    up would load torch."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("transformers is not installed. Install the project: pip install -e .")
+    file = Path(spec.origin).parent / "models" / "auto" / "modeling_auto.py"
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    table = next(
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == SEQUENCE_CLASSIFIERS
+    )
+    return frozenset(kind for kind, _ in ast.literal_eval(table.args[0]))  # type: ignore[attr-defined]
 
 
 def check_arguments(model: ModelSpec, stages: dict[str, StageSpec], seed: int) -> None:

@@ -5,6 +5,7 @@ A fault is what a run would stop at. One in a file hides nothing of what can be 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,9 +63,10 @@ def examine(recipe: Recipe, names: list[str]) -> Json:
         max_length = section.train.get("max_length", defaults(recipe.kind(name).config_class).get("max_length"))
         if max_length == "auto":
             max_length = None  # chosen by the card when the stage starts
+        measured_on = tried(functools.partial(recipe.measured_on, name), unhashed)
         stage: Json = found["stages"][name]
         stage |= {
-            "files": {**parts[name]["data"], **recipe.measured_on(name)} if parts else {},
+            "files": {**parts[name]["data"], **measured_on} if parts and measured_on is not None else {},
             "sources": [{**source.counts(), "formats": dict(source.layouts)} for source in sources],
             "train_rows": len(data.train),
             "test_rows": len(data.test) if data.test is not None else None,

@@ -247,12 +247,12 @@ def ppo(config: dict[str, Any], settings: PPOSettings, prompt: int, checkpointed
         actors = Actors(model, 0, 1.0, settings.critic, {"reward-reward": torch.empty(1, hf.hidden_size)})
         trainer = PPOTrainer(actors, tokenizer, [], [], settings, 17)
         given = SimpleNamespace(prompt=prompt, answer=settings.response_length, batch=settings.batch_size)
-        before = live.now
         live.mark()
         ppo_memory.step(trainer, given, lambda part: found.update({part: live.above()}))  # type: ignore[arg-type]
         trained = [weight for role in ("policy", "value") for weight in actors.trained(role).values()]  # type: ignore[arg-type]
         found["gradients"] = sum(weight.nbytes for weight in trained)
-        found["optimizer"] = live.now - before - found["gradients"]
+        states = [state for optimizer in trainer.optimizers.values() for state in optimizer.state.values()]
+        found["optimizer"] = sum(value.nbytes for state in states for value in state.values())
         live.mark()
         ppo_memory.step(trainer, given, lambda part: found.update({part: live.above()}))  # type: ignore[arg-type]
     return found
@@ -294,7 +294,7 @@ def against_plan(
         work = Work("ppo", rows, length, checkpointed, answer=length // 2, episodes=4 * rows, frozen=2, **how)
         counted["activations"] = counted.pop("forward and backward")
         counted["rollout"] = max(counted.pop("sampling"), counted.pop("scoring"))
-        counted.pop("optimizers")
+        counted.pop("missing gradients")
     elif kind == "evaluation":
         counted = {"evaluation": evaluation(config, rows, length, variant)}
         work = Work("sft", rows, length, checkpointed, **how)

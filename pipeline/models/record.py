@@ -170,6 +170,11 @@ class Entry(Known):
     energy_of: Text = ""
     peak_memory_is: Text
     versions: dict[Text, Text]
+    processes: Count = 1
+    versions_changed: dict[Text, dict[Text, Annotated[list[Text], Field(max_length=2)]]] = {}
+    """Libraries of another version that made what it builds upon: {what: {library: [then, now]}}."""
+    again: dict[Text, Number | Text | dict[Text, Text] | None] = {}
+    """What measuring it again cost, after it was trained."""
     files: dict[FileName, Sha256]
 
     @model_validator(mode="after")

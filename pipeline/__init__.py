@@ -15,7 +15,7 @@ __all__ = ["read", "run"]
 
 if TYPE_CHECKING:
     from pipeline.recipe import read
-    from pipeline.runner import run
+    from pipeline.runs.runner import run
 
 
 def __getattr__(name: str) -> Any:
@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
 
         return read
     if name == "run":
-        from pipeline.runner import run
+        from pipeline.runs.runner import run
 
         return run
     raise AttributeError(f"module 'pipeline' has no attribute {name!r}")

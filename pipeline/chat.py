@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Before any library reads them, as in worker.py.
+# Before any library reads them, as in runs/worker.py.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from pipeline.artifact import Artifact
 from pipeline.data.contracts import DEMONSTRATION
+from pipeline.disk.artifact import Artifact
 from pipeline.errors import UserError
 from pipeline.models.quiet import quiet
 from pipeline.recipe import read

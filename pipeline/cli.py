@@ -52,7 +52,7 @@ def cp(name: str, to: Path) -> None:
 @app.command()
 def check(recipe: RecipePath, override: Overrides = []) -> None:  # noqa: B006
     """Read a recipe, its data and every trainer argument; train nothing."""
-    from pipeline.worker import load_rows
+    from pipeline.runs.worker import load_rows
 
     chain = _read(recipe, override)
     for name in chain.order():
@@ -126,7 +126,7 @@ def plan(
     from pipeline.errors import UserError
     from pipeline.models.spec import hub_commit
     from pipeline.plan import cards
-    from pipeline.runner import states
+    from pipeline.runs.runner import states
     from pipeline.summary import show_needs, show_states
 
     card = cards.card(gpu) if gpu else cards.present()
@@ -167,8 +167,9 @@ def run(
     """Run the stages that are not fresh, one process each."""
     from rich.console import Console
 
-    from pipeline import runner, summary
+    from pipeline import summary
     from pipeline.errors import UserError
+    from pipeline.runs import runner
 
     if launch_config and not os.path.isfile(launch_config):
         raise UserError(f"--launch-config: no such file: {launch_config}")
@@ -193,7 +194,7 @@ def status(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs
     """Show where every stage stands and what the finished ones gained."""
     from rich.console import Console
 
-    from pipeline.runner import states
+    from pipeline.runs.runner import states
     from pipeline.summary import show_answers, show_results, show_states
 
     chain, console = _read(recipe, override), Console()

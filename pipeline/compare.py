@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline import strict_yaml
-from pipeline.artifact import Artifact, Json, read_json
+from pipeline.disk.artifact import Artifact
+from pipeline.disk.atomic import Json, read_json
 from pipeline.errors import UserError
 from pipeline.evaluate.metric import METRICS
 from pipeline.evaluation_plan import plan, results_in

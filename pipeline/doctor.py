@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.artifact import write_json
 from pipeline.data import doctor, render
 from pipeline.data.contracts import Row
+from pipeline.disk.atomic import write_json
 from pipeline.errors import UserError
 from pipeline.faults import read_fit, tried
 from pipeline.recipe import Recipe
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
-    from pipeline.artifact import Json
+    from pipeline.disk.atomic import Json
 
 FEW_BYTES_A_TOKEN = 2.0
 LENGTH_TELLS = 0.7

@@ -9,16 +9,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import WEIGHTS, Artifact, Json, digest, read_json, sha256_of_file
 from pipeline.data.contracts import Row
+from pipeline.disk.artifact import WEIGHTS, Artifact
+from pipeline.disk.atomic import Json, read_json
+from pipeline.disk.hashes import digest, sha256_of_file
 from pipeline.errors import UserError
 from pipeline.evaluate.benchmarks import PREFIX, label
 from pipeline.evaluate.matching import NEW_TOKENS
 from pipeline.recipe import Recipe
-from pipeline.runner import states
+from pipeline.runs.runner import states
+from pipeline.runs.worker import load_rows
 from pipeline.stages.reward_file import read_by
 from pipeline.stages.stage import Rows
-from pipeline.worker import load_rows
 
 METHOD = 3
 """Counts up when a measure is taken differently, so that older results are taken again."""

@@ -17,23 +17,25 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# Before any library reads them, as in worker.py.
+# Before any library reads them, as in runs/worker.py.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pipeline import strict_yaml
-from pipeline.artifact import WEIGHTS, Json, digest, locked, read_json, sha256_of_file, write_json, write_text
 from pipeline.data.contracts import Row
+from pipeline.disk.artifact import WEIGHTS
+from pipeline.disk.atomic import Json, locked, read_json, write_json, write_text
+from pipeline.disk.hashes import digest, sha256_of_file
 from pipeline.errors import BrokenInvariant, UserError
 from pipeline.evaluate import benchmarks
 from pipeline.evaluate import judge as judges
 from pipeline.evaluate.judge import Judge
 from pipeline.evaluation_plan import METHOD, Measure, adapter_of, folder, own_judges, plain, plan, results_in, sealed
 from pipeline.recipe import Recipe, read
-from pipeline.runner import environment, states
-from pipeline.worker import ERROR_MARK
+from pipeline.runs.runner import environment, states
+from pipeline.runs.worker import ERROR_MARK
 
 JUDGED = "judge.jsonl"
 """An external judge's verdicts one by one: what it was shown, on which side, and what it replied."""

@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.artifact import Artifact, Json
+from pipeline.disk.artifact import Artifact
+from pipeline.disk.atomic import Json
 from pipeline.errors import UserError
 
 Expect = dict[str, Any]

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.artifact import WEIGHTS, Json
+from pipeline.disk.artifact import WEIGHTS
+from pipeline.disk.atomic import Json
 from pipeline.evaluate import verdicts
 from pipeline.evaluate.metric import METRICS, Metric, columns, of_benchmark
 from pipeline.evaluation_plan import verdicts_in
@@ -21,7 +22,7 @@ from pipeline.plan.shapes import Shapes, read_shapes
 from pipeline.plan.stage import lengths_of, plan_stage, planned_model
 from pipeline.plan.table import show_plan
 from pipeline.recipe import Recipe
-from pipeline.runner import State
+from pipeline.runs.runner import State
 from pipeline.stages.stage import Headline, StageSpec
 
 

@@ -37,7 +37,7 @@ from plan_oracle import LORA, MODELS, checkpoint_first, hf_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from pipeline.artifact import write_json
+from pipeline.disk.atomic import write_json
 from pipeline.models import adapters
 from pipeline.models.base import keep_gradients_on_cpu
 from pipeline.models.halving import out_of_memory

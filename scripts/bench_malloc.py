@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.runner import CPU_ENVIRONMENT
+from pipeline.runs.runner import CPU_ENVIRONMENT
 
 STEPS, ROWS = 8, 16
 

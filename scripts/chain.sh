@@ -5,8 +5,8 @@ set -euo pipefail
 recipe=${1:-recipes/quickstart.yaml}
 launch="accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
-$launch -m pipeline.worker "$recipe" pretrain   # next-token loss on documents: a fresh adapter on the frozen base
-$launch -m pipeline.worker "$recipe" sft        # dialogues: goes on with pretrain's adapter
-$launch -m pipeline.worker "$recipe" reward     # comparisons: sft's trunk under a new score head
-$launch -m pipeline.worker "$recipe" dpo        # comparisons: goes on with sft's adapter, which is also its reference
-$launch -m pipeline.worker "$recipe" ppo        # prompts: goes on with sft's adapter, paid by the reward model
+$launch -m pipeline.runs.worker "$recipe" pretrain   # next-token loss on documents: a fresh adapter on the frozen base
+$launch -m pipeline.runs.worker "$recipe" sft        # dialogues: goes on with pretrain's adapter
+$launch -m pipeline.runs.worker "$recipe" reward     # comparisons: sft's trunk under a new score head
+$launch -m pipeline.runs.worker "$recipe" dpo        # comparisons: goes on with sft's adapter, which is also its reference
+$launch -m pipeline.runs.worker "$recipe" ppo        # prompts: goes on with sft's adapter, paid by the reward model

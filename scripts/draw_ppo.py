@@ -14,8 +14,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from pipeline import metrics
-from pipeline.artifact import Artifact
+from pipeline.disk import metrics
+from pipeline.disk.artifact import Artifact
 from pipeline.report.figures import STYLE
 
 PANELS = {"score": "mean score of a step's answers", "kl": "KL from the reference, nats an answer"}

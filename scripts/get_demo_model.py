@@ -19,7 +19,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from pipeline.artifact import written_whole
+from pipeline.disk.atomic import written_whole
 from pipeline.errors import UserError
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -15,7 +15,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from pipeline.artifact import sha256_of_file, written_whole
+from pipeline.disk.atomic import written_whole
+from pipeline.disk.hashes import sha256_of_file
 from pipeline.models.spec import cache_folder
 
 SOURCE = "llama-cpp-python==0.3.36"

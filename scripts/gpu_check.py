@@ -30,7 +30,8 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), "."]
 
-from pipeline.artifact import WEIGHTS, read_json, write_json
+from pipeline.disk.artifact import WEIGHTS
+from pipeline.disk.atomic import read_json, write_json
 
 STAGES = ("pretrain", "sft", "reward", "dpo", "ppo")
 TRAINED = ("sft", "reward", "dpo", "ppo")

@@ -10,9 +10,9 @@ from typing import Any
 from conftest import tiny_tree
 
 from pipeline import strict_yaml
-from pipeline.artifact import write_text
+from pipeline.disk.atomic import write_text
 from pipeline.recipe import Recipe, build
-from pipeline.worker import run_stage
+from pipeline.runs.worker import run_stage
 
 BASE_ID = "tester/tiny-base"
 DECODING: dict[str, Any] = {

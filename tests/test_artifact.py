@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifact import NEW, temporary_beside, write_text, written_whole
+from pipeline.disk.atomic import NEW, temporary_beside, write_text, written_whole
 
 WRITE = """
 import sys, time
 from pathlib import Path
-from pipeline.artifact import written_whole
+from pipeline.disk.atomic import written_whole
 with written_whole(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("half")
     print(folder, flush=True)

@@ -16,7 +16,6 @@ from conftest import ROOT, tiny_tree, write_recipe
 from plan_oracle import MODELS
 from safetensors.torch import load_file
 
-from pipeline import worker
 from pipeline.data.load import DataSpec
 from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec
@@ -26,9 +25,10 @@ from pipeline.plan.memory import memory
 from pipeline.plan.shapes import shapes_of
 from pipeline.plan.stage import lengths_of, plan_stage, planned_model, work_of
 from pipeline.recipe import build, read
+from pipeline.runs import worker
+from pipeline.runs.worker import run_stage
 from pipeline.stages import STAGES
 from pipeline.stages.stage import StageSpec
-from pipeline.worker import run_stage
 
 SPEC = ModelSpec(base="x")
 MODEL = planned_model(SPEC, shapes_of(MODELS["Llama-3.1-8B"]))
@@ -165,7 +165,7 @@ TWO_CARDS = """
 import json, sys
 from pathlib import Path
 from accelerate import PartialState
-from pipeline import worker
+from pipeline.runs import worker
 from pipeline.plan.cards import Card
 from pipeline.recipe import read
 

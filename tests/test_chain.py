@@ -18,13 +18,13 @@ from make_tiny_base import make_tiny_base
 from rich.console import Console
 from safetensors.torch import load_file
 
-from pipeline.artifact import Artifact
+from pipeline.disk.artifact import Artifact
 from pipeline.errors import BrokenInvariant, UserError
 from pipeline.models import adapters
 from pipeline.recipe import Recipe, build
-from pipeline.runner import run, states
+from pipeline.runs.runner import run, states
+from pipeline.runs.worker import run_stage
 from pipeline.summary import show_states
-from pipeline.worker import run_stage
 
 
 @pytest.fixture(scope="module")

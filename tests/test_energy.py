@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import energy
+from pipeline.runs import energy
 
 
 def test_packages_are_summed_and_a_counter_that_begins_anew_tells_nothing(

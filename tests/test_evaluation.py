@@ -14,9 +14,10 @@ import torch
 from conftest import tiny_tree
 
 from pipeline import evaluator
-from pipeline.artifact import Artifact, digest
 from pipeline.data import render
 from pipeline.data.load import read_source
+from pipeline.disk.artifact import Artifact
+from pipeline.disk.hashes import digest
 from pipeline.errors import UserError
 from pipeline.evaluate import measures, results, reward_check
 from pipeline.evaluate.bench import Bench
@@ -27,8 +28,8 @@ from pipeline.models.base import computing
 from pipeline.models.sampling import sample
 from pipeline.ppo import rewards
 from pipeline.recipe import Recipe, build
+from pipeline.runs.worker import load_rows
 from pipeline.stages import ppo_loop
-from pipeline.worker import load_rows
 
 
 def finished(recipe: Recipe, runs: Path) -> None:

@@ -19,8 +19,8 @@ from pipeline.data.load import DataSpec, read_source
 from pipeline.errors import UserError
 from pipeline.plan import cards
 from pipeline.recipe import build, read
+from pipeline.runs.worker import load_rows
 from pipeline.summary import show_needs
-from pipeline.worker import load_rows
 
 ROWS = 2500
 SEEDS = [row for row, _, _ in CASES] + [

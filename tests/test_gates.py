@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from conftest import tiny_tree
 
-from pipeline import runner
-from pipeline.artifact import digest
+from pipeline.disk.hashes import digest
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, build
+from pipeline.runs import runner
 
 
 def finished(recipe: Recipe, stage: str, runs: Path, after: dict[str, float]) -> None:

@@ -20,7 +20,7 @@ from conftest import ROOT
 from publish_run import finished_run
 from safetensors.torch import load_file, save_file
 
-from pipeline.artifact import WEIGHTS
+from pipeline.disk.artifact import WEIGHTS
 from pipeline.models.base import PLAIN_TEMPLATE
 from pipeline.models.spec import cache_folder
 from pipeline.publish import card, gate, gguf, merged

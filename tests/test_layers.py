@@ -7,13 +7,12 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 LAYERS = [
-    ["errors", "artifact", "metrics", "strict_yaml", "gates", "energy", "versions"]
+    ["errors", "disk", "strict_yaml", "gates"]
     + ["data.contracts", "data.formats", "data.dialogues", "data.trees", "data.shelf"],
     ["models", "data", "ppo"],
     ["stages", "evaluate", "plan"],
     ["recipe"],
-    ["runner", "worker", "evaluation_plan", "evaluator", "summary", "doctor", "faults", "report", "compare", "chat"]
-    + ["publish", "sharding"],
+    ["runs", "evaluation_plan", "evaluator", "summary", "doctor", "faults", "report", "compare", "chat", "publish"],
     ["cli"],
 ]
 
@@ -59,7 +58,6 @@ def test_light_modules_do_not_import_torch() -> None:
     import subprocess
     import sys
 
-    light = (
-        "import sys, pipeline.cli, pipeline.recipe, pipeline.runner, pipeline.summary; sys.exit('torch' in sys.modules)"
-    )
+    light = "import pipeline.cli, pipeline.recipe, pipeline.runs.runner, pipeline.summary; "
+    light += "import sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", light], cwd=PACKAGE.parent).returncode == 0

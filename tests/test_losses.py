@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch.nn.functional import log_softmax, logsigmoid
 
-from pipeline import metrics
 from pipeline.data import render
 from pipeline.data.contracts import PREFERENCE
 from pipeline.data.load import DataSpec, read_source
+from pipeline.disk import metrics
 from pipeline.errors import BrokenInvariant
 from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.recipe import Recipe, build
-from pipeline.worker import run_stage
+from pipeline.runs.worker import run_stage
 
 ONE_STEP = {"max_steps": 1, "save_steps": 10, "lr_scheduler_type": "constant", "gradient_checkpointing": False}
 

@@ -30,10 +30,10 @@ from pipeline.models.halving import in_halves
 from pipeline.ppo.splitting import sampled
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.recipe import build
+from pipeline.runs.worker import run_stage
 from pipeline.stages import sequences
 from pipeline.stages import trainer as shared
 from pipeline.stages.splitting import SplitsWhenFull, lengths
-from pipeline.worker import run_stage
 
 READY = adapters._ready
 
@@ -372,7 +372,7 @@ def test_two_processes_accumulate_to_one_adapter(tiny_base: Path, tmp_path: Path
     path = write_recipe(tree, tmp_path / "two.yaml")
     said = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "-m", "pipeline.worker", str(path), "sft", "--runs", str(tmp_path / "two")],
+         "-m", "pipeline.runs.worker", str(path), "sft", "--runs", str(tmp_path / "two")],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, timeout=180,
     )  # fmt: skip
     assert said.returncode == 0, said.stdout + said.stderr

@@ -18,9 +18,9 @@ from bitsandbytes.nn import Linear4bit
 from conftest import ROOT, head, tiny_tree, write_recipe
 from safetensors.torch import load_file
 
-from pipeline import metrics, runner
-from pipeline.artifact import Artifact
 from pipeline.data import render
+from pipeline.disk import metrics
+from pipeline.disk.artifact import Artifact
 from pipeline.errors import UserError
 from pipeline.evaluation_plan import plan
 from pipeline.models import adapters
@@ -34,8 +34,9 @@ from pipeline.ppo.health import WINDOW, Health
 from pipeline.ppo.settings import PPOSettings
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.recipe import build, read
+from pipeline.runs import runner
+from pipeline.runs.worker import run_stage
 from pipeline.stages import invariants
-from pipeline.worker import run_stage
 
 ASKED = ["Where is Tolva?", "Name one thing that they make on Isket, and say who buys it.", "Hi", "What colour?"]
 ROWS = [{"prompt": text, "_place": f"prompts.jsonl:{i}"} for i, text in enumerate(ASKED, 1)]
@@ -555,7 +556,7 @@ def test_two_processes_end_with_one_adapter(tiny_base: Path, parents: Path) -> N
     path = write_recipe(ppo_tree(tiny_base, parents, steps=2, learning_rate=2e-3), parents / "two.yaml")
     said = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "-m", "pipeline.worker", str(path), "ppo", "--runs", str(parents / "runs")],
+         "-m", "pipeline.runs.worker", str(path), "ppo", "--runs", str(parents / "runs")],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, timeout=120,
     )  # fmt: skip
     assert said.returncode == 0, said.stdout + said.stderr
@@ -572,7 +573,7 @@ def test_two_processes_save_a_checkpoint_when_stopped(tiny_base: Path, parents: 
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-             "-m", "pipeline.worker", str(path), "stopped", "--runs", str(parents / "runs")],
+             "-m", "pipeline.runs.worker", str(path), "stopped", "--runs", str(parents / "runs")],
             cwd=ROOT, stdout=out, stderr=out, start_new_session=True,
             env={**runner.environment(), "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"},
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

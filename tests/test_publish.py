@@ -19,7 +19,8 @@ import torch
 from publish_run import BASE_ID, DECODING, finished_run, with_decoding_words
 from safetensors.torch import load_file, save_file
 
-from pipeline.artifact import WEIGHTS, Artifact, Json
+from pipeline.disk.artifact import WEIGHTS, Artifact
+from pipeline.disk.atomic import Json
 from pipeline.errors import UserError
 from pipeline.publish import adapter, gate, merged
 from pipeline.publish.publishing import publish

@@ -20,7 +20,7 @@ from publish_run import finished_run
 from test_fuzz import mutated
 from test_publish_hub import environment, onebase
 
-from pipeline.artifact import WEIGHTS, Artifact
+from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.errors import UserError
 from pipeline.models import published
 from pipeline.models.record import SIZES
@@ -28,8 +28,8 @@ from pipeline.publish import adapter, card, measured
 from pipeline.publish.publishing import _record
 from pipeline.publish.sealed import Sealed, ancestors, sealed
 from pipeline.recipe import build
+from pipeline.runs.worker import _lineage
 from pipeline.stages import STAGES
-from pipeline.worker import _lineage
 
 MUTATIONS = 700
 HOSTILE: list[Any] = [

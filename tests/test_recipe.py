@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, tiny_tree, write_recipe
 
-from pipeline import runner, sharding, strict_yaml
+from pipeline import strict_yaml
 from pipeline.errors import UserError
 from pipeline.recipe import build, read
-from pipeline.runner import run
-from pipeline.worker import run_stage
+from pipeline.runs import runner, sharding
+from pipeline.runs.runner import run
+from pipeline.runs.worker import run_stage
 
 GOOD = """\
 name: t

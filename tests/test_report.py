@@ -16,8 +16,10 @@ import numpy
 import pytest
 from conftest import tiny_tree
 
-from pipeline import metrics, strict_yaml
-from pipeline.artifact import digest, write_json
+from pipeline import strict_yaml
+from pipeline.disk import metrics
+from pipeline.disk.atomic import write_json
+from pipeline.disk.hashes import digest
 from pipeline.errors import UserError
 from pipeline.evaluate import arena, results
 from pipeline.evaluation_plan import plan, sealed

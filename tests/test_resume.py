@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, tiny_tree, write_recipe
 
-from pipeline import runner
-from pipeline.artifact import Artifact, mark_checkpoint, write_json
+from pipeline.disk.artifact import Artifact, mark_checkpoint
+from pipeline.disk.atomic import write_json
 from pipeline.errors import UserError
 from pipeline.recipe import read
-from pipeline.runner import states
+from pipeline.runs import runner
+from pipeline.runs.runner import states
+from pipeline.runs.worker import run_stage
 from pipeline.stages import progress, trainer
-from pipeline.worker import run_stage
 
 ONEBASE = [sys.executable, "-m", "pipeline", "run"]
 

@@ -20,9 +20,9 @@ from pipeline.models.spec import ModelSpec
 from pipeline.ppo.actors import Actors
 from pipeline.publish.adapter import pad_that_ends_nothing
 from pipeline.recipe import build
+from pipeline.runs.worker import run_stage
 from pipeline.stages import sequences
 from pipeline.stages import trainer as shared
-from pipeline.worker import run_stage
 
 CLOSES_WITH_PAD = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"

@@ -18,7 +18,7 @@ from conftest import ROOT
 from publish_run import finished_run, with_decoding_words
 from safetensors.torch import load_file, save_file
 
-from pipeline.artifact import WEIGHTS
+from pipeline.disk.artifact import WEIGHTS
 
 openai = pytest.importorskip("openai", reason="needs pip install 'onebase[serve]'")
 pytest.importorskip("fastapi", reason="needs pip install 'onebase[serve]'")

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import yaml
 
-from pipeline.artifact import Json, sha256_of_file
 from pipeline.data.contracts import Row
+from pipeline.disk.atomic import Json
+from pipeline.disk.hashes import sha256_of_file
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import numpy
 
-from pipeline.artifact import Json
+from pipeline.disk.atomic import Json
 from pipeline.errors import UserError
 from pipeline.evaluate.arena import Arena
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
-from pipeline.artifact import Json
 from pipeline.data import render
 from pipeline.data.baselines import said, word_margins
 from pipeline.data.contracts import Row
+from pipeline.disk.atomic import Json
 from pipeline.evaluate import answers, matching, scoring
 from pipeline.evaluate.scoring import batches
 from pipeline.models import sampling

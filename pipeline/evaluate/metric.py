@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.artifact import Json
+from pipeline.disk.atomic import Json
 
 MINUS = "\N{MINUS SIGN}"
 INFINITY = "\N{INFINITY}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 
-from pipeline.artifact import Json
+from pipeline.disk.atomic import Json
 from pipeline.evaluate import arena, benchmarks, best_of_n, intervals, reward_check, verdicts
 from pipeline.evaluate.intervals import Estimate
 

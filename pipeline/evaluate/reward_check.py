@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 from scipy import stats
 
-from pipeline.artifact import Json
+from pipeline.disk.atomic import Json
 from pipeline.evaluate import calibration, intervals
 from pipeline.evaluate.intervals import Estimate
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pipeline.artifact import Json
+from pipeline.disk.atomic import Json
 from pipeline.evaluate.metric import INFINITY, MINUS
 from pipeline.stages.stage import StageSpec
 

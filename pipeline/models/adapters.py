@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.utils import save_and_load
 from safetensors.torch import load_file
 
-from pipeline.artifact import WEIGHTS
+from pipeline.disk.artifact import WEIGHTS
 from pipeline.errors import BrokenInvariant, UserError
 
 if TYPE_CHECKING:

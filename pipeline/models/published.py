@@ -11,7 +11,9 @@ import re
 import shutil
 from pathlib import Path
 
-from pipeline.artifact import WEIGHTS, Artifact, Json, file_hashes, write_json, written_whole
+from pipeline.disk.artifact import WEIGHTS, Artifact
+from pipeline.disk.atomic import Json, write_json, written_whole
+from pipeline.disk.hashes import file_hashes
 from pipeline.errors import UserError
 from pipeline.models.record import CONFIG, RECORD, SIZES, Adapter, Record, read
 from pipeline.models.spec import cache_folder

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from pipeline.artifact import NAME, WEIGHTS, Json, read_json
+from pipeline.disk.artifact import NAME, WEIGHTS
+from pipeline.disk.atomic import Json, read_json
 from pipeline.errors import UserError
 
 RECORD = "onebase.json"

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.artifact import digest, sha256_of_file, write_json
+from pipeline.disk.atomic import write_json
+from pipeline.disk.hashes import digest, sha256_of_file
 from pipeline.errors import UserError
 
 

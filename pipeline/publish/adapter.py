@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.artifact import WEIGHTS, Json, write_json
+from pipeline.disk.artifact import WEIGHTS
+from pipeline.disk.atomic import Json, write_json
 from pipeline.errors import UserError
 from pipeline.publish.sealed import Sealed
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import strict_yaml
-from pipeline.artifact import WEIGHTS, Json
+from pipeline.disk.artifact import WEIGHTS
+from pipeline.disk.atomic import Json
 from pipeline.publish import adapter, measured
 from pipeline.publish.sealed import Sealed
 

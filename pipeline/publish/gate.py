@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import Json, write_json
+from pipeline.disk.atomic import Json, write_json
 from pipeline.errors import UserError
 from pipeline.publish.sealed import Sealed
 

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.artifact import temporary_beside, write_text
+from pipeline.disk.atomic import temporary_beside, write_text
 from pipeline.errors import UserError
 from pipeline.models.spec import cache_folder
 from pipeline.publish import merged

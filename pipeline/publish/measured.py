@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from pipeline.artifact import WEIGHTS, Json
+from pipeline.disk.artifact import WEIGHTS
+from pipeline.disk.atomic import Json
 from pipeline.errors import UserError
 from pipeline.evaluate import intervals, verdicts
 from pipeline.evaluation_plan import results_in, verdicts_in

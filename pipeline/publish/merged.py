@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifact import write_json
+from pipeline.disk.atomic import write_json
 from pipeline.errors import UserError
 from pipeline.publish import adapter
 from pipeline.publish.sealed import Sealed

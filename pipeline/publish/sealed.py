@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import WEIGHTS, Artifact, Json, read_json, sha256_of_file
+from pipeline.disk.artifact import WEIGHTS, Artifact
+from pipeline.disk.atomic import Json, read_json
+from pipeline.disk.hashes import sha256_of_file
 from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec, pinned
 from pipeline.recipe import Recipe

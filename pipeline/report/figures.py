@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from pipeline.artifact import Json
+from pipeline.disk.atomic import Json
 
 STYLE: Any = {
     # Identifiers inside an SVG are drawn at random unless they are salted with something fixed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from pipeline.artifact import Json
+from pipeline.disk.atomic import Json
 from pipeline.report.figures import COLOURS
 
 BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 150, 50, 14, 34

@@ -10,8 +10,9 @@ from typing import Any
 
 import jinja2
 
-from pipeline import doctor, evaluator, metrics, strict_yaml
-from pipeline.artifact import Json, write_text
+from pipeline import doctor, evaluator, strict_yaml
+from pipeline.disk import metrics
+from pipeline.disk.atomic import Json, write_text
 from pipeline.errors import UserError
 from pipeline.evaluate import verdicts
 from pipeline.evaluate.metric import BY_KEY, METRICS, columns, of_benchmark

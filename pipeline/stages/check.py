@@ -11,7 +11,7 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-from pipeline.artifact import Artifact
+from pipeline.disk.artifact import Artifact
 from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec
 from pipeline.plan.shapes import read_config

@@ -13,8 +13,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from pipeline import versions
 from pipeline.data.render import Encoded
+from pipeline.disk import versions
 from pipeline.errors import BrokenInvariant, UserError
 from pipeline.evaluate import scoring
 from pipeline.models import adapters
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase, Trainer
 
-    from pipeline.artifact import Artifact
+    from pipeline.disk.artifact import Artifact
     from pipeline.ppo.actors import Actors
     from pipeline.ppo.trainer import PPOTrainer
 

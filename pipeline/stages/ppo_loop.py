@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
-from pipeline import metrics
-from pipeline.artifact import Artifact, mark_checkpoint
 from pipeline.data import render
 from pipeline.data.load import NAMED_AT_MOST
+from pipeline.disk import metrics
+from pipeline.disk.artifact import Artifact, mark_checkpoint
 from pipeline.errors import Interrupted, UserError
 from pipeline.evaluate import rewarded
 from pipeline.models import adapters

@@ -19,8 +19,9 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from transformers import TrainerCallback
 
-from pipeline import metrics
-from pipeline.artifact import mark_checkpoint, written_whole
+from pipeline.disk import metrics
+from pipeline.disk.artifact import mark_checkpoint
+from pipeline.disk.atomic import written_whole
 from pipeline.models import adapters
 from pipeline.stages.stage import Context
 

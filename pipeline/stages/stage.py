@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.artifact import Artifact
 from pipeline.data.contracts import Contract, Row
 from pipeline.data.load import DataSpec
+from pipeline.disk.artifact import Artifact
 from pipeline.models.spec import ModelSpec
 
 

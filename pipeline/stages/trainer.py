@@ -14,8 +14,8 @@ from trl.kernels.chunked_logprob import _use_triton
 from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from pipeline import metrics
-from pipeline.artifact import written_whole
+from pipeline.disk import metrics
+from pipeline.disk.atomic import written_whole
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
 from pipeline.models import adapters
 from pipeline.models.forward import checkpoint_first

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import write_text
+from pipeline.disk.atomic import write_text
 
 
 def append(path: Path, step: int, values: dict[str, Any]) -> None:

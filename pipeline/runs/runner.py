@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import gates, sharding, strict_yaml, versions
-from pipeline.artifact import WEIGHTS, Artifact, Json, digest, locked, write_text
+from pipeline import gates, strict_yaml
+from pipeline.disk import versions
+from pipeline.disk.artifact import WEIGHTS, Artifact
+from pipeline.disk.atomic import Json, locked, write_text
+from pipeline.disk.hashes import digest
 from pipeline.errors import UserError
 from pipeline.recipe import RUNS, Recipe
+from pipeline.runs import sharding
+from pipeline.runs.worker import ERROR_MARK, WATCH, choices_noted, load_rows, measured
 from pipeline.stages.check import check_base
-from pipeline.worker import ERROR_MARK, WATCH, choices_noted, load_rows, measured
 
 CPU_ENVIRONMENT = {
     # Threads that wait do not spin, and glibc keeps the large blocks that training frees and asks for again at every
@@ -216,7 +220,7 @@ def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *(["--config_file", str(config)] if config else single),
-        *("-m", "pipeline.worker", str(resolved), stage, "--runs", str(runs)),
+        *("-m", "pipeline.runs.worker", str(resolved), stage, "--runs", str(runs)),
     ]
     variables = {**environment(), WATCH: "1", "PYTHONUNBUFFERED": "1"}
     if config is None:

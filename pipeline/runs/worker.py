@@ -1,6 +1,6 @@
 """One stage in one process: data in, run, seal.
 
-accelerate launch -m pipeline.worker RECIPE STAGE [--runs DIR]
+accelerate launch -m pipeline.runs.worker RECIPE STAGE [--runs DIR]
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from pipeline import sharding, versions
-from pipeline.artifact import WEIGHTS, Artifact, Json, digest, locked, read_json, write_json, write_text
 from pipeline.data.contracts import QUESTION
 from pipeline.data.load import DataSpec, Source, labels_as_answers, read_source, read_split
-from pipeline.energy import Meter
+from pipeline.disk import versions
+from pipeline.disk.artifact import WEIGHTS, Artifact
+from pipeline.disk.atomic import Json, locked, read_json, write_json, write_text
+from pipeline.disk.hashes import digest
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
 from pipeline.plan import auto, cards
 from pipeline.plan.cards import Card
@@ -38,6 +39,8 @@ from pipeline.plan.memory import CONTEXT
 from pipeline.plan.shapes import read_shapes
 from pipeline.plan.stage import lengths_of, planned_model
 from pipeline.recipe import Recipe, read
+from pipeline.runs import sharding
+from pipeline.runs.energy import Meter
 from pipeline.stages.stage import Context, Rows, StageSpec
 
 if TYPE_CHECKING:
@@ -52,7 +55,7 @@ DISK_FULL = ("No space left", "File too large", "inline_container", "PytorchStre
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="pipeline.worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="pipeline.runs.worker", description=__doc__)
     parser.add_argument("recipe")
     parser.add_argument("stage")
     parser.add_argument("--runs", default="runs", type=Path)
@@ -271,7 +274,7 @@ def _sound_parent(parent: Artifact, fingerprint: str, base: str) -> Artifact:
 def _lineage(parent: Artifact) -> Json:
     """Which stage this one goes on from, down to the bytes of its adapter."""
     manifest = parent.verify()
-    origin = {key: manifest[key] for key in ("hub", "lineage") if key in manifest}
+    origin: Json = {key: manifest[key] for key in ("hub", "lineage") if key in manifest}
     return {
         "stage": parent.name,
         "fingerprint": manifest["fingerprint"],

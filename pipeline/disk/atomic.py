@@ -1,0 +1,130 @@
+"""Files and folders written whole or not at all, and locks that die with their process."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+Json = dict[str, Any]
+TEMPORARY = re.compile(r"\.onebase-[0-9a-f]{16}\.tmp")
+"""What is put to a name while the file or folder is being written."""
+NEW = 60.0
+"""Seconds for which an unlocked temporary folder may be one whose process is about to lock it."""
+
+
+def read_json(path: Path) -> Json | None:
+    """A JSON object from disk; None if there is no such file, UserError if it holds anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}). Delete it to have its stage run again.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object. Delete it to have its stage run again.")
+    return value
+
+
+def write_json(path: Path, value: Json) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a part (temporary name, sync, rename)."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Write a file whole or not at all; pieces are written as they come."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.writelines([text] if isinstance(text, str) else text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into that takes its real name only once everything in it is on disk."""
+    with temporary_beside(folder) as temporary:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        with temporary_beside(folder) as replaced:
+            before = folder.exists()
+            if before:
+                os.replace(folder, replaced)  # not deleted before the new one stands in its place
+            try:
+                os.replace(temporary, folder)
+            except OSError:
+                if before:
+                    os.replace(replaced, folder)
+                raise
+
+
+@contextlib.contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, under a name that nobody else has. It is removed at the end, and so are those that
+    killed processes left for the same path: nobody holds their lock any more."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.onebase-*.tmp"):
+        with contextlib.suppress(OSError):
+            ours = TEMPORARY.fullmatch(left.name.removeprefix(path.name))
+            if ours and time.time() - left.stat().st_mtime > NEW:
+                with _held(left):
+                    shutil.rmtree(left, ignore_errors=True)
+    temporary = _temporary(path)
+    temporary.mkdir(parents=True)
+    with contextlib.ExitStack() as held:
+        held.callback(shutil.rmtree, temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a file system without locks: then nobody takes it for abandoned either
+            held.enter_context(_held(temporary))
+        yield temporary
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """The kernel's lock on a folder, or OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.onebase-{secrets.token_hex(8)}.tmp")
+
+
+@contextlib.contextmanager
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Hold a file lock, or raise UserError(refusal) if another living process holds it.
+
+    The lock is the kernel's (flock), so a process that crashes or is killed lets go of it and leaves nothing stale.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(refusal.format(pid=file.read().strip() or "unknown")) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -52,7 +52,7 @@ def cp(name: str, to: Path) -> None:
 @app.command()
 def check(recipe: RecipePath, override: Overrides = []) -> None:  # noqa: B006
     """Read a recipe, its data and every trainer argument; train nothing."""
-    from pipeline.runs.worker import load_rows
+    from pipeline.runs.rows import load_rows
 
     chain = _read(recipe, override)
     for name in chain.order():
@@ -126,7 +126,7 @@ def plan(
     from pipeline.errors import UserError
     from pipeline.models.spec import hub_commit
     from pipeline.plan import cards
-    from pipeline.runs.runner import states
+    from pipeline.runs.states import states
     from pipeline.summary import show_needs, show_states
 
     card = cards.card(gpu) if gpu else cards.present()
@@ -194,7 +194,7 @@ def status(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs
     """Show where every stage stands and what the finished ones gained."""
     from rich.console import Console
 
-    from pipeline.runs.runner import states
+    from pipeline.runs.states import states
     from pipeline.summary import show_answers, show_results, show_states
 
     chain, console = _read(recipe, override), Console()
@@ -323,7 +323,9 @@ def serve(
 def main() -> None:
     """Run the command line; a UserError becomes one message and status 2."""
     from pipeline.errors import UserError
+    from pipeline.runs.environment import QUIET, complete_own
 
+    complete_own(QUIET)
     try:
         app()
     except (UserError, OSError) as error:

@@ -17,8 +17,8 @@ from pipeline.errors import UserError
 from pipeline.evaluate.benchmarks import PREFIX, label
 from pipeline.evaluate.matching import NEW_TOKENS
 from pipeline.recipe import Recipe
-from pipeline.runs.runner import states
-from pipeline.runs.worker import load_rows
+from pipeline.runs.rows import load_rows
+from pipeline.runs.states import states
 from pipeline.stages.reward_file import read_by
 from pipeline.stages.stage import Rows
 

@@ -10,20 +10,12 @@ is not computed again, and results.json holds the numbers made of them.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# Before any library reads them, as in runs/worker.py.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-from pipeline import strict_yaml
 from pipeline.data.contracts import Row
 from pipeline.disk.artifact import WEIGHTS
 from pipeline.disk.atomic import Json, locked, read_json, write_json, write_text
@@ -34,8 +26,9 @@ from pipeline.evaluate import judge as judges
 from pipeline.evaluate.judge import Judge
 from pipeline.evaluation_plan import METHOD, Measure, adapter_of, folder, own_judges, plain, plan, results_in, sealed
 from pipeline.recipe import Recipe, read
-from pipeline.runs.runner import environment, states
-from pipeline.runs.worker import ERROR_MARK
+from pipeline.runs.environment import ERROR_MARK, EVERYWHERE, complete_own, make_environment
+from pipeline.runs.recipe_file import write_recipe
+from pipeline.runs.states import states
 
 JUDGED = "judge.jsonl"
 """An external judge's verdicts one by one: what it was shown, on which side, and what it replied."""
@@ -52,7 +45,7 @@ def launch(recipe: Recipe, runs: Path, judge: tuple[str, str] | None = None, tas
     where = folder(recipe, runs)
     plan(recipe, runs, [benchmarks.source(task) for task in tasks])
     resolved, log = where / "recipe.yaml", where / "log.txt"
-    write_text(resolved, strict_yaml.dump(recipe.pinned_tree()))
+    write_recipe(recipe, resolved, runs)
     command = [sys.executable, "-m", "pipeline.evaluator", str(resolved), "--runs", str(runs)]
     if judge:
         Judge(*judge)
@@ -60,7 +53,7 @@ def launch(recipe: Recipe, runs: Path, judge: tuple[str, str] | None = None, tas
     if tasks:
         command += ["--lm-eval", *tasks]
     with log.open("wb") as errors:
-        variables = {**_spinning(), **environment()}
+        variables = {**_spinning(), **make_environment()}
         status = subprocess.run(command, stderr=errors, env=variables, check=False).returncode
     if status:
         said = log.read_text(encoding="utf-8", errors="replace")
@@ -270,6 +263,7 @@ def main() -> None:
     parser.add_argument("--judge", nargs=2, metavar=("URL", "MODEL"))
     parser.add_argument("--lm-eval", nargs="+", default=[], metavar="TASK", dest="tasks")
     given = parser.parse_args()
+    complete_own(EVERYWHERE)
     try:
         evaluate(read(given.recipe), given.runs, Judge(*given.judge) if given.judge else None, given.tasks)
     except (UserError, BrokenInvariant) as error:

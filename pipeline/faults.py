@@ -9,7 +9,7 @@ from pipeline.data.contracts import QUESTION, Contract
 from pipeline.data.load import DataSpec, Part, Source, labels_as_answers, read_source, read_split, refusal
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
-from pipeline.runs.worker import load_rows
+from pipeline.runs.rows import load_rows
 from pipeline.stages.stage import Rows
 
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from pipeline.plan.shapes import Shapes, read_shapes
 from pipeline.plan.stage import lengths_of, plan_stage, planned_model
 from pipeline.plan.table import show_plan
 from pipeline.recipe import Recipe
-from pipeline.runs.runner import State
+from pipeline.runs.states import State
 from pipeline.stages.stage import Headline, StageSpec
 
 

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.runs.runner import CPU_ENVIRONMENT
+from pipeline.runs.environment import CPU_ENVIRONMENT, EVERYWHERE
 
 STEPS, ROWS = 8, 16
 
@@ -59,7 +59,7 @@ def main() -> None:
     if sys.argv[1:] == ["--measure"]:
         print(measure())
         return
-    plain = {name: value for name, value in os.environ.items() if name not in CPU_ENVIRONMENT}
+    plain = {name: value for name, value in {**EVERYWHERE, **os.environ}.items() if name not in CPU_ENVIRONMENT}
     speeds: dict[str, list[float]] = {"without": [], "with": []}
     for _ in range(int(sys.argv[1]) if len(sys.argv) > 1 else 2):
         for name, environment in (("without", plain), ("with", {**plain, **CPU_ENVIRONMENT})):

@@ -12,7 +12,7 @@ from conftest import tiny_tree
 from pipeline import strict_yaml
 from pipeline.disk.atomic import write_text
 from pipeline.recipe import Recipe, build
-from pipeline.runs.worker import run_stage
+from pipeline.runs.stage import run_stage
 
 BASE_ID = "tester/tiny-base"
 DECODING: dict[str, Any] = {

@@ -72,7 +72,7 @@ def test_an_update_of_1e_6_moves_the_weights(tiny_base: Path, tmp_path: Path, ki
     from safetensors.torch import load_file
 
     from pipeline.recipe import build
-    from pipeline.runs.worker import run_stage
+    from pipeline.runs.stage import run_stage
 
     tree = tiny_tree(tiny_base, tmp_path)
     tree["stages"] = {"first": {**tree["stages"]["sft"], "kind": "sft"}, kind: tree["stages"][kind]}

@@ -25,8 +25,9 @@ from pipeline.plan.memory import memory
 from pipeline.plan.shapes import shapes_of
 from pipeline.plan.stage import lengths_of, plan_stage, planned_model, work_of
 from pipeline.recipe import build, read
-from pipeline.runs import worker
-from pipeline.runs.worker import run_stage
+from pipeline.runs import choose
+from pipeline.runs.recipe_file import describe_choices
+from pipeline.runs.stage import run_stage
 from pipeline.stages import STAGES
 from pipeline.stages.stage import StageSpec
 
@@ -144,20 +145,18 @@ def test_a_choice_is_kept_and_is_no_part_of_the_fingerprint(
     tree["stages"]["sft"].pop("from")
     tree["train"].pop("gradient_checkpointing")
     recipe = build(tree)
-    monkeypatch.setattr(worker, "_this_machine", lambda: Card("a card", 2 << 30))
+    monkeypatch.setattr(choose, "_this_machine", lambda: Card("a card", 2 << 30))
     run_stage(recipe, "sft", tmp_path)
     folder = tmp_path / "tiny" / "sft"
     manifest = json.loads((folder / "manifest.json").read_text())
     train = manifest["section"]["train"]
     assert train["per_device_train_batch_size"] * train["gradient_accumulation_steps"] == 16
     assert manifest["parts"]["stage"]["train"]["per_device_train_batch_size"] == "auto"
-    noted = worker.choices_noted(recipe.artifact("sft", tmp_path), manifest["fingerprint"])
+    noted = describe_choices(recipe.artifact("sft", tmp_path), manifest["fingerprint"])
     assert f"# stages.sft.train.max_length: {train['max_length']}\n" in noted
     # on a larger card what was begun goes on as it was begun
-    monkeypatch.setattr(worker, "_this_machine", lambda: Card("another card", 80 << 30))
-    again = worker.section_chosen(
-        recipe, "sft", recipe.artifact("sft", tmp_path), manifest["fingerprint"], PartialState(cpu=True)
-    )
+    monkeypatch.setattr(choose, "_this_machine", lambda: Card("another card", 80 << 30))
+    again = choose.choose_section(recipe, "sft", tmp_path, manifest["fingerprint"], PartialState(cpu=True))
     assert again.train == train
 
 
@@ -165,7 +164,7 @@ TWO_CARDS = """
 import json, sys
 from pathlib import Path
 from accelerate import PartialState
-from pipeline.runs import worker
+from pipeline.runs import choose
 from pipeline.plan.cards import Card
 from pipeline.recipe import read
 
@@ -176,9 +175,9 @@ def machine():
     asked.append(rank)
     return Card("a card", (2, 80)[rank] << 30)
 
-worker._this_machine = machine
+choose._this_machine = machine
 recipe, runs = read(sys.argv[1]), Path(sys.argv[2])
-section = worker.section_chosen(recipe, "sft", recipe.artifact("sft", runs), "f", everyone)
+section = choose.choose_section(recipe, "sft", runs, "f", everyone)
 (runs / f"{rank}.json").write_text(json.dumps([section.train, asked]))
 """
 

@@ -22,8 +22,9 @@ from pipeline.disk.artifact import Artifact
 from pipeline.errors import BrokenInvariant, UserError
 from pipeline.models import adapters
 from pipeline.recipe import Recipe, build
-from pipeline.runs.runner import run, states
-from pipeline.runs.worker import run_stage
+from pipeline.runs.runner import run
+from pipeline.runs.stage import run_stage
+from pipeline.runs.states import states
 from pipeline.summary import show_states
 
 

@@ -28,7 +28,7 @@ from pipeline.models.base import computing
 from pipeline.models.sampling import sample
 from pipeline.ppo import rewards
 from pipeline.recipe import Recipe, build
-from pipeline.runs.worker import load_rows
+from pipeline.runs.rows import load_rows
 from pipeline.stages import ppo_loop
 
 

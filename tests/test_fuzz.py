@@ -19,7 +19,7 @@ from pipeline.data.load import DataSpec, read_source
 from pipeline.errors import UserError
 from pipeline.plan import cards
 from pipeline.recipe import build, read
-from pipeline.runs.worker import load_rows
+from pipeline.runs.rows import load_rows
 from pipeline.summary import show_needs
 
 ROWS = 2500

@@ -25,7 +25,7 @@ from pipeline.errors import BrokenInvariant
 from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.recipe import Recipe, build
-from pipeline.runs.worker import run_stage
+from pipeline.runs.stage import run_stage
 
 ONE_STEP = {"max_steps": 1, "save_steps": 10, "lr_scheduler_type": "constant", "gradient_checkpointing": False}
 

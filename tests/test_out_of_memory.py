@@ -30,7 +30,7 @@ from pipeline.models.halving import in_halves
 from pipeline.ppo.splitting import sampled
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.recipe import build
-from pipeline.runs.worker import run_stage
+from pipeline.runs.stage import run_stage
 from pipeline.stages import sequences
 from pipeline.stages import trainer as shared
 from pipeline.stages.splitting import SplitsWhenFull, lengths

@@ -35,7 +35,8 @@ from pipeline.ppo.settings import PPOSettings
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.recipe import build, read
 from pipeline.runs import runner
-from pipeline.runs.worker import run_stage
+from pipeline.runs.environment import make_environment
+from pipeline.runs.stage import run_stage
 from pipeline.stages import invariants
 
 ASKED = ["Where is Tolva?", "Name one thing that they make on Isket, and say who buys it.", "Hi", "What colour?"]
@@ -575,7 +576,7 @@ def test_two_processes_save_a_checkpoint_when_stopped(tiny_base: Path, parents: 
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
              "-m", "pipeline.runs.worker", str(path), "stopped", "--runs", str(parents / "runs")],
             cwd=ROOT, stdout=out, stderr=out, start_new_session=True,
-            env={**runner.environment(), "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"},
+            env={**make_environment(), "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"},
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
     deadline = time.monotonic() + 120

@@ -28,7 +28,7 @@ from pipeline.publish import adapter, card, measured
 from pipeline.publish.publishing import _record
 from pipeline.publish.sealed import Sealed, ancestors, sealed
 from pipeline.recipe import build
-from pipeline.runs.worker import _lineage
+from pipeline.runs.stage import _lineage
 from pipeline.stages import STAGES
 
 MUTATIONS = 700

@@ -15,9 +15,9 @@ from conftest import ROOT, tiny_tree, write_recipe
 from pipeline import strict_yaml
 from pipeline.errors import UserError
 from pipeline.recipe import build, read
-from pipeline.runs import runner, sharding
+from pipeline.runs import environment, sharding
 from pipeline.runs.runner import run
-from pipeline.runs.worker import run_stage
+from pipeline.runs.stage import run_stage
 
 GOOD = """\
 name: t
@@ -129,13 +129,13 @@ def test_cuda_memory_grows_in_segments_unless_the_person_says_otherwise(monkeypa
     torch = importlib.util.find_spec("torch")
     assert torch and torch.origin
     reads = (Path(torch.origin).parent / "lib" / "libc10.so").read_bytes()
-    assert all(name.encode() in reads for name in (*runner.GPU_ENVIRONMENT, *runner.ALLOCATORS))
-    for name in runner.ALLOCATORS:
+    assert all(name.encode() in reads for name in (*environment.GPU_ENVIRONMENT, *environment.ALLOCATORS))
+    for name in environment.ALLOCATORS:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(runner, "_has_gpu", lambda: True)
-    assert runner.environment()["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setattr(environment, "_has_gpu", lambda: True)
+    assert environment.make_environment()["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
-    assert "PYTORCH_ALLOC_CONF" not in runner.environment()
+    assert "PYTORCH_ALLOC_CONF" not in environment.make_environment()
 
 
 def test_the_resolved_recipe_reads_back_as_the_same(good: Path, tmp_path: Path) -> None:

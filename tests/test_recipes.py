@@ -80,7 +80,7 @@ def test_all_fresh_takes_under_two_seconds(tiny_base: Path, tmp_path: Path) -> N
     from conftest import tiny_tree, write_recipe
 
     from pipeline.recipe import build
-    from pipeline.runs.worker import run_stage
+    from pipeline.runs.stage import run_stage
 
     tree = tiny_tree(tiny_base, tmp_path)
     tree["stages"] = {"pretrain": tree["stages"]["pretrain"]}

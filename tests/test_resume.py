@@ -18,9 +18,9 @@ from pipeline.disk.artifact import Artifact, mark_checkpoint
 from pipeline.disk.atomic import write_json
 from pipeline.errors import UserError
 from pipeline.recipe import read
-from pipeline.runs import runner
-from pipeline.runs.runner import states
-from pipeline.runs.worker import run_stage
+from pipeline.runs.environment import make_environment
+from pipeline.runs.stage import run_stage
+from pipeline.runs.states import states
 from pipeline.stages import progress, trainer
 
 ONEBASE = [sys.executable, "-m", "pipeline", "run"]
@@ -193,6 +193,6 @@ def test_a_launcher_of_several_processes_waits_for_their_checkpoint(monkeypatch:
     from torch.distributed.launcher.api import LaunchConfig
 
     assert LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2).shutdown_timeout == 30
-    for name, value in runner.environment().items():
+    for name, value in make_environment().items():
         monkeypatch.setenv(name, value)
     assert LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2).shutdown_timeout == 3600

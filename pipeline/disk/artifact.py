@@ -5,6 +5,7 @@ runs/<recipe>/<stage>/
   checkpoints/     for resume
   snapshots/       the policy of a preference stage part of the way, for its evaluation
   adapter/         the trained adapter, its tokenizer and chat template (and a reward model's score head)
+  chosen.json      what auto stood for
   metrics.jsonl  samples.jsonl  refused.jsonl  log.txt
   manifest.json    written last: it exists, so the stage finished
 """
@@ -69,6 +70,11 @@ class Artifact:
     @property
     def log(self) -> Path:
         return self.folder / "log.txt"
+
+    @property
+    def chosen(self) -> Path:
+        """What auto stood for."""
+        return self.folder / "chosen.json"
 
     def manifest(self) -> Json | None:
         """The manifest of a finished stage, or None where there is none.

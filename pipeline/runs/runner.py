@@ -8,70 +8,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pipeline import gates, strict_yaml
-from pipeline.disk import versions
-from pipeline.disk.artifact import WEIGHTS, Artifact
-from pipeline.disk.atomic import Json, locked, write_text
+from pipeline import gates
+from pipeline.disk.atomic import locked
 from pipeline.disk.hashes import digest
 from pipeline.errors import UserError
 from pipeline.recipe import RUNS, Recipe
 from pipeline.runs import sharding
-from pipeline.runs.worker import ERROR_MARK, WATCH, choices_noted, load_rows, measured
+from pipeline.runs.environment import ERROR_MARK, WATCH, make_environment
+from pipeline.runs.recipe_file import write_recipe
+from pipeline.runs.rows import load_rows
+from pipeline.runs.states import State, states
 from pipeline.stages.check import check_base
-
-CPU_ENVIRONMENT = {
-    # Threads that wait do not spin, and glibc keeps the large blocks that training frees and asks for again at every
-    # step; returning them to the kernel makes a step 1.4 times as long (scripts/bench_malloc.py, 2 cores, AMD EPYC).
-    "OMP_WAIT_POLICY": "passive",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "MALLOC_TOP_PAD_": "268435456",
-}
-GPU_ENVIRONMENT = {
-    # Batches of unequal length leave holes in CUDA memory that no later batch fits; segments that grow leave none.
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-}
-ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-"""Names under which torch takes the allocator's settings; with one of them set, they are the person's own."""
-PATIENCE = {
-    # Seconds that torch's launcher of several processes waits for them after Ctrl-C. Left to itself it kills them after
-    # 30, and a step before the checkpoint may take longer; a second Ctrl-C still kills at once.
-    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600",
-}
-
-
-@dataclass(frozen=True)
-class State:
-    """Where a stage stands: fresh, unmeasured (trained, but its held-out files are others since), stale, stopped (a
-    checkpoint to go on from), damaged or new, and why."""
-
-    name: str
-    word: str
-    why: str
-
-    @property
-    def fresh(self) -> bool:
-        """Its adapter is what the recipe asks for."""
-        return self.word in ("fresh", "unmeasured")
-
-    @property
-    def due(self) -> bool:
-        return self.word != "fresh"
-
-
-def states(recipe: Recipe, runs: Path = RUNS) -> list[State]:
-    """Every stage in order with what the next run would do about it."""
-    parts = recipe.parts()
-    found: dict[str, State] = {}
-    for name in recipe.order():
-        waiting = [parent for parent in recipe.parents(name).values() if not found[parent].fresh]
-        parents = recipe.parent_artifacts(name, runs)
-        found[name] = _state(recipe.artifact(name, runs), parts[name], recipe.measured_on(name), parents, waiting)
-    return list(found.values())
 
 
 def run(
@@ -100,9 +49,7 @@ def run(
         for state in planned:
             _check_before(recipe, state, found, chosen)
         resolved = runs / recipe.name / "recipe.yaml"
-        parts = recipe.parts()
-        notes = [choices_noted(recipe.artifact(name, runs), digest(parts[name])) for name in recipe.order()]
-        write_text(resolved, strict_yaml.dump(recipe.pinned_tree()) + "".join(notes))
+        write_recipe(recipe, resolved, runs)
         done = []
         for index, state in enumerate(planned, 1):
             print(
@@ -152,65 +99,6 @@ def _chosen(recipe: Recipe, only: Sequence[str], from_: str | None) -> set[str]:
     return after
 
 
-def _state(out: Artifact, parts: Json, measured_on: Json, parents: dict[str, Artifact], waiting: list[str]) -> State:
-    manifest = out.manifest()
-    fingerprint = digest(parts)
-    if manifest is not None and manifest.get("fingerprint") == fingerprint:
-        try:
-            out.verify()
-        except UserError as error:
-            return State(out.name, "damaged", str(error))
-        for role, parent in parents.items():
-            grown_from = manifest.get("parents", {}).get(role, {}).get("adapter")
-            if not waiting and grown_from != (parent.manifest() or {}).get("files", {}).get(WEIGHTS):
-                return State(out.name, "stale", f"'{parent.name}' has been trained again, with another result")
-        changed = _differences({"data": measured(manifest)}, {"data": measured_on})
-        other = versions.others(manifest.get("versions", {}), versions.installed())
-        if changed:
-            return State(out.name, "unmeasured", "; ".join(changed))
-        return State(out.name, "fresh", f"made with {versions.said(other)}" if other else "")
-    checkpoint = out.last_checkpoint(fingerprint)
-    if checkpoint is not None:
-        several = (out.claimed() or {}).get("processes", 1)
-        step = f"goes on from step {checkpoint.name.rsplit('-', 1)[1]}"
-        return State(out.name, "stopped", step + (f", with {several} processes" if several > 1 else ""))
-    before = manifest or out.claimed()
-    if before is None or "parts" not in before:
-        return State(out.name, "new", f"after {waiting[0]}" if waiting else "never run")
-    changed = _differences(before["parts"], parts) if isinstance(before["parts"], dict) else []
-    return State(out.name, "stale", "; ".join(changed) or "it was cut short")
-
-
-def _differences(before: Json, now: Json, prefix: str = "") -> list[str]:
-    """What has changed between two sets of parts, in words."""
-    found = []
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if old == new:
-            continue
-        place = f"{prefix}{key}"
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{place}.".removeprefix("stage."))
-        elif prefix == "parents.":
-            found.append(f"its parent ({key}) has changed")
-        elif place in ("data.path", "data.test", "data.questions"):
-            what = "changed" if old and new else "been named" if new else "been taken away"
-            found.append(f"the file of {place.removeprefix('data.') if key == 'questions' else place} has {what}")
-        elif place.startswith("data.reward "):
-            what = "changed" if old and new else "come into use" if new else "gone out of use"
-            found.append(f"{place.rpartition(': ')[2]}, which the reward reads, has {what}")
-        elif place == "arithmetic":
-            found.append(f"this version of OneBase trains it in another way ({_short(old)}, now {_short(new)})")
-        else:
-            found.append(f"{place} was {_short(old)}, is {_short(new)}")
-    return found
-
-
-def _short(value: Any) -> str:
-    text = "unset" if value is None else str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
 def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path | None) -> None:
     out = recipe.artifact(stage, runs)
     out.folder.mkdir(parents=True, exist_ok=True)
@@ -222,7 +110,7 @@ def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path
         *(["--config_file", str(config)] if config else single),
         *("-m", "pipeline.runs.worker", str(resolved), stage, "--runs", str(runs)),
     ]
-    variables = {**environment(), WATCH: "1", "PYTHONUNBUFFERED": "1"}
+    variables = {**make_environment(), WATCH: "1", "PYTHONUNBUFFERED": "1"}
     if config is None:
         # TRL's trainers refuse a process that sees several GPUs; one is what a run without a config is about.
         variables.setdefault("CUDA_VISIBLE_DEVICES", "0")
@@ -251,21 +139,10 @@ def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path
     )
 
 
-def environment() -> dict[str, str]:
-    """Of a process that loads a model."""
-    own = any(name in os.environ for name in ALLOCATORS)
-    gpu = {} if own else GPU_ENVIRONMENT
-    return {**PATIENCE, **(gpu if _has_gpu() else CPU_ENVIRONMENT), **os.environ}
-
-
 def _cores() -> int:
     import psutil
 
     return min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
-
-
-def _has_gpu() -> bool:
-    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
 
 
 def _message(said: str) -> str:

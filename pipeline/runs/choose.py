@@ -1,0 +1,62 @@
+"""The numbers that stand for a stage's autos, chosen for this machine and noted in chosen.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.disk.atomic import Json, read_json, write_json
+from pipeline.plan import auto, cards
+from pipeline.plan.cards import Card
+from pipeline.plan.memory import CONTEXT
+from pipeline.plan.shapes import read_shapes
+from pipeline.plan.stage import lengths_of, planned_model
+from pipeline.recipe import Recipe
+from pipeline.runs.recipe_file import write_recipe
+from pipeline.stages.stage import StageSpec
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+
+def choose_section(recipe: Recipe, stage: str, runs: Path, fingerprint: str, everyone: PartialState) -> StageSpec:
+    """The stage's section with a number for every auto: those an earlier start of this stage chose, or those that fit
+    this machine best. The first process chooses and notes it, also in comments of the run's recipe.yaml, for the word
+    itself is what counts; the others, whose memory may differ, are told."""
+    from accelerate.utils import broadcast_object_list
+
+    section = recipe.stages[stage]
+    if not auto.asked(section):
+        return section
+    known = _choose(recipe, stage, runs, fingerprint) if everyone.is_main_process else {}
+    known = broadcast_object_list([known])[0]
+    return auto.taken(section, known["chosen"])
+
+
+def _choose(recipe: Recipe, stage: str, runs: Path, fingerprint: str) -> Json:
+    section, file = recipe.stages[stage], recipe.artifact(stage, runs).chosen
+    known = read_json(file) or {}
+    if known.get("fingerprint") != fingerprint:
+        kind, spec, card = recipe.kind(stage), recipe.spec.model, _this_machine()
+        lengths = lengths_of(section, kind.contract, recipe.spec.seed)
+        model = planned_model(spec, read_shapes(spec))
+        chosen = auto.choices(kind, section, model, spec, lengths, card)
+        known = {"fingerprint": fingerprint, "for": f"{card.name}, {card.memory / 2**30:.3g} GiB", "chosen": chosen}
+        write_json(file, known)
+        resolved = runs / recipe.name / "recipe.yaml"
+        if resolved.is_file():
+            write_recipe(recipe, resolved, runs)
+    settings = ", ".join(f"{word} {value}" for word, value in known["chosen"].items())
+    print(f"  auto, on {known['for']}: {settings}", flush=True)
+    return known
+
+
+def _this_machine() -> Card:
+    """The GPU that is trained on; without one half of the RAM."""
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        # what is not free is held by others, and by the context that this process has just opened
+        return cards.named(torch.cuda.get_device_name(), min(total, free + CONTEXT), usable=1.0)
+    return cards.half_of_ram()

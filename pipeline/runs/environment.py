@@ -1,0 +1,59 @@
+"""The environment of processes that load a model: the worker's, the evaluator's, and what they say to their parent.
+
+Importing anything of this package changes no environment: a parent makes that of its child, and a process that somebody
+started by hand completes its own.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ERROR_MARK = "onebase: error: "
+"""What comes after it on stderr is for the person; the parent shows it as its own error."""
+WATCH = "ONEBASE_DIE_WITH_RUNNER"
+"""Set for a worker that is to end when its stdin does."""
+QUIET = {
+    # Nothing leaves this machine unasked, and libraries speak of errors alone.
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+EVERYWHERE = {
+    **QUIET,
+    # Threads that wait do not spin: two cores would spin for each other.
+    "OMP_WAIT_POLICY": "passive",
+    # Seconds that torch's launcher of several processes waits for them after Ctrl-C. Left to itself it kills them after
+    # 30, and a step before the checkpoint may take longer; a second Ctrl-C still kills at once.
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600",
+}
+CPU_ENVIRONMENT = {
+    # glibc keeps the large blocks that training frees and asks for again at every step; returning them to the kernel
+    # makes a step 1.4 times as long (scripts/bench_malloc.py, 2 cores, AMD EPYC).
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+GPU_ENVIRONMENT = {
+    # Batches of unequal length leave holes in CUDA memory that no later batch fits; segments that grow leave none.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
+ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Names under which torch takes the allocator's settings; with one of them set, they are the person's own."""
+
+
+def make_environment() -> dict[str, str]:
+    """Of a child that loads a model. What the person has set counts."""
+    own = any(name in os.environ for name in ALLOCATORS)
+    gpu = {} if own else GPU_ENVIRONMENT
+    return {**EVERYWHERE, **(gpu if _has_gpu() else CPU_ENVIRONMENT), **os.environ}
+
+
+def complete_own(defaults: dict[str, str]) -> None:
+    """For the main program of a process, before any library reads its environment."""
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _has_gpu() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()

@@ -1,0 +1,27 @@
+"""A run's recipe.yaml: the recipe as resolved, and in comments the numbers that its autos stood for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pipeline import strict_yaml
+from pipeline.disk.artifact import Artifact
+from pipeline.disk.atomic import read_json, write_text
+from pipeline.disk.hashes import digest
+from pipeline.recipe import Recipe
+
+
+def write_recipe(recipe: Recipe, file: Path, runs: Path) -> None:
+    parts = recipe.parts()
+    notes = [describe_choices(recipe.artifact(name, runs), digest(parts[name])) for name in recipe.order()]
+    write_text(file, strict_yaml.dump(recipe.pinned_tree()) + "".join(notes))
+
+
+def describe_choices(out: Artifact, fingerprint: str) -> str:
+    """What auto stood for in a stage, as comments of the resolved recipe."""
+    known = read_json(out.chosen) or {}
+    if known.get("fingerprint") != fingerprint:
+        return ""
+    told = (f"# stages.{out.name}.train.{word}: {json.dumps(value)}\n" for word, value in known["chosen"].items())
+    return f"# auto, on {known['for']}:\n" + "".join(told)

@@ -14,6 +14,7 @@ from rich.text import Text
 from pipeline import strict_yaml
 from pipeline.disk.artifact import Artifact
 from pipeline.disk.atomic import Json, read_json
+from pipeline.disk.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.evaluate.metric import METRICS
 from pipeline.evaluation_plan import plan, results_in
@@ -39,7 +40,7 @@ def show(first: Path, second: Path, console: Console) -> None:
     _show_numbers(first, second, manifests, console)
 
 
-def _show_numbers(first: Path, second: Path, manifests: list[dict[str, Json | None]], console: Console) -> None:
+def _show_numbers(first: Path, second: Path, manifests: list[dict[str, Manifest | None]], console: Console) -> None:
     from pipeline.evaluate import results
 
     evaluated = [results_in(folder / "evaluation") for folder in (first, second)]
@@ -131,25 +132,25 @@ def _differences(a: Any, b: Any, prefix: str = "") -> dict[str, tuple[str, str]]
     return {} if a == b else {prefix.rstrip("."): (_short(a), _short(b))}
 
 
-def _sources(manifests: dict[str, Json | None]) -> dict[str, str]:
+def _sources(manifests: dict[str, Manifest | None]) -> dict[str, str]:
     """Per stage and role of a file: how many rows were used, and its hash."""
     found = {}
     for stage, manifest in manifests.items():
         if manifest is None:
             continue
-        found[f"{stage} base"] = str(manifest["parts"]["model"]["base"])[:24]
-        used = {source["path"]: f"{source['used']} rows, " for source in manifest["data"]["sources"]}
-        named = {**manifest["section"]["data"], "questions": manifest["section"].get("questions")}
-        for role, sha256 in {**manifest["parts"]["data"], **manifest["data"].get("measured_on", {})}.items():
+        found[f"{stage} base"] = str(manifest.parts.model["base"])[:24]
+        used = {source.path: f"{source.used} rows, " for source in manifest.data.sources}
+        named = {**manifest.section["data"], "questions": manifest.section.get("questions")}
+        for role, sha256 in manifest.data_hashes.items():
             found[f"{stage} {role}"] = f"{used.get(str(named.get(role)), '')}{str(sha256)[:12]}"
     return found
 
 
-def _after(manifests: dict[str, Json | None]) -> dict[str, str]:
+def _after(manifests: dict[str, Manifest | None]) -> dict[str, str]:
     return {
         f"{stage} {key}": f"{value:.4g}"
         for stage, manifest in manifests.items()
-        for key, value in (manifest["after"] if manifest else {}).items()
+        for key, value in (manifest.after if manifest else {}).items()
     }
 
 

@@ -93,7 +93,7 @@ def verdicts_in(run: Path) -> dict[tuple[str, str], Json]:
         there = {name: Artifact(run / name).manifest() for name in chain}
     except UserError:
         return {}
-    same = {name for name, found in there.items() if found and found["files"].get(WEIGHTS) == chain[name]["adapter"]}
+    same = {name for name, found in there.items() if found and found.files.get(WEIGHTS) == chain[name]["adapter"]}
     return {
         (name, chain[name]["adapter"]): results["verdicts"][name]
         for name in same
@@ -141,7 +141,7 @@ def plan(recipe: Recipe, runs: Path, benchmarks: Sequence[Row] = ()) -> list[Mea
     if not done:
         raise UserError(f"no stage of {recipe.name} has finished below {runs / recipe.name}. Run it first.")
     held_out = {name: _rendered(load_rows(recipe, name)[0], recipe.artifact(name, runs)) for name in done}
-    hashes = {name: recipe.artifact(name, runs).verify()["files"][WEIGHTS] for name in done}
+    hashes = {name: recipe.artifact(name, runs).verify().files[WEIGHTS] for name in done}
     policies = [BASE, *(name for name in done if recipe.kind(name).answers)]
     of_kind = {
         kind: [name for name in done if recipe.stages[name].kind == kind]

@@ -250,7 +250,7 @@ def _chain(recipe: Recipe, runs: Path) -> list[Json]:
             "answers": recipe.kind(name).answers,
             "rewards": [term.source for term in recipe.stages[name].reward_terms()],
             "own_judges": own[name],
-            "adapter": (recipe.artifact(name, runs).manifest() or {})["files"][WEIGHTS],
+            "adapter": recipe.artifact(name, runs).finished().files[WEIGHTS],
         }
         for name in done
     ]

@@ -80,7 +80,7 @@ def missed(expect: Expect, stage: str, after: Json) -> list[Missed]:
 def hold(expect: Expect, artifact: Artifact, force: bool) -> None:
     """Raise UserError with the numbers if a finished stage misses what is expected of it; only say so with `force`."""
     stage, manifest = artifact.name, artifact.manifest()
-    failures = missed(expect, stage, manifest["after"]) if manifest else []
+    failures = missed(expect, stage, manifest.after) if manifest else []
     if not failures:
         return
     told = "\n".join(f"  {failure}" for failure in failures)

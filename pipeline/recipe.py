@@ -151,7 +151,7 @@ class Recipe:
     def _hub_parent(self, from_: str) -> Json:
         if not from_.startswith(published.PREFIX):
             return {}
-        return {"policy": f"sha256:{published.pulled(from_).verify()['files'][WEIGHTS]}"}
+        return {"policy": f"sha256:{published.pulled(from_).verify().files[WEIGHTS]}"}
 
     def pinned_tree(self) -> Json:
         """The tree with a commit for whatever it names on the Hub, so that the processes of a run read the same bytes
@@ -253,8 +253,7 @@ def _check_stage(name: str, section: StageSpec, spec: RecipeSpec, wrong: Any) ->
         place, ask = (f"{key}.kind", "") if section.kind != name else (key, "; name its stage with kind:")
         raise wrong(place, f"there is no stage '{section.kind}'{_meant(section.kind, STAGES)}{ask}")
     if section.from_ is not None and section.from_.startswith(published.PREFIX):
-        parent = published.pulled(section.from_).manifest() or {}
-        if not STAGES[parent["kind"]].answers:
+        if not STAGES[published.pulled(section.from_).finished().kind].answers:
             raise wrong(f"{key}.from", f"{section.from_} is a reward model, not a policy to go on with")
     elif section.from_ is not None and section.from_ not in spec.stages:
         raise wrong(f"{key}.from", f"no stage '{section.from_}' in this recipe{_meant(section.from_, spec.stages)}")

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from pipeline.disk.artifact import WEIGHTS
 from pipeline.disk.atomic import Json
+from pipeline.disk.manifest import Manifest
 from pipeline.evaluate import verdicts
 from pipeline.evaluate.metric import METRICS, Metric, columns, of_benchmark
 from pipeline.evaluation_plan import verdicts_in
@@ -78,13 +79,13 @@ def show_results(recipe: Recipe, runs: Path, console: Console) -> None:
         manifest = recipe.artifact(name, runs).manifest()
         if manifest is None:
             continue
-        cost = [clock(manifest["seconds"]), str(manifest["peak_memory_mib"])]
+        cost = [clock(manifest.seconds), str(manifest.peak_memory_mib)]
         known = [*recipe.kind(name).headlines, *_sources(recipe, name)]
-        measured = [h for h in known if h.metric in manifest["after"]]
+        measured = [h for h in known if h.metric in manifest.after]
         own = _trained_on(recipe.stages[name])
-        if told := evaluated.get((name, manifest["files"].get(WEIGHTS)), {}).get("text") if own else None:
+        if told := evaluated.get((name, manifest.files.get(WEIGHTS, "")), {}).get("text") if own else None:
             notes.append(f"{name}, by onebase eval: {told}")
-        elif told := verdicts.of_itself(recipe.stages[name], manifest["before"], manifest["after"]):
+        elif told := verdicts.of_itself(recipe.stages[name], manifest.before, manifest.after):
             notes.append(f"{name}: {told} onebase eval compares its answers by what it was not trained on.")
         for headline in measured:
             table.add_row(name, headline.label, *_numbers(headline, manifest, headline.metric in own), *cost)
@@ -183,14 +184,14 @@ def _trained_on(section: StageSpec) -> list[str]:
     return {"ppo": ["reward", *paid], "dpo": ["preference_accuracy"]}.get(section.kind, [])
 
 
-def _numbers(headline: Headline, manifest: Json, own: bool) -> list[str]:
-    before, after = manifest["before"].get(headline.metric), manifest["after"][headline.metric]
+def _numbers(headline: Headline, manifest: Manifest, own: bool) -> list[str]:
+    before, after = manifest.before.get(headline.metric), manifest.after[headline.metric]
     if before is None:
         return ["", _number(after, headline), ""]
     change = after - before
     better = (change > 0) == (headline.better == "higher")
     arrow = f"{100 * change:+.1f} pts" if headline.percent else f"{change:+.3f}"
-    low, high = (manifest["after"].get(f"{headline.metric}_gain_{end}") for end in ("low", "high"))
+    low, high = (manifest.after.get(f"{headline.metric}_gain_{end}") for end in ("low", "high"))
     if low is not None and high is not None and headline.percent:
         arrow += f" (95 %: {100 * low:+.1f} to {100 * high:+.1f})"
     elif low is not None and high is not None:

@@ -42,7 +42,7 @@ def main() -> None:
                 if manifest is None:
                     parser.error(f"{artifact.folder} has not finished")
                 points = [(row["step"], row[key]) for row in metrics.read(artifact.metrics) if key in row]
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"seed {manifest['seed']}")
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"seed {manifest.seed}")
             axes.set_title(title)
             axes.set_xlabel("PPO step")
         axes.legend()

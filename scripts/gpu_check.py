@@ -30,8 +30,9 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), "."]
 
-from pipeline.disk.artifact import WEIGHTS
+from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import read_json, write_json
+from pipeline.disk.manifest import Manifest
 
 STAGES = ("pretrain", "sft", "reward", "dpo", "ppo")
 TRAINED = ("sft", "reward", "dpo", "ppo")
@@ -104,8 +105,8 @@ def check_chain(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for stage in STAGES:
         manifest = manifest_of(scratch / "whole", stage)
-        checks = {key: value for key, value in manifest["invariants"].items() if key != "probe"}
-        found[stage] = {"seconds": manifest["seconds"], "device": manifest["device"], **checks}
+        checks = {key: value for key, value in manifest.invariants.items() if key != "probe"}
+        found[stage] = {"seconds": manifest.seconds, "device": manifest.device, **checks}
     return found
 
 
@@ -116,7 +117,7 @@ def check_float16(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     run(path, scratch / "float16", given, "-o", "model.dtype=float16")
     lines = (scratch / "float16" / "float16" / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     norms = [line["grad_norm"] for line in map(json.loads, lines) if "grad_norm" in line]
-    found = {"grad_norms": norms, **manifest_of(scratch / "float16", "ppo", "float16")["after"]}
+    found = {"grad_norms": norms, **manifest_of(scratch / "float16", "ppo", "float16").after}
     if not norms or not all(0 < norm < float("inf") for norm in norms):
         raise Wrong("a step of PPO in float16 had no finite gradient", found)
     return found
@@ -304,11 +305,8 @@ def run(path: Path, runs: Path, given: argparse.Namespace, *words: str) -> None:
         raise RuntimeError(f"onebase run ended with status {done.returncode}: {done.stderr.strip()[-800:]}")
 
 
-def manifest_of(runs: Path, stage: str, name: str = "gpu-check") -> dict[str, Any]:
-    manifest = read_json(runs / name / stage / "manifest.json")
-    if manifest is None:
-        raise RuntimeError(f"{stage} left no manifest")
-    return dict(manifest)
+def manifest_of(runs: Path, stage: str, name: str = "gpu-check") -> Manifest:
+    return Artifact(runs / name / stage).finished()
 
 
 def take(name: str, given: argparse.Namespace, scratch: Path, out: Path) -> None:

@@ -44,7 +44,7 @@ def main() -> None:
         if given.stage:
             broken = Path(scratch) / "broken" / recipe.name
             shutil.copytree(Path(scratch) / "unbroken" / recipe.name, broken)
-            whole = (recipe.artifact(given.stage, Path(scratch) / "broken").manifest() or {})["seconds"]
+            whole = recipe.artifact(given.stage, Path(scratch) / "broken").finished().seconds
             shutil.rmtree(broken / given.stage)
         print(f"unbroken: {whole:.0f} s")
         for kill in range(given.kills):

@@ -20,6 +20,10 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from make_tiny_base import make_tiny_base
 
+from pipeline.disk.hashes import digest
+from pipeline.disk.manifest import Data, Manifest, Parent, Parts
+from pipeline.recipe import Recipe
+
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -37,6 +41,25 @@ def head(file: str, rows: int, to: Path) -> str:
     lines = (ROOT / "data" / file).read_text(encoding="utf-8").splitlines()[:rows]
     to.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(to)
+
+
+def seal(recipe: Recipe, stage: str, runs: Path, after: dict[str, float], **more: Any) -> None:
+    """Seal a stage's folder as its worker does, with these numbers; `more` stands for other fields of the manifest."""
+    parts, artifact = recipe.parts()[stage], recipe.artifact(stage, runs)
+    parents = {}
+    for role, parent in recipe.parents(stage).items():
+        sealed = recipe.artifact(parent, runs).verify()
+        adapter = sealed.files["adapter_model.safetensors"]
+        parents[role] = Parent(stage=parent, fingerprint=sealed.fingerprint, adapter=adapter)
+    whole = Manifest(
+        stage=stage, kind=recipe.stages[stage].kind, fingerprint=digest(parts), parts=Parts(**parts),
+        section=recipe.stages[stage].model_dump(by_alias=True), parents=parents, base=recipe.spec.model.base,
+        base_hash=parts["model"]["base"], base_digest="", seed=recipe.spec.seed, before={}, after=after,
+        data=Data(sources=[], held_out=None, questions=0, counts={}, measured_on=recipe.measured_on(stage)),
+        invariants={}, processes=1, versions_changed={}, started="", seconds=1.0, device="cpu",
+        peak_memory_mib=1, peak_memory_is="", energy_wh=None, energy_of="", versions={},
+    )  # fmt: skip
+    artifact.seal(whole.model_copy(update=more))
 
 
 def tiny_tree(base: Path, folder: Path, name: str = "tiny") -> dict[str, Any]:

@@ -1,17 +1,25 @@
-"""Files and folders are written whole or not at all, under names that are nobody else's."""
+"""Files and folders are written whole or not at all, under names nobody else has; a manifest reads as it was written."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import seal, tiny_tree
+from pydantic import ValidationError
 
 from pipeline.disk.atomic import NEW, temporary_beside, write_text, written_whole
+from pipeline.disk.hashes import digest
+from pipeline.errors import UserError
+from pipeline.recipe import build
+from pipeline.runs.states import states
 
 WRITE = """
 import sys, time
@@ -76,3 +84,36 @@ def test_a_folder_is_replaced_whole_or_stays(tmp_path: Path) -> None:
     with written_whole(tmp_path / "model") as folder:
         (folder / "new").write_text("new")
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "new"]
+
+
+def without(told: dict[str, Any], *path: str) -> dict[str, Any]:
+    """The same tree without one of its keys."""
+    first, *rest = path
+    return {key: without(value, *rest) if key == first else value for key, value in told.items() if [key] != [*path]}
+
+
+def test_a_manifest_reads_back_as_it_was_written_and_a_damaged_one_is_named(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = build(tiny_tree(tiny_base, tmp_path))
+    artifact = recipe.artifact("pretrain", tmp_path)
+    artifact.adapter.mkdir(parents=True)
+    (artifact.adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    seal(recipe, "pretrain", tmp_path, {"loss": 2.0})
+    file = artifact.folder / "manifest.json"
+    whole = artifact.verify()
+    told = json.loads(file.read_text())
+    assert told == whole.as_json() and list(told)[0] == "stage" and whole.after == {"loss": 2.0}
+    assert digest(whole.parts.model_dump()) == whole.fingerprint
+    for damaged, place in (
+        (without(told, "after"), "after"),
+        (without(told, "data", "measured_on"), "data.measured_on"),
+        ({**told, "seconds": "65"}, "seconds"),  # nothing is converted
+        ({**told, "wall_seconds": 65.0}, "wall_seconds"),  # a word of another version
+    ):
+        file.write_text(json.dumps(damaged))
+        why = rf"manifest.json is damaged, or another version of OneBase wrote it \(see '{place}'\). Delete its folder"
+        with pytest.raises(UserError, match=why):
+            states(recipe, tmp_path)
+    file.write_text(json.dumps(told))
+    with pytest.raises(ValidationError, match="after.loss"):
+        artifact.seal(whole.model_copy(update={"after": {"loss": "2.0"}}))
+    assert json.loads(file.read_text()) == told

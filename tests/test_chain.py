@@ -50,15 +50,15 @@ def words(recipe: Recipe, runs: Path) -> dict[str, str]:
 def test_every_stage_leaves_a_manifest_that_accounts_for_its_rows(chain: tuple[dict[str, Any], Path]) -> None:
     for stage, rows in (("pretrain", 24 - 6), ("sft", 32), ("reward", 24), ("dpo", 24)):
         manifest = out(chain, stage).verify()
-        assert manifest["data"]["counts"]["rows"] == rows
-        assert manifest["invariants"]["base_unchanged"] is True
-        assert manifest["invariants"]["trainable_dtype"] == "float32"
-        assert manifest["after"] and not (out(chain, stage).folder / "checkpoints").exists()
+        assert manifest.data.counts["rows"] == rows
+        assert manifest.invariants["base_unchanged"] is True
+        assert manifest.invariants["trainable_dtype"] == "float32"
+        assert manifest.after and not (out(chain, stage).folder / "checkpoints").exists()
     assert len({out(chain, stage).verify()["base_digest"] for stage in chain[0]["stages"]}) == 1
 
 
 def test_the_reference_of_dpo_is_the_sft_policy(chain: tuple[dict[str, Any], Path]) -> None:
-    found = out(chain, "dpo").verify()["invariants"]
+    found = out(chain, "dpo").verify().invariants
     assert found["step_0_loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert found["step_0_margin"] == 0
     assert list(out(chain, "dpo").snapshots()) == [2, 3, 4] and out(chain, "sft").snapshots() == {}  # of 6 steps
@@ -68,8 +68,8 @@ def test_the_reference_of_dpo_is_the_sft_policy(chain: tuple[dict[str, Any], Pat
 
 def test_the_reward_model_is_the_sft_trunk_with_a_trained_head(chain: tuple[dict[str, Any], Path]) -> None:
     manifest = out(chain, "reward").verify()
-    assert manifest["invariants"]["head_moved_by"] > 0
-    assert manifest["invariants"]["reload_score_difference"] <= 1e-5
+    assert manifest.invariants["head_moved_by"] > 0
+    assert manifest.invariants["reload_score_difference"] <= 1e-5
     saved = load_file(out(chain, "reward").adapter / adapters.WEIGHTS)
     assert any("score" in name for name in saved)
     assert json.loads((out(chain, "reward").adapter / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
@@ -78,7 +78,7 @@ def test_the_reward_model_is_the_sft_trunk_with_a_trained_head(chain: tuple[dict
 def test_each_stage_leaves_the_numbers_that_a_recipe_may_make_demands_of(chain: tuple[dict[str, Any], Path]) -> None:
     recipe = build(chain[0])
     for stage in recipe.order():
-        after = out(chain, stage).verify()["after"]
+        after = out(chain, stage).verify().after
         assert after and after.keys() <= set(recipe.kind(stage).numbers)
 
 
@@ -151,8 +151,8 @@ def test_other_held_out_files_are_measured_on_and_nothing_is_trained(
     for name in recipe.order():
         same = ("files", "fingerprint", "parts", "parents", "invariants", "started", "seconds")
         assert {key: after[name][key] for key in same} == {key: before[name][key] for key in same}
-        assert after[name]["data"]["counts"] == before[name]["data"]["counts"]
-    assert after["sft"]["data"]["questions"] == 3 and after["dpo"]["data"]["held_out"] == 7
+        assert after[name].data.counts == before[name].data.counts
+    assert after["sft"].data.questions == 3 and after["dpo"].data.held_out == 7
     assert len(recipe.artifact("sft", runs).samples.read_text().splitlines()) == 3
 
     spec = recipe.spec.model
@@ -166,7 +166,7 @@ def test_other_held_out_files_are_measured_on_and_nothing_is_trained(
     talks = [[render.conversation(tokenizer, row, side) for side in ("chosen", "rejected")] for row in rows]
     base = bases.load_base(spec, tokenizer, reward=True)
     plain = scoring.reward_model(adapters.as_trained(base, recipe.artifact("reward", runs).adapter), tokenizer, talks)
-    assert {key: after["reward"]["after"][key] for key in plain} == pytest.approx(plain, abs=1e-6)
+    assert {key: after["reward"].after[key] for key in plain} == pytest.approx(plain, abs=1e-6)
 
 
 def test_a_ppo_stage_is_measured_again_too(tiny_base: Path, tmp_path: Path) -> None:
@@ -191,10 +191,10 @@ def test_a_ppo_stage_is_measured_again_too(tiny_base: Path, tmp_path: Path) -> N
         assert words(recipe, tmp_path) == {"ppo": "unmeasured"}
         run_stage(recipe, "ppo", tmp_path)
         found.append(recipe.artifact("ppo", tmp_path).verify())
-    assert [one["data"]["held_out"] for one in found] == [3, 2, 3]
-    assert len({one["files"][adapters.WEIGHTS] for one in found}) == 1
-    assert found[0]["after"] == found[2]["after"] and found[0]["before"] == found[2]["before"]
-    assert found[0]["after"]["kl"] > 0 and found[1]["after"]["reward"] != found[0]["after"]["reward"]
+    assert [one.data.held_out for one in found] == [3, 2, 3]
+    assert len({one.files[adapters.WEIGHTS] for one in found}) == 1
+    assert found[0].after == found[2].after and found[0].before == found[2].before
+    assert found[0].after["kl"] > 0 and found[1].after["reward"] != found[0].after["reward"]
 
 
 def test_other_versions_are_said_and_noted(
@@ -202,13 +202,12 @@ def test_other_versions_are_said_and_noted(
 ) -> None:
     recipe, runs = copied(chain, tmp_path)
     sft = recipe.artifact("sft", runs)
-    older = {**(sft.manifest() or {}), "versions": {**sft.verify()["versions"], "trl": "0.1"}}
-    sft.seal({key: value for key, value in older.items() if key != "files"})
+    sft.seal(sft.verify().model_copy(update={"versions": {**sft.verify().versions, "trl": "0.1"}}))
     (state,) = [state for state in states(recipe, runs) if state.name == "sft"]
     assert state.word == "fresh" and state.why.startswith("made with trl 0.1 (here ")
     run_stage(recipe, "dpo", runs)
     assert "warning: 'sft' was made with trl 0.1 (here " in capfd.readouterr().out
-    assert recipe.artifact("dpo", runs).verify()["versions_changed"]["'sft'"]["trl"][0] == "0.1"
+    assert recipe.artifact("dpo", runs).verify().versions_changed["'sft'"]["trl"][0] == "0.1"
 
 
 def test_a_stage_that_computes_otherwise_is_stale(
@@ -280,7 +279,7 @@ def test_a_child_of_another_result_is_stale(chain: tuple[dict[str, Any], Path], 
     sft = recipe.artifact("sft", runs)
     weights = sft.adapter / adapters.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    sft.seal({key: value for key, value in sft.manifest().items() if key != "files"})  # type: ignore[union-attr]
+    sft.seal(sft.finished())
     assert words(recipe, runs) == {"pretrain": "fresh", "sft": "fresh", "reward": "stale", "dpo": "stale"}
 
 
@@ -315,8 +314,7 @@ def test_a_base_of_other_bytes_names_both_devices_and_what_to_do(
     """As after a parent that a GPU has quantised in another way than this CPU does."""
     recipe, runs = copied(chain, tmp_path)
     sft = recipe.artifact("sft", runs)
-    elsewhere = {**sft.verify(), "base_digest": "0" * 16, "device": "NVIDIA H100"}
-    sft.seal({key: value for key, value in elsewhere.items() if key != "files"})
+    sft.seal(sft.verify().model_copy(update={"base_digest": "0" * 16, "device": "NVIDIA H100"}))
     with pytest.raises(BrokenInvariant) as caught:
         run_stage(recipe, "dpo", runs)
     for said in ("on NVIDIA H100", "on cpu", "one kind of device", "run 'sft' and what it goes on from here again"):

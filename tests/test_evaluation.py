@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_tree
+from conftest import seal, tiny_tree
 
 from pipeline import evaluator
 from pipeline.data import render
 from pipeline.data.load import read_source
-from pipeline.disk.artifact import Artifact
-from pipeline.disk.hashes import digest
 from pipeline.errors import UserError
 from pipeline.evaluate import measures, results, reward_check
 from pipeline.evaluate.bench import Bench
@@ -36,7 +34,7 @@ def finished(recipe: Recipe, runs: Path) -> None:
     """Every stage's folder with an adapter of its own, random instead of trained: evaluation must tell them apart."""
     spec = recipe.spec.model
     tokenizer = bases.load_tokenizer(spec)
-    for seed, (name, parts) in enumerate(recipe.parts().items()):
+    for seed, name in enumerate(recipe.order()):
         reward = not recipe.kind(name).answers
         torch.manual_seed(seed)
         model = adapters.fresh(bases.load_base(spec, tokenizer, reward=reward), spec.lora, reward=reward)
@@ -47,12 +45,7 @@ def finished(recipe: Recipe, runs: Path) -> None:
         artifact.adapter.mkdir(parents=True)
         adapters.save(model, artifact.adapter)
         tokenizer.save_pretrained(artifact.adapter)
-        parents = {
-            role: {"adapter": recipe.artifact(parent, runs).verify()["files"]["adapter_model.safetensors"]}
-            for role, parent in recipe.parents(name).items()
-        }
-        manifest = {"fingerprint": digest(parts), "parts": parts, "before": {}, "after": {}, "seconds": 1.0}
-        artifact.seal({**manifest, "parents": parents})
+        seal(recipe, name, runs, {})
 
 
 @pytest.fixture(scope="module")
@@ -203,18 +196,18 @@ def test_a_run_that_is_not_what_the_recipe_says_is_not_measured(
         plan(build(tree), tmp_path)
 
 
-def test_ppo_warns_of_a_reward_model_no_better_than_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ppo_warns_of_a_reward_model_no_better_than_length(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """From the reward stage's own manifest; one that is better is passed over in silence."""
-    models = {}
+    recipe, models = build(tiny_tree(tiny_base, tmp_path)), {}
     for name, margins in (("honest", [1.0] * 30), ("long", [1.0, -1.0] * 15)):
         lengths = [20, 10] * 15, [10, 20] * 15
         rule = reward_check.over_longer(margins, *lengths)
         after = {"accuracy": sum(m > 0 for m in margins) / 30, "over_longer": rule.value}
         after |= {"over_longer_low": rule.low, "over_longer_high": rule.high}
-        models[name] = Artifact(tmp_path / name)
-        parts = {"fingerprint": "f", "parts": {}, "before": {}, "after": after, "seconds": 1.0}
-        models[name].adapter.mkdir(parents=True)
-        models[name].seal(parts)
+        seal(recipe, "pretrain", tmp_path / name, after)
+        models[name] = recipe.artifact("pretrain", tmp_path / name)
     ppo_loop.warn_of_length(models)
     told = capsys.readouterr().out
     assert "warning: the reward model 'long' ranks 50 %" in told and "honest" not in told

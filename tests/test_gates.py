@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_tree
+from conftest import seal, tiny_tree
 
-from pipeline.disk.hashes import digest
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, build
 from pipeline.runs import runner
@@ -19,13 +18,7 @@ def finished(recipe: Recipe, stage: str, runs: Path, after: dict[str, float]) ->
     artifact = recipe.artifact(stage, runs)
     artifact.adapter.mkdir(parents=True)
     (artifact.adapter / "adapter_model.safetensors").write_bytes(b"weights")
-    parts = recipe.parts()[stage]
-    manifest = {"fingerprint": digest(parts), "parts": parts, "before": {}, "after": after, "seconds": 1.0}
-    parents = {
-        role: {"adapter": recipe.artifact(parent, runs).verify()["files"]["adapter_model.safetensors"]}
-        for role, parent in recipe.parents(stage).items()
-    }
-    artifact.seal({**manifest, "parents": parents, "data": {"measured_on": recipe.measured_on(stage)}})
+    seal(recipe, stage, runs, after)
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sealed]:
     tensors = load_file(trained.adapter / WEIGHTS)
     louder = {name: 10 * tensor if "lora_B" in name else tensor for name, tensor in tensors.items()}
     save_file(louder, trained.adapter / WEIGHTS, metadata={"format": "pt"})
-    trained.seal(trained.manifest() or {})
+    trained.seal(trained.finished())
     yield sealed(recipe, "pretrain", runs)
 
 

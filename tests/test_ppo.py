@@ -323,19 +323,19 @@ def parents(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_chain_keeps_its_invariants(tiny_base: Path, parents: Path) -> None:
     recipe = build(ppo_tree(tiny_base, parents, steps=2))
     run_stage(recipe, "ppo", parents / "runs")
-    manifest = recipe.artifact("ppo", parents / "runs").manifest() or {}
-    found = manifest["invariants"]
+    manifest = recipe.artifact("ppo", parents / "runs").finished()
+    found = manifest.invariants
     assert found["step_0_kl"] == 0.0 and found["step_0_ratio_minus_1"] == 0.0
     assert found["borrowed_score_difference_reward"] <= 1e-3
     assert found["base_unchanged"] and found["copies_of_the_base"] == 1
     assert (
-        manifest["parents"]["reward"]["adapter"]
+        manifest.parents["reward"].adapter
         == json.loads((parents / "runs/tiny/reward/manifest.json").read_text())["files"]["adapter_model.safetensors"]
     )
-    assert {"reward", "kl"} <= manifest["before"].keys() and manifest["before"]["kl"] == 0.0
-    assert {"reward", "kl", "reward_gain_low", "reward_gain_high"} <= manifest["after"].keys()
+    assert {"reward", "kl"} <= manifest.before.keys() and manifest.before["kl"] == 0.0
+    assert {"reward", "kl", "reward_gain_low", "reward_gain_high"} <= manifest.after.keys()
     demandable = {*recipe.kind("ppo").numbers, *recipe.stages["ppo"].source_numbers()}  # by `expect:`
-    assert manifest["after"].keys() <= demandable
+    assert manifest.after.keys() <= demandable
     # the policy half of the way: neither where it started nor where it ended
     (halfway,) = recipe.artifact("ppo", parents / "runs").snapshots().items()
     weights = [load_file(folder / "adapter_model.safetensors") for folder in (
@@ -359,7 +359,7 @@ def test_the_last_update_is_judged_though_no_rollout_follows(tiny_base: Path, pa
     tree["stages"]["ppo"]["train"]["learning_rate"] = 1e-5
     recipe = build(tree)
     run_stage(recipe, "ppo", parents / "runs")
-    found = (recipe.artifact("ppo", parents / "runs").manifest() or {})["invariants"]
+    found = recipe.artifact("ppo", parents / "runs").finished().invariants
     assert 0 < abs(found["kl_after_last_update"]) < 0.1
 
 
@@ -516,7 +516,7 @@ def test_prompts_that_the_template_refuses_are_skipped_and_counted(tiny_base: Pa
     recipe = build(tree)
     run_stage(recipe, "ppo", tmp_path / "runs")
     out = recipe.artifact("ppo", tmp_path / "runs")
-    counts = out.verify()["data"]["counts"]
+    counts = out.verify().data.counts
     assert (counts["rows"], counts["rows_unrendered"]) == (8, 1)
     refused = [json.loads(line) for line in out.refused.read_text().splitlines()]
     assert [entry["place"].rsplit("/", 1)[1] for entry in refused] == ["p.jsonl:1", "t.jsonl:1"]

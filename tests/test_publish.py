@@ -154,8 +154,7 @@ def test_the_card_has_what_the_evaluation_or_the_stage_found(run: Run, tmp_path:
     assert lines[0].endswith(wanted)
 
     # A stage that was trained before stages measured intervals, and that an evaluation has looked at since.
-    older = json.loads(json.dumps(source.lineage))
-    older[0]["after"] = {"loss": after["loss"]}
+    older = [source.known[0].model_copy(update={"after": {"loss": after["loss"]}}), *source.lineage[1:]]
     place = replace(source.artifact, folder=tmp_path / "sft")
     assert "| `onebase eval` gives it |" in measured.table(replace(source, artifact=place, lineage=older))
     (tmp_path / "evaluation").mkdir()
@@ -165,13 +164,14 @@ def test_the_card_has_what_the_evaluation_or_the_stage_found(run: Run, tmp_path:
         assert told in measured.table(replace(source, artifact=place, lineage=older))
 
     # Data of the Hub, alone, in a mixture and held out.
-    older[0]["section"]["data"] |= {"path": None, "mix": [{"path": "a/one"}, {"path": "two.jsonl"}], "test": "b/three"}
-    older[0]["parts"]["data"] = {"mix[0]": "hub:12", "mix[1]": "34", "test": "hub:56"}
-    assert card._hub_datasets(replace(source, lineage=older)) == ["a/one", "b/three"]
+    section = {"data": {"path": None, "mix": [{"path": "a/one"}, {"path": "two.jsonl"}], "test": "b/three"}}
+    parts = older[0].parts.model_copy(update={"data": {"mix[0]": "hub:12", "mix[1]": "34", "test": "hub:56"}})
+    mixed = older[0].model_copy(update={"section": section, "parts": parts})
+    assert card._hub_datasets(replace(source, lineage=[mixed, *older[1:]])) == ["a/one", "b/three"]
 
 
 def test_a_reward_model_scores_alike_where_only_transformers_and_peft_are(published: Path, run: Run) -> None:
-    probe = stage(run, "reward").manifest["invariants"]["probe"]
+    probe = stage(run, "reward").manifest.invariants["probe"]
     script = f"""
 import json, torch, sys
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig

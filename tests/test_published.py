@@ -28,7 +28,7 @@ from pipeline.publish import adapter, card, measured
 from pipeline.publish.publishing import _record
 from pipeline.publish.sealed import Sealed, ancestors, sealed
 from pipeline.recipe import build
-from pipeline.runs.stage import _lineage
+from pipeline.runs.stage import _note_parent
 from pipeline.stages import STAGES
 
 MUTATIONS = 700
@@ -146,8 +146,8 @@ def with_config(honest: Path, **words: Any) -> dict[str, bytes]:
 def test_the_honest_one_is_taken_whole(honest: tuple[Sealed, Path], offered: Any) -> None:
     artifact = taken(offered())
     manifest, record = artifact.verify(), json.loads((honest[1] / "onebase.json").read_text())
-    assert manifest["lineage"] == record["lineage"] and manifest["load"] == record["load"]
-    assert artifact.name == "sft" and {"adapter_config.json", WEIGHTS} == set(manifest["files"])
+    assert [entry.as_json() for entry in manifest.lineage] == record["lineage"] and manifest.load == record["load"]
+    assert artifact.name == "sft" and {"adapter_config.json", WEIGHTS} == set(manifest.files)
     assert (artifact.adapter / WEIGHTS).read_bytes() == (honest[1] / WEIGHTS).read_bytes()
     assert set(STAGES) == {"pretrain", "sft", "reward", "dpo", "ppo"}  # the kinds a record may name
 
@@ -273,8 +273,8 @@ def test_no_mutated_publication_reaches_outside_the_cache_or_gives_a_traceback(
             assert len(str(error).splitlines()) == 1 and "\x1b" not in str(error)
         else:
             accepted += 1
-            noted = {"parents": {"policy": _lineage(recipe.parent_artifacts("sft")["policy"])}}
-            lineage = ancestors(Artifact(tmp_path / "runs" / "sft"), noted)
+            noted = _note_parent(recipe.parent_artifacts("sft")["policy"])
+            lineage = ancestors(tmp_path / "runs", {"policy": noted})
             told = replace(honest[0], lineage=lineage, artifact=Artifact(tmp_path / "runs" / "sft"))
             for tells in (card._lineage, card._cost, card._hub_datasets, measured.table):
                 tells(told)

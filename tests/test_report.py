@@ -14,12 +14,13 @@ from xml.etree import ElementTree
 
 import numpy
 import pytest
-from conftest import tiny_tree
+from conftest import seal, tiny_tree
 
 from pipeline import strict_yaml
 from pipeline.disk import metrics
 from pipeline.disk.atomic import write_json
 from pipeline.disk.hashes import digest
+from pipeline.disk.manifest import Data, SourceCounts
 from pipeline.errors import UserError
 from pipeline.evaluate import arena, results
 from pipeline.evaluation_plan import plan, sealed
@@ -123,24 +124,21 @@ def run(tiny_base: Path, tmp_path: Path, evaluated: dict[str, Any]) -> tuple[Rec
         "data": {"path": tree["stages"]["sft"]["questions"]}, "train": {"steps": 2, "batch_size": 4},
     }  # fmt: skip
     recipe, runs = build(tree), tmp_path / "runs"
-    for name, parts in recipe.parts().items():
+    for name in recipe.order():
         artifact = recipe.artifact(name, runs)
         artifact.adapter.mkdir(parents=True)
         (artifact.adapter / "adapter_model.safetensors").write_bytes(b"weights")
         for step in range(1, 5):
             metrics.append(artifact.metrics, step, {"loss": 3 / step, "score": step, "kl": 0.1 * step, "num_tokens": 9})
-        parents = {
-            role: {"adapter": recipe.artifact(parent, runs).verify()["files"]["adapter_model.safetensors"]}
-            for role, parent in recipe.parents(name).items()
-        }
-        artifact.seal(
-            {
-                "fingerprint": digest(parts), "parts": parts, "parents": parents, "before": {}, "after": {"loss": 1.0},
-                "seconds": 65.0, "peak_memory_mib": 900, "peak_memory_is": "resident set of the process",
-                "device": "cpu (2 threads)", "versions": {"torch": "2.13.0"},
-                "data": {"sources": [{"path": "a.jsonl", "rows": 3, "used": 2, "refused": {"is empty": 1}}],
-                         "counts": {"steps": 4, "train_seconds": 3.0}},
-            }
+        seal(
+            recipe, name, runs, {"loss": 1.0},
+            seconds=65.0, peak_memory_mib=900, peak_memory_is="resident set of the process",
+            device="cpu (2 threads)", versions={"torch": "2.13.0"},
+            data=Data(
+                sources=[SourceCounts(path="a.jsonl", rows=3, used=2, refused={"is empty": 1})],
+                held_out=8, questions=8, measured_on=recipe.measured_on(name),
+                counts={"steps": 4, "train_seconds": 3.0},
+            ),
         )  # fmt: skip
     where = runs / recipe.name / "evaluation"
     wanted = plan(recipe, runs)
@@ -308,10 +306,7 @@ def of_itself(run: tuple[Recipe, Path], before: dict[str, float], after: dict[st
     tree = json.loads(json.dumps(recipe.tree))
     tree["stages"]["ppo"] |= reward
     artifact = recipe.artifact("ppo", runs)
-    manifest = json.loads((artifact.folder / "manifest.json").read_text())
-    artifact.seal(
-        {key: value for key, value in manifest.items() if key != "files"} | {"before": before, "after": after}
-    )
+    artifact.seal(artifact.finished().model_copy(update={"before": before, "after": after}))
     return build(tree)
 
 
@@ -338,16 +333,15 @@ def test_terminal_page_and_card_do_not_call_what_was_paid_better(run: tuple[Reci
     assert "\x1b[32m+0.600" not in shown(recipe, runs)  # not green
     for path in page.write(recipe, "my.yaml", runs):
         assert said in path.read_text(), path
-    manifest = recipe.artifact("ppo", runs).manifest() or {}
-    entry = {**manifest, "stage": "ppo", "kind": "ppo", "section": recipe.stages["ppo"].model_dump(by_alias=True)}
-    entry["data"] = {"questions": 8, "held_out": 8}
-    sealed_ = SimpleNamespace(artifact=recipe.artifact("ppo", runs), lineage=[entry])
+    section = recipe.stages["ppo"].model_dump(by_alias=True)
+    entry = recipe.artifact("ppo", runs).finished().model_copy(update={"section": section})
+    sealed_ = SimpleNamespace(artifact=recipe.artifact("ppo", runs), known=[entry])
     assert f"**ppo**: {said}" in measured.table(sealed_)  # type: ignore[arg-type]
     # An evaluation of these adapters has the better word, one of others has none.
     known = {key: value for key, value in json.loads(evaluated).items() if key != "digest"}
     for other, by in (("", "ppo, by onebase eval: Over-optimised"), ("0", f"ppo: {said}")):
         for stage in known["chain"]:
-            files = (recipe.artifact(stage["name"], runs).manifest() or {})["files"]
+            files = recipe.artifact(stage["name"], runs).finished().files
             stage["adapter"] = f"{files['adapter_model.safetensors']}{other}"
         write_json(evaluation, sealed(known))
         assert by in shown(recipe, runs)

@@ -165,7 +165,7 @@ def test_ppo_takes_the_reward_model_of_such_pairs(tiny_base: Path, tmp_path: Pat
     recipe = build(tree)
     for name in recipe.order():
         run_stage(recipe, name, tmp_path / "runs")
-    found = (recipe.artifact("ppo", tmp_path / "runs").manifest() or {})["invariants"]
+    found = recipe.artifact("ppo", tmp_path / "runs").finished().invariants
     assert found["borrowed_score_difference_reward"] == 0.0
 
 

@@ -37,7 +37,7 @@ def runs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = load_file(sealed.adapter / WEIGHTS)
     louder = {name: 30 * tensor if "lora_B" in name else tensor for name, tensor in tensors.items()}
     save_file(louder, sealed.adapter / WEIGHTS, metadata={"format": "pt"})
-    sealed.seal(sealed.manifest() or {})
+    sealed.seal(sealed.finished())
     return runs
 
 

@@ -17,10 +17,12 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import ValidationError
 
 from pipeline.disk.atomic import Json, read_json, write_json
 from pipeline.disk.hashes import file_hashes
+from pipeline.disk.manifest import Manifest
 from pipeline.errors import UserError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
@@ -76,19 +78,25 @@ class Artifact:
         """What auto stood for."""
         return self.folder / "chosen.json"
 
-    def manifest(self) -> Json | None:
+    def manifest(self) -> Manifest | None:
         """The manifest of a finished stage, or None where there is none.
 
-        Raises UserError if the file is there but is not what this program writes.
+        Raises UserError if the file is there but is not what this version of the program writes.
         """
-        manifest = read_json(self.folder / "manifest.json")
-        shape: dict[str, Any] = dict.fromkeys(("parts", "files", "before", "after"), dict)
-        shape |= {"fingerprint": str, "seconds": float | int}
+        file = self.folder / "manifest.json"
+        found = read_json(file)
+        try:
+            return None if found is None else Manifest.model_validate(found)
+        except ValidationError as error:
+            place = ".".join(str(step) for step in error.errors()[0]["loc"])
+            why = f"{file} is damaged, or another version of OneBase wrote it (see '{place}'). {ANEW}"
+            raise UserError(why) from None
+
+    def finished(self) -> Manifest:
+        """The manifest. Raises UserError where there is none."""
+        manifest = self.manifest()
         if manifest is None:
-            return None
-        for key, kind in shape.items():
-            if not isinstance(manifest.get(key), kind):
-                raise UserError(f"{self.folder / 'manifest.json'} is not a whole manifest (see '{key}'). {ANEW}")
+            raise UserError(f"{self.folder} holds no finished stage (no manifest.json). Run that stage first.")
         return manifest
 
     def claim(self, fingerprint: str, parts: Json, by: Json | None = None) -> None:
@@ -125,24 +133,22 @@ class Artifact:
                 return folder
         return None
 
-    def seal(self, manifest: Json) -> None:
+    def seal(self, manifest: Manifest) -> None:
         """Finish the stage: hash the adapter's files into the manifest and write it, last of all."""
-        write_json(self.folder / "manifest.json", {**manifest, "files": file_hashes(self.adapter)})
+        whole = Manifest.model_validate({**manifest.as_json(), "files": file_hashes(self.adapter)})
+        write_json(self.folder / "manifest.json", whole.as_json())
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         (self.folder / "claim.json").unlink(missing_ok=True)
 
-    def verify(self) -> Json:
+    def verify(self) -> Manifest:
         """The manifest, after every file of the adapter has been found to be the one that was sealed.
 
         Raises UserError naming the first file that is missing, truncated or altered.
         """
-        manifest = self.manifest()
-        if manifest is None:
-            raise UserError(f"{self.folder} holds no finished stage (no manifest.json). Run that stage first.")
-        found = file_hashes(self.adapter)
-        if WEIGHTS not in manifest["files"]:
+        manifest, found = self.finished(), file_hashes(self.adapter)
+        if WEIGHTS not in manifest.files:
             raise UserError(f"{self.folder / 'manifest.json'} names no {WEIGHTS}. {ANEW}")
-        for name, sha256 in manifest["files"].items():
+        for name, sha256 in manifest.files.items():
             if found.get(name) != sha256:
                 state = "is missing" if name not in found else "is corrupted or truncated (its sha256 has changed)"
                 raise UserError(

@@ -74,9 +74,10 @@ def _parents_answers(ctx: Context, shown: list[Row]) -> tuple[dict[str, float], 
     """What the parent answered to these very questions after its training, if it was asked them: it is this stage's
     policy before training, proven equal, so there is nothing to ask again."""
     parent = ctx.parents.get("policy")
-    manifest = (parent.manifest() or {}) if parent else {}
-    asked = manifest.get("data", {}).get("measured_on", {}).get("questions")
-    if parent is None or asked is None or asked != ctx.questions_hash:
+    if parent is None or ctx.questions_hash is None:
+        return None
+    manifest = parent.finished()
+    if manifest.data.measured_on.get("questions") != ctx.questions_hash:
         return None
     try:
         samples = [json.loads(line) for line in parent.samples.read_text(encoding="utf-8").splitlines()]
@@ -85,7 +86,7 @@ def _parents_answers(ctx: Context, shown: list[Row]) -> tuple[dict[str, float], 
         return None
     if told != [row["prompt"] for row in shown]:
         return None
-    numbers = {name: manifest["after"][name] for name in ("question_accuracy", "stopped")}
+    numbers = {name: manifest.after[name] for name in ("question_accuracy", "stopped")}
     keys = ("prompt", "answer", "base")
     return numbers, [{**{key: sample[key] for key in keys}, "before": sample["after"]} for sample in samples]
 

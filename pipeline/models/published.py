@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from pipeline.disk.artifact import WEIGHTS, Artifact
-from pipeline.disk.atomic import Json, write_json, written_whole
+from pipeline.disk.atomic import Json, written_whole
 from pipeline.disk.hashes import file_hashes
 from pipeline.errors import UserError
 from pipeline.models.record import CONFIG, RECORD, SIZES, Adapter, Record, read
@@ -59,7 +59,7 @@ def taken(reference: str, repository: str, snapshot: Path) -> Artifact:
         if (adapter.base_model_name_or_path, adapter.revision) != (record.load.base, record.load.revision):
             raise UserError(f"{reference}: its {CONFIG} and its {RECORD} name different bases")
         _check_weights(new / "adapter" / WEIGHTS, reference)
-        write_json(new / "manifest.json", {**record.manifest(), "hub": f"{repository}@{snapshot.name}", "files": found})
+        Artifact(new).seal(record.manifest(f"{repository}@{snapshot.name}"))
     return Artifact(folder)
 
 
@@ -85,12 +85,12 @@ def _check_weights(file: Path, reference: str) -> None:
 
 def load_words(reference: str) -> Json:
     """How the base under a published adapter is loaded: base (Hub id), revision, dtype, quantization."""
-    return dict((pulled(reference).manifest() or {})["load"])
+    return pulled(reference).finished().load or {}
 
 
 def pinned(reference: str) -> str:
     """The same publication by its commit."""
-    return f"{PREFIX}{(pulled(reference).manifest() or {})['hub']}"
+    return f"{PREFIX}{pulled(reference).finished().hub}"
 
 
 def refusal(what: str, error: Exception) -> UserError:

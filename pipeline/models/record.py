@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from pipeline.disk.artifact import NAME, WEIGHTS
 from pipeline.disk.atomic import Json, read_json
+from pipeline.disk.manifest import Manifest
 from pipeline.errors import UserError
 
 RECORD = "onebase.json"
@@ -48,8 +49,8 @@ FileName = Annotated[
     ),
 ]
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=500)]
-FileHashes = dict[Text, Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9:._/@-]*$", max_length=200)] | None]
-"""By the role a file plays for a stage: its sha256, or where on the Hub it is."""
+FileHash = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9:._/@-]*$", max_length=200)]
+"""Of a file that plays a role for a stage: its sha256, or where on the Hub it is."""
 Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Sample = Annotated[int, Field(ge=0, le=10**7)]
@@ -124,18 +125,20 @@ class Section(BaseModel):
     data: DataSection
 
 
-class Parts(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    data: FileHashes
+class Parts(Known):
+    stage: Json
+    model: Json
+    seed: Count
+    data: dict[Text, FileHash | None]
+    parents: dict[Text, Text]
 
 
 class Source(Known):
     path: Text
     rows: Count
     used: Count
-    refused: dict[Text, Count] = {}
-    held_out: Count | None = None
+    refused: dict[Text, Count]
+    held_out: Count = 0
 
 
 class Data(Known):
@@ -143,10 +146,21 @@ class Data(Known):
     held_out: Sample | None
     questions: Sample
     counts: dict[Text, Any]
-    measured_on: FileHashes = {}
+    measured_on: dict[Text, FileHash]
 
 
-class Entry(Known):
+class Cost(Known):
+    started: Text
+    seconds: Number
+    device: Text
+    peak_memory_mib: Count
+    energy_wh: Number | None
+    energy_of: Text
+    peak_memory_is: Text
+    versions: dict[Text, Text]
+
+
+class Entry(Cost):
     """The manifest of a stage of the lineage."""
 
     stage: Name
@@ -160,22 +174,12 @@ class Entry(Known):
     base_digest: Digest
     data: Data
     seed: Count
-    before: dict[Text, Number | bool | None]
-    after: dict[Text, Number | bool | None]
-    invariants: dict[str, Any] = {}
-    started: Text = ""
-    seconds: Number
-    device: Text
-    peak_memory_mib: Count
-    energy_wh: Number | None = None
-    energy_of: Text = ""
-    peak_memory_is: Text
-    versions: dict[Text, Text]
-    processes: Count = 1
-    versions_changed: dict[Text, dict[Text, Annotated[list[Text], Field(max_length=2)]]] = {}
-    """Libraries of another version that made what it builds upon: {what: {library: [then, now]}}."""
-    again: dict[Text, Number | Text | dict[Text, Text] | None] = {}
-    """What measuring it again cost, after it was trained."""
+    before: dict[Text, Number]
+    after: dict[Text, Number]
+    invariants: dict[str, Any]
+    processes: Count
+    versions_changed: dict[Text, dict[Text, Annotated[list[Text], Field(max_length=2)]]]
+    again: Cost | None = None
     files: dict[FileName, Sha256]
 
     @model_validator(mode="after")
@@ -212,10 +216,10 @@ class Record(Strict):
             raise ValueError("it does not say how to load the adapter that it describes")
         return self
 
-    def manifest(self) -> Json:
-        """The published stage's own manifest, with the lineage and how its base is loaded."""
+    def manifest(self, hub: str) -> Manifest:
+        """The published stage's own manifest, with the lineage, how its base is loaded, and where it was published."""
         told = self.model_dump(include={"lineage", "load"}, exclude_unset=True)
-        return {**told["lineage"][-1], **told}
+        return Manifest.model_validate({**told["lineage"][-1], **told, "hub": hub})
 
 
 class Adapter(BaseModel):

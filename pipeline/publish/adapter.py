@@ -38,7 +38,7 @@ def config(sealed: Sealed) -> Json:
     """PEFT's description, with the base's public name, a score head named once, and modules by name: no pattern, for
     nobody should have to match a stranger's."""
     found = json.loads((sealed.artifact.adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    commit = sealed.manifest["base_hash"].partition("@")[2] or None
+    commit = sealed.manifest.base_hash.partition("@")[2] or None
     found |= {"base_model_name_or_path": sealed.base_id, "revision": commit, "inference_mode": True}
     if isinstance(found.get("target_modules"), str):
         found |= {"target_modules": _adapted(sealed.artifact.adapter / WEIGHTS), "exclude_modules": None}
@@ -127,7 +127,7 @@ def loading(sealed: Sealed, folder: Path) -> Json:
     }
     return {
         "base": sealed.base_id,
-        "revision": sealed.manifest["base_hash"].partition("@")[2] or None,
+        "revision": sealed.manifest.base_hash.partition("@")[2] or None,
         "dtype": model.dtype,
         "attn_implementation": model.attn_implementation,
         "quantization": None if model.quantize == "none" else quantization,

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline import strict_yaml
 from pipeline.disk.artifact import WEIGHTS
 from pipeline.disk.atomic import Json
+from pipeline.disk.manifest import Gone
 from pipeline.publish import adapter, measured
 from pipeline.publish.sealed import Sealed
 
@@ -228,18 +229,16 @@ def _use(sealed: Sealed) -> str:
 def _lineage(sealed: Sealed) -> str:
     lines = ["| stage | kind | grew from | data | rows used | sha256 of the data | adapter |", "| --- " * 7 + "|"]
     for entry in sealed.lineage:
-        if entry.get("gone"):
-            lines.append(f"| {entry['stage']} | | | trained again since | | | `{entry['adapter'][:16]}` |")
+        if isinstance(entry, Gone):
+            lines.append(f"| {entry.stage} | | | trained again since | | | `{entry.adapter[:16]}` |")
             continue
-        parents = ", ".join(f"{parent['stage']} ({_cell(role)})" for role, parent in entry.get("parents", {}).items())
-        sources = entry["data"]["sources"]
-        names = ", ".join(_cell(source["path"]) for source in sources)
-        used = ", ".join(f"{source['used']} of {source['rows']}" for source in sources)
-        files = {**entry["parts"]["data"], **entry["data"].get("measured_on", {})}
-        hashes = ", ".join(f"`{sha[:16]}`" for sha in files.values() if sha)
-        adapter = f"`{entry['files'][WEIGHTS][:16]}`"
-        grew = parents or f"{sealed.base_id or 'the base'} (`{entry['base_hash']}`)"
-        lines.append(f"| {entry['stage']} | {entry['kind']} | {grew} | {names} | {used} | {hashes} | {adapter} |")
+        parents = ", ".join(f"{parent.stage} ({_cell(role)})" for role, parent in entry.parents.items())
+        names = ", ".join(_cell(source.path) for source in entry.data.sources)
+        used = ", ".join(f"{source.used} of {source.rows}" for source in entry.data.sources)
+        hashes = ", ".join(f"`{sha[:16]}`" for sha in entry.data_hashes.values() if sha)
+        adapter = f"`{entry.files[WEIGHTS][:16]}`"
+        grew = parents or f"{sealed.base_id or 'the base'} (`{entry.base_hash}`)"
+        lines.append(f"| {entry.stage} | {entry.kind} | {grew} | {names} | {used} | {hashes} | {adapter} |")
     return "\n".join(lines) + "\n\nWhole hashes, counts and settings are in `onebase.json`." + _base_note(sealed)
 
 
@@ -252,7 +251,7 @@ def _base_note(sealed: Sealed) -> str:
     if sealed.base_id is None or sealed.base_verified:
         return ""
     return (
-        f"\n\nThe chain was trained on a local copy of {sealed.base_id} (`{sealed.manifest['base_hash']}`), which "
+        f"\n\nThe chain was trained on a local copy of {sealed.base_id} (`{sealed.manifest.base_hash}`), which "
         "could not be compared with the Hub's files. If yours differ, so will the answers."
     )
 
@@ -275,11 +274,10 @@ def _figure(value: Any) -> str:
 
 def _cost(sealed: Sealed) -> str:
     lines = ["| stage | seconds | peak memory | on |", "| --- " * 4 + "|"]
-    known = [entry for entry in sealed.lineage if not entry.get("gone")]
-    for entry in known:
-        peak = f"{entry['peak_memory_mib']} MiB ({entry['peak_memory_is']})"
-        lines.append(f"| {entry['stage']} | {entry['seconds']} | {_cell(peak)} | {_cell(entry['device'])} |")
-    versions = _cell(", ".join(f"{name} {version}" for name, version in known[-1]["versions"].items()))
+    for entry in sealed.known:
+        peak = f"{entry.peak_memory_mib} MiB ({entry.peak_memory_is})"
+        lines.append(f"| {entry.stage} | {entry.seconds} | {_cell(peak)} | {_cell(entry.device)} |")
+    versions = _cell(", ".join(f"{name} {version}" for name, version in sealed.known[-1].versions.items()))
     return "\n".join(lines) + f"\n\nTrained with {versions}."
 
 
@@ -290,14 +288,11 @@ def _rank(sealed: Sealed) -> int:
 
 def _hub_datasets(sealed: Sealed) -> list[str]:
     found = []
-    for entry in sealed.lineage:
-        if entry.get("gone"):
-            continue
-        data = entry["section"]["data"]
+    for entry in sealed.known:
+        data = entry.section["data"]
         named = {f"mix[{number}]": part["path"] for number, part in enumerate(data.get("mix") or [])}
         named |= {word: data.get(word) for word in ("path", "test")}
-        hashes = {**entry["parts"]["data"], **entry["data"].get("measured_on", {})}
-        on_hub = [named.get(role) for role, sha in hashes.items() if str(sha).startswith("hub:")]
+        on_hub = [named.get(role) for role, sha in entry.data_hashes.items() if str(sha).startswith("hub:")]
         found += [name for name in on_hub if isinstance(name, str)]
     return list(dict.fromkeys(found))
 

@@ -252,7 +252,7 @@ def _job(sealed: Sealed, form: str, folder: Path) -> Json:
         "revision": sealed.model.revision,
         "dtype": sealed.model.dtype,
         "attention": sealed.model.attn_implementation,
-        "base_digest": sealed.manifest.get("base_digest"),
+        "base_digest": sealed.manifest.base_digest,
         "float32": form != "adapter",
         "rows": _prompts(sealed),
         "keep": KEPT_LOGITS,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.disk.artifact import WEIGHTS
 from pipeline.disk.atomic import Json
+from pipeline.disk.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.evaluate import intervals, verdicts
 from pipeline.evaluation_plan import results_in, verdicts_in
@@ -23,23 +24,21 @@ def table(sealed: Sealed) -> str:
     that were trained on preferences."""
     lines = ["| stage | held-out number | before | after | 95 % interval |", "| --- " * 5 + "|"]
     evaluated = _evaluated(sealed.artifact.folder.parent)
-    for entry in sealed.lineage:
-        if entry.get("gone"):
-            continue
-        for headline in STAGES[entry["kind"]].headlines:
-            after = entry["after"].get(headline.metric)
+    for entry in sealed.known:
+        for headline in STAGES[entry.kind].headlines:
+            after = entry.after.get(headline.metric)
             if after is None:
                 continue
-            before, asked = entry["before"].get(headline.metric), headline.metric == "question_accuracy"
-            count = entry["data"]["questions" if asked else "held_out"] or 0
+            before, asked = entry.before.get(headline.metric), headline.metric == "question_accuracy"
+            count = entry.data.questions if asked else entry.data.held_out or 0
             if headline.percent:
                 interval = _of_share(after, count)
             elif headline.metric == "loss":
                 interval = _of_loss(entry, evaluated)
             else:
-                interval = _of_gain(entry["after"], headline.metric)
+                interval = _of_gain(entry.after, headline.metric)
             values = ["" if v is None else f"{v:.1%}" if headline.percent else f"{v:.3f}" for v in (before, after)]
-            lines.append(f"| {entry['stage']} | {headline.label} | {values[0]} | {values[1]} | {interval} |")
+            lines.append(f"| {entry.stage} | {headline.label} | {values[0]} | {values[1]} | {interval} |")
     return "\n".join([*lines, *_shown(sealed)])
 
 
@@ -48,14 +47,14 @@ def _shown(sealed: Sealed) -> list[str]:
     adapters, else by the numbers above."""
     evaluated = verdicts_in(sealed.artifact.folder.parent)
     lines = []
-    for entry in sealed.lineage:
-        if entry.get("gone") or entry["kind"] not in ("dpo", "ppo"):
+    for entry in sealed.known:
+        if entry.kind not in ("dpo", "ppo"):
             continue
-        found = evaluated.get((entry["stage"], entry["files"][WEIGHTS]), {}).get("text")
-        section = StageSpec.model_validate(entry["section"])
-        told = found or verdicts.of_itself(section, entry["before"], entry["after"])
+        found = evaluated.get((entry.stage, entry.files[WEIGHTS]), {}).get("text")
+        section = StageSpec.model_validate(entry.section)
+        told = found or verdicts.of_itself(section, entry.before, entry.after)
         if told:
-            lines += ["", f"**{entry['stage']}**: {told}"]
+            lines += ["", f"**{entry.stage}**: {told}"]
     return lines
 
 
@@ -67,15 +66,15 @@ def _of_share(value: float, count: int) -> str:
     return f"{found.low:.1%} to {found.high:.1%} (Wilson, n = {count})"
 
 
-def _of_loss(entry: Json, evaluated: Json) -> str:
+def _of_loss(entry: Manifest, evaluated: Json) -> str:
     """As the stage measured it; for a stage trained before stages did, as the evaluation did, if of the same value."""
-    low, high = (entry["after"].get(f"loss_{end}") for end in ("low", "high"))
+    low, high = (entry.after.get(f"loss_{end}") for end in ("low", "high"))
     if low is None or high is None:
-        found = evaluated.get(entry["stage"], {}).get(LOSS[entry["kind"]], {})
-        if not found or not math.isclose(found["value"], entry["after"]["loss"], rel_tol=1e-6):
-            return "`onebase eval` gives it" if (entry["data"]["held_out"] or 0) > 1 else ""
+        found = evaluated.get(entry.stage, {}).get(LOSS[entry.kind], {})
+        if not found or not math.isclose(found["value"], entry.after["loss"], rel_tol=1e-6):
+            return "`onebase eval` gives it" if (entry.data.held_out or 0) > 1 else ""
         low, high = found["low"], found["high"]
-    return f"{low:.3f} to {high:.3f} (bootstrap over rows, n = {entry['data']['held_out']})"
+    return f"{low:.3f} to {high:.3f} (bootstrap over rows, n = {entry.data.held_out})"
 
 
 def _of_gain(after: Json, metric: str) -> str:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.disk.artifact import WEIGHTS, Artifact
-from pipeline.disk.atomic import Json, read_json
+from pipeline.disk.atomic import Json
 from pipeline.disk.hashes import sha256_of_file
+from pipeline.disk.manifest import Gone, Manifest, Parent
 from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec, pinned
 from pipeline.recipe import Recipe
@@ -26,17 +27,22 @@ class Sealed:
     """A finished stage whose files are the ones that were sealed, on the base it was trained on."""
 
     artifact: Artifact
-    manifest: Json
+    manifest: Manifest
     model: ModelSpec
     base_id: str | None
     """The base's name on the Hub, never a path; None where it has none."""
-    lineage: list[Json]
+    lineage: list[Manifest | Gone]
     """The manifests of all stages it grew from and its own, which comes last."""
     recipe: Json
 
     @property
     def kind(self) -> str:
-        return str(self.manifest["kind"])
+        return self.manifest.kind
+
+    @property
+    def known(self) -> list[Manifest]:
+        """Those of the lineage that are still there."""
+        return [entry for entry in self.lineage if isinstance(entry, Manifest)]
 
     @property
     def reward(self) -> bool:
@@ -59,47 +65,42 @@ def sealed(recipe: Recipe, stage: str, runs: Path) -> Sealed:
         raise UserError(f"no stage '{stage}' in the recipe {recipe.name} (there is: {', '.join(recipe.stages)})")
     artifact = recipe.artifact(stage, runs)
     manifest = artifact.verify()
-    trained, now = manifest["parts"].get("model"), recipe.model_parts()
+    trained, now = manifest.parts.model, recipe.model_parts()
     if trained != now:
-        changed = sorted(key for key in {*(trained or {}), *now} if (trained or {}).get(key) != now.get(key))
+        changed = sorted(key for key in {*trained, *now} if trained.get(key) != now.get(key))
         raise UserError(
             f"{artifact.folder} was trained under another model section than the recipe's: {', '.join(changed)} "
             f"differ. Publish from the run's own recipe ({artifact.folder.parent}), or run '{stage}' again."
         )
     base_id = _public_id(recipe.spec.model)
     names = _hub_names(recipe.spec.model, base_id)
-    lineage = [_public(_once(entry), names) for entry in [*ancestors(artifact, manifest), manifest]]
+    lineage = [_told(entry, names) for entry in [*ancestors(artifact.folder.parent, manifest.parents), manifest]]
     return Sealed(artifact, manifest, pinned(recipe.spec.model), base_id, lineage, _public(recipe.tree, names))
 
 
-def ancestors(artifact: Artifact, manifest: Json) -> list[Json]:
-    """The manifests of the stages that handed this one something, each after its own parents.
+def ancestors(run: Path, parents: dict[str, Parent]) -> list[Manifest | Gone]:
+    """The manifests of the stages of a run that handed a stage something, each after its own parents.
 
     A parent trained again since is not the one this stage grew from: of it only what this stage noted is told.
     """
-    found: dict[str, Json] = {}
-    for role, noted in manifest.get("parents", {}).items():
-        for entry in noted.get("lineage", []):
-            found.setdefault(entry["fingerprint"], entry)
-        if noted.get("lineage"):
-            continue
-        parent = Artifact(artifact.folder.parent / noted["stage"])
-        theirs = read_json(parent.folder / "manifest.json")
-        if theirs is None or theirs.get("files", {}).get(WEIGHTS) != noted["adapter"]:
-            found.setdefault(noted["fingerprint"], {**noted, "role": role, "gone": True})
-            continue
-        for entry in [*ancestors(parent, theirs), theirs]:
-            found.setdefault(entry["fingerprint"], entry)
+    found: dict[str, Manifest | Gone] = {}
+    for role, noted in parents.items():
+        entries = noted.lineage
+        if not entries:
+            theirs = Artifact(run / noted.stage).manifest()
+            if theirs is None or theirs.files.get(WEIGHTS) != noted.adapter:
+                entries = [Gone(**noted.model_dump(), role=role, gone=True)]
+            else:
+                entries = [*ancestors(run, theirs.parents), theirs]
+        for entry in entries:
+            found.setdefault(entry.fingerprint, entry)
     return list(found.values())
 
 
-def _once(entry: Json) -> Json:
-    """A manifest whose parents do not repeat the lineage that stands before it."""
-    told = {
-        role: {key: value for key, value in noted.items() if key != "lineage"}
-        for role, noted in entry.get("parents", {}).items()
-    }
-    return {**entry, "parents": told} if told else entry
+def _told(entry: Manifest | Gone, names: dict[str, str]) -> Manifest | Gone:
+    """What the public may read of it; its parents do not repeat the lineage that stands before it."""
+    told = entry.model_dump(exclude={"parents": {"__all__": {"lineage"}}})
+    return type(entry).model_validate(_public(told, names))
 
 
 def _public_id(model: ModelSpec) -> str | None:

@@ -60,7 +60,7 @@ def prepared(recipe: Recipe, stages: list[str], runs: Path) -> Path:
     folder = cache_folder() / "serve" / recipe.name
     with written_whole(folder) as new:
         for source in sources:
-            files = new / f"models--{source.artifact.name}" / "snapshots" / source.manifest["files"][WEIGHTS][:40]
+            files = new / f"models--{source.artifact.name}" / "snapshots" / source.manifest.files[WEIGHTS][:40]
             files.mkdir(parents=True)
             adapter.write_tokenizer(source, files)
             shutil.copyfile(source.artifact.adapter / WEIGHTS, files / WEIGHTS)

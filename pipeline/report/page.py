@@ -13,6 +13,7 @@ import jinja2
 from pipeline import doctor, evaluator, strict_yaml
 from pipeline.disk import metrics
 from pipeline.disk.atomic import Json, write_text
+from pipeline.disk.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.evaluate import verdicts
 from pipeline.evaluate.metric import BY_KEY, METRICS, columns, of_benchmark
@@ -48,7 +49,7 @@ def write(
 def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
     """Everything the templates show, without a date. `typed`: what names the run in a command."""
     manifests = {name: recipe.artifact(name, runs).manifest() for name in recipe.order()}
-    finished: dict[str, Json] = {name: manifest for name, manifest in manifests.items() if manifest is not None}
+    finished: dict[str, Manifest] = {name: manifest for name, manifest in manifests.items() if manifest is not None}
     if not finished:
         raise UserError(f"no stage of {recipe.name} has finished below {runs / recipe.name}. Run it first.")
     results = _evaluated(recipe, typed, runs)
@@ -76,13 +77,13 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
         "costs": costs,
         "energy": next((row["energy_of"] for row in costs if row["energy"] is not None), None),
         "data": [
-            {"stage": name, **source}
+            {"stage": name, **source.as_json()}
             for name, manifest in finished.items()
-            for source in manifest["data"].get("sources", [])
+            for source in manifest.data.sources
         ],
         "examined": [(name, warning) for name, stage in examined.items() for warning in stage["warnings"]],
-        "versions": next(iter(reversed(finished.values())))["versions"],
-        "device": next(iter(reversed(finished.values())))["device"],
+        "versions": next(iter(reversed(finished.values()))).versions,
+        "device": next(iter(reversed(finished.values()))).device,
         "resolved": strict_yaml.dump(recipe.tree),
         "samples": _samples(results),
         "shown_at_once": SHOWN_AT_ONCE,
@@ -90,13 +91,10 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
     }
 
 
-def _examined(recipe: Recipe, runs: Path, finished: dict[str, Json]) -> Json:
+def _examined(recipe: Recipe, runs: Path, finished: dict[str, Manifest]) -> Json:
     """What `onebase data` found of the very files that the finished stages were trained and measured on."""
     found = doctor.kept(recipe, runs)
-    files = {
-        name: {**manifest.get("parts", {}).get("data", {}), **manifest.get("data", {}).get("measured_on", {})}
-        for name, manifest in finished.items()
-    }
+    files = {name: manifest.data_hashes for name, manifest in finished.items()}
     return {name: found[name] for name in finished if name in found and found[name].get("files") == files[name]}
 
 
@@ -189,49 +187,49 @@ def _notes(results: Json | None) -> dict[str, str]:
     return notes
 
 
-def _before_after(recipe: Recipe, finished: dict[str, Json]) -> list[Json]:
+def _before_after(recipe: Recipe, finished: dict[str, Manifest]) -> list[Json]:
     """The numbers every stage takes of itself, for a run that has not been evaluated."""
     rows = []
     for name, manifest in finished.items():
         for headline in recipe.kind(name).headlines:
-            if headline.metric in manifest["after"]:
+            if headline.metric in manifest.after:
                 scale, unit = (100, " %") if headline.percent else (1, "")
-                before = manifest["before"].get(headline.metric)
+                before = manifest.before.get(headline.metric)
                 rows.append(
                     {
                         "stage": name,
                         "label": headline.label,
                         "before": "" if before is None else f"{scale * before:.2f}{unit}",
-                        "after": f"{scale * manifest['after'][headline.metric]:.2f}{unit}",
+                        "after": f"{scale * manifest.after[headline.metric]:.2f}{unit}",
                     }
                 )
     return rows
 
 
-def _of_itself(recipe: Recipe, finished: dict[str, Json]) -> dict[str, str]:
+def _of_itself(recipe: Recipe, finished: dict[str, Manifest]) -> dict[str, str]:
     """What the stages' own numbers show of those that were trained on preferences."""
     told = {
-        name: verdicts.of_itself(recipe.stages[name], manifest["before"], manifest["after"])
+        name: verdicts.of_itself(recipe.stages[name], manifest.before, manifest.after)
         for name, manifest in finished.items()
     }
     return {name: text for name, text in told.items() if text}
 
 
-def _cost(name: str, manifest: Json, recipe: Recipe, runs: Path) -> Json:
-    counts = manifest["data"].get("counts", {})
+def _cost(name: str, manifest: Manifest, recipe: Recipe, runs: Path) -> Json:
+    counts = manifest.data.counts
     tokens = max((row.get("num_tokens", 0) for row in metrics.read(recipe.artifact(name, runs).metrics)), default=0)
     seconds = counts.get("train_seconds")
     return {
         "stage": name,
-        "seconds": manifest["seconds"],
+        "seconds": manifest.seconds,
         "train_seconds": seconds,
         "steps": counts.get("steps"),
         "tokens": int(tokens),
         "speed": round(tokens / seconds) if seconds and tokens else None,
-        "energy": manifest.get("energy_wh"),
-        "energy_of": manifest.get("energy_of"),
-        "peak": manifest["peak_memory_mib"],
-        "peak_is": manifest["peak_memory_is"],
+        "energy": manifest.energy_wh,
+        "energy_of": manifest.energy_of,
+        "peak": manifest.peak_memory_mib,
+        "peak_is": manifest.peak_memory_is,
     }
 
 

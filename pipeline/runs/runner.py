@@ -124,7 +124,8 @@ def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path
             _stop(process)
             raise
     if status == 0:
-        if (out.manifest() or {}).get("fingerprint") == digest(recipe.parts()[stage]):
+        manifest = out.manifest()
+        if manifest and manifest.fingerprint == digest(recipe.parts()[stage]):
             return
         raise UserError(f"stage '{stage}' ended early, without an error and without a result. Its log is {out.log}")
     said = out.log.read_bytes()[begun:].decode("utf-8", "replace")

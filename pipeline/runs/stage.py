@@ -14,6 +14,7 @@ from pipeline.disk import versions
 from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, locked, write_text
 from pipeline.disk.hashes import digest
+from pipeline.disk.manifest import Cost, Data, Manifest, Parent, Parts, SourceCounts
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.runs import sharding
@@ -44,9 +45,9 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
     }
     measured_on = recipe.measured_on(stage)
     former = out.manifest()
-    if former is not None and former["fingerprint"] != fingerprint:
+    if former is not None and former.fingerprint != fingerprint:
         former = None
-    if former is not None and former.get("data", {}).get("measured_on", {}) == measured_on:
+    if former is not None and former.data.measured_on == measured_on:
         print(f"{stage} is fresh", flush=True)
         return
     if former is not None:
@@ -93,38 +94,35 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
             if result.refused:
                 write_text(out.refused, (_json_line(entry) for entry in itertools.chain(*refused, result.refused)))
             cost = _cost(started, meter)
-            numbers = {"before": result.before, "after": result.after}
-            found = {
-                "sources": [source.counts() for source in sources],
-                "held_out": None if data.test is None else len(data.test),
-                "questions": len(data.questions),
-                "counts": former["data"]["counts"] if former else result.counts,
-                "measured_on": measured_on,
-            }
+            found = Data(
+                sources=[SourceCounts(**source.counts()) for source in sources],
+                held_out=None if data.test is None else len(data.test),
+                questions=len(data.questions),
+                counts=former.data.counts if former else result.counts,
+                measured_on=measured_on,
+            )
+            chosen = section.model_dump(by_alias=True)
+            numbers: Json = {"section": chosen, "data": found, "before": result.before, "after": result.after}
             if former:
-                out.seal(
-                    {**former, "section": section.model_dump(by_alias=True), "data": found, **numbers, "again": cost}
-                )
+                out.seal(former.model_copy(update={**numbers, "again": cost}))
                 return
             out.seal(
-                {
-                    "stage": stage,
-                    "kind": section.kind,
-                    "fingerprint": fingerprint,
-                    "parts": parts[stage],
-                    "section": section.model_dump(by_alias=True),
-                    "parents": {role: _lineage(parent) for role, parent in parents.items()},
-                    "base": recipe.spec.model.base,
-                    "base_hash": parts[stage]["model"]["base"],
-                    "base_digest": result.base_digest,
-                    "data": found,
-                    "seed": recipe.spec.seed,
+                Manifest(
+                    stage=stage,
+                    kind=section.kind,
+                    fingerprint=fingerprint,
+                    parts=Parts(**parts[stage]),
+                    parents={role: _note_parent(parent) for role, parent in parents.items()},
+                    base=recipe.spec.model.base,
+                    base_hash=parts[stage]["model"]["base"],
+                    base_digest=result.base_digest,
+                    seed=recipe.spec.seed,
+                    invariants=result.invariants,
+                    processes=everyone.num_processes,
+                    versions_changed=changed,
                     **numbers,
-                    "invariants": result.invariants,
-                    "processes": everyone.num_processes,
-                    "versions_changed": changed,
-                    **cost,
-                }
+                    **cost.model_dump(),
+                )
             )
 
 
@@ -147,34 +145,34 @@ def _to_go_on_with(out: Artifact, fingerprint: str, processes: int) -> Json:
 
 def _versions_changed(now: Json, begun: Json, parents: dict[str, Artifact]) -> Json:
     """Where other versions of the libraries made what this stage builds upon: {what: {library: [then, now]}}."""
-    manifests = {f"'{parent.name}'": parent.manifest() or {} for parent in parents.values()}
-    noted = {"its checkpoint": begun, **manifests}
-    found = {what: versions.others(of.get("versions") or {}, now) for what, of in noted.items()}
+    noted = {"its checkpoint": begun.get("versions") or {}}
+    noted |= {f"'{parent.name}'": parent.finished().versions for parent in parents.values()}
+    found = {what: versions.others(then, now) for what, then in noted.items()}
     return {what: other for what, other in found.items() if other}
 
 
 def _sound_parent(parent: Artifact, fingerprint: str, base: str) -> Artifact:
     manifest = parent.verify()
-    if manifest.get("base_hash") != base:
+    if manifest.base_hash != base:
         raise UserError(
-            f"{parent.folder} was trained on another base ({manifest.get('base')}, {manifest.get('base_hash')}) than "
+            f"{parent.folder} was trained on another base ({manifest.base}, {manifest.base_hash}) than "
             f"this recipe's ({base}). Run '{parent.name}' again on this base, or name that base in the recipe."
         )
-    if manifest.get("fingerprint") != fingerprint:
+    if manifest.fingerprint != fingerprint:
         raise UserError(f"{parent.folder} is stale: recipe or data have changed since. Run '{parent.name}' first.")
     return parent
 
 
-def _lineage(parent: Artifact) -> Json:
+def _note_parent(parent: Artifact) -> Parent:
     """Which stage this one goes on from, down to the bytes of its adapter."""
     manifest = parent.verify()
-    origin: Json = {key: manifest[key] for key in ("hub", "lineage") if key in manifest}
-    return {
-        "stage": parent.name,
-        "fingerprint": manifest["fingerprint"],
-        "adapter": manifest["files"][WEIGHTS],
-        **origin,
-    }
+    return Parent(
+        stage=parent.name,
+        fingerprint=manifest.fingerprint,
+        adapter=manifest.files[WEIGHTS],
+        hub=manifest.hub,
+        lineage=manifest.lineage,
+    )
 
 
 @contextlib.contextmanager
@@ -194,7 +192,7 @@ def _alone(out: Artifact) -> Iterator[None]:
         yield
 
 
-def _cost(started: float, meter: Meter) -> Json:
+def _cost(started: float, meter: Meter) -> Cost:
     import resource
 
     import torch
@@ -202,16 +200,16 @@ def _cost(started: float, meter: Meter) -> Json:
     cuda = torch.cuda.is_available()
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resident
-    return {
-        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.time() - started, 1),
-        "device": torch.cuda.get_device_name() if cuda else f"cpu ({torch.get_num_threads()} threads)",
-        "peak_memory_mib": round(peak),
-        "energy_wh": meter.watt_hours(),
-        "energy_of": meter.of,
-        "peak_memory_is": "CUDA memory allocated" if cuda else "resident set of the process",
-        "versions": versions.installed(),
-    }
+    return Cost(
+        started=datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        seconds=round(time.time() - started, 1),
+        device=torch.cuda.get_device_name() if cuda else f"cpu ({torch.get_num_threads()} threads)",
+        peak_memory_mib=round(peak),
+        energy_wh=meter.watt_hours(),
+        energy_of=meter.of,
+        peak_memory_is="CUDA memory allocated" if cuda else "resident set of the process",
+        versions=versions.installed(),
+    )
 
 
 def _json_line(value: Json) -> str:

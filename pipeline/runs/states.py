@@ -47,17 +47,17 @@ def states(recipe: Recipe, runs: Path = RUNS) -> list[State]:
 def _state(out: Artifact, parts: Json, measured_on: Json, parents: dict[str, Artifact], waiting: list[str]) -> State:
     manifest = out.manifest()
     fingerprint = digest(parts)
-    if manifest is not None and manifest.get("fingerprint") == fingerprint:
+    if manifest is not None and manifest.fingerprint == fingerprint:
         try:
             out.verify()
         except UserError as error:
             return State(out.name, "damaged", str(error))
         for role, parent in parents.items():
-            grown_from = manifest.get("parents", {}).get(role, {}).get("adapter")
-            if not waiting and grown_from != (parent.manifest() or {}).get("files", {}).get(WEIGHTS):
+            noted, theirs = manifest.parents.get(role), parent.manifest()
+            if not waiting and (noted and noted.adapter) != (theirs and theirs.files.get(WEIGHTS)):
                 return State(out.name, "stale", f"'{parent.name}' has been trained again, with another result")
-        changed = _differences({"data": manifest.get("data", {}).get("measured_on", {})}, {"data": measured_on})
-        other = versions.others(manifest.get("versions", {}), versions.installed())
+        changed = _differences({"data": manifest.data.measured_on}, {"data": measured_on})
+        other = versions.others(manifest.versions, versions.installed())
         if changed:
             return State(out.name, "unmeasured", "; ".join(changed))
         return State(out.name, "fresh", f"made with {versions.said(other)}" if other else "")
@@ -66,10 +66,10 @@ def _state(out: Artifact, parts: Json, measured_on: Json, parents: dict[str, Art
         several = (out.claimed() or {}).get("processes", 1)
         step = f"goes on from step {checkpoint.name.rsplit('-', 1)[1]}"
         return State(out.name, "stopped", step + (f", with {several} processes" if several > 1 else ""))
-    before = manifest or out.claimed()
-    if before is None or "parts" not in before:
+    before = manifest.parts.model_dump() if manifest else (out.claimed() or {}).get("parts")
+    if before is None:
         return State(out.name, "new", f"after {waiting[0]}" if waiting else "never run")
-    changed = _differences(before["parts"], parts) if isinstance(before["parts"], dict) else []
+    changed = _differences(before, parts) if isinstance(before, dict) else []
     return State(out.name, "stale", "; ".join(changed) or "it was cut short")
 
 

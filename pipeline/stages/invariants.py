@@ -50,13 +50,12 @@ COMPARED = 32
 def same_base(ctx: Context, digest: str) -> Found:
     """The bytes of the base in memory are those that every parent was trained on."""
     for role, parent in ctx.parents.items():
-        manifest = parent.manifest() or {}
-        trained_on, device = manifest.get("base_digest"), manifest.get("device", "a device that it does not name")
-        if trained_on != digest:
+        manifest = parent.finished()
+        if manifest.base_digest != digest:
             here = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-            version = manifest.get("versions", {}).get("bitsandbytes", "unknown")
+            version = manifest.versions.get("bitsandbytes", "unknown")
             raise BrokenInvariant(
-                f"the base that {role} '{parent.name}' was trained on ({trained_on}, on {device}, "
+                f"the base that {role} '{parent.name}' was trained on ({manifest.base_digest}, on {manifest.device}, "
                 f"bitsandbytes {version})",
                 f"another one in memory ({digest}, on {here}, bitsandbytes {versions.installed()['bitsandbytes']})",
                 "a base folder that was changed in place, or one quantised to other bytes: whether a CPU and a GPU "
@@ -215,7 +214,7 @@ def probe(model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tupl
 
 def scores_as_it_did(actors: Actors, adapter: str, parent: Artifact, dtype: str) -> Found:
     """A borrowed reward adapter gives the scores the reward stage itself gave."""
-    probed = (parent.manifest() or {}).get("invariants", {}).get("probe", [])
+    probed = parent.finished().invariants.get("probe", [])
     if not probed:
         raise UserError(f"{parent.folder} holds no scores to compare with. Run '{parent.name}' again.")
     ours = [actors.scores(adapter, [one["ids"]], 1)[0] for one in probed]

@@ -92,7 +92,7 @@ def warn_of_length(models: dict[str, Artifact]) -> None:
     """Say so before a policy is trained on a reward model that ranks held-out pairs no better than their lengths do:
     PPO would learn to write long answers."""
     for name, artifact in models.items():
-        found = (artifact.manifest() or {}).get("after", {})
+        found = artifact.finished().after
         if found.get("over_longer_low", 1.0) <= 0:
             print(
                 f"  warning: the reward model '{name}' ranks {100 * found['accuracy']:.0f} % of held-out pairs right, "

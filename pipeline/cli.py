@@ -88,8 +88,9 @@ def data(
 
     from rich.console import Console
 
-    from pipeline import doctor
+    from pipeline.data.examine import faults_in, keep
     from pipeline.errors import UserError
+    from pipeline.terminal import data as terminal
 
     chain = _read(recipe, override)
     names = stage or chain.order()
@@ -97,15 +98,15 @@ def data(
         if name not in chain.stages:
             raise UserError(f"no stage '{name}' in the recipe {chain.name} (there is: {', '.join(chain.stages)})")
     if show:
-        faults = [fault for name in names for fault in doctor.show_rows(chain, name, show, Console())]
+        faults = [fault for name in names for fault in terminal.show_rows(chain, name, show, Console())]
     else:
-        found = doctor.examine(chain, names)
-        doctor.keep(found, chain, runs)
-        faults = doctor.faults_in(found)
+        found = terminal.examine(chain, names)
+        keep(found, runs / chain.name)
+        faults = faults_in(found)
         if as_json:
             print(json.dumps(found, ensure_ascii=False, indent=1))
         else:
-            doctor.show(found, Console())
+            terminal.show(found, Console())
     if faults:
         what = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise UserError(f"{what} in the data, as told above: a run would stop there")

@@ -12,7 +12,7 @@ LAYERS = [
     ["models", "data", "ppo"],
     ["stages", "evaluate", "plan"],
     ["recipe"],
-    ["runner", "worker", "evaluation_plan", "evaluator", "summary", "doctor", "faults", "report", "compare", "chat"]
+    ["runner", "worker", "evaluation_plan", "evaluator", "summary", "terminal", "report", "compare", "chat"]
     + ["publish", "sharding"],
     ["cli"],
 ]

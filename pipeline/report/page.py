@@ -10,8 +10,9 @@ from typing import Any
 
 import jinja2
 
-from pipeline import doctor, evaluator, metrics, strict_yaml
+from pipeline import evaluator, metrics, strict_yaml
 from pipeline.artifact import Json, write_text
+from pipeline.data.examine import read_kept
 from pipeline.errors import UserError
 from pipeline.evaluate import verdicts
 from pipeline.evaluate.metric import BY_KEY, METRICS, columns, of_benchmark
@@ -91,7 +92,7 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
 
 def _examined(recipe: Recipe, runs: Path, finished: dict[str, Json]) -> Json:
     """What `onebase data` found of the very files that the finished stages were trained and measured on."""
-    found = doctor.kept(recipe, runs)
+    found = read_kept(runs / recipe.name)
     files = {
         name: {**manifest.get("parts", {}).get("data", {}), **manifest.get("data", {}).get("measured_on", {})}
         for name, manifest in finished.items()

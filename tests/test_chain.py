@@ -23,7 +23,7 @@ from pipeline.errors import BrokenInvariant, UserError
 from pipeline.models import adapters
 from pipeline.recipe import Recipe, build
 from pipeline.runner import run, states
-from pipeline.summary import show_states
+from pipeline.terminal.states import show_states
 from pipeline.worker import run_stage
 
 

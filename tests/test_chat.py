@@ -8,7 +8,6 @@ import pytest
 import torch
 from publish_run import with_decoding_words
 
-from pipeline.chat import Chat, Say, opened
 from pipeline.data import render
 from pipeline.data.contracts import DEMONSTRATION
 from pipeline.data.load import DataSpec, read_source
@@ -18,6 +17,7 @@ from pipeline.evaluate.bench import Bench
 from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.models.spec import ModelSpec
+from pipeline.terminal.chat import Chat, Say, open_chat
 
 
 @pytest.fixture(scope="module")
@@ -131,4 +131,4 @@ def test_a_turn_ends_at_the_templates_end_of_turn(bench: Bench) -> None:
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run"):
-        opened(tmp_path, [], tmp_path / "c.jsonl", 4, 0.0)
+        open_chat(tmp_path, [], tmp_path / "c.jsonl", 4, 0.0)

@@ -19,7 +19,7 @@ from pipeline.data.load import DataSpec, read_source
 from pipeline.errors import UserError
 from pipeline.plan import cards
 from pipeline.recipe import build, read
-from pipeline.summary import show_needs
+from pipeline.terminal.plan import show_needs
 from pipeline.worker import load_rows
 
 ROWS = 2500

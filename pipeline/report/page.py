@@ -19,7 +19,7 @@ from pipeline.evaluate.metric import BY_KEY, METRICS, columns, of_benchmark
 from pipeline.evaluation_plan import folder, plan, results_in
 from pipeline.recipe import Recipe
 from pipeline.report import figures, lineage
-from pipeline.summary import as_typed, clock
+from pipeline.terminal.results import as_typed, clock
 
 SHOWN_AT_ONCE = 6
 

@@ -120,7 +120,7 @@ class Chat:
         whole = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
         sampled = whole if self.temperature else {"do_sample": False}
         with self.bench.acting_as(policy), torch.no_grad(), computing(self.bench.model):
-            told_BT = self.bench.model.generate(
+            told_BT = self.bench.model.generate(  # type: ignore[no-untyped-call]
                 input_ids=prompt_BT,
                 attention_mask=torch.ones_like(prompt_BT),
                 max_new_tokens=room,
@@ -198,7 +198,7 @@ class Chat:
         return again
 
 
-def opened(run: Path, policies: list[str], corrections: Path, new_tokens: int, temperature: float) -> Chat:
+def open_chat(run: Path, policies: list[str], corrections: Path, new_tokens: int, temperature: float) -> Chat:
     """Load what a run left. Raises UserError naming the policies there are."""
     if not os.path.isfile(run / "recipe.yaml"):
         raise UserError(f"{run} is no run (it has no recipe.yaml). Name a folder such as runs/quickstart")

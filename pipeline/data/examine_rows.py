@@ -18,6 +18,7 @@ import numpy
 from pipeline.data import load, render
 from pipeline.data.contracts import Row
 from pipeline.data.load import NAMED_AT_MOST, prompt_key
+from pipeline.data.tokens import Unrenderable, marks, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -46,17 +47,17 @@ def count_tokens(
     bos: Counter[int] = Counter()
     named: list[dict[str, str]] = []
     over = tokens_lost = ends = dialogues = bare = left_out = unrenderable = marked = size = 0
-    stops = set(render.stop_ids(tokenizer))
+    stops = set(stop_ids(tokenizer))
     for row in rows:
         try:
             made = encode_row(kind, tokenizer, row)
-        except render.Unrenderable as error:
+        except Unrenderable as error:
             unrenderable += 1
             if len(named) < NAMED_AT_MOST:
                 named.append({"place": row["_place"], "reason": str(error)})
             continue
         text = row["text"] if kind == "pretrain" else row.get("prompt")
-        marked += isinstance(text, str) and bool(render.marks(tokenizer, text))
+        marked += isinstance(text, str) and bool(marks(tokenizer, text))
         longest = max(len(sequence.ids) for sequence in made)
         lengths.append(longest)
         size += max(_bytes(tokenizer, sequence) for sequence in made)

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from pipeline.artifact import sha256_of_file, written_whole
-from pipeline.data.render import stop_ids
+from pipeline.data.tokens import stop_ids
 from pipeline.errors import UserError
 from pipeline.models.forward import score_by_length
 from pipeline.models.spec import ModelSpec, cache_folder, pinned

@@ -14,6 +14,7 @@ from pipeline import metrics
 from pipeline.artifact import Artifact, mark_checkpoint
 from pipeline.data import render
 from pipeline.data.load import NAMED_AT_MOST
+from pipeline.data.tokens import closes_turns
 from pipeline.errors import Interrupted, UserError
 from pipeline.evaluate import rewarded
 from pipeline.models import adapters
@@ -47,7 +48,7 @@ def fitting(
     never cut.
     """
     window = getattr(config, "max_position_embeddings", None)
-    if any(isinstance(row["prompt"], list) for row in ctx.data.train) and not render.closes_turns(tokenizer):
+    if any(isinstance(row["prompt"], list) for row in ctx.data.train) and not closes_turns(tokenizer):
         raise UserError(
             f"stage '{ctx.out.name}': the chat template does not close the assistant's turn with a token that the "
             "model could stop at, so no answer would end. Name another one as model.chat_template, say "

@@ -12,6 +12,7 @@ from pipeline.data import render
 from pipeline.data.contracts import Row
 from pipeline.data.examine import Section, attempt
 from pipeline.data.examine_rows import encode_row
+from pipeline.data.tokens import Unrenderable, special_ids, stop_ids
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.stages.arguments import AUTO, defaults
@@ -63,8 +64,8 @@ def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
     tokenizer = load_tokenizer(recipe.spec.model)
     try:
-        render.stop_ids(tokenizer)
-    except render.Unrenderable as error:
+        stop_ids(tokenizer)
+    except Unrenderable as error:
         raise UserError(f"model.chat_template: on a plain dialogue, {error}") from error
     return tokenizer
 
@@ -98,14 +99,14 @@ def show_rows(recipe: Recipe, name: str, count: int, console: Console) -> list[s
     """Rows as the model will see them: tokens with loss green, those without dim, special tokens reversed. Gives the
     faults of the stage's files."""
     tokenizer = _load_tokenizer(recipe)
-    special = render.special_ids(tokenizer)
+    special = special_ids(tokenizer)
     split, _, _, faults = examination.read_sound(_section(recipe, name, {}))
     console.print(Text.assemble(("loss", "bold green"), "  ", ("no loss", "dim"), "  ", ("special token", "reverse")))
     for row in split.train[:count] if split else []:
         console.print(Text(f"── {row['_place']}", style="green"), soft_wrap=True)  # a rule would cut a long place off
         try:
             sequences = encode_row(recipe.stages[name].kind, tokenizer, row)
-        except render.Unrenderable as error:
+        except Unrenderable as error:
             console.print(Text(f"refused: {error}", style="red"))
             continue
         for label, sequence in zip(_labels(row, len(sequences)), sequences, strict=True):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -27,45 +27,28 @@ Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where runs ar
 @app.command()
 def ls() -> None:
     """List the recipes at hand."""
-    for name, path in _recipes().items():
-        print(f"{name:<32} {_about(path)}")
+    from pipeline.terminal.recipes import show_recipes
+
+    show_recipes()
 
 
 @app.command()
 def cp(name: str, to: Path) -> None:
     """Copy a recipe, to make your own of it."""
-    from pipeline.errors import UserError
+    from pipeline.terminal.recipes import copy_recipe
 
-    source = Path(_find(name))
-    if not os.path.isfile(source):
-        raise UserError(f"no recipe '{name}' (there is: {', '.join(_recipes())})")
-    target = to / source.name if to.is_dir() else to
-    if target.exists():
-        raise UserError(f"{target} is there already; choose another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # A run's folder is named by the recipe, so a copy under the old name would overwrite the old run.
-    text = source.read_text(encoding="utf-8")
-    target.write_text(re.sub(r"(?m)^name: .*$", f"name: {target.stem}", text, count=1), encoding="utf-8")
-    print(f"{source} -> {target} (name: {target.stem})")
+    copy_recipe(name, to)
 
 
 @app.command()
 def check(recipe: RecipePath, override: Overrides = []) -> None:  # noqa: B006
     """Read a recipe, its data and every trainer argument; train nothing."""
-    from pipeline.runs.rows import load_rows
+    from pipeline.stages.check import check_arguments, check_base
+    from pipeline.terminal.states import show_rows
 
     chain = _read(recipe, override)
-    for name in chain.order():
-        data, sources = load_rows(chain, name)
-        counts = sources[0].counts()
-        held_out = f", {len(data.test)} held out" if data.test is not None else ""
-        asked = f", {len(data.questions)} questions" if data.questions else ""
-        refused = sum(len(source.refused) for source in sources)
-        unfit = f", {refused} refused" if refused else ""
-        print(f"{name}: {len(data.train)} of {counts['rows']} rows from {counts['path']}{held_out}{asked}{unfit}")
+    show_rows(chain)
     chain.parts()
-    from pipeline.stages.check import check_arguments, check_base
-
     check_base(chain.spec.model, chain.stages)
     check_arguments(chain.spec.model, chain.stages, chain.spec.seed)
     print(f"{recipe}: sound, {len(chain.stages)} stages: {' -> '.join(chain.order())}")
@@ -84,12 +67,11 @@ def data(
 
     All of it is examined, whatever is wrong with some; the exit status is 2 where a run would stop.
     """
-    import json
-
     from rich.console import Console
 
-    from pipeline import doctor
+    from pipeline.data.examine import faults_in, keep
     from pipeline.errors import UserError
+    from pipeline.terminal import data as terminal
 
     chain = _read(recipe, override)
     names = stage or chain.order()
@@ -97,15 +79,15 @@ def data(
         if name not in chain.stages:
             raise UserError(f"no stage '{name}' in the recipe {chain.name} (there is: {', '.join(chain.stages)})")
     if show:
-        faults = [fault for name in names for fault in doctor.show_rows(chain, name, show, Console())]
+        faults = [fault for name in names for fault in terminal.show_rows(chain, name, show, Console())]
     else:
-        found = doctor.examine(chain, names)
-        doctor.keep(found, chain, runs)
-        faults = doctor.faults_in(found)
+        found = terminal.examine(chain, names)
+        keep(found, runs / chain.name)
+        faults = faults_in(found)
         if as_json:
             print(json.dumps(found, ensure_ascii=False, indent=1))
         else:
-            doctor.show(found, Console())
+            terminal.show(found, Console())
     if faults:
         what = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise UserError(f"{what} in the data, as told above: a run would stop there")
@@ -123,29 +105,10 @@ def plan(
     """Show what a run would do, and why; what each stage needs, whether it fits, and how long it takes."""
     from rich.console import Console
 
-    from pipeline.errors import UserError
-    from pipeline.models.spec import hub_commit
     from pipeline.plan import cards
-    from pipeline.runs.states import states
-    from pipeline.summary import show_needs, show_states
+    from pipeline.terminal.plan import show_plan
 
-    card = cards.card(gpu) if gpu else cards.present()
-    chain, console = _read(recipe, override), Console()
-    unknown = None
-    try:
-        show_states(states(chain, runs), console)
-    except UserError as error:  # its needs follow from shapes alone
-        unknown = error
-    noted = ""
-    try:
-        noted = show_needs(chain, card, console).noted
-    except UserError as error:
-        console.print(f"memory and time: not planned: {error}", highlight=False, markup=False)
-    base = chain.spec.model
-    if unknown and noted and hub_commit(base.base, base.revision)[1]:  # well known; only the Hub is out of reach
-        console.print(f"\nwhat would run is not told: {unknown}", highlight=False, markup=False)
-    elif unknown:
-        raise unknown
+    show_plan(_read(recipe, override), runs, cards.card(gpu) if gpu else cards.present(), Console())
 
 
 @app.command()
@@ -167,9 +130,9 @@ def run(
     """Run the stages that are not fresh, one process each."""
     from rich.console import Console
 
-    from pipeline import summary
     from pipeline.errors import UserError
     from pipeline.runs import runner
+    from pipeline.terminal import results
 
     if launch_config and not os.path.isfile(launch_config):
         raise UserError(f"--launch-config: no such file: {launch_config}")
@@ -177,14 +140,14 @@ def run(
     try:
         done = runner.run(chain, only, from_ or None, runs, launch_config, force)
     except KeyboardInterrupt:
-        again = " ".join([*sys.argv[1:]])
+        again = " ".join(sys.argv[1:])
         print(f"stopped. To go on where it stopped, type the same again: onebase {again}", file=sys.stderr)
         raise SystemExit(130) from None
     if done:
         console.print()
-        summary.show_results(chain, runs, console)
-        summary.show_answers(chain, runs, console)
-        summary.show_next(chain, summary.as_typed(recipe, override, runs), runs, console)
+        results.show_results(chain, runs, console)
+        results.show_answers(chain, runs, console)
+        results.show_next(chain, results.as_typed(recipe, override, runs), runs, console)
     else:
         console.print("everything asked for is fresh; nothing to do")
 
@@ -195,7 +158,8 @@ def status(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs
     from rich.console import Console
 
     from pipeline.runs.states import states
-    from pipeline.summary import show_answers, show_results, show_states
+    from pipeline.terminal.results import show_answers, show_results
+    from pipeline.terminal.states import show_states
 
     chain, console = _read(recipe, override), Console()
     show_states(states(chain, runs), console)
@@ -221,11 +185,10 @@ def evaluate(
     from rich.console import Console
 
     from pipeline import evaluator
-    from pipeline.summary import as_typed, show_evaluation
+    from pipeline.terminal.results import as_typed, show_evaluation
 
     try:
-        tasks = [task for task in lm_eval.split(",") if task]
-        results = evaluator.launch(_read(recipe, override), runs, judge, tasks)
+        results = evaluator.launch(_read(recipe, override), runs, judge, list(filter(None, lm_eval.split(","))))
     except KeyboardInterrupt:
         print("stopped. What has been measured is kept: the same command goes on from there.", file=sys.stderr)
         raise SystemExit(130) from None
@@ -258,13 +221,12 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
 ) -> None:
     """Talk to what a run has trained."""
-    from pipeline import chat as chats
     from pipeline.errors import UserError
+    from pipeline.terminal.chat import open_chat, talk
 
     if stage and compare:
         raise UserError("name either one STAGE or two with --compare")
-    policies = list(compare) if compare else [stage] if stage else []
-    chats.talk(chats.opened(run, policies, save_to, new_tokens, temperature))
+    talk(open_chat(run, list(compare or filter(None, [stage])), save_to, new_tokens, temperature))
 
 
 @app.command()
@@ -275,7 +237,7 @@ def compare(
     """Show what differs between two runs: recipe, data, numbers with intervals."""
     from rich.console import Console
 
-    from pipeline.compare import show
+    from pipeline.terminal.compare import show
 
     show(run_a, run_b, Console())
 
@@ -294,8 +256,9 @@ def publish(
 ) -> None:
     """Publish a finished stage, once it is proven to answer as what was trained."""
     from pipeline.publish.publishing import publish as published
+    from pipeline.terminal.recipes import read_run
 
-    chain, runs = _run(run, override, runs)
+    chain, runs = read_run(run, override, runs)
     files = published(chain, stage, to, form, runs=runs, private=private, dry_run=dry_run, overwrite=overwrite)
     for name, size in files:
         print(f"  {size / 2**20:9.2f} MiB  {name}")
@@ -311,13 +274,13 @@ def serve(
     runs: Runs = Path("runs"),
 ) -> None:
     """Serve finished stages to OpenAI clients, on this machine only."""
-    from pipeline.publish.serving import prepared
-    from pipeline.publish.serving import serve as served
+    from pipeline.publish import serving
+    from pipeline.terminal.recipes import read_run
 
-    chain, runs = _run(run, override, runs)
-    folder = prepared(chain, stages, runs)
+    chain, runs = read_run(run, override, runs)
+    folder = serving.prepared(chain, stages, runs)
     print(f"http://127.0.0.1:{port}/v1 serves {', '.join(stages)} (Ctrl-C ends it)", flush=True)
-    served(chain, folder, port)
+    serving.serve(chain, folder, port)
 
 
 def main() -> None:
@@ -334,43 +297,6 @@ def main() -> None:
 
 
 def _read(path: str, overrides: list[str]):  # type: ignore[no-untyped-def]
-    from pipeline.recipe import read
+    from pipeline.terminal.recipes import read_recipe
 
-    return read(_find(path), *overrides)
-
-
-def _run(run: str, overrides: list[str], runs: Path):  # type: ignore[no-untyped-def]
-    """The recipe of a run named by its recipe or by its folder, and the folder of runs it lies in."""
-    from pipeline.errors import UserError
-
-    folder = Path(run)
-    if not os.path.isdir(folder):
-        return _read(run, overrides), runs
-    if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"{folder} is not the folder of a run (no recipe.yaml)")
-    chain = _read(str(folder / "recipe.yaml"), overrides)
-    if chain.name != folder.resolve().name:
-        raise UserError(f"{folder} was renamed: its recipe calls the run '{chain.name}'")
-    return chain, folder.resolve().parent
-
-
-def _recipe_folders() -> list[Path]:
-    # In a clone the recipes lie beside the package; an installed wheel puts them under share/.
-    return [Path("recipes"), Path(sys.prefix) / "share" / "onebase" / "recipes"]
-
-
-def _recipes() -> dict[str, Path]:
-    for folder in _recipe_folders():
-        if folder.is_dir():
-            files = [file for file in sorted(folder.rglob("*.yaml")) if "accelerate" not in file.parts]
-            return {str(file.relative_to(folder).with_suffix("")): file for file in files}
-    return {}
-
-
-def _find(name: str) -> str:
-    return name if os.path.exists(name) else str(_recipes().get(name.removesuffix(".yaml"), name))
-
-
-def _about(path: Path) -> str:
-    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-    return first.removeprefix("#").strip()
+    return read_recipe(path, overrides)

@@ -1,4 +1,4 @@
-"""Files and folders are written whole or not at all, under names nobody else has; a manifest reads as it was written."""
+"""Files and folders are written whole or not at all, under names of their own; a manifest reads as it was written."""
 
 from __future__ import annotations
 

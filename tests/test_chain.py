@@ -25,7 +25,7 @@ from pipeline.recipe import Recipe, build
 from pipeline.runs.runner import run
 from pipeline.runs.stage import run_stage
 from pipeline.runs.states import states
-from pipeline.summary import show_states
+from pipeline.terminal.states import show_states
 
 
 @pytest.fixture(scope="module")

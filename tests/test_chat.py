@@ -8,16 +8,17 @@ import pytest
 import torch
 from publish_run import with_decoding_words
 
-from pipeline.chat import Chat, Say, opened
 from pipeline.data import render
 from pipeline.data.contracts import DEMONSTRATION
 from pipeline.data.load import DataSpec, read_source
+from pipeline.data.tokens import stop_ids
 from pipeline.errors import UserError
 from pipeline.evaluate.answers import generate
 from pipeline.evaluate.bench import Bench
 from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.models.spec import ModelSpec
+from pipeline.terminal.chat import Chat, Say, open_chat
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +127,9 @@ def test_a_full_window_is_said_and_the_conversation_goes_on(bench: Bench, tmp_pa
 
 
 def test_a_turn_ends_at_the_templates_end_of_turn(bench: Bench) -> None:
-    assert bench.tokenizer.convert_tokens_to_ids("<|im_end|>") in render.stop_ids(bench.tokenizer)
+    assert bench.tokenizer.convert_tokens_to_ids("<|im_end|>") in stop_ids(bench.tokenizer)
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run"):
-        opened(tmp_path, [], tmp_path / "c.jsonl", 4, 0.0)
+        open_chat(tmp_path, [], tmp_path / "c.jsonl", 4, 0.0)

@@ -16,6 +16,7 @@ from conftest import seal, tiny_tree
 from pipeline import evaluator
 from pipeline.data import render
 from pipeline.data.load import read_source
+from pipeline.data.tokens import stop_ids
 from pipeline.errors import UserError
 from pipeline.evaluate import measures, results, reward_check
 from pipeline.evaluate.bench import Bench
@@ -112,7 +113,7 @@ def test_several_answers_to_a_prompt_read_it_once_and_are_drawn_apart(bench: Ben
         render.prompt(bench.tokenizer, {"prompt": [{"role": "user", "content": text}]})
         for text in ("Hi", "A longer question?")
     ]
-    stops = render.stop_ids(bench.tokenizer)
+    stops = stop_ids(bench.tokenizer)
 
     def answered(copies: int, temperature: float) -> list:
         with bench.acting_as("sft"):

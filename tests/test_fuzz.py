@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.plan import cards
 from pipeline.recipe import build, read
 from pipeline.runs.rows import load_rows
-from pipeline.summary import show_needs
+from pipeline.terminal.plan import show_needs
 
 ROWS = 2500
 SEEDS = [row for row, _, _ in CASES] + [

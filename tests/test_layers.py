@@ -12,7 +12,7 @@ LAYERS = [
     ["models", "data", "ppo"],
     ["stages", "evaluate", "plan"],
     ["recipe"],
-    ["runs", "evaluation_plan", "evaluator", "summary", "doctor", "faults", "report", "compare", "chat", "publish"],
+    ["runs", "evaluation_plan", "evaluator", "terminal", "report", "publish"],
     ["cli"],
 ]
 
@@ -58,6 +58,7 @@ def test_light_modules_do_not_import_torch() -> None:
     import subprocess
     import sys
 
-    light = "import pipeline.cli, pipeline.recipe, pipeline.runs.worker, pipeline.evaluator, pipeline.summary; "
-    light += "import sys; sys.exit(bool({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
+    light = "pipeline.cli, pipeline.recipe, pipeline.runs.worker, pipeline.evaluator, pipeline.terminal.plan"
+    light = f"import sys, {light}, pipeline.terminal.results"
+    light += "; sys.exit(bool({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", light], cwd=PACKAGE.parent).returncode == 0

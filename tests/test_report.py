@@ -27,7 +27,7 @@ from pipeline.evaluation_plan import plan, sealed
 from pipeline.publish import measured
 from pipeline.recipe import Recipe, build
 from pipeline.report import page
-from pipeline.summary import clock, show_evaluation, show_results
+from pipeline.terminal.results import clock, show_evaluation, show_results
 
 QUESTIONS, PROMPTS, PAIRS = 40, 24, 90
 SKILL = {"base": 0.05, "pretrain": 0.1, "sft": 0.6, "dpo": 0.6, "ppo": 0.3}
@@ -425,7 +425,7 @@ def test_compare_shows_what_differs_item_by_item(tmp_path: Path, tiny_base: Path
     """Two runs whose sft answers differ in a known number of questions; a changed word of the recipe; nothing else."""
     from rich.console import Console
 
-    from pipeline import compare
+    from pipeline.terminal import compare
 
     tree = tiny_tree(tiny_base, tmp_path)
     first, second = planted(numpy.random.default_rng(0)), planted(numpy.random.default_rng(0))
@@ -452,7 +452,7 @@ def test_compare_shows_what_differs_item_by_item(tmp_path: Path, tiny_base: Path
 
 
 def test_compare_knows_when_an_evaluation_is_older_than_its_run(run: tuple[Recipe, Path]) -> None:
-    from pipeline.compare import older
+    from pipeline.terminal.compare import older
 
     recipe, runs = run
     folder = runs / recipe.name

@@ -12,6 +12,7 @@ import pytest
 import trl
 
 from pipeline.data import render
+from pipeline.data.tokens import Unrenderable, apply_template, stop_ids
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 MARKS = r"<[|｜][^<>{}\s]+?[|｜]>|<(?:start|end)_of_turn>|<bos>|<[A-Z_]+_TOKEN>|</?think>|</?tool_call>"
@@ -123,8 +124,7 @@ def learnt(tokenizer: Any, row: dict[str, Any]) -> list[str]:
     """What carries loss, one text for each unbroken run of tokens."""
     encoded = render.demonstration(tokenizer, row)
     assert (
-        encoded.ids
-        == tokenizer(render.rendered(tokenizer, row["messages"], row), add_special_tokens=False)["input_ids"]
+        encoded.ids == tokenizer(apply_template(tokenizer, row["messages"], row), add_special_tokens=False)["input_ids"]
     )
     runs: list[list[int]] = []
     last = -2
@@ -168,7 +168,7 @@ def test_masks_equal_prefix_differences(of_family: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama3", "phi3", "lfm2", "qwen2_5_vl"])
 def test_a_template_without_words_for_tools_is_no_teacher_of_silence(of_family: Any, name: str) -> None:
-    with pytest.raises(render.Unrenderable, match="leaves out the tool|template refuses"):
+    with pytest.raises(Unrenderable, match="leaves out the tool|template refuses"):
         render.demonstration(of_family(name), {"messages": WORK, "tools": TOOLS})
 
 
@@ -186,7 +186,7 @@ def test_answers_stop_where_the_template_ends_a_turn(of_family: Any, name: str, 
     named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     assert set(tokenizer.all_special_ids) == named  # the marks have no role and are registered nowhere
     wanted = tokenizer.convert_tokens_to_ids(marks)
-    assert set(wanted) <= set(render.stop_ids(tokenizer)) <= {*wanted, tokenizer.eos_token_id}
+    assert set(wanted) <= set(stop_ids(tokenizer)) <= {*wanted, tokenizer.eos_token_id}
 
 
 UNCLOSED = """{% for m in messages %}<|im_start|>{{ m.role }}
@@ -219,9 +219,9 @@ def test_a_template_that_closes_no_turn_is_refused_without_sft_too(tiny_base: Pa
 
 def test_what_a_template_throws_away_is_not_taught_as_silence(of_family: Any) -> None:
     thinking = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "all I say </think>"}, *TALK[:2]]
-    with pytest.raises(render.Unrenderable, match="leaves out what the assistant says in turn 1"):
+    with pytest.raises(Unrenderable, match="leaves out what the assistant says in turn 1"):
         render.demonstration(of_family("qwen3"), {"messages": thinking})
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     silent = [WORK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
-    with pytest.raises(render.Unrenderable, match="leaves out the tool call of turn 1"):
+    with pytest.raises(Unrenderable, match="leaves out the tool call of turn 1"):
         render.demonstration(of_family("gemma3"), {"messages": silent})

@@ -7,16 +7,14 @@ pad and end-of-turn are one token, a mask by id would hide the end and the model
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import json
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.data.contracts import Row
+from pipeline.data.tokens import Unrenderable, apply_template, stop_ids, tokenize, tokenize_text
+from pipeline.data.turns import find_turn, refuse_forged, refuse_learnt_results
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +23,6 @@ if TYPE_CHECKING:
 IGNORED = -100
 ANSWER_AT_LEAST = 16
 """Tokens of a cut answer from which it is still one."""
-Messages = list[dict[str, Any]]
-
-
-class Unrenderable(ValueError):
-    """A row that the chat template or the tokenizer cannot turn into something to train on."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +81,7 @@ class Reply:
 
 def document(tokenizer: Tokenizer, text: str) -> Encoded:
     """A text to be learnt whole, closed by the end-of-sequence token."""
-    ids, _ = _text_tokens(tokenizer, text)
+    ids, _ = tokenize_text(tokenizer, text)
     if ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
     return Encoded(ids, list(ids))
@@ -105,15 +98,15 @@ def demonstration(tokenizer: Tokenizer, row: Row) -> Encoded:
         messages, first = row["messages"], 0
     else:
         messages, first = row["prompt"] + row["completion"], len(row["prompt"])
-    _nothing_forged(tokenizer, messages, row)
-    text = rendered(tokenizer, messages, row)
+    refuse_forged(tokenizer, messages, row)
+    text = apply_template(tokenizer, messages, row)
     spans = [
-        _turn(tokenizer, messages, index, text, row)
+        find_turn(tokenizer, messages, index, text, row)
         for index, message in enumerate(messages)
         if index >= first and message["role"] == "assistant"
     ]
-    _no_results_learnt(tokenizer, messages, row, text, spans)
-    ids, offsets = _tokens(tokenizer, text)
+    refuse_learnt_results(tokenizer, messages, row, text, spans)
+    ids, offsets = tokenize(tokenizer, text)
     labels = [
         token if any(begin < stop and end > start for start, stop in spans) and end > begin else IGNORED
         for token, (begin, end) in zip(ids, offsets, strict=True)
@@ -124,9 +117,9 @@ def demonstration(tokenizer: Tokenizer, row: Row) -> Encoded:
 def prompt(tokenizer: Tokenizer, row: Row) -> list[int]:
     """A prompt up to where the assistant begins to speak."""
     if isinstance(row["prompt"], str):
-        return _text_tokens(tokenizer, row["prompt"])[0]
-    _nothing_forged(tokenizer, row["prompt"], row)
-    return _tokens(tokenizer, rendered(tokenizer, row["prompt"], row, ask=True))[0]
+        return tokenize_text(tokenizer, row["prompt"])[0]
+    refuse_forged(tokenizer, row["prompt"], row)
+    return tokenize(tokenizer, apply_template(tokenizer, row["prompt"], row, ask=True))[0]
 
 
 def unaskable(tokenizer: Tokenizer, questions: Iterable[Row]) -> list[str]:
@@ -136,7 +129,7 @@ def unaskable(tokenizer: Tokenizer, questions: Iterable[Row]) -> list[str]:
         try:
             prompt(tokenizer, row)
             for choice in row.get("choices", []) if isinstance(row["prompt"], list) else []:
-                _nothing_forged(tokenizer, [{"role": "assistant", "content": choice}], {})
+                refuse_forged(tokenizer, [{"role": "assistant", "content": choice}], {})
         except Unrenderable as error:
             found.append(f"{row['_place']}: {error}")
     return found
@@ -178,93 +171,8 @@ def conversation(tokenizer: Tokenizer, row: Row, key: str) -> list[int]:
     """A prompt with one of its answers, as a reward model reads it: rendered whole, closing marks included."""
     if isinstance(row["prompt"], str):
         return _plain(tokenizer, row["prompt"], row[key]).sequence().ids
-    _nothing_forged(tokenizer, row["prompt"] + row[key], row)
-    return _tokens(tokenizer, rendered(tokenizer, row["prompt"] + row[key], row))[0]
-
-
-def rendered(tokenizer: Tokenizer, messages: Messages, row: Row | None = None, ask: bool = False) -> str:
-    """The template's text for messages; with `ask`, up to where the assistant begins to speak."""
-    if not tokenizer.chat_template:
-        raise Unrenderable(
-            "the base has no chat template; set model.chat_template, for example recipes/templates/chatml.jinja"
-        )
-    options = {"tokenize": False, "add_generation_prompt": ask, "tools": (row or {}).get("tools")}
-    try:
-        try:
-            return str(tokenizer.apply_chat_template(messages, **options))
-        except TypeError:
-            # Some templates write a call's arguments as an object, others expect them written already.
-            return str(tokenizer.apply_chat_template(_written_calls(messages), **options))
-    except Exception as error:  # a template is a program: it can fail in any way
-        raise Unrenderable(f"the chat template refuses the row: {type(error).__name__}: {error}") from error
-
-
-def _written_calls(messages: Messages) -> Messages:
-    def written(call: dict[str, Any]) -> dict[str, Any]:
-        function = call["function"]
-        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
-
-    return [
-        {**m, "tool_calls": [written(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages
-    ]
-
-
-def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens that stand for no text. `all_special_ids` holds only those that have a role or were registered by name,
-    and most families ship their end-of-turn tokens as special in tokenizer.json alone."""
-    return frozenset(token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
-
-
-def marks(tokenizer: Tokenizer, text: str) -> list[str]:
-    """The special tokens that are spelled out in a text: the tokenizer makes a token of each."""
-    return _marks(tokenizer, len(tokenizer)).findall(text)
-
-
-def without_marks(tokenizer: Tokenizer, text: str) -> str:
-    """What a model said, without special tokens that it spelled out letter by letter: put into a dialogue again, they
-    would become what they spell."""
-    while marks(tokenizer, text):  # what is left once one is gone may spell another
-        text = _marks(tokenizer, len(tokenizer)).sub("", text)
-    return text
-
-
-@functools.lru_cache(maxsize=8)
-def _marks(tokenizer: Tokenizer, size: int) -> re.Pattern[str]:
-    added = tokenizer.added_tokens_decoder
-    spelled = sorted((added[token].content for token in special_ids(tokenizer)), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, filter(None, spelled))) or r"(?!)")
-
-
-def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """The tokens at which an answer ends: end-of-sequence, and what the chat template closes a turn with."""
-    ends = _turn_ends(tokenizer, json.dumps(tokenizer.chat_template)) if tokenizer.chat_template else ()
-    return list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
-
-
-def closes_turns(tokenizer: Tokenizer) -> bool:
-    """Whether the chat template ends a dialogue with a token that the model can stop at."""
-    told = [{"role": "user", "content": "q"}, {"role": "assistant", "content": STAND_IN}]
-    return not {*_closing(tokenizer, told)}.isdisjoint(stop_ids(tokenizer))
-
-
-def _closing(tokenizer: Tokenizer, messages: Messages) -> list[int]:
-    """The token after what is said in STAND_IN's turn, if any."""
-    return _tokens(tokenizer, rendered(tokenizer, messages).partition(STAND_IN)[2].lstrip())[0][:1]
-
-
-@functools.lru_cache(maxsize=8)
-def _turn_ends(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
-    asked = [{"role": "user", "content": "q"}]
-    told = [*asked, {"role": "assistant", "content": STAND_IN}]
-    # Some templates close the last turn with another token than those before it.
-    found = [_closing(tokenizer, messages) for messages in (told, [*told, *asked])]
-    with contextlib.suppress(Unrenderable):  # and a turn that calls a tool with yet another, where they know tools
-        call = {"type": "function", "function": {"name": "f", "arguments": {"x": STAND_IN}}}
-        called = rendered(tokenizer, [*asked, {"role": "assistant", "content": "", "tool_calls": [call]}])
-        if STAND_IN in called:
-            found.append(_tokens(tokenizer, called.rstrip())[0][-1:])
-    special = special_ids(tokenizer) | {tokenizer.eos_token_id}
-    return tuple(dict.fromkeys(token for ids in found for token in ids if token in special))
+    refuse_forged(tokenizer, row["prompt"] + row[key], row)
+    return tokenize(tokenizer, apply_template(tokenizer, row["prompt"] + row[key], row))[0]
 
 
 def padded(rows: list[list[int]], fill: int, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
@@ -283,143 +191,9 @@ def padded(rows: list[list[int]], fill: int, side: str = "right") -> tuple[torch
 
 def _plain(tokenizer: Tokenizer, before: str, after: str) -> Reply:
     """Text and its continuation, closed by the end-of-sequence token."""
-    ids, offsets = _text_tokens(tokenizer, before + after)
+    ids, offsets = tokenize_text(tokenizer, before + after)
     # A token that reaches over the boundary is part of what is learnt: it says the start of the answer.
     split = sum(end <= len(before) for _, end in offsets)
     if ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
     return Reply(ids[:split], ids[split:], ids[split:])
-
-
-def _turn(tokenizer: Tokenizer, messages: Messages, index: int, text: str, row: Row) -> tuple[int, int]:
-    """Where in `text` the assistant's turn number `index` lies, from its first word through its end-of-turn token.
-
-    Its first word is the first that the model itself has to say: what the template puts after the opening of the turn
-    (an empty thought, say) belongs to it.
-    """
-    before = rendered(tokenizer, messages[:index], row, ask=True)
-    through = rendered(tokenizer, messages[: index + 1], row)
-    if text.startswith(before) and text.startswith(through):
-        # White space after the end-of-turn token belongs to the layout of the next turn; no model has to say it.
-        start, end = len(before), len(through.rstrip())
-    else:
-        start, end = _turn_by_change(tokenizer, messages, index, text, row)
-    spoken = text[start:end]
-    for mark in _closings(tokenizer):
-        spoken = spoken.removesuffix(mark)
-    _nothing_lost(messages, index, spoken)
-    return start, end
-
-
-STAND_IN = "\ue000stand-in\ue001"
-"""Says nothing a template could take for its own; from Unicode's private use area."""
-
-
-def _turn_by_change(tokenizer: Tokenizer, messages: Messages, index: int, text: str, row: Row) -> tuple[int, int]:
-    """The same where later turns change how the template renders earlier ones (thoughts that are left out of the
-    history, say): what differs once the turn says something else is the turn."""
-    other = rendered(tokenizer, _saying(messages, index, "assistant"), row)
-    said = other.find(STAND_IN)
-    rest = other[said + len(STAND_IN) :]
-    start = _opened(tokenizer, messages[:index], row, text, said) if said >= 0 and text.endswith(rest) else None
-    if start is None:
-        raise Unrenderable(
-            f"the chat template renders turn {index} differently once more turns follow, so its place cannot be told"
-        )
-    end, closing = len(text) - len(rest), rest.lstrip()
-    mark = next((mark for mark in _closings(tokenizer) if closing.startswith(mark)), None)
-    return start, end + len(rest) - len(closing) + len(mark) if mark else end
-
-
-def _opened(tokenizer: Tokenizer, before: Messages, row: Row, text: str, said: int) -> int | None:
-    """Where a turn that speaks at `said` begins: after the words that ask the assistant to speak, or as many of them
-    as this turn was opened with (some templates ask for a thought that they leave out of the history)."""
-    asked = rendered(tokenizer, before, row, ask=True)
-    shared = len(os.path.commonprefix([asked, rendered(tokenizer, before, row)]))
-    tokens = [
-        (token, begin, end) for token, (begin, end) in zip(*_tokens(tokenizer, asked), strict=True) if end > shared
-    ]
-    special = special_ids(tokenizer)
-    marks = [end for token, _, end in tokens if token in special]
-    for _, _, end in reversed(tokens):
-        opening = asked[tokens[0][1] : end]
-        # Without a special token in it, the opening could be anybody's words.
-        place = text.rfind(opening, 0, said) if marks and end >= marks[0] else -1
-        if place >= 0:
-            return place + len(opening)
-    return None
-
-
-def _saying(messages: Messages, index: int, role: str) -> Messages:
-    """The dialogue with one message's words exchanged."""
-    kept = {key: value for key, value in messages[index].items() if key in ("tool_call_id", "name")}
-    return [*messages[:index], {**kept, "role": role, "content": STAND_IN}, *messages[index + 1 :]]
-
-
-def _nothing_lost(messages: Messages, index: int, turn: str) -> None:
-    """A template that has no words for what an assistant says must not teach it to say nothing."""
-    thought, closed, answer = str(messages[index].get("content") or "").rpartition("</think>")
-    # A thought may be left out of the history, but not an answer, nor all there is.
-    said = answer.strip() or thought.replace("<think>", "").strip() if closed else answer.strip()
-    if said and said not in turn:
-        raise Unrenderable(f"the chat template leaves out what the assistant says in turn {index}")
-    for call in messages[index].get("tool_calls") or []:
-        if call["function"]["name"] not in turn:
-            raise Unrenderable(f"the chat template leaves out the tool call of turn {index}: it knows no tools")
-
-
-def _nothing_forged(tokenizer: Tokenizer, messages: Messages, row: Row) -> None:
-    """Nobody speaks a special token: in what is said it would end the turn, or begin one in another's name."""
-    told = [(f"message {index}", message) for index, message in enumerate(messages)]
-    for where, value in (*told, ("'tools'", row.get("tools"))):
-        for text in _texts(value):
-            if found := marks(tokenizer, text):
-                raise Unrenderable(
-                    f"{where} holds '{found[0]}', which is a special token of this base: it would end or forge a turn. "
-                    "Take it out, or write it otherwise"
-                )
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for key, below in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _texts(key)
-            yield from _texts(below)
-
-
-def _no_results_learnt(
-    tokenizer: Tokenizer, messages: Messages, row: Row, text: str, spans: list[tuple[int, int]]
-) -> None:
-    """What a tool answered stands in no turn of the assistant's."""
-    for index, message in enumerate(messages):
-        if message["role"] == "tool":
-            other = rendered(tokenizer, _saying(messages, index, "tool"), row)
-            if STAND_IN not in other:
-                raise Unrenderable(f"the chat template leaves out the tool's result of turn {index}: it knows no tools")
-            place = len(os.path.commonprefix([text, other]))
-            if any(start <= place < stop for start, stop in spans):
-                raise Unrenderable(f"the chat template puts the tool's result, turn {index}, into the assistant's turn")
-
-
-def _closings(tokenizer: Tokenizer) -> list[str]:
-    return [str(tokenizer.decode([token])) for token in stop_ids(tokenizer)]
-
-
-def _tokens(tokenizer: Tokenizer, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
-    encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-    return list(encoding["input_ids"]), list(encoding["offset_mapping"])
-
-
-def _text_tokens(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """A text that no template made, with the tokens that the tokenizer puts before one. Those that some put after it
-    are left off: they would end a prompt before its answer, and lie at (0, 0) as if they stood in the prompt."""
-    ids, offsets = _tokens(tokenizer, text, special=True)
-    special = special_ids(tokenizer)
-    while ids and ids[-1] in special and offsets[-1] == (0, 0):
-        ids.pop(), offsets.pop()
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:
-        raise Unrenderable("begins with two beginning-of-sequence tokens: take the one out of the text")
-    return ids, offsets

@@ -15,6 +15,7 @@ import torch
 
 from pipeline.data import render
 from pipeline.data.contracts import Row
+from pipeline.data.tokens import Unrenderable, stop_ids
 from pipeline.evaluate.matching import NEW_TOKENS
 from pipeline.evaluate.scoring import batches
 from pipeline.models import sampling
@@ -124,7 +125,7 @@ def generate(
             [prompts[i] for i in batch],
             new_tokens=new_tokens,
             temperature=0,
-            stops=render.stop_ids(tokenizer),
+            stops=stop_ids(tokenizer),
             generator=torch.Generator(model.device),
             shared=shared,
         )
@@ -157,6 +158,6 @@ def _prompts(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]) -> Iterato
             first = next(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
             row = {"prompt": row["messages"][:first]}
         if row.get("prompt"):
-            with contextlib.suppress(render.Unrenderable):
+            with contextlib.suppress(Unrenderable):
                 render.prompt(tokenizer, row)
                 yield row

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from pipeline.data import render
 from pipeline.data.baselines import said, word_margins
 from pipeline.data.contracts import Row
+from pipeline.data.tokens import stop_ids
 from pipeline.disk.atomic import Json
 from pipeline.evaluate import answers, matching, scoring
 from pipeline.evaluate.scoring import batches
@@ -142,7 +143,7 @@ def sampled(
             prompts,
             new_tokens=settings["new_tokens"],
             temperature=bench.actors.temperature,
-            stops=render.stop_ids(bench.tokenizer),
+            stops=stop_ids(bench.tokenizer),
             generator=torch.Generator(bench.actors.device).manual_seed(settings["seed"]),
             at_once=max(1, 4 * AT_ONCE // copies),
             copies=copies,

@@ -17,7 +17,7 @@ from transformers import (
     GenerationConfig,
 )
 
-from pipeline.data.render import stop_ids
+from pipeline.data.tokens import stop_ids
 from pipeline.disk.atomic import written_whole
 from pipeline.disk.hashes import sha256_of_file
 from pipeline.errors import UserError

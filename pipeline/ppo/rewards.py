@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data import render
+from pipeline.data.tokens import without_marks
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def total(sources: list[Source], scores: dict[str, list[float]]) -> list[float]:
 
 
 def _conversation(tokenizer: PreTrainedTokenizerBase, row: Row, text: str) -> list[int]:
-    said = text if isinstance(row["prompt"], str) else render.without_marks(tokenizer, text)
+    said = text if isinstance(row["prompt"], str) else without_marks(tokenizer, text)
     answer: Any = said if isinstance(row["prompt"], str) else [{"role": "assistant", "content": said}]
     return render.conversation(tokenizer, {**row, "answer": answer}, "answer")
 

@@ -17,6 +17,7 @@ import numpy
 import torch
 
 from pipeline.data import render
+from pipeline.data.tokens import stop_ids
 from pipeline.errors import UserError
 from pipeline.models.forward import plain_layers
 from pipeline.models.sampling import Episode, sample
@@ -56,7 +57,7 @@ class PPOTrainer:
         self.actors, self.tokenizer, self.rows, self.sources = actors, tokenizer, rows, sources
         self.settings, self.seed = settings, seed
         self.rank, self.processes = processes.rank(), processes.count()
-        self.stops = render.stop_ids(tokenizer)
+        self.stops = stop_ids(tokenizer)
         self.kl = maths.KLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
         self.health = Health(settings.kl_stop)
         self.scale = maths.LossScale(actors.model.get_input_embeddings().weight.dtype is torch.float16)

@@ -63,7 +63,7 @@ def write_tokenizer(sealed: Sealed, folder: Path) -> PreTrainedTokenizerBase:
     tokenizer with a pad token by which transformers finds a sequence's last token."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    from pipeline.data.render import stop_ids
+    from pipeline.data.tokens import stop_ids
 
     tokenizer = AutoTokenizer.from_pretrained(sealed.artifact.adapter)
     tokenizer.init_kwargs.pop("is_local", None)

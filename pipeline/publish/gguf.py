@@ -80,7 +80,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, gguf: str) -> str | None:
     """
     from jinja2 import TemplateError
 
-    from pipeline.data.render import stop_ids
+    from pipeline.data.tokens import stop_ids
 
     def text(*turns: tuple[str, str], ask: bool = False) -> str:
         told = [{"role": role, "content": content} for role, content in turns]

@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from pipeline.data import render
+from pipeline.data.tokens import stop_ids
 from pipeline.errors import UserError
 from pipeline.models import adapters, base, sampling
 from pipeline.models.forward import LanguageModel, plain_layers
@@ -52,7 +53,7 @@ def main() -> None:
                 answers.append(answer(model, tokenizer, row, job))
     out.mkdir(parents=True, exist_ok=True)
     save_file(numbers, out / "numbers.safetensors")
-    said = {"ids": ids, "answers": answers, "stops": render.stop_ids(tokenizer), "tied": tied}
+    said = {"ids": ids, "answers": answers, "stops": stop_ids(tokenizer), "tied": tied}
     (out / "said.json").write_text(json.dumps(said), encoding="utf-8")
 
 
@@ -95,7 +96,7 @@ def answer(model: Any, tokenizer: Any, row: list[int], job: dict[str, Any]) -> d
             [row],
             new_tokens=job["new_tokens"],
             temperature=0,
-            stops=render.stop_ids(tokenizer),
+            stops=stop_ids(tokenizer),
             generator=torch.Generator(model.device),
         )[0]
     return {"ids": episode.answer_ids, "ended": episode.ended}

@@ -10,7 +10,8 @@ from typing import Any
 
 import jinja2
 
-from pipeline import doctor, evaluator, strict_yaml
+from pipeline import evaluator, strict_yaml
+from pipeline.data.examine import read_kept
 from pipeline.disk import metrics
 from pipeline.disk.atomic import Json, write_text
 from pipeline.disk.manifest import Manifest
@@ -20,7 +21,7 @@ from pipeline.evaluate.metric import BY_KEY, METRICS, columns, of_benchmark
 from pipeline.evaluation_plan import folder, plan, results_in
 from pipeline.recipe import Recipe
 from pipeline.report import figures, lineage
-from pipeline.summary import as_typed, clock
+from pipeline.terminal.results import as_typed, clock
 
 SHOWN_AT_ONCE = 6
 
@@ -93,7 +94,7 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
 
 def _examined(recipe: Recipe, runs: Path, finished: dict[str, Manifest]) -> Json:
     """What `onebase data` found of the very files that the finished stages were trained and measured on."""
-    found = doctor.kept(recipe, runs)
+    found = read_kept(runs / recipe.name)
     files = {name: manifest.data_hashes for name, manifest in finished.items()}
     return {name: found[name] for name in finished if name in found and found[name].get("files") == files[name]}
 

@@ -12,6 +12,7 @@ from accelerate import PartialState
 
 from pipeline.data import render
 from pipeline.data.load import NAMED_AT_MOST
+from pipeline.data.tokens import closes_turns
 from pipeline.disk import metrics
 from pipeline.disk.artifact import Artifact, mark_checkpoint
 from pipeline.errors import Interrupted, UserError
@@ -47,7 +48,7 @@ def fitting(
     never cut.
     """
     window = getattr(config, "max_position_embeddings", None)
-    if any(isinstance(row["prompt"], list) for row in ctx.data.train) and not render.closes_turns(tokenizer):
+    if any(isinstance(row["prompt"], list) for row in ctx.data.train) and not closes_turns(tokenizer):
         raise UserError(
             f"stage '{ctx.out.name}': the chat template does not close the assistant's turn with a token that the "
             "model could stop at, so no answer would end. Name another one as model.chat_template, say "

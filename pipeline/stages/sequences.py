@@ -12,8 +12,9 @@ from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
 from pipeline.data.load import NAMED_AT_MOST
-from pipeline.data.render import IGNORED, Encoded, Reply, Unrenderable, stop_ids, unaskable
+from pipeline.data.render import IGNORED, Encoded, Reply, unaskable
 from pipeline.data.shelf import Shelf
+from pipeline.data.tokens import Unrenderable, stop_ids
 from pipeline.errors import UserError
 from pipeline.stages.stage import Context
 

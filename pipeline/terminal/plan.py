@@ -1,16 +1,23 @@
-"""How a plan is shown: a column for each stage, a row for each part of its memory."""
+"""What a run would do and need: a column for each stage, a row for each part of its memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Column, Table
 
+from pipeline.errors import UserError
+from pipeline.models.spec import hub_commit
+from pipeline.plan import auto, cards
 from pipeline.plan.cards import Card
 from pipeline.plan.memory import CONTEXT
-from pipeline.plan.shapes import Shapes
-from pipeline.plan.stage import Planned
+from pipeline.plan.shapes import Shapes, read_shapes
+from pipeline.plan.stage import Planned, lengths_of, plan_stage, planned_model
+from pipeline.recipe import Recipe
+from pipeline.runs.states import states
+from pipeline.terminal.states import show_states
 
 GIB = 2**30
 ROWS: list[tuple[str, Callable[[Planned], int]]] = [
@@ -30,7 +37,59 @@ ROWS: list[tuple[str, Callable[[Planned], int]]] = [
 ]
 
 
-def show_plan(planned: dict[str, Planned], shapes: Shapes, card: Card | None, half: str, console: Console) -> None:
+def show_plan(recipe: Recipe, runs: Path, card: Card | None, console: Console) -> None:
+    """What the next run would do, and what each stage needs; the one where the other cannot be told.
+
+    Raises UserError if what would run cannot be told and the shapes are no known ones either.
+    """
+    unknown = None
+    try:
+        show_states(states(recipe, runs), console)
+    except UserError as error:  # its needs follow from shapes alone
+        unknown = error
+    noted = ""
+    try:
+        noted = show_needs(recipe, card, console).noted
+    except UserError as error:
+        console.print(f"memory and time: not planned: {error}", highlight=False, markup=False)
+    base = recipe.spec.model
+    if unknown and noted and hub_commit(base.base, base.revision)[1]:  # well known; only the Hub is out of reach
+        console.print(f"\nwhat would run is not told: {unknown}", highlight=False, markup=False)
+    elif unknown:
+        raise unknown
+
+
+def show_needs(recipe: Recipe, card: Card | None, console: Console) -> Shapes:
+    """What every stage needs: memory, time, disk; from the shapes in the base's config.json, which are returned.
+
+    Raises UserError with the reason where the shapes cannot be read or are not of a known kind.
+    """
+    spec = recipe.spec.model
+    shapes = read_shapes(spec)
+    model = planned_model(spec, shapes)
+    planned = {}
+    if card is None and any(auto.asked(section) for section in recipe.stages.values()):
+        card = cards.half_of_ram()  # as `onebase run` takes it
+        console.print("\nno GPU here: auto is planned as it would be chosen on this machine; --gpu names a card")
+    for name in recipe.order():
+        kind, section = recipe.kind(name), recipe.stages[name]
+        lengths = lengths_of(section, kind.contract, recipe.spec.seed)
+        if card:
+            section = auto.resolved(kind, section, model, spec, lengths, card)
+        planned[name] = plan_stage(kind, section, model, spec, lengths, card)
+    half = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[spec.dtype]
+    console.print()
+    _show_table(planned, shapes, card, half, console)
+    if shapes.noted:
+        console.print(
+            f"{spec.base}: its shapes are as this package noted them on {shapes.noted}, since its config.json is "
+            "not on this disk and the Hub did not give it.",
+            style="dim", highlight=False, markup=False,
+        )  # fmt: skip
+    return shapes
+
+
+def _show_table(planned: dict[str, Planned], shapes: Shapes, card: Card | None, half: str, console: Console) -> None:
     """The memory of each stage in GiB, whether it fits, and how long it takes."""
     where = f"on {card.name}, {card.room / GIB:.1f} GiB free" if card else "no GPU here; --gpu names one"
     title = f"memory in GiB at each stage's peak, {shapes.parameters / 1e9:.3g}B parameters ({where})"

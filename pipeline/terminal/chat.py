@@ -95,6 +95,7 @@ class Chat:
         from transformers import TextStreamer
 
         from pipeline.data import render
+        from pipeline.data.tokens import Unrenderable, stop_ids, without_marks
         from pipeline.models.base import computing
 
         class Streamer(TextStreamer):
@@ -104,7 +105,7 @@ class Chat:
         actors, tokenizer = self.bench.actors, self.bench.tokenizer
         try:
             ids = render.prompt(tokenizer, {"prompt": history})
-        except render.Unrenderable as error:
+        except Unrenderable as error:
             raise UserError(f"{error}. Ask otherwise, or begin anew with /reset") from error
         window = getattr(actors.config, "max_position_embeddings", None) or len(ids) + self.new_tokens
         room = min(self.new_tokens, window - len(ids))
@@ -115,18 +116,16 @@ class Chat:
         whole = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
         sampled = whole if self.temperature else {"do_sample": False}
         with self.bench.acting_as(policy), torch.no_grad(), computing(self.bench.model):
-            told_BT = self.bench.model.generate(
+            told_BT = self.bench.model.generate(  # type: ignore[no-untyped-call]
                 input_ids=prompt_BT,
                 attention_mask=torch.ones_like(prompt_BT),
                 max_new_tokens=room,
-                eos_token_id=render.stop_ids(tokenizer),
+                eos_token_id=stop_ids(tokenizer),
                 pad_token_id=tokenizer.pad_token_id,
                 streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
                 **sampled,
             )
-        return render.without_marks(
-            tokenizer, str(tokenizer.decode(told_BT[0, len(ids) :], skip_special_tokens=True))
-        ).strip()
+        return without_marks(tokenizer, str(tokenizer.decode(told_BT[0, len(ids) :], skip_special_tokens=True))).strip()
 
     def command(self, text: str) -> str:
         """Do what a line that begins with a slash asks; what to show for it."""
@@ -193,7 +192,7 @@ class Chat:
         return again
 
 
-def opened(run: Path, policies: list[str], corrections: Path, new_tokens: int, temperature: float) -> Chat:
+def open_chat(run: Path, policies: list[str], corrections: Path, new_tokens: int, temperature: float) -> Chat:
     """Load what a run left. Raises UserError naming the policies there are."""
     if not os.path.isfile(run / "recipe.yaml"):
         raise UserError(f"{run} is no run (it has no recipe.yaml). Name a folder such as runs/quickstart")

@@ -30,7 +30,7 @@ def show(first: Path, second: Path, console: Console) -> None:
             raise UserError(f"{folder} is no run (it has no recipe.yaml). Name folders such as runs/quickstart")
     trees = [strict_yaml.load(folder / "recipe.yaml")[0] for folder in (first, second)]
     console.print(Text(f"A = {first}\nB = {second}", style="bold"))
-    _table(console, "recipe", "key", [(key, *pair) for key, pair in _differences(*trees).items()])
+    _table(console, "recipe", "key", [(key, *pair) for key, pair in _differences(trees[0], trees[1]).items()])
     manifests = [
         {name: Artifact(folder / name).manifest() for name in trees[i]["stages"]}
         for i, folder in enumerate((first, second))
@@ -82,8 +82,8 @@ def _show_numbers(first: Path, second: Path, manifests: list[dict[str, Manifest 
                 continue
             change = paired.get(metric.key)
             style = {"better": "green", "worse": "red"}.get(metric.word(change), "") if change else ""
-            told = Text(metric.shown(change, sign=True), style=style) if change else Text("other items", style="dim")
-            table.add_row(name, metric.label, metric.shown(before), metric.shown(after), told)
+            item = Text(metric.shown(change, sign=True), style=style) if change else Text("other items", style="dim")
+            table.add_row(name, metric.label, metric.shown(before), metric.shown(after), item)
             name = ""
     console.print(table if table.row_count else "numbers: equal")
     for name in [name for name in a["reward_models"] if name in b["reward_models"]]:

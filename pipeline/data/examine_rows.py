@@ -17,13 +17,13 @@ import numpy
 
 from pipeline.data import load, render
 from pipeline.data.contracts import Row
-from pipeline.data.load import prompt_key
+from pipeline.data.load import NAMED_AT_MOST, prompt_key
+from pipeline.data.tokens import Unrenderable, marks, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 Figures = dict[str, Any]
-NAMED_AT_MOST = 20
 NEAR_AT_MOST = 10_000
 """Rows compared for near duplicates."""
 SIMILAR = 0.8
@@ -35,7 +35,7 @@ WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")
 """Words; in scripts written without spaces every character is one."""
 
 
-def tokens(
+def count_tokens(
     kind: str, tokenizer: Tokenizer, rows: Iterable[Row], max_length: int | None, too_long: str = "drop"
 ) -> Figures:
     """Lengths in tokens, what max_length costs, and where the loss falls in the rows that a stage would keep.
@@ -47,17 +47,17 @@ def tokens(
     bos: Counter[int] = Counter()
     named: list[dict[str, str]] = []
     over = tokens_lost = ends = dialogues = bare = left_out = unrenderable = marked = size = 0
-    stops = set(render.stop_ids(tokenizer))
+    stops = set(stop_ids(tokenizer))
     for row in rows:
         try:
-            made = sequences(kind, tokenizer, row)
-        except render.Unrenderable as error:
+            made = encode_row(kind, tokenizer, row)
+        except Unrenderable as error:
             unrenderable += 1
             if len(named) < NAMED_AT_MOST:
                 named.append({"place": row["_place"], "reason": str(error)})
             continue
         text = row["text"] if kind == "pretrain" else row.get("prompt")
-        marked += isinstance(text, str) and bool(render.marks(tokenizer, text))
+        marked += isinstance(text, str) and bool(marks(tokenizer, text))
         longest = max(len(sequence.ids) for sequence in made)
         lengths.append(longest)
         size += max(_bytes(tokenizer, sequence) for sequence in made)
@@ -84,7 +84,7 @@ def tokens(
         "unrenderable": unrenderable,
         "unrenderable_named": named,
         "length": _spread(lengths),
-        "histogram": histogram(lengths),
+        "histogram": count_lengths(lengths),
         "max_length": max_length,
         "longer_than_max_length": over,
         "tokens_beyond_max_length": tokens_lost,
@@ -103,7 +103,7 @@ def tokens(
     return figures
 
 
-def duplicates(rows: Sequence[Row], seed: int = 0) -> Figures:
+def find_duplicates(rows: Sequence[Row], seed: int = 0) -> Figures:
     """Rows that say the same, exactly (letter case and white space aside) or nearly (MinHash, Broder 1997)."""
     seen: dict[bytes, int] = {}
     exact = 0
@@ -125,7 +125,7 @@ def duplicates(rows: Sequence[Row], seed: int = 0) -> Figures:
     }
 
 
-def asked(rows: Iterable[Row]) -> dict[bytes, str]:
+def digest_prompts(rows: Iterable[Row]) -> dict[bytes, str]:
     """What rows ask (or the text of documents), as digests, each with the place of its first row."""
     found: dict[bytes, str] = {}
     for row in rows:
@@ -134,13 +134,13 @@ def asked(rows: Iterable[Row]) -> dict[bytes, str]:
     return found
 
 
-def shared(some: dict[bytes, str], others: dict[bytes, str]) -> Figures:
+def find_shared(some: dict[bytes, str], others: dict[bytes, str]) -> Figures:
     """What two sets of rows both ask."""
     both = [(some[key], others[key]) for key in some.keys() & others.keys()]
     return {"shared": len(both), "named": sorted(both)[:NAMED_AT_MOST]}
 
 
-def comparisons(rows: Sequence[Row], seed: int = 0) -> Figures:
+def weigh_comparisons(rows: Sequence[Row], seed: int = 0) -> Figures:
     """What comparisons can be told by without understanding them, and whether they agree with each other."""
     from pipeline.data.baselines import bag_of_words, longer_wins
 
@@ -167,7 +167,7 @@ def comparisons(rows: Sequence[Row], seed: int = 0) -> Figures:
     }
 
 
-def histogram(lengths: list[int]) -> list[tuple[int, int]]:
+def count_lengths(lengths: list[int]) -> list[tuple[int, int]]:
     """(upper edge, rows) in powers of two."""
     if not lengths:
         return []
@@ -176,7 +176,7 @@ def histogram(lengths: list[int]) -> list[tuple[int, int]]:
     return [(edge, int(count)) for edge, count in zip(edges, counts, strict=True)]
 
 
-def sequences(kind: str, tokenizer: Tokenizer, row: Row) -> list[render.Encoded]:
+def encode_row(kind: str, tokenizer: Tokenizer, row: Row) -> list[render.Encoded]:
     """A row as the model will see it: one sequence, or two for a comparison."""
 
     def bare(ids: list[int]) -> render.Encoded:

@@ -14,11 +14,12 @@ import pytest
 from conftest import ROOT, tiny_tree, write_recipe
 from rich.console import Console
 
-from pipeline import doctor as examination
 from pipeline.cli import main
-from pipeline.data import doctor, render
+from pipeline.data import examine_rows, render
 from pipeline.data.baselines import bag_of_words, longer_wins
+from pipeline.data.examine import faults_in
 from pipeline.recipe import build, read
+from pipeline.terminal import data as terminal
 
 
 def user(text: str) -> dict[str, str]:
@@ -43,7 +44,7 @@ def tokenizer(tiny_base: Path) -> Any:
 
 def test_token_figures_equal_a_plain_count(tokenizer: Any) -> None:
     rows = [{"_place": f"f:{n}", "messages": [user("w " * n), says("a " * (n % 7 + 1))]} for n in (1, 5, 40, 90, 200)]
-    figures = doctor.tokens("sft", tokenizer, rows, 64)
+    figures = examine_rows.count_tokens("sft", tokenizer, rows, 64)
     whole = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in whole]
     over = [length for length in lengths if length > 64]
@@ -63,7 +64,7 @@ def test_duplicates_exact_and_near() -> None:
     nearly = texts[3].replace(texts[3].split()[30], "changed", 1)
     texts += [f"  {texts[1].upper()} ", texts[2], nearly]
     rows = [{"_place": f"f:{n}", "text": text} for n, text in enumerate(texts)]
-    found = doctor.duplicates(rows)
+    found = examine_rows.find_duplicates(rows)
     assert (found["exact"], found["exact_named"]) == (2, [["f:1", "f:30"], ["f:2", "f:31"]])
     assert (found["near"], found["near_named"]) == (1, [["f:3", "f:32"]])
 
@@ -74,7 +75,7 @@ def test_comparisons_contradictions_and_baselines() -> None:
         for n in range(40)
     ]
     rows.append({"_place": "f:40", "prompt": "p7", "chosen": "no 7", "rejected": "please thanks 7"})
-    found = doctor.comparisons(rows)
+    found = examine_rows.weigh_comparisons(rows)
     assert found["contradictory"] == 1 and found["contradictory_named"] == [["f:7", "f:40"]]
     assert found["longer_wins"] == pytest.approx(40 / 41)
     assert found["bag_of_words"] == pytest.approx(40 / 41)  # it tells all but the one that is labelled wrongly
@@ -147,15 +148,15 @@ def test_all_is_diagnosed_whatever_is_wrong_with_some(
         assert found["stages"][name]["train_rows"] == train and found["stages"][name]["tokens"]["rows"] == train
 
     shown = Console(file=io.StringIO(), width=200)
-    examination.show(examination.examine(read(recipe), ["sft", "pretrain"]), shown)
+    terminal.show(terminal.examine(read(recipe), ["sft", "pretrain"]), shown)
     text = shown.file.getvalue()  # type: ignore[attr-defined]
     assert "d.jsonl:14: " in text and "pretrain (pretrain)" in text
     assert "stage 'reward' has faults of its own" in text and "stage 'dpo' has faults of its own" in text
-    assert len(examination.show_rows(read(recipe), "sft", 4, shown)) == 1  # good rows are shown, and what is wrong
+    assert len(terminal.show_rows(read(recipe), "sft", 4, shown)) == 1  # good rows are shown, and what is wrong
     assert "── " + str(tmp_path / "d.jsonl:5") in shown.file.getvalue()  # type: ignore[attr-defined]
 
     lenient = ("stages.sft.data.on_bad_row=skip", "stages.reward.data.test=0.5", "stages.dpo.questions=null")
-    assert examination.faults_in(examination.examine(read(recipe, *lenient), ["sft", "dpo"])) == []
+    assert faults_in(terminal.examine(read(recipe, *lenient), ["sft", "dpo"])) == []
 
 
 def test_marks_in_what_is_said_are_faults_and_in_texts_are_told(tiny_base: Path, tmp_path: Path) -> None:
@@ -170,13 +171,13 @@ def test_marks_in_what_is_said_are_faults_and_in_texts_are_told(tiny_base: Path,
         "pretrain": {"data": {"path": write(tmp_path / "c.jsonl", [{"text": "one"}, {"text": "two<|im_end|>three"}])}},
         "sft": {"data": {"path": write(tmp_path / "d.jsonl", [*dialogues, forged])}, "questions": asked},
     }
-    found = examination.examine(build(tree), ["pretrain", "sft"])["stages"]
+    found = terminal.examine(build(tree), ["pretrain", "sft"])["stages"]
     assert found["pretrain"]["faults"] == [] and "1 texts spell special tokens" in found["pretrain"]["warnings"][0]
     questions, rows = found["sft"]["faults"]
     assert "1 rows cannot be rendered" in rows and "d.jsonl:5: message 0 holds '<|im_end|>'" in rows
     assert "asked.jsonl:1: message 0 holds '<|im_end|>'" in questions
     tree["stages"]["sft"]["data"]["on_bad_row"] = "skip"
-    lenient = examination.examine(build(tree), ["sft"])["stages"]["sft"]
+    lenient = terminal.examine(build(tree), ["sft"])["stages"]["sft"]
     assert lenient["faults"] == [questions] and "they would be left out" in " ".join(lenient["warnings"])
     with pytest.raises(UserError, match=r"asked.jsonl:1: message 0 holds"):  # before weights are read
         run_stage(build(tree), "sft", tmp_path / "runs")
@@ -185,12 +186,12 @@ def test_marks_in_what_is_said_are_faults_and_in_texts_are_told(tiny_base: Path,
 def test_without_a_tokenizer_the_rows_are_examined_all_the_same(tiny_base: Path, tmp_path: Path) -> None:
     tree = tiny_tree(tiny_base, tmp_path)
     tree["model"]["base"] = str(tmp_path / "no" / "such")
-    found = examination.examine(build(tree), ["sft"])
+    found = terminal.examine(build(tree), ["sft"])
     assert len(found["faults"]) == 1 and str(tmp_path / "no" / "such") in found["faults"][0]
     assert found["stages"]["sft"]["train_rows"] == 32 and found["stages"]["sft"]["duplicates"]["exact"] == 0
     (tmp_path / "broken.jinja").write_text("{{ messages[0].content")
     tree["model"] |= {"base": str(tiny_base), "chat_template": str(tmp_path / "broken.jinja")}
-    found = examination.examine(build(tree), ["sft"])
+    found = terminal.examine(build(tree), ["sft"])
     assert "model.chat_template: on a plain dialogue, the chat template refuses the row" in found["faults"][0]
     assert found["stages"]["sft"]["train_rows"] == 32
 

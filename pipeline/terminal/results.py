@@ -1,4 +1,4 @@
-"""What a person sees of a run: where each stage stands, what it gained, what the policies answer, what comes next."""
+"""What a run gained: each stage's numbers, what the policies answer, their evaluation; and what to type next."""
 
 from __future__ import annotations
 
@@ -17,55 +17,8 @@ from pipeline.disk.manifest import Manifest
 from pipeline.evaluate import verdicts
 from pipeline.evaluate.metric import METRICS, Metric, columns, of_benchmark
 from pipeline.evaluation_plan import verdicts_in
-from pipeline.plan import auto, cards
-from pipeline.plan.cards import Card
-from pipeline.plan.shapes import Shapes, read_shapes
-from pipeline.plan.stage import lengths_of, plan_stage, planned_model
-from pipeline.plan.table import show_plan
 from pipeline.recipe import Recipe
-from pipeline.runs.states import State
 from pipeline.stages.stage import Headline, StageSpec
-
-
-def show_states(states: list[State], console: Console) -> None:
-    """One line per stage: what the next run would do, and why."""
-    table = Table("stage", "state", "why", box=None, pad_edge=False)
-    colours = {"fresh": "green", "new": "cyan", "damaged": "red"}
-    actions = {"fresh": "skipped", "unmeasured": "would be measured, not trained", "damaged": "would stop the run"}
-    for state in states:
-        action = f"{state.word}, {actions.get(state.word, 'would run')}"
-        table.add_row(state.name, Text(action, style=colours.get(state.word, "yellow")), Text(state.why))
-    console.print(table)
-
-
-def show_needs(recipe: Recipe, card: Card | None, console: Console) -> Shapes:
-    """What every stage needs: memory, time, disk; from the shapes in the base's config.json, which are returned.
-
-    Raises UserError with the reason where the shapes cannot be read or are not of a known kind.
-    """
-    spec = recipe.spec.model
-    shapes = read_shapes(spec)
-    model = planned_model(spec, shapes)
-    planned = {}
-    if card is None and any(auto.asked(section) for section in recipe.stages.values()):
-        card = cards.half_of_ram()  # as `onebase run` takes it
-        console.print("\nno GPU here: auto is planned as it would be chosen on this machine; --gpu names a card")
-    for name in recipe.order():
-        kind, section = recipe.kind(name), recipe.stages[name]
-        lengths = lengths_of(section, kind.contract, recipe.spec.seed)
-        if card:
-            section = auto.resolved(kind, section, model, spec, lengths, card)
-        planned[name] = plan_stage(kind, section, model, spec, lengths, card)
-    half = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[spec.dtype]
-    console.print()
-    show_plan(planned, shapes, card, half, console)
-    if shapes.noted:
-        console.print(
-            f"{spec.base}: its shapes are as this package noted them on {shapes.noted}, since its config.json is "
-            "not on this disk and the Hub did not give it.",
-            style="dim", highlight=False, markup=False,
-        )  # fmt: skip
-    return shapes
 
 
 def show_results(recipe: Recipe, runs: Path, console: Console) -> None:

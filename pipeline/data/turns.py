@@ -1,0 +1,133 @@
+"""Where in a rendered dialogue each turn of the assistant's lies, and what a dialogue may not hold.
+
+Told by rendering the turns before it, which needs no generation markers in the template.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from pipeline.data.contracts import Row
+from pipeline.data.tokens import (
+    STAND_IN,
+    Messages,
+    Unrenderable,
+    apply_template,
+    closing_marks,
+    marks,
+    special_ids,
+    tokenize,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+
+def find_turn(tokenizer: Tokenizer, messages: Messages, index: int, text: str, row: Row) -> tuple[int, int]:
+    """Where in `text` the assistant's turn number `index` lies, from its first word through its end-of-turn token.
+
+    Its first word is the first that the model itself has to say: what the template puts after the opening of the turn
+    (an empty thought, say) belongs to it.
+    """
+    before = apply_template(tokenizer, messages[:index], row, ask=True)
+    through = apply_template(tokenizer, messages[: index + 1], row)
+    if text.startswith(before) and text.startswith(through):
+        # White space after the end-of-turn token belongs to the layout of the next turn; no model has to say it.
+        start, end = len(before), len(through.rstrip())
+    else:
+        start, end = _find_by_change(tokenizer, messages, index, text, row)
+    spoken = text[start:end]
+    for mark in closing_marks(tokenizer):
+        spoken = spoken.removesuffix(mark)
+    _refuse_lost(messages, index, spoken)
+    return start, end
+
+
+def _find_by_change(tokenizer: Tokenizer, messages: Messages, index: int, text: str, row: Row) -> tuple[int, int]:
+    """The same where later turns change how the template renders earlier ones (thoughts that are left out of the
+    history, say): what differs once the turn says something else is the turn."""
+    other = apply_template(tokenizer, _saying(messages, index, "assistant"), row)
+    said = other.find(STAND_IN)
+    rest = other[said + len(STAND_IN) :]
+    start = _find_opening(tokenizer, messages[:index], row, text, said) if said >= 0 and text.endswith(rest) else None
+    if start is None:
+        raise Unrenderable(
+            f"the chat template renders turn {index} differently once more turns follow, so its place cannot be told"
+        )
+    end, closing = len(text) - len(rest), rest.lstrip()
+    mark = next((mark for mark in closing_marks(tokenizer) if closing.startswith(mark)), None)
+    return start, end + len(rest) - len(closing) + len(mark) if mark else end
+
+
+def _find_opening(tokenizer: Tokenizer, before: Messages, row: Row, text: str, said: int) -> int | None:
+    """Where a turn that speaks at `said` begins: after the words that ask the assistant to speak, or as many of them
+    as this turn was opened with (some templates ask for a thought that they leave out of the history)."""
+    asked = apply_template(tokenizer, before, row, ask=True)
+    shared = len(os.path.commonprefix([asked, apply_template(tokenizer, before, row)]))
+    tokens = [
+        (token, begin, end) for token, (begin, end) in zip(*tokenize(tokenizer, asked), strict=True) if end > shared
+    ]
+    special = special_ids(tokenizer)
+    marks = [end for token, _, end in tokens if token in special]
+    for _, _, end in reversed(tokens):
+        opening = asked[tokens[0][1] : end]
+        # Without a special token in it, the opening could be anybody's words.
+        place = text.rfind(opening, 0, said) if marks and end >= marks[0] else -1
+        if place >= 0:
+            return place + len(opening)
+    return None
+
+
+def _saying(messages: Messages, index: int, role: str) -> Messages:
+    """The dialogue with one message's words exchanged."""
+    kept = {key: value for key, value in messages[index].items() if key in ("tool_call_id", "name")}
+    return [*messages[:index], {**kept, "role": role, "content": STAND_IN}, *messages[index + 1 :]]
+
+
+def _refuse_lost(messages: Messages, index: int, turn: str) -> None:
+    """A template that has no words for what an assistant says must not teach it to say nothing."""
+    thought, closed, answer = str(messages[index].get("content") or "").rpartition("</think>")
+    # A thought may be left out of the history, but not an answer, nor all there is.
+    said = answer.strip() or thought.replace("<think>", "").strip() if closed else answer.strip()
+    if said and said not in turn:
+        raise Unrenderable(f"the chat template leaves out what the assistant says in turn {index}")
+    for call in messages[index].get("tool_calls") or []:
+        if call["function"]["name"] not in turn:
+            raise Unrenderable(f"the chat template leaves out the tool call of turn {index}: it knows no tools")
+
+
+def refuse_forged(tokenizer: Tokenizer, messages: Messages, row: Row) -> None:
+    """Nobody speaks a special token: in what is said it would end the turn, or begin one in another's name."""
+    told = [(f"message {index}", message) for index, message in enumerate(messages)]
+    for where, value in (*told, ("'tools'", row.get("tools"))):
+        for text in _texts(value):
+            if found := marks(tokenizer, text):
+                raise Unrenderable(
+                    f"{where} holds '{found[0]}', which is a special token of this base: it would end or forge a turn. "
+                    "Take it out, or write it otherwise"
+                )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for key, below in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(key)
+            yield from _texts(below)
+
+
+def refuse_learnt_results(
+    tokenizer: Tokenizer, messages: Messages, row: Row, text: str, spans: list[tuple[int, int]]
+) -> None:
+    """What a tool answered stands in no turn of the assistant's."""
+    for index, message in enumerate(messages):
+        if message["role"] == "tool":
+            other = apply_template(tokenizer, _saying(messages, index, "tool"), row)
+            if STAND_IN not in other:
+                raise Unrenderable(f"the chat template leaves out the tool's result of turn {index}: it knows no tools")
+            place = len(os.path.commonprefix([text, other]))
+            if any(start <= place < stop for start, stop in spans):
+                raise Unrenderable(f"the chat template puts the tool's result, turn {index}, into the assistant's turn")

@@ -1,0 +1,186 @@
+"""`onebase data`: what the examination of a recipe's rows found, and rows as the model will see them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.data import examine as examination
+from pipeline.data import render
+from pipeline.data.contracts import Row
+from pipeline.data.examine import Section, attempt
+from pipeline.data.examine_rows import encode_row
+from pipeline.data.tokens import Unrenderable, special_ids, stop_ids
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+from pipeline.stages.arguments import AUTO, defaults
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+    from pipeline.disk.atomic import Json
+
+LONGEST_LETTER = 4
+MARKS = {"\n": "⏎\n", "\t": "⇥\t"}
+
+
+def examine(recipe: Recipe, names: list[str]) -> Json:
+    """What the named stages' data are like, by data/examine.py; tokenizes every row and loads no weights."""
+    faults: list[str] = []
+    unhashed: list[str] = []
+    tokenizer = attempt(faults, _load_tokenizer, recipe)
+    parts = attempt(unhashed, recipe.parts)
+    sections = []
+    for name in recipe.order():
+        measured_on = attempt(unhashed, recipe.measured_on, name)
+        files = {**parts[name]["data"], **measured_on} if parts and measured_on is not None else {}
+        sections.append(_section(recipe, name, files))
+    found = {"recipe": recipe.name, **examination.examine(sections, names, tokenizer)}
+    found["faults"] = [*faults, *found["faults"]]
+    found["faults"] += [fault for fault in unhashed if fault not in examination.faults_in(found)]
+    return found
+
+
+def _section(recipe: Recipe, name: str, files: dict[str, str]) -> Section:
+    section, kind = recipe.stages[name], recipe.kind(name)
+    max_length = section.train.get("max_length", defaults(kind.config_class).get("max_length"))
+    return Section(
+        name=name,
+        kind=section.kind,
+        contract=kind.contract,
+        data=section.data,
+        questions=section.questions,
+        seed=recipe.spec.seed,
+        max_length=None if max_length == AUTO else max_length,
+        files=files,
+    )
+
+
+def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    from pipeline.models.base import load_tokenizer
+
+    tokenizer = load_tokenizer(recipe.spec.model)
+    try:
+        stop_ids(tokenizer)
+    except Unrenderable as error:
+        raise UserError(f"model.chat_template: on a plain dialogue, {error}") from error
+    return tokenizer
+
+
+def show(found: Json, console: Console) -> None:
+    """The figures as a person reads them: a table a stage, then what a run would stop at, and what to look at."""
+    for name, stage in found["stages"].items():
+        table = Table(
+            title=f"{name} ({stage['kind']})", title_justify="left", show_header=False, width=min(100, console.width)
+        )
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for label, text in _lines(stage):
+            table.add_row(label, Text(text))  # a file's words are no markup
+        console.print(table)
+        show_faults(stage["faults"], console)
+        for warning in stage["warnings"]:
+            console.print(Text(f"  ! {warning}", style="yellow"))
+        if not stage["warnings"] and not stage["faults"]:
+            console.print(Text("  nothing to object to", style="green"))
+        console.print()
+    show_faults(found["faults"], console)
+
+
+def show_faults(faults: list[str], console: Console) -> None:
+    for fault in faults:
+        console.print(Text("  x " + fault.replace("\n", "\n    "), style="red"), soft_wrap=True)
+
+
+def show_rows(recipe: Recipe, name: str, count: int, console: Console) -> list[str]:
+    """Rows as the model will see them: tokens with loss green, those without dim, special tokens reversed. Gives the
+    faults of the stage's files."""
+    tokenizer = _load_tokenizer(recipe)
+    special = special_ids(tokenizer)
+    split, _, _, faults = examination.read_sound(_section(recipe, name, {}))
+    console.print(Text.assemble(("loss", "bold green"), "  ", ("no loss", "dim"), "  ", ("special token", "reverse")))
+    for row in split.train[:count] if split else []:
+        console.print(Text(f"── {row['_place']}", style="green"), soft_wrap=True)  # a rule would cut a long place off
+        try:
+            sequences = encode_row(recipe.stages[name].kind, tokenizer, row)
+        except Unrenderable as error:
+            console.print(Text(f"refused: {error}", style="red"))
+            continue
+        for label, sequence in zip(_labels(row, len(sequences)), sequences, strict=True):
+            shown = Text(label)
+            torn: list[int] = []
+            for token, learnt in zip(sequence.ids, sequence.labels, strict=True):
+                piece = str(tokenizer.decode([*torn, token]))
+                if piece.endswith("\ufffd") and len(torn) < LONGEST_LETTER:
+                    torn.append(token)  # a letter of several tokens is shown with its last
+                    continue
+                torn = []
+                style = "dim" if learnt == render.IGNORED else "bold green"
+                if token in special:
+                    style += " reverse"
+                shown.append("".join(MARKS.get(letter, letter) for letter in piece), style=style)
+            shown.append(f"  [{len(sequence.ids)} tokens, {sequence.supervised} with loss]", style="cyan")
+            console.print(shown)
+    show_faults(faults, console)
+    return faults
+
+
+def _labels(row: Row, count: int) -> list[str]:
+    return [""] if count == 1 else ["chosen: ", "rejected: "]
+
+
+def _lines(stage: Json) -> list[tuple[str, str]]:
+    lines = [("rows", _source(source)) for source in stage.get("sources", [])]
+    if "tokens" in stage:
+        lines += _token_lines(stage["tokens"])
+    if alike := stage.get("duplicates"):
+        among = f" (among {alike['near_among']} rows)" if alike["near_among"] < stage["train_rows"] else ""
+        lines.append(("duplicates", f"{alike['exact']} exact, {alike['near']} near{among}"))
+    if pairs := stage.get("comparisons"):
+        words = "not to be told" if pairs["bag_of_words"] is None else f"{pairs['bag_of_words']:.1%}"
+        against = f"{pairs['contradictory']} contradict another"
+        lines.append(("comparisons", f"{pairs['pairs']} on {pairs['prompts']} prompts, {against}"))
+        lines.append(("to be beaten", f"longer answer wins {pairs['longer_wins']:.1%}, bag of words {words}"))
+    return lines
+
+
+def _token_lines(tokens: Json) -> list[tuple[str, str]]:
+    lines = []
+    if length := tokens["length"]:
+        lines += [
+            ("tokens a row", f"{_range(length)}, 95 % within {length['p95']}; {length['sum']} in all"),
+            ("", _bars(tokens["histogram"])),
+            ("bytes a token", str(tokens["bytes_per_token"])),
+            ("BOS at the start", ", ".join(f"{n}: {rows} rows" for n, rows in tokens["bos_at_the_start"].items())),
+        ]
+    over, beyond = tokens["longer_than_max_length"], tokens["tokens_beyond_max_length"]
+    lines.append(("over max_length", f"{over} rows over {tokens['max_length']}, {beyond} tokens beyond it"))
+    if "supervised_tokens" in tokens:
+        bare, ends = tokens["rows_without_supervised_tokens"], tokens["rows_whose_end_of_turn_is_supervised"]
+        lines.append(("tokens with loss", f"{_range(tokens['supervised_tokens'])} a row; none in {bare} rows"))
+        kept = tokens["rows_kept"]
+        lines.append(("end of turn learnt", f"in {ends} of the {kept} rows kept"))
+    return lines
+
+
+def _source(source: Json) -> str:
+    formats = ", ".join(f"{name} {count}" for name, count in source["formats"].items())
+    parts = [f"{source['path']} ({formats})", f"{source['used']} of {source['rows']} rows used"]
+    parts += [f"{count} refused: {reason}" for reason, count in source["refused"].items()]
+    return "\n".join([*parts, *(f"{source[key]} {label}" for key, label in _EXTRA.items() if key in source)])
+
+
+def _range(spread: Json) -> str:
+    return f"{spread['min']} to {spread['max']}, median {spread['median']}" if spread else "0"
+
+
+_EXTRA = {"held_out": "held out", "left_out": "not drawn", "drawn": "drawn", "file_rows": "rows in the file"}
+
+
+def _bars(histogram: list[Any]) -> str:
+    most = max(count for _, count in histogram) or 1
+    bars = [(edge, count, "█" * round(24 * count / most) or ("▏" if count else "")) for edge, count in histogram]
+    return "\n".join(f"≤{edge:>7} {bar:<24} {count}" for edge, count, bar in bars)

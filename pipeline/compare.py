@@ -14,8 +14,9 @@ from rich.text import Text
 from pipeline import strict_yaml
 from pipeline.artifact import Artifact, Json, read_json
 from pipeline.errors import UserError
-from pipeline.evaluate.metric import METRICS
-from pipeline.evaluation_plan import plan, results_in
+from pipeline.evaluate.plan import plan
+from pipeline.evaluate.stored import read_results
+from pipeline.measure.metric import METRICS
 from pipeline.recipe import read
 
 ITEMS = ("corpus_loss", "dialogue_loss", "preferences", "questions", "choices", "labels", "answers")
@@ -41,7 +42,7 @@ def show(first: Path, second: Path, console: Console) -> None:
 def _show_numbers(first: Path, second: Path, manifests: list[dict[str, Json | None]], console: Console) -> None:
     from pipeline.evaluate import results
 
-    evaluated = [results_in(folder / "evaluation") for folder in (first, second)]
+    evaluated = [read_results(folder / "evaluation") for folder in (first, second)]
     if None in evaluated:
         missing = [str(folder) for folder, found in zip((first, second), evaluated, strict=True) if found is None]
         rows = _unlike(*(_after(held) for held in manifests))

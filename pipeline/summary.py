@@ -13,8 +13,8 @@ from rich.text import Text
 
 from pipeline.artifact import WEIGHTS, Json
 from pipeline.evaluate import verdicts
-from pipeline.evaluate.metric import METRICS, Metric, columns, of_benchmark
-from pipeline.evaluation_plan import verdicts_in
+from pipeline.evaluate.stored import read_verdicts
+from pipeline.measure.metric import METRICS, Metric, columns, of_benchmark
 from pipeline.plan import auto, cards
 from pipeline.plan.cards import Card
 from pipeline.plan.shapes import Shapes, read_shapes
@@ -72,7 +72,7 @@ def show_results(recipe: Recipe, runs: Path, console: Console) -> None:
     table = Table("stage", "number", title=title, title_justify="left")
     for column in ("before", "after", "change", "time", "peak MiB"):
         table.add_column(column, justify="right")
-    evaluated, notes = verdicts_in(runs / recipe.name), list[str]()
+    evaluated, notes = read_verdicts(runs / recipe.name), list[str]()
     for name in recipe.order():
         manifest = recipe.artifact(name, runs).manifest()
         if manifest is None:

@@ -11,9 +11,8 @@ import torch
 from conftest import tiny_tree
 from test_evaluation import finished
 
-from pipeline import evaluator
 from pipeline.errors import UserError
-from pipeline.evaluate import benchmarks
+from pipeline.evaluate import benchmarks, evaluation
 from pipeline.evaluate.bench import Bench
 from pipeline.models.base import computing
 from pipeline.recipe import build
@@ -45,8 +44,8 @@ def test_a_local_task_equals_a_plain_loop_and_is_kept_while_nothing_changes(
     data.write_text("".join(json.dumps(row) + "\n" for row in asked))
     task.write_text(TASK.format(data=data))
 
-    evaluator.evaluate(recipe, runs, tasks=[str(task)])
-    (row,) = evaluator.found(recipe, runs)["benchmarks"]
+    evaluation.evaluate(recipe, runs, tasks=[str(task)])
+    (row,) = evaluation.results_of(recipe, runs)["benchmarks"]
     assert (row["task"], row["metric"], row["n"]) == ("parity", "acc", 12)
     bench = Bench(recipe.spec.model, {"sft": recipe.artifact("sft", runs).adapter}, {}, 1.0)
     for policy in ("base", "sft"):
@@ -55,12 +54,12 @@ def test_a_local_task_equals_a_plain_loop_and_is_kept_while_nothing_changes(
         assert abs(row["numbers"][policy]["value"] - right / 12) <= 1 / 12 + 1e-9, policy
 
     taken: list[str] = []
-    monkeypatch.setattr(evaluator, "take", lambda recipe, runs, missing: taken.extend(m.file for m in missing))
-    evaluator.evaluate(recipe, runs)
-    assert taken == [] and evaluator.found(recipe, runs)["benchmarks"] == [row]
+    monkeypatch.setattr(evaluation, "take", lambda recipe, runs, missing: taken.extend(m.file for m in missing))
+    evaluation.evaluate(recipe, runs)
+    assert taken == [] and evaluation.results_of(recipe, runs)["benchmarks"] == [row]
     data.write_text(data.read_text() + json.dumps(asked[0]) + "\n")
-    evaluator.evaluate(recipe, runs)
-    assert evaluator.found(recipe, runs)["benchmarks"] == [] and "left out" in capfd.readouterr().out
+    evaluation.evaluate(recipe, runs)
+    assert evaluation.results_of(recipe, runs)["benchmarks"] == [] and "left out" in capfd.readouterr().out
 
 
 def likeliest(bench: Bench, policy: str, question: str) -> int:

@@ -13,14 +13,15 @@ import pytest
 import torch
 from conftest import tiny_tree
 
-from pipeline import evaluator
 from pipeline.artifact import Artifact, digest
 from pipeline.data import render
 from pipeline.data.load import read_source
 from pipeline.errors import UserError
-from pipeline.evaluate import measures, results, reward_check
+from pipeline.evaluate import evaluation, measures, results
 from pipeline.evaluate.bench import Bench
-from pipeline.evaluation_plan import own_judges, plan, verdicts_in
+from pipeline.evaluate.plan import own_judges, plan
+from pipeline.evaluate.stored import read_verdicts
+from pipeline.measure.ranking import over_longer
 from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.models.base import computing
@@ -150,23 +151,23 @@ def test_what_is_fresh_is_not_taken_again(
     run: tuple[Recipe, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, runs, _ = run
-    monkeypatch.setattr("pipeline.evaluation_plan.BEST_OF", 16)
-    evaluator.evaluate(recipe, runs)
-    found = evaluator.found(recipe, runs)
+    monkeypatch.setattr("pipeline.evaluate.plan.BEST_OF", 16)
+    evaluation.evaluate(recipe, runs)
+    found = evaluation.results_of(recipe, runs)
     assert set(found["verdicts"]) == {"pretrain", "sft", "reward", "dpo"}
     assert {"question_accuracy", "corpus_loss", "reward"} <= found["numbers"]["dpo"].keys()
     assert found["numbers"]["dpo"]["kl"]["value"] != 0 and "kl" not in found["numbers"]["sft"]
     assert found["best_of_n"]["policy"] == "sft" and len(found["best_of_n"]["points"]) == 5
     assert {"base", "sft", "dpo", "best of 16"} & set(found["arenas"]["reward"]["names"])
-    assert {name: verdict for (name, _), verdict in verdicts_in(runs / "tiny").items()} == found["verdicts"]
+    assert {name: verdict for (name, _), verdict in read_verdicts(runs / "tiny").items()} == found["verdicts"]
 
     taken: list[str] = []
-    monkeypatch.setattr(evaluator, "take", lambda recipe, runs, missing: taken.extend(m.file for m in missing))
-    evaluator.evaluate(recipe, runs)
+    monkeypatch.setattr(evaluation, "take", lambda recipe, runs, missing: taken.extend(m.file for m in missing))
+    evaluation.evaluate(recipe, runs)
     assert taken == []
     # Other questions: what is asked of them is asked anew, of every policy; nothing else is.
     before = {measure.file: measure.fingerprint for measure in plan(recipe, runs)}
-    monkeypatch.setattr("pipeline.evaluation_plan.load_rows", _without_last_question)
+    monkeypatch.setattr("pipeline.evaluate.plan.load_rows", _without_last_question)
     changed = {measure.file for measure in plan(recipe, runs) if before[measure.file] != measure.fingerprint}
     assert {name.split("-")[0] for name in changed} == {"questions", "few_shot", "choices", "answers", "best_of_n"}
 
@@ -207,7 +208,7 @@ def test_ppo_warns_of_a_reward_model_no_better_than_length(tmp_path: Path, capsy
     models = {}
     for name, margins in (("honest", [1.0] * 30), ("long", [1.0, -1.0] * 15)):
         lengths = [20, 10] * 15, [10, 20] * 15
-        rule = reward_check.over_longer(margins, *lengths)
+        rule = over_longer(margins, *lengths)
         after = {"accuracy": sum(m > 0 for m in margins) / 30, "over_longer": rule.value}
         after |= {"over_longer_low": rule.low, "over_longer_high": rule.high}
         models[name] = Artifact(tmp_path / name)
@@ -268,7 +269,7 @@ def test_a_reward_function_is_the_truth_only_where_the_recipe_says_so(
     # Answers that stand in the rows are the truth whatever else pays.
     prompts = runs.parent / "prompts.jsonl"
     rows = [{**json.loads(line), "answer": "1"} for line in prompts.read_text().splitlines()]
-    monkeypatch.setattr("pipeline.evaluation_plan._prompts", lambda *_: rows)
+    monkeypatch.setattr("pipeline.evaluate.plan._prompts", lambda *_: rows)
     assert _truths(recipes[0], runs) == {"answer"}
     rows[0]["answer"] = None
     assert _truths(recipes[0], runs) == {None}

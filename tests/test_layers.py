@@ -10,10 +10,12 @@ LAYERS = [
     ["errors", "artifact", "metrics", "strict_yaml", "gates", "energy", "versions"]
     + ["data.contracts", "data.formats", "data.dialogues", "data.trees", "data.shelf"],
     ["models", "data", "ppo"],
-    ["stages", "evaluate", "plan"],
+    ["measure", "evaluate.rewarded"],
+    ["stages", "plan"],
     ["recipe"],
-    ["runner", "worker", "evaluation_plan", "evaluator", "summary", "doctor", "faults", "report", "compare", "chat"]
-    + ["publish", "sharding"],
+    ["runner", "worker", "sharding"],
+    ["evaluate"],
+    ["summary", "doctor", "faults", "report", "compare", "chat"] + ["publish"],
     ["cli"],
 ]
 

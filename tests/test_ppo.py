@@ -22,7 +22,7 @@ from pipeline import metrics, runner
 from pipeline.artifact import Artifact
 from pipeline.data import render
 from pipeline.errors import UserError
-from pipeline.evaluation_plan import plan
+from pipeline.evaluate.plan import plan
 from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.models.forward import plain_layers

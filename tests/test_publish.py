@@ -140,7 +140,7 @@ def test_the_card_is_one_the_hub_accepts_and_tells_the_lineage(published: Path, 
 
 
 def test_the_card_has_what_the_evaluation_or_the_stage_found(run: Run, tmp_path: Path) -> None:
-    from pipeline.evaluation_plan import sealed as results
+    from pipeline.evaluate.stored import sealed as results
     from pipeline.publish import card, measured
 
     source = stage(run, "sft")

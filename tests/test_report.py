@@ -20,7 +20,8 @@ from pipeline import metrics, strict_yaml
 from pipeline.artifact import digest, write_json
 from pipeline.errors import UserError
 from pipeline.evaluate import arena, results
-from pipeline.evaluation_plan import plan, sealed
+from pipeline.evaluate.plan import plan
+from pipeline.evaluate.stored import sealed
 from pipeline.publish import measured
 from pipeline.recipe import Recipe, build
 from pipeline.report import page

@@ -8,8 +8,9 @@ import math
 import numpy
 import pytest
 
-from pipeline.evaluate import arena, best_of_n, calibration, intervals, matching, reward_check
+from pipeline.evaluate import arena, best_of_n, calibration, reward_check
 from pipeline.evaluate.results import over_optimised
+from pipeline.measure import intervals, matching
 
 SIMULATIONS = 800
 """Enough to tell a coverage of 95 % from one of 93 %: their standard error is 0.8 points."""

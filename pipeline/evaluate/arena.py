@@ -8,8 +8,8 @@ import numpy
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from pipeline.evaluate import intervals
-from pipeline.evaluate.intervals import Estimate
+from pipeline.measure import intervals
+from pipeline.measure.intervals import Estimate
 
 ELO = 400 / numpy.log(10)
 CENTRE = 1000.0

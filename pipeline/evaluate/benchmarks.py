@@ -158,7 +158,7 @@ def compared(values: dict[str, Json], parents: dict[str, str]) -> list[Json]:
 
     values: what `run` gave, by "lm_eval-<task>/<policy>".  parents: the policy that each stage goes on from.
     """
-    from pipeline.evaluate import intervals  # scipy takes a second, which a plan of measures need not wait for
+    from pipeline.measure import intervals  # scipy takes a second, which a plan of measures need not wait for
 
     by_task: dict[str, dict[str, Json]] = {}
     for key, value in values.items():
@@ -193,7 +193,7 @@ def compared(values: dict[str, Json], parents: dict[str, str]) -> list[Json]:
 
 def _estimate(found: Json, n: int, shares: bool) -> Json:
     """From the items where they are known, else from lm-eval's standard error; without one there is no interval."""
-    from pipeline.evaluate import intervals
+    from pipeline.measure import intervals
 
     items, value, stderr = found["items"], found["value"], found["stderr"]
     if items:

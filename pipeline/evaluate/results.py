@@ -11,8 +11,9 @@ from typing import Any
 import numpy
 
 from pipeline.artifact import Json
-from pipeline.evaluate import arena, benchmarks, best_of_n, intervals, reward_check, verdicts
-from pipeline.evaluate.intervals import Estimate
+from pipeline.evaluate import arena, benchmarks, best_of_n, reward_check, verdicts
+from pipeline.measure import intervals
+from pipeline.measure.intervals import Estimate
 
 BASE = "base"
 ARENA_BEST_OF = 16

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 import numpy
 from scipy import stats
 
 from pipeline.artifact import Json
-from pipeline.evaluate import calibration, intervals
-from pipeline.evaluate.intervals import Estimate
+from pipeline.evaluate import calibration
+from pipeline.measure import intervals
+from pipeline.measure.intervals import Estimate
+from pipeline.measure.ranking import longer_wins, ranked_right
 
 LEANS = 0.1
 """By how much more often pairs must be ranked right when the better answer is the longer one, for a model to be said to
 lean on length: the whole interval lies above it."""
-
-
-def longer_wins(chosen_lengths: list[int], rejected_lengths: list[int]) -> numpy.ndarray:
-    """1 where the chosen answer is the longer one, one half where both are of one length, else 0; (P,)."""
-    more_P = numpy.sign(numpy.asarray(chosen_lengths) - numpy.asarray(rejected_lengths))
-    points_P: numpy.ndarray = (more_P + 1) / 2
-    return points_P
-
-
-def over_longer(margins: list[float], chosen_lengths: list[int], rejected_lengths: list[int]) -> Estimate:
-    """How much more often the model ranks a pair right than the rule "longer wins" does, pair by pair."""
-    return intervals.difference(_right(margins), longer_wins(chosen_lengths, rejected_lengths), span=1.0)
 
 
 def checked(pairs: Json) -> Json:
@@ -34,13 +23,13 @@ def checked(pairs: Json) -> Json:
     chosen, rejected = pairs["chosen"], pairs["rejected"]
     margins_P = numpy.asarray(chosen) - numpy.asarray(rejected)
     longer_P = numpy.asarray(pairs["chosen_length"]) - numpy.asarray(pairs["rejected_length"])
-    right_P = _right(margins_P)
-    words_P = _right(pairs["bag_of_words"])
+    right_P = ranked_right(margins_P)
+    words_P = ranked_right(pairs["bag_of_words"])
     rule_P = longer_wins(pairs["chosen_length"], pairs["rejected_length"])
     curve = calibration.reliability(margins_P.tolist())
     groups = {"chosen longer": longer_P > 0, "same length": longer_P == 0, "chosen shorter": longer_P < 0}
     uneven = longer_P != 0
-    prefers_longer_P = _right(margins_P[uneven] * longer_P[uneven])
+    prefers_longer_P = ranked_right(margins_P[uneven] * longer_P[uneven])
     lean = None
     if (longer_P > 0).any() and (longer_P < 0).any():
         lean = intervals.gap(right_P[longer_P > 0], right_P[longer_P < 0])
@@ -95,9 +84,3 @@ def _share(right_P: numpy.ndarray) -> Json:
     """Wilson's interval, which knows no halves; where pairs tie the bootstrap's."""
     tied = (right_P == 0.5).any()
     return asdict(intervals.share(right_P) if tied else intervals.proportion(right_P == 1))
-
-
-def _right(margins: Any) -> numpy.ndarray:
-    """1 where a pair is ranked right, one half where both answers score alike, else 0; (P,)."""
-    right_P: numpy.ndarray = (numpy.sign(numpy.asarray(margins, dtype=float)) + 1) / 2
-    return right_P

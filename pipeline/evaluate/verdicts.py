@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from pipeline.artifact import Json
-from pipeline.evaluate.metric import INFINITY, MINUS
+from pipeline.measure.metric import INFINITY, MINUS
 from pipeline.stages.stage import StageSpec
 
 BETTER, WORSE, UNCLEAR, WARNING = "better", "worse", "unclear", "warning"

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pipeline.artifact import WEIGHTS, Json
 from pipeline.errors import UserError
-from pipeline.evaluate import intervals, verdicts
-from pipeline.evaluation_plan import results_in, verdicts_in
+from pipeline.evaluate import verdicts
+from pipeline.evaluate.stored import read_results, read_verdicts
+from pipeline.measure import intervals
 from pipeline.publish.sealed import Sealed
 from pipeline.stages import STAGES
 from pipeline.stages.stage import StageSpec
@@ -45,7 +46,7 @@ def table(sealed: Sealed) -> str:
 def _shown(sealed: Sealed) -> list[str]:
     """Whether the stages that were trained to raise a number are better: by the run's evaluation where it is of these
     adapters, else by the numbers above."""
-    evaluated = verdicts_in(sealed.artifact.folder.parent)
+    evaluated = read_verdicts(sealed.artifact.folder.parent)
     lines = []
     for entry in sealed.lineage:
         if entry.get("gone") or entry["kind"] not in ("dpo", "ppo"):
@@ -87,6 +88,6 @@ def _of_gain(after: Json, metric: str) -> str:
 def _evaluated(run: Path) -> Json:
     """The numbers of the run's evaluation by stage; none where there was none, or it is damaged."""
     try:
-        return dict((results_in(run / "evaluation") or {}).get("numbers", {}))
+        return dict((read_results(run / "evaluation") or {}).get("numbers", {}))
     except UserError:
         return {}

@@ -10,12 +10,13 @@ from typing import Any
 
 import jinja2
 
-from pipeline import doctor, evaluator, metrics, strict_yaml
+from pipeline import doctor, metrics, strict_yaml
 from pipeline.artifact import Json, write_text
 from pipeline.errors import UserError
 from pipeline.evaluate import verdicts
-from pipeline.evaluate.metric import BY_KEY, METRICS, columns, of_benchmark
-from pipeline.evaluation_plan import folder, plan, results_in
+from pipeline.evaluate.plan import plan
+from pipeline.evaluate.stored import folder, read_fresh, read_results
+from pipeline.measure.metric import BY_KEY, METRICS, columns, of_benchmark
 from pipeline.recipe import Recipe
 from pipeline.report import figures, lineage
 from pipeline.summary import as_typed, clock
@@ -102,14 +103,14 @@ def _examined(recipe: Recipe, runs: Path, finished: dict[str, Json]) -> Json:
 def _evaluated(recipe: Recipe, typed: str, runs: Path) -> Json | None:
     """The evaluation's results; None where there are none. Raises UserError if they are of an older run."""
     where = folder(recipe, runs)
-    results = results_in(where)
+    results = read_results(where)
     if results is None:
         return None
     wanted = plan(recipe, runs)
     old = [
         measure.file
         for measure in wanted
-        if results["made_of"].get(measure.file) != measure.fingerprint or evaluator.fresh(measure, where) is None
+        if results["made_of"].get(measure.file) != measure.fingerprint or read_fresh(measure, where) is None
     ]
     if old:
         raise UserError(

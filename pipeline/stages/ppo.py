@@ -9,7 +9,8 @@ from pipeline.stages.stage import Context, Headline, Result, Stage, StageSpec
 def run(spec: StageSpec, ctx: Context) -> Result:
     from transformers import set_seed
 
-    from pipeline.evaluate import answers, rewarded
+    from pipeline.evaluate import rewarded
+    from pipeline.measure import answers
     from pipeline.models import adapters
     from pipeline.models import base as bases
     from pipeline.models.forward import checkpoint_first

@@ -11,7 +11,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     from trl import RewardConfig, RewardTrainer
 
     from pipeline.data import render
-    from pipeline.evaluate import scoring
+    from pipeline.measure import scoring
     from pipeline.models import adapters
     from pipeline.models import base as bases
     from pipeline.stages import invariants, sequences

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline.data.render import IGNORED, Encoded, Reply, padded
-from pipeline.evaluate import intervals, reward_check
+from pipeline.measure import intervals
+from pipeline.measure.ranking import over_longer, ranked_right
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel
 from pipeline.models.halving import in_halves
@@ -61,15 +62,14 @@ def reward_model(
     values = scores(model, tokenizer, [ids for pair in pairs for ids in pair])
     found = ranking(values[0::2], values[1::2], "accuracy", "margin")
     margins = [better - worse for better, worse in zip(values[0::2], values[1::2], strict=True)]
-    rule = reward_check.over_longer(margins, *([len(pair[side]) for pair in pairs] for side in (0, 1)))
+    rule = over_longer(margins, *([len(pair[side]) for pair in pairs] for side in (0, 1)))
     return found | {"over_longer": rule.value, "over_longer_low": rule.low, "over_longer_high": rule.high}
 
 
 def ranking(chosen: list[float], rejected: list[float], accuracy: str, margin: str) -> dict[str, float]:
     """The share of pairs ranked right, a tie counting half, and the mean margin, under the two names given."""
     margins = [better - worse for better, worse in zip(chosen, rejected, strict=True)]
-    right = sum((m > 0) + 0.5 * (m == 0) for m in margins)
-    return {accuracy: right / len(margins), margin: sum(margins) / len(margins)}
+    return {accuracy: float(ranked_right(margins).mean()), margin: sum(margins) / len(margins)}
 
 
 @torch.no_grad()

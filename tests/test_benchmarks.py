@@ -51,7 +51,7 @@ def test_a_local_task_equals_a_plain_loop_and_is_kept_while_nothing_changes(
     for policy in ("base", "sft"):
         right = sum(likeliest(bench, policy, row["question"]) == row["label"] for row in asked)
         # bfloat16 rounds differently in batches, which may turn one close call
-        assert abs(row["numbers"][policy]["value"] - right / 12) <= 1 / 12 + 1e-9, policy
+        assert abs(row["numbers"][policy].value - right / 12) <= 1 / 12 + 1e-9, policy
 
     taken: list[str] = []
     monkeypatch.setattr(evaluation, "take", lambda recipe, runs, missing: taken.extend(m.file for m in missing))
@@ -103,7 +103,7 @@ def test_numbers_of_a_benchmark() -> None:
         "questions/base": {},
     }
     a, b, c = benchmarks.compared(values, {"sft": "base"})
-    assert a["percent"] and a["numbers"]["sft"]["value"] == 0.75 and a["changes"]["sft"]["value"] == 0.25
-    assert a["numbers"]["base"]["low"] == pytest.approx(0.3519, abs=1e-3)  # Wilson, 20 of 40
-    assert (b["numbers"]["base"]["low"], b["numbers"]["base"]["high"]) == pytest.approx((8.08, 15.92))
-    assert c["numbers"]["base"]["low"] is None and not b["percent"]
+    assert a["percent"] and a["numbers"]["sft"].value == 0.75 and a["changes"]["sft"].value == 0.25
+    assert a["numbers"]["base"].low == pytest.approx(0.3519, abs=1e-3)  # Wilson, 20 of 40
+    assert (b["numbers"]["base"].low, b["numbers"]["base"].high) == pytest.approx((8.08, 15.92))
+    assert c["numbers"]["base"].low is None and not b["percent"]

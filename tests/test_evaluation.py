@@ -156,7 +156,7 @@ def test_what_is_fresh_is_not_taken_again(
     found = evaluation.results_of(recipe, runs)
     assert set(found["verdicts"]) == {"pretrain", "sft", "reward", "dpo"}
     assert {"question_accuracy", "corpus_loss", "reward"} <= found["numbers"]["dpo"].keys()
-    assert found["numbers"]["dpo"]["kl"]["value"] != 0 and "kl" not in found["numbers"]["sft"]
+    assert found["numbers"]["dpo"]["kl"].value != 0 and "kl" not in found["numbers"]["sft"]
     assert found["best_of_n"]["policy"] == "sft" and len(found["best_of_n"]["points"]) == 5
     assert {"base", "sft", "dpo", "best of 16"} & set(found["arenas"]["reward"]["names"])
     assert {name: verdict for (name, _), verdict in read_verdicts(runs / "tiny").items()} == found["verdicts"]
@@ -182,10 +182,10 @@ def test_labels_are_a_classification(run: tuple[Recipe, Path, dict[str, Any]], b
     asked = load_rows(build(tree), "sft")[0].questions
     assert [(row["answer"], row["choices"]) for row in asked] == [(label, ["ham", "spam"]) for label in labels]
     value = measures.choices(bench, "sft", list(asked))
-    numbers = results.plain(results._numbers({"labels/sft": value}, "sft", None))
-    assert value["wanted"] == list(labels) and numbers["label_commonest"]["value"] == pytest.approx(2 / 3)
+    numbers = results._numbers({"labels/sft": value}, "sft", None)
+    assert value["wanted"] == list(labels) and numbers["label_commonest"].value == pytest.approx(2 / 3)
     agree = sum(a == b for a, b in zip(value["picked"], labels, strict=True)) / 3
-    assert numbers["label_accuracy"]["value"] == pytest.approx(agree)
+    assert numbers["label_accuracy"].value == pytest.approx(agree)
 
 
 def _without_last_question(recipe: Recipe, name: str) -> Any:

@@ -13,7 +13,7 @@ import numpy
 from scipy.special import gammaln
 
 from pipeline.measure import intervals
-from pipeline.measure.intervals import Estimate
+from pipeline.measure.metric import Estimate
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pipeline.evaluate import benchmarks
 from pipeline.evaluate import judge as judges
 from pipeline.evaluate.judge import Judge
 from pipeline.evaluate.plan import METHOD, Measure, adapter_of, own_judges, plain, plan
-from pipeline.evaluate.stored import folder, read_fresh, read_results, sealed
+from pipeline.evaluate.stored import as_read, as_written, folder, read_fresh, read_results, sealed
 from pipeline.recipe import Recipe
 from pipeline.runner import environment, states
 from pipeline.worker import ERROR_MARK
@@ -159,13 +159,13 @@ def judged(taken: dict[str, Json], where: Path, judge: Judge | None) -> Json | N
         unread = [row["reply"] for row in verdicts if row["verdict"] is None]
         if unread:
             print(f"  {len(unread)} replies were no verdict and count as ties, such as {unread[0]!r}", flush=True)
-        found = results.described(held) | {"model": model, "unread": len(unread)}
+        found = as_written(results.described(held)) | {"model": model, "unread": len(unread)}
         write_text(rows, (judges.line(row) for row in verdicts))
         print(f"  every verdict is in {rows}", flush=True)
         known = {"fingerprint": fingerprint, "model": model, "value": found, "value_digest": digest(found)}
         known["rows"] = sha256_of_file(rows)
         write_json(where / "judge.json", known)
-    value: Json = known["value"]
+    value: Json = as_read(known["value"])
     return value
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import numpy
 from scipy import stats
 
 from pipeline.artifact import Json
 from pipeline.evaluate import calibration
 from pipeline.measure import intervals
-from pipeline.measure.intervals import Estimate
+from pipeline.measure.metric import Estimate
 from pipeline.measure.ranking import longer_wins, ranked_right
 
 LEANS = 0.1
@@ -37,10 +35,10 @@ def checked(pairs: Json) -> Json:
     correlation = stats.spearmanr([*pairs["chosen_length"], *pairs["rejected_length"]], [*chosen, *rejected])
     return {
         "accuracy": _share(right_P),
-        "longer_wins": asdict(intervals.share(rule_P)),
+        "longer_wins": intervals.share(rule_P),
         "bag_of_words": _share(words_P),
-        "over_longer": asdict(over_rule),
-        "over_words": asdict(intervals.difference(right_P, words_P, span=1.0)),
+        "over_longer": over_rule,
+        "over_words": intervals.difference(right_P, words_P, span=1.0),
         "by_margin": _by_margin(margins_P, right_P),
         "by_length": {name: _share(right_P[where]) for name, where in groups.items() if where.any()},
         "by_guideline": {
@@ -50,9 +48,9 @@ def checked(pairs: Json) -> Json:
         },
         "prefers_longer": _share(prefers_longer_P) if uneven.any() else None,
         "longer_is_better": float((longer_P[uneven] > 0).mean()) if uneven.any() else None,
-        "lean": asdict(lean) if lean else None,
+        "lean": lean,
         "length_correlation": None if numpy.isnan(correlation.statistic) else float(correlation.statistic),
-        "reliability": [asdict(found) for found in curve],
+        "reliability": [vars(found) for found in curve],
         "ece": calibration.expected_error(curve),
         "scores": {"chosen": chosen, "rejected": rejected},
         "flags": flags(over_rule, lean),
@@ -65,7 +63,7 @@ def flags(over_rule: Estimate, lean: Estimate | None) -> list[str]:
     if not over_rule.above:
         shown = "is no" if over_rule.value <= 0 else "is not shown to be"
         found.append(f"{shown} better than choosing the longer answer")
-    if lean is not None and lean.low > LEANS:
+    if lean is not None and (lean.low or 0) > LEANS:
         found.append("leans on length: it is right far more often where the better answer is the longer one")
     return found
 
@@ -75,12 +73,12 @@ def _by_margin(margins_P: numpy.ndarray, right_P: numpy.ndarray) -> list[Json]:
     order = numpy.argsort(numpy.abs(margins_P), kind="stable")
     thirds = [part for part in numpy.array_split(order, 3) if len(part)]
     return [
-        {"from": float(abs(margins_P[part[0]])), "to": float(abs(margins_P[part[-1]]))} | _share(right_P[part])
+        {"from": float(abs(margins_P[part[0]])), "to": float(abs(margins_P[part[-1]])), "right": _share(right_P[part])}
         for part in thirds
     ]
 
 
-def _share(right_P: numpy.ndarray) -> Json:
+def _share(right_P: numpy.ndarray) -> Estimate:
     """Wilson's interval, which knows no halves; where pairs tie the bootstrap's."""
     tied = (right_P == 0.5).any()
-    return asdict(intervals.share(right_P) if tied else intervals.proportion(right_P == 1))
+    return intervals.share(right_P) if tied else intervals.proportion(right_P == 1)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from pipeline.artifact import WEIGHTS, Artifact, Json, digest, read_json
 from pipeline.errors import UserError
 from pipeline.evaluate.plan import Measure
+from pipeline.measure.metric import Estimate
 from pipeline.recipe import Recipe
 
-RESULTS = 4
+RESULTS = 5
 """Counts up when results.json says something else or in another way."""
+FIELDS = {field.name for field in fields(Estimate)}
 
 
 def folder(recipe: Recipe, runs: Path) -> Path:
@@ -19,7 +23,25 @@ def folder(recipe: Recipe, runs: Path) -> Path:
 
 def sealed(value: Json) -> Json:
     """What goes into a file of the evaluation, with a digest by which a change of it is told."""
-    return {**value, "digest": digest([RESULTS, value])}
+    written: Json = as_written(value)
+    return {**written, "digest": digest([RESULTS, written])}
+
+
+def as_written(value: Any) -> Any:
+    """Results as JSON has them: every Estimate is a dict of its fields."""
+    if isinstance(value, Estimate):
+        return asdict(value)
+    if isinstance(value, dict):
+        return {key: as_written(inner) for key, inner in value.items()}
+    return [as_written(inner) for inner in value] if isinstance(value, list) else value
+
+
+def as_read(value: Any) -> Any:
+    """The other way round."""
+    if isinstance(value, dict):
+        inner = {key: as_read(below) for key, below in value.items()}
+        return Estimate(**inner) if inner.keys() == FIELDS else inner
+    return [as_read(below) for below in value] if isinstance(value, list) else value
 
 
 def read_results(where: Path) -> Json | None:
@@ -37,6 +59,18 @@ def read_results(where: Path) -> Json | None:
     found = {key: value for key, value in known.items() if key != "digest"}
     if known.get("digest") != sealed(found)["digest"]:
         raise UserError(f"{file} is damaged, was changed by hand, or is of another version. Make it anew: onebase eval")
+    read: Json = as_read(found)
+    return read
+
+
+def columns(results: Json) -> dict[str, Json]:
+    """The numbers of every policy in the order of a table; the base with examples stands beside the base without."""
+    found: dict[str, Json] = {}
+    for policy, numbers in results["numbers"].items():
+        if policy == "base" and results["few_shot"]:
+            found |= {"base, zero-shot": numbers, "base, few-shot": results["few_shot"]}
+        else:
+            found[policy] = numbers
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy
 
 from pipeline.measure import intervals
-from pipeline.measure.intervals import Estimate
+from pipeline.measure.metric import Estimate
 
 
 def ranked_right(margins: Any) -> numpy.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import torch
 
 from pipeline.data.render import IGNORED, Encoded, Reply, padded
 from pipeline.measure import intervals
+from pipeline.measure.metric import perplexity
 from pipeline.measure.ranking import over_longer, ranked_right
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel
@@ -33,8 +33,7 @@ def language_model(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: l
     nats = [-total for total in log_likelihoods(model, tokenizer, rows)]
     # The first token of a sequence has nothing before it to be predicted from.
     found = intervals.ratio(nats, [sum(label != IGNORED for label in row.labels[1:]) for row in rows])
-    numbers = {"loss": found.value, "perplexity": math.exp(min(found.value, 700.0))}
-    return numbers | ({"loss_low": found.low, "loss_high": found.high} if len(rows) > 1 else {})
+    return found.numbers("loss") | {"perplexity": perplexity(found.value)}
 
 
 def preferences(
@@ -63,7 +62,7 @@ def reward_model(
     found = ranking(values[0::2], values[1::2], "accuracy", "margin")
     margins = [better - worse for better, worse in zip(values[0::2], values[1::2], strict=True)]
     rule = over_longer(margins, *([len(pair[side]) for pair in pairs] for side in (0, 1)))
-    return found | {"over_longer": rule.value, "over_longer_low": rule.low, "over_longer_high": rule.high}
+    return found | rule.numbers("over_longer")
 
 
 def ranking(chosen: list[float], rejected: list[float], accuracy: str, margin: str) -> dict[str, float]:

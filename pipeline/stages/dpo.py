@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pipeline.data.contracts import PREFERENCE
-from pipeline.stages.stage import Context, Headline, Result, Stage, StageSpec
+from pipeline.measure.metric import PREFERENCE_ACCURACY, QUESTION_ACCURACY
+from pipeline.stages.stage import Context, Result, Stage, StageSpec
 
 
 def run(spec: StageSpec, ctx: Context) -> Result:
@@ -73,10 +74,7 @@ STAGE = Stage(
     name="dpo",
     config_class="DPOConfig",
     contract=PREFERENCE,
-    headlines=(
-        Headline("preference_accuracy", "better answer is likelier", "higher", percent=True),
-        Headline("question_accuracy", "questions answered right", "higher", percent=True),
-    ),
+    headlines=(PREFERENCE_ACCURACY, QUESTION_ACCURACY),
     numbers=("preference_accuracy", "preference_margin", "question_accuracy", "stopped"),
     run=run,
     answers=True,

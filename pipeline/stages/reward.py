@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pipeline.data.contracts import PREFERENCE
-from pipeline.stages.stage import Context, Headline, Result, Stage, StageSpec
+from pipeline.measure.metric import Metric
+from pipeline.stages.stage import Context, Result, Stage, StageSpec
 
 
 def run(spec: StageSpec, ctx: Context) -> Result:
@@ -68,7 +69,7 @@ STAGE = Stage(
     name="reward",
     config_class="RewardConfig",
     contract=PREFERENCE,
-    headlines=(Headline("accuracy", "comparisons ranked right", "higher", percent=True),),
+    headlines=(Metric("accuracy", "comparisons ranked right", unit="%"),),
     numbers=("accuracy", "margin", "over_longer", "over_longer_low", "over_longer_high"),
     run=run,
     answers=False,

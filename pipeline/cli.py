@@ -184,11 +184,12 @@ def evaluate(
     """Measure every finished stage on held-out data, each against the one before, with 95 % intervals."""
     from rich.console import Console
 
-    from pipeline import evaluator
+    from pipeline.evaluate.evaluation import launch
     from pipeline.terminal.results import as_typed, show_evaluation
 
     try:
-        results = evaluator.launch(_read(recipe, override), runs, judge, list(filter(None, lm_eval.split(","))))
+        tasks = [task for task in lm_eval.split(",") if task]
+        results = launch(_read(recipe, override), runs, judge, tasks)
     except KeyboardInterrupt:
         print("stopped. What has been measured is kept: the same command goes on from there.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.trainer.utils import add_fused_lm_head
 
-from pipeline.evaluate.scoring import token_log_likelihoods
+from pipeline.measure.scoring import token_log_likelihoods
 from pipeline.models import adapters
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel
@@ -214,7 +214,7 @@ def _loss(model: Any, stage: str, rows: int, length: int) -> torch.Tensor:
 
 
 def evaluation(config: dict[str, Any], rows: int, length: int, variant: Variant) -> int:
-    """Peak above what stays of scoring rows without gradients, as evaluate/scoring.py does."""
+    """Peak above what stays of scoring rows without gradients, as measure/scoring.py does."""
     live = Counter()
     with as_on_cuda(), live, torch.no_grad():
         base = fake_base(hf_config(config, variant), dtype=getattr(torch, variant.dtype))

@@ -11,9 +11,8 @@ import torch
 from conftest import tiny_tree
 from test_evaluation import finished
 
-from pipeline import evaluator
 from pipeline.errors import UserError
-from pipeline.evaluate import benchmarks
+from pipeline.evaluate import benchmarks, evaluation
 from pipeline.evaluate.bench import Bench
 from pipeline.models.base import computing
 from pipeline.recipe import build
@@ -45,22 +44,22 @@ def test_a_local_task_equals_a_plain_loop_and_is_kept_while_nothing_changes(
     data.write_text("".join(json.dumps(row) + "\n" for row in asked))
     task.write_text(TASK.format(data=data))
 
-    evaluator.evaluate(recipe, runs, tasks=[str(task)])
-    (row,) = evaluator.found(recipe, runs)["benchmarks"]
+    evaluation.evaluate(recipe, runs, tasks=[str(task)])
+    (row,) = evaluation.results_of(recipe, runs)["benchmarks"]
     assert (row["task"], row["metric"], row["n"]) == ("parity", "acc", 12)
     bench = Bench(recipe.spec.model, {"sft": recipe.artifact("sft", runs).adapter}, {}, 1.0)
     for policy in ("base", "sft"):
         right = sum(likeliest(bench, policy, row["question"]) == row["label"] for row in asked)
         # bfloat16 rounds differently in batches, which may turn one close call
-        assert abs(row["numbers"][policy]["value"] - right / 12) <= 1 / 12 + 1e-9, policy
+        assert abs(row["numbers"][policy].value - right / 12) <= 1 / 12 + 1e-9, policy
 
     taken: list[str] = []
-    monkeypatch.setattr(evaluator, "take", lambda recipe, runs, missing: taken.extend(m.file for m in missing))
-    evaluator.evaluate(recipe, runs)
-    assert taken == [] and evaluator.found(recipe, runs)["benchmarks"] == [row]
+    monkeypatch.setattr(evaluation, "take", lambda recipe, runs, missing: taken.extend(m.file for m in missing))
+    evaluation.evaluate(recipe, runs)
+    assert taken == [] and evaluation.results_of(recipe, runs)["benchmarks"] == [row]
     data.write_text(data.read_text() + json.dumps(asked[0]) + "\n")
-    evaluator.evaluate(recipe, runs)
-    assert evaluator.found(recipe, runs)["benchmarks"] == [] and "left out" in capfd.readouterr().out
+    evaluation.evaluate(recipe, runs)
+    assert evaluation.results_of(recipe, runs)["benchmarks"] == [] and "left out" in capfd.readouterr().out
 
 
 def likeliest(bench: Bench, policy: str, question: str) -> int:
@@ -104,7 +103,7 @@ def test_numbers_of_a_benchmark() -> None:
         "questions/base": {},
     }
     a, b, c = benchmarks.compared(values, {"sft": "base"})
-    assert a["percent"] and a["numbers"]["sft"]["value"] == 0.75 and a["changes"]["sft"]["value"] == 0.25
-    assert a["numbers"]["base"]["low"] == pytest.approx(0.3519, abs=1e-3)  # Wilson, 20 of 40
-    assert (b["numbers"]["base"]["low"], b["numbers"]["base"]["high"]) == pytest.approx((8.08, 15.92))
-    assert c["numbers"]["base"]["low"] is None and not b["percent"]
+    assert a["percent"] and a["numbers"]["sft"].value == 0.75 and a["changes"]["sft"].value == 0.25
+    assert a["numbers"]["base"].low == pytest.approx(0.3519, abs=1e-3)  # Wilson, 20 of 40
+    assert (b["numbers"]["base"].low, b["numbers"]["base"].high) == pytest.approx((8.08, 15.92))
+    assert c["numbers"]["base"].low is None and not b["percent"]

@@ -122,7 +122,7 @@ def test_other_held_out_files_are_measured_on_and_nothing_is_trained(
     from pipeline.data import render
     from pipeline.data.contracts import PREFERENCE
     from pipeline.data.load import DataSpec, read_source
-    from pipeline.evaluate import scoring
+    from pipeline.measure import scoring
     from pipeline.models import base as bases
 
     runs = tmp_path / "runs"

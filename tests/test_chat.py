@@ -13,8 +13,8 @@ from pipeline.data.contracts import DEMONSTRATION
 from pipeline.data.load import DataSpec, read_source
 from pipeline.data.tokens import stop_ids
 from pipeline.errors import UserError
-from pipeline.evaluate.answers import generate
 from pipeline.evaluate.bench import Bench
+from pipeline.measure.answers import generate
 from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.models.spec import ModelSpec

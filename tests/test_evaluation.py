@@ -13,14 +13,15 @@ import pytest
 import torch
 from conftest import seal, tiny_tree
 
-from pipeline import evaluator
 from pipeline.data import render
 from pipeline.data.load import read_source
 from pipeline.data.tokens import stop_ids
 from pipeline.errors import UserError
-from pipeline.evaluate import measures, results, reward_check
+from pipeline.evaluate import evaluation, measures, results
 from pipeline.evaluate.bench import Bench
-from pipeline.evaluation_plan import own_judges, plan, verdicts_in
+from pipeline.evaluate.plan import own_judges, plan
+from pipeline.evaluate.stored import read_verdicts
+from pipeline.measure.ranking import over_longer
 from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.models.base import computing
@@ -145,23 +146,23 @@ def test_what_is_fresh_is_not_taken_again(
     run: tuple[Recipe, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, runs, _ = run
-    monkeypatch.setattr("pipeline.evaluation_plan.BEST_OF", 16)
-    evaluator.evaluate(recipe, runs)
-    found = evaluator.found(recipe, runs)
+    monkeypatch.setattr("pipeline.evaluate.plan.BEST_OF", 16)
+    evaluation.evaluate(recipe, runs)
+    found = evaluation.results_of(recipe, runs)
     assert set(found["verdicts"]) == {"pretrain", "sft", "reward", "dpo"}
     assert {"question_accuracy", "corpus_loss", "reward"} <= found["numbers"]["dpo"].keys()
-    assert found["numbers"]["dpo"]["kl"]["value"] != 0 and "kl" not in found["numbers"]["sft"]
+    assert found["numbers"]["dpo"]["kl"].value != 0 and "kl" not in found["numbers"]["sft"]
     assert found["best_of_n"]["policy"] == "sft" and len(found["best_of_n"]["points"]) == 5
     assert {"base", "sft", "dpo", "best of 16"} & set(found["arenas"]["reward"]["names"])
-    assert {name: verdict for (name, _), verdict in verdicts_in(runs / "tiny").items()} == found["verdicts"]
+    assert {name: verdict for (name, _), verdict in read_verdicts(runs / "tiny").items()} == found["verdicts"]
 
     taken: list[str] = []
-    monkeypatch.setattr(evaluator, "take", lambda recipe, runs, missing: taken.extend(m.file for m in missing))
-    evaluator.evaluate(recipe, runs)
+    monkeypatch.setattr(evaluation, "take", lambda recipe, runs, missing: taken.extend(m.file for m in missing))
+    evaluation.evaluate(recipe, runs)
     assert taken == []
     # Other questions: what is asked of them is asked anew, of every policy; nothing else is.
     before = {measure.file: measure.fingerprint for measure in plan(recipe, runs)}
-    monkeypatch.setattr("pipeline.evaluation_plan.load_rows", _without_last_question)
+    monkeypatch.setattr("pipeline.evaluate.plan.load_rows", _without_last_question)
     changed = {measure.file for measure in plan(recipe, runs) if before[measure.file] != measure.fingerprint}
     assert {name.split("-")[0] for name in changed} == {"questions", "few_shot", "choices", "answers", "best_of_n"}
 
@@ -176,10 +177,10 @@ def test_labels_are_a_classification(run: tuple[Recipe, Path, dict[str, Any]], b
     asked = load_rows(build(tree), "sft")[0].questions
     assert [(row["answer"], row["choices"]) for row in asked] == [(label, ["ham", "spam"]) for label in labels]
     value = measures.choices(bench, "sft", list(asked))
-    numbers = results.plain(results._numbers({"labels/sft": value}, "sft", None))
-    assert value["wanted"] == list(labels) and numbers["label_commonest"]["value"] == pytest.approx(2 / 3)
+    numbers = results._numbers({"labels/sft": value}, "sft", None)
+    assert value["wanted"] == list(labels) and numbers["label_commonest"].value == pytest.approx(2 / 3)
     agree = sum(a == b for a, b in zip(value["picked"], labels, strict=True)) / 3
-    assert numbers["label_accuracy"]["value"] == pytest.approx(agree)
+    assert numbers["label_accuracy"].value == pytest.approx(agree)
 
 
 def _without_last_question(recipe: Recipe, name: str) -> Any:
@@ -204,7 +205,7 @@ def test_ppo_warns_of_a_reward_model_no_better_than_length(
     recipe, models = build(tiny_tree(tiny_base, tmp_path)), {}
     for name, margins in (("honest", [1.0] * 30), ("long", [1.0, -1.0] * 15)):
         lengths = [20, 10] * 15, [10, 20] * 15
-        rule = reward_check.over_longer(margins, *lengths)
+        rule = over_longer(margins, *lengths)
         after = {"accuracy": sum(m > 0 for m in margins) / 30, "over_longer": rule.value}
         after |= {"over_longer_low": rule.low, "over_longer_high": rule.high}
         seal(recipe, "pretrain", tmp_path / name, after)
@@ -263,7 +264,7 @@ def test_a_reward_function_is_the_truth_only_where_the_recipe_says_so(
     # Answers that stand in the rows are the truth whatever else pays.
     prompts = runs.parent / "prompts.jsonl"
     rows = [{**json.loads(line), "answer": "1"} for line in prompts.read_text().splitlines()]
-    monkeypatch.setattr("pipeline.evaluation_plan._prompts", lambda *_: rows)
+    monkeypatch.setattr("pipeline.evaluate.plan._prompts", lambda *_: rows)
     assert _truths(recipes[0], runs) == {"answer"}
     rows[0]["answer"] = None
     assert _truths(recipes[0], runs) == {None}

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from pipeline import evaluator
 from pipeline.errors import UserError
-from pipeline.evaluate import judge
+from pipeline.evaluate import evaluation, judge
 from pipeline.evaluate.judge import Judge, arena, verdict
 
 HUNG: list[str] = []
@@ -119,7 +118,7 @@ def test_every_verdict_is_kept_with_who_stood_where(url: str, tmp_path: Path) ->
     texts = {"sft": [["a"], ["same"]], "dpo": [["aaa"], ["same"]]}
     rows = [{"prompt": [{"role": "user", "content": "q\u2028 1"}]}, {"prompt": "q2"}]
     taken = {f"answers/{name}": {"value": {"text": text}, "rows": rows} for name, text in texts.items()}
-    found = evaluator.judged(taken, tmp_path, Judge(url, "longer"))
+    found = evaluation.judged(taken, tmp_path, Judge(url, "longer"))
     lines = [json.loads(line) for line in (tmp_path / "judge.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     first = {"prompt": "user: q\u2028 1", "A": "sft", "B": "dpo", "answer_A": "a", "answer_B": "aaa"}
     second = {"prompt": "user: q\u2028 1", "A": "dpo", "B": "sft", "answer_A": "aaa", "answer_B": "a"}
@@ -129,10 +128,10 @@ def test_every_verdict_is_kept_with_who_stood_where(url: str, tmp_path: Path) ->
         {**second, "reply": "A", "verdict": "A"},
         {**alike, "reply": None, "verdict": "tie"},  # nobody was asked
     ]
-    assert found is not None and found["wins"]["dpo"]["sft"]["value"] == 0.75
-    assert evaluator.judged(taken, tmp_path, None) == found
+    assert found is not None and found["wins"]["dpo"]["sft"].value == 0.75
+    assert evaluation.judged(taken, tmp_path, None) == found
     (tmp_path / "judge.jsonl").write_text("")
-    assert evaluator.judged(taken, tmp_path, None) is None
+    assert evaluation.judged(taken, tmp_path, None) is None
 
 
 def test_verdicts_are_kept_and_a_file_changed_by_hand_is_not_believed(
@@ -142,12 +141,12 @@ def test_verdicts_are_kept_and_a_file_changed_by_hand_is_not_believed(
         return {"value": {"text": [[text] for text in texts]}, "rows": [{"prompt": "q1"}, {"prompt": "q2"}]}
 
     taken = {"answers/sft": answers("a", "a"), "answers/dpo": answers("aaa", "aa")}
-    found = evaluator.judged(taken, tmp_path, Judge(url, "longer"))
-    assert found is not None and found["wins"]["dpo"]["sft"]["value"] == 1 and found["model"] == "longer"
-    assert evaluator.judged(taken, tmp_path, None) == found
+    found = evaluation.judged(taken, tmp_path, Judge(url, "longer"))
+    assert found is not None and found["wins"]["dpo"]["sft"].value == 1 and found["model"] == "longer"
+    assert evaluation.judged(taken, tmp_path, None) == found
     file = tmp_path / "judge.json"
     file.write_text(file.read_text(encoding="utf-8").replace('"value": 1.0', '"value": 0.5'), encoding="utf-8")
-    assert evaluator.judged(taken, tmp_path, None) is None
+    assert evaluation.judged(taken, tmp_path, None) is None
     assert (
         "judge longer: its verdicts are left out, as a file of them is not as it was written" in capsys.readouterr().out
     )

@@ -10,9 +10,12 @@ LAYERS = [
     ["errors", "disk", "strict_yaml", "gates"]
     + ["data.contracts", "data.formats", "data.dialogues", "data.trees", "data.shelf"],
     ["models", "data", "ppo"],
-    ["stages", "evaluate", "plan"],
+    ["measure", "evaluate.rewarded"],
+    ["stages", "plan"],
     ["recipe"],
-    ["runs", "evaluation_plan", "evaluator", "terminal", "report", "publish"],
+    ["runs"],
+    ["evaluate"],
+    ["terminal", "report", "publish"],
     ["cli"],
 ]
 
@@ -58,7 +61,7 @@ def test_light_modules_do_not_import_torch() -> None:
     import subprocess
     import sys
 
-    light = "pipeline.cli, pipeline.recipe, pipeline.runs.worker, pipeline.evaluator, pipeline.terminal.plan"
+    light = "pipeline.cli, pipeline.recipe, pipeline.runs.worker, pipeline.evaluate.evaluation, pipeline.terminal.plan"
     light = f"import sys, {light}, pipeline.terminal.results"
     light += "; sys.exit(bool({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", light], cwd=PACKAGE.parent).returncode == 0

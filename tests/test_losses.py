@@ -155,7 +155,7 @@ def test_dpo_learns_only_what_the_assistant_says(tiny_base: Path, tmp_path: Path
     from trl import DPOConfig, DPOTrainer
 
     from pipeline.data.examine_rows import encode_row
-    from pipeline.evaluate import scoring
+    from pipeline.measure import scoring
     from pipeline.stages import sequences
     from pipeline.stages import trainer as shared
 
@@ -316,7 +316,7 @@ def test_first_reward_loss_equals_bradley_terry(tiny_base: Path, tmp_path: Path)
 
 def test_held_out_numbers_equal_plain_loops(tiny_base: Path, tmp_path: Path) -> None:
     """Batched, padded, partial logits against one row at a time."""
-    from pipeline.evaluate import scoring
+    from pipeline.measure import scoring
 
     recipe = one_stage(tiny_base, tmp_path, "dpo")
     spec = recipe.spec.model

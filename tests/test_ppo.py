@@ -22,7 +22,7 @@ from pipeline.data import render
 from pipeline.disk import metrics
 from pipeline.disk.artifact import Artifact
 from pipeline.errors import UserError
-from pipeline.evaluation_plan import plan
+from pipeline.evaluate.plan import plan
 from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.models.forward import plain_layers

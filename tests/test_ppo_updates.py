@@ -15,7 +15,8 @@ from conftest import ROOT
 from test_ppo import ROWS, filled, length, trainer
 
 from pipeline.data import render
-from pipeline.evaluate import answers, rewarded, scoring
+from pipeline.evaluate import rewarded
+from pipeline.measure import answers, scoring
 from pipeline.ppo import checkpoint as checkpoints
 from pipeline.ppo import processes, splitting
 from pipeline.ppo.algorithm import LOSS_SCALE, RAISED_AFTER, LossScale

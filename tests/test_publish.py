@@ -141,7 +141,7 @@ def test_the_card_is_one_the_hub_accepts_and_tells_the_lineage(published: Path, 
 
 
 def test_the_card_has_what_the_evaluation_or_the_stage_found(run: Run, tmp_path: Path) -> None:
-    from pipeline.evaluation_plan import sealed as results
+    from pipeline.evaluate.stored import sealed as results
     from pipeline.publish import card, measured
 
     source = stage(run, "sft")
@@ -159,7 +159,7 @@ def test_the_card_has_what_the_evaluation_or_the_stage_found(run: Run, tmp_path:
     assert "| `onebase eval` gives it |" in measured.table(replace(source, artifact=place, lineage=older))
     (tmp_path / "evaluation").mkdir()
     for value, told in ((after["loss"], "1.000 to 9.000"), (after["loss"] + 0.1, "`onebase eval` gives it")):
-        found = {"numbers": {"pretrain": {"corpus_loss": {"value": value, "low": 1.0, "high": 9.0, "n": 6}}}}
+        found = {"numbers": {"pretrain": {"corpus_loss": {"value": value, "low": 1.0, "high": 9.0, "n": 6, "how": ""}}}}
         (tmp_path / "evaluation" / "results.json").write_text(json.dumps(results(found)))
         assert told in measured.table(replace(source, artifact=place, lineage=older))
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
 from pipeline.data import render
-from pipeline.evaluate import scoring
+from pipeline.measure import scoring
 from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.models.spec import ModelSpec
@@ -192,7 +192,7 @@ def test_scores_are_not_rounded_to_bfloat16(tiny_base: Path, tmp_path: Path) -> 
 
 
 def test_ties_count_half() -> None:
-    from pipeline.evaluate import reward_check
+    from pipeline.measure.ranking import over_longer
 
     assert scoring.ranking([1.0, 2.0, 3.0, 0.0], [0.0, 2.0, 3.0, 1.0], "right", "margin")["right"] == 0.5
-    assert reward_check.over_longer([0.0, 1.0], [1, 1], [1, 1]).value == 0.25, "0.75 right against one half"
+    assert over_longer([0.0, 1.0], [1, 1], [1, 1]).value == 0.25, "0.75 right against one half"

@@ -8,14 +8,16 @@ import math
 import numpy
 import pytest
 
-from pipeline.evaluate import arena, best_of_n, calibration, intervals, matching, reward_check
+from pipeline.evaluate import arena, best_of_n, calibration, reward_check
 from pipeline.evaluate.results import over_optimised
+from pipeline.measure import intervals, matching
+from pipeline.measure.metric import Estimate
 
 SIMULATIONS = 800
 """Enough to tell a coverage of 95 % from one of 93 %: their standard error is 0.8 points."""
 
 
-def covered(found: list[intervals.Estimate], truth: float) -> float:
+def covered(found: list[Estimate], truth: float) -> float:
     return sum(estimate.low <= truth <= estimate.high for estimate in found) / len(found)
 
 
@@ -160,9 +162,9 @@ def planted_pairs(score_by_length: float, seed: int = 7, n: int = 120) -> dict:
 
 def test_a_length_biased_reward_model_is_flagged_and_an_honest_one_is_not() -> None:
     biased, honest = (reward_check.checked(planted_pairs(weight)) for weight in (1.0, 0.0))
-    assert len(biased["flags"]) == 2 and biased["over_longer"]["value"] == 0
-    assert biased["lean"]["value"] == pytest.approx(1) and biased["length_correlation"] > 0.9
-    assert honest["flags"] == [] and honest["over_longer"]["low"] > 0 and abs(honest["length_correlation"]) < 0.3
+    assert len(biased["flags"]) == 2 and biased["over_longer"].value == 0
+    assert biased["lean"].value == pytest.approx(1) and biased["length_correlation"] > 0.9
+    assert honest["flags"] == [] and honest["over_longer"].low > 0 and abs(honest["length_correlation"]) < 0.3
 
 
 def test_an_over_optimised_policy_is_flagged() -> None:
@@ -174,8 +176,8 @@ def test_an_over_optimised_policy_is_flagged() -> None:
     same = intervals.difference(truth_before, truth_before, span=1.0)
     assert over_optimised({"reward": reward, "truth": fallen}, None)
     assert not over_optimised({"reward": reward, "truth": same}, None)
-    assert not over_optimised({"truth": fallen}, {"low": 0.45})
-    assert over_optimised({"truth": fallen}, {"low": 0.55})
+    assert not over_optimised({"truth": fallen}, Estimate(0.5, 0.45, 0.55, 48, ""))
+    assert over_optimised({"truth": fallen}, Estimate(0.6, 0.55, 0.65, 48, ""))
 
 
 def test_macro_f1_by_hand() -> None:

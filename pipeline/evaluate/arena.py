@@ -8,8 +8,8 @@ import numpy
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from pipeline.evaluate import intervals
-from pipeline.evaluate.intervals import Estimate
+from pipeline.measure import intervals
+from pipeline.measure.metric import Estimate
 
 ELO = 400 / numpy.log(10)
 CENTRE = 1000.0
@@ -36,7 +36,7 @@ class Arena:
         low_K, high_K = intervals.over_prompts(lambda drawn: strengths(self.points_PKK[drawn].sum(0)), prompts)
         scaled = [CENTRE + ELO * values for values in (strengths_K, low_K, high_K)]
         return {
-            name: Estimate(float(value), float(low), float(high), prompts)
+            name: Estimate(float(value), float(low), float(high), prompts, intervals.OVER_PROMPTS)
             for name, value, low, high in zip(self.names, *scaled, strict=True)
         }
 

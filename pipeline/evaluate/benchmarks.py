@@ -10,7 +10,6 @@ import functools
 import importlib.util
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,8 @@ from pipeline.data.contracts import Row
 from pipeline.disk.atomic import Json
 from pipeline.disk.hashes import sha256_of_file
 from pipeline.errors import UserError
+from pipeline.measure import intervals
+from pipeline.measure.metric import Estimate, Metric
 
 if TYPE_CHECKING:
     from pipeline.evaluate.bench import Bench
@@ -159,8 +160,6 @@ def compared(values: dict[str, Json], parents: dict[str, str]) -> list[Json]:
 
     values: what `run` gave, by "lm_eval-<task>/<policy>".  parents: the policy that each stage goes on from.
     """
-    from pipeline.evaluate import intervals  # scipy takes a second, which a plan of measures need not wait for
-
     by_task: dict[str, dict[str, Json]] = {}
     for key, value in values.items():
         measure, _, policy = key.partition("/")
@@ -183,7 +182,7 @@ def compared(values: dict[str, Json], parents: dict[str, str]) -> list[Json]:
                     "percent": shares,
                     "numbers": {policy: _estimate(found, first["n"], shares) for policy, found in of_each.items()},
                     "changes": {
-                        stage: asdict(intervals.difference(items[stage], items[parent], 1.0 if shares else None))
+                        stage: intervals.difference(items[stage], items[parent], 1.0 if shares else None)
                         for stage, parent in parents.items()
                         if items.get(stage) and items.get(parent)
                     },
@@ -192,16 +191,20 @@ def compared(values: dict[str, Json], parents: dict[str, str]) -> list[Json]:
     return rows
 
 
-def _estimate(found: Json, n: int, shares: bool) -> Json:
-    """From the items where they are known, else from lm-eval's standard error; without one there is no interval."""
-    from pipeline.evaluate import intervals
+def metric_of(row: Json) -> Metric:
+    """How a number of lm-eval is called and written."""
+    label = f"{row['task']}: {row['metric']}, {row['n']} items"
+    return Metric(f"{row['task']}/{row['metric']}", label, row["better"], "%" if row["percent"] else "", digits=3)
 
+
+def _estimate(found: Json, n: int, shares: bool) -> Estimate:
+    """From the items where they are known, else from lm-eval's standard error; without one there is no interval."""
     items, value, stderr = found["items"], found["value"], found["stderr"]
     if items:
         whole = set(items) <= {0.0, 1.0}
         made = intervals.mean if not shares else intervals.proportion if whole else intervals.share
-        return asdict(made(items))
-    ends = {"low": None, "high": None}
-    if stderr is not None:
-        ends = {"low": value - STANDARD_ERRORS * stderr, "high": value + STANDARD_ERRORS * stderr}
-    return {"value": value, **ends, "n": n}
+        return made(items)
+    if stderr is None:
+        return Estimate(value, None, None, n, "")
+    room = STANDARD_ERRORS * stderr
+    return Estimate(value, value - room, value + room, n, "standard error")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy
 from scipy.special import gammaln
 
-from pipeline.evaluate import intervals
-from pipeline.evaluate.intervals import Estimate
+from pipeline.measure import intervals
+from pipeline.measure.metric import Estimate
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pipeline.data.baselines import said, word_margins
 from pipeline.data.contracts import Row
 from pipeline.data.tokens import stop_ids
 from pipeline.disk.atomic import Json
-from pipeline.evaluate import answers, matching, scoring
-from pipeline.evaluate.scoring import batches
+from pipeline.measure import answers, matching, scoring
+from pipeline.measure.scoring import batches
 from pipeline.models import sampling
 from pipeline.models.base import computing
 from pipeline.ppo import rewards

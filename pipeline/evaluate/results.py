@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import numpy
 
 from pipeline.disk.atomic import Json
-from pipeline.evaluate import arena, benchmarks, best_of_n, intervals, reward_check, verdicts
-from pipeline.evaluate.intervals import Estimate
+from pipeline.evaluate import arena, benchmarks, best_of_n, reward_check, verdicts
+from pipeline.measure import intervals
+from pipeline.measure.metric import Estimate
 
 BASE = "base"
 ARENA_BEST_OF = 16
@@ -22,8 +22,8 @@ Taken = dict[str, Json]
 
 
 def made(taken: Taken, chain: list[Json], judged: Json | None = None) -> Json:
-    """results.json. `taken`: measures by "name/subject"; `chain`: the finished stages (see evaluator.py); `judged`: the
-    arena of an external judge."""
+    """results.json. `taken`: measures by "name/subject"; `chain`: the finished stages (see evaluation.py); `judged`:
+    the arena of an external judge."""
     values = {key: measure["value"] for key, measure in taken.items()}
     policies = [BASE, *(stage["name"] for stage in chain if stage["answers"])]
     parents = {stage["name"]: stage["from"] or BASE for stage in chain if stage["answers"]}
@@ -35,17 +35,17 @@ def made(taken: Taken, chain: list[Json], judged: Json | None = None) -> Json:
         "chain": chain,
         "parents": parents,
         "proxy": proxy,
-        "numbers": plain(numbers),
-        "few_shot": plain(_numbers({"questions/base": values["few_shot/base"]}, BASE, proxy))
+        "numbers": numbers,
+        "few_shot": _numbers({"questions/base": values["few_shot/base"]}, BASE, proxy)
         if "few_shot/base" in values
         else None,
-        "changes": plain(changed),
+        "changes": changed,
         "reward_models": {
             key.partition("/")[2]: reward_check.checked(value) for key, value in values.items() if key[:6] == "pairs/"
         },
         "arenas": _arenas(values, policies, curve) | ({"judge": judged} if judged else {}),
         "best_of_n": curve,
-        "steps": {stage: plain(_steps(values, stage, proxy)) for stage in parents},
+        "steps": {stage: _steps(values, stage, proxy) for stage in parents},
         "lengths": {p: _flat(values[f"answers/{p}"]["length"]) for p in policies if f"answers/{p}" in values},
         "samples": _samples(taken, policies),
         "seconds": sum(measure["seconds"] for measure in taken.values()),
@@ -59,14 +59,14 @@ def made(taken: Taken, chain: list[Json], judged: Json | None = None) -> Json:
     return found
 
 
-def over_optimised(change: dict[str, Estimate], won: Json | None) -> bool:
+def over_optimised(change: dict[str, Estimate], won: Estimate | None) -> bool:
     """Against its parent the reward has risen and a gold measure (a programmatic truth, or questions answered right)
     has fallen, both beyond chance: the reward's mistakes were learnt (arXiv 2210.10760).
 
     change: from its parent.  won: its win rate against the parent by the reward, which can rise beyond chance where the
     mean does not."""
     gold = [change[name] for name in ("truth", "question_accuracy") if name in change]
-    risen = ("reward" in change and change["reward"].above) or (won is not None and won["low"] > 0.5)
+    risen = ("reward" in change and change["reward"].above) or (won is not None and (won.low or 0) > 0.5)
     return risen and any(found.below for found in gold)
 
 
@@ -182,8 +182,8 @@ def described(held: arena.Arena) -> Json:
     names = held.names
     return {
         "names": names,
-        "elo": {name: asdict(strength) for name, strength in held.elo().items()},
-        "wins": {a: {b: asdict(held.win_rate(a, b)) for b in names if b != a} for a in names},
+        "elo": held.elo(),
+        "wins": {a: {b: held.win_rate(a, b) for b in names if b != a} for a in names},
     }
 
 
@@ -196,11 +196,11 @@ def _curve(taken: Taken, proxy: str | None) -> Json | None:
     proxy_PN = numpy.asarray(value["scores"][proxy], dtype=float)
     gold_PN = None if value["truth"] is None else numpy.asarray(value["truth"], dtype=float)
     ns = [n for n in NS if n <= proxy_PN.shape[1]]
-    points = [asdict(point) for point in best_of_n.curve(proxy_PN, gold_PN, ns)]
+    points = [vars(point) for point in best_of_n.curve(proxy_PN, gold_PN, ns)]
     gained = None
     if gold_PN is not None:
         first, last = (best_of_n.chosen(proxy_PN, gold_PN, n) for n in (ns[0], ns[-1]))
-        gained = asdict(intervals.difference(last, first, span=1.0))
+        gained = intervals.difference(last, first, span=1.0)
     named = {"policy": key.partition("/")[2], "proxy": proxy, "prompts": len(proxy_PN)}
     return {**named, "points": points, "gold_gained": gained}
 
@@ -234,9 +234,3 @@ def _said(value: Json, i: int, greedy: bool) -> Json:
 
 def _flat(table: list[list[int]]) -> list[int]:
     return [value for row in table for value in row]
-
-
-def plain(numbers: Any) -> Any:
-    if isinstance(numbers, Estimate):
-        return asdict(numbers)
-    return {key: plain(value) for key, value in numbers.items()}

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
-
 import numpy
 from scipy import stats
 
 from pipeline.disk.atomic import Json
-from pipeline.evaluate import calibration, intervals
-from pipeline.evaluate.intervals import Estimate
+from pipeline.evaluate import calibration
+from pipeline.measure import intervals
+from pipeline.measure.metric import Estimate
+from pipeline.measure.ranking import longer_wins, ranked_right
 
 LEANS = 0.1
 """By how much more often pairs must be ranked right when the better answer is the longer one, for a model to be said to
 lean on length: the whole interval lies above it."""
-
-
-def longer_wins(chosen_lengths: list[int], rejected_lengths: list[int]) -> numpy.ndarray:
-    """1 where the chosen answer is the longer one, one half where both are of one length, else 0; (P,)."""
-    more_P = numpy.sign(numpy.asarray(chosen_lengths) - numpy.asarray(rejected_lengths))
-    points_P: numpy.ndarray = (more_P + 1) / 2
-    return points_P
-
-
-def over_longer(margins: list[float], chosen_lengths: list[int], rejected_lengths: list[int]) -> Estimate:
-    """How much more often the model ranks a pair right than the rule "longer wins" does, pair by pair."""
-    return intervals.difference(_right(margins), longer_wins(chosen_lengths, rejected_lengths), span=1.0)
 
 
 def checked(pairs: Json) -> Json:
@@ -34,13 +21,13 @@ def checked(pairs: Json) -> Json:
     chosen, rejected = pairs["chosen"], pairs["rejected"]
     margins_P = numpy.asarray(chosen) - numpy.asarray(rejected)
     longer_P = numpy.asarray(pairs["chosen_length"]) - numpy.asarray(pairs["rejected_length"])
-    right_P = _right(margins_P)
-    words_P = _right(pairs["bag_of_words"])
+    right_P = ranked_right(margins_P)
+    words_P = ranked_right(pairs["bag_of_words"])
     rule_P = longer_wins(pairs["chosen_length"], pairs["rejected_length"])
     curve = calibration.reliability(margins_P.tolist())
     groups = {"chosen longer": longer_P > 0, "same length": longer_P == 0, "chosen shorter": longer_P < 0}
     uneven = longer_P != 0
-    prefers_longer_P = _right(margins_P[uneven] * longer_P[uneven])
+    prefers_longer_P = ranked_right(margins_P[uneven] * longer_P[uneven])
     lean = None
     if (longer_P > 0).any() and (longer_P < 0).any():
         lean = intervals.gap(right_P[longer_P > 0], right_P[longer_P < 0])
@@ -48,10 +35,10 @@ def checked(pairs: Json) -> Json:
     correlation = stats.spearmanr([*pairs["chosen_length"], *pairs["rejected_length"]], [*chosen, *rejected])
     return {
         "accuracy": _share(right_P),
-        "longer_wins": asdict(intervals.share(rule_P)),
+        "longer_wins": intervals.share(rule_P),
         "bag_of_words": _share(words_P),
-        "over_longer": asdict(over_rule),
-        "over_words": asdict(intervals.difference(right_P, words_P, span=1.0)),
+        "over_longer": over_rule,
+        "over_words": intervals.difference(right_P, words_P, span=1.0),
         "by_margin": _by_margin(margins_P, right_P),
         "by_length": {name: _share(right_P[where]) for name, where in groups.items() if where.any()},
         "by_guideline": {
@@ -61,9 +48,9 @@ def checked(pairs: Json) -> Json:
         },
         "prefers_longer": _share(prefers_longer_P) if uneven.any() else None,
         "longer_is_better": float((longer_P[uneven] > 0).mean()) if uneven.any() else None,
-        "lean": asdict(lean) if lean else None,
+        "lean": lean,
         "length_correlation": None if numpy.isnan(correlation.statistic) else float(correlation.statistic),
-        "reliability": [asdict(found) for found in curve],
+        "reliability": [vars(found) for found in curve],
         "ece": calibration.expected_error(curve),
         "scores": {"chosen": chosen, "rejected": rejected},
         "flags": flags(over_rule, lean),
@@ -76,7 +63,7 @@ def flags(over_rule: Estimate, lean: Estimate | None) -> list[str]:
     if not over_rule.above:
         shown = "is no" if over_rule.value <= 0 else "is not shown to be"
         found.append(f"{shown} better than choosing the longer answer")
-    if lean is not None and lean.low > LEANS:
+    if lean is not None and (lean.low or 0) > LEANS:
         found.append("leans on length: it is right far more often where the better answer is the longer one")
     return found
 
@@ -86,18 +73,12 @@ def _by_margin(margins_P: numpy.ndarray, right_P: numpy.ndarray) -> list[Json]:
     order = numpy.argsort(numpy.abs(margins_P), kind="stable")
     thirds = [part for part in numpy.array_split(order, 3) if len(part)]
     return [
-        {"from": float(abs(margins_P[part[0]])), "to": float(abs(margins_P[part[-1]]))} | _share(right_P[part])
+        {"from": float(abs(margins_P[part[0]])), "to": float(abs(margins_P[part[-1]])), "right": _share(right_P[part])}
         for part in thirds
     ]
 
 
-def _share(right_P: numpy.ndarray) -> Json:
+def _share(right_P: numpy.ndarray) -> Estimate:
     """Wilson's interval, which knows no halves; where pairs tie the bootstrap's."""
     tied = (right_P == 0.5).any()
-    return asdict(intervals.share(right_P) if tied else intervals.proportion(right_P == 1))
-
-
-def _right(margins: Any) -> numpy.ndarray:
-    """1 where a pair is ranked right, one half where both answers score alike, else 0; (P,)."""
-    right_P: numpy.ndarray = (numpy.sign(numpy.asarray(margins, dtype=float)) + 1) / 2
-    return right_P
+    return intervals.share(right_P) if tied else intervals.proportion(right_P == 1)

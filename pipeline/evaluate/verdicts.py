@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-import math
-
 from pipeline.disk.atomic import Json
-from pipeline.evaluate.metric import INFINITY, MINUS
+from pipeline.measure.metric import (
+    CORPUS_LOSS,
+    DIALOGUE_LOSS,
+    KL,
+    PREFERENCE_ACCURACY,
+    QUESTION_ACCURACY,
+    REWARD,
+    SHARE,
+    TRUTH,
+    Estimate,
+    Metric,
+    perplexity,
+)
 from pipeline.stages.stage import StageSpec
 
 BETTER, WORSE, UNCLEAR, WARNING = "better", "worse", "unclear", "warning"
 UNSHOWN = "unshown"
 """It rose in what it was trained on, and in nothing else."""
+COMPARED = {BETTER: "Better than", WORSE: "Worse than", UNCLEAR: "Not to be told from"}
 INDEPENDENT = "Nothing else judges it: give it questions, a function with truth: true, or onebase eval --judge."
 
 
@@ -22,7 +33,7 @@ def spoken(results: Json) -> Json:
         if kind == "reward":
             found[name] = _reward(results["reward_models"].get(name))
         elif kind == "pretrain":
-            found[name] = _loss(results, name, "corpus_loss", "corpus")
+            found[name] = _loss(results, name, CORPUS_LOSS, "corpus")
         elif kind == "sft":
             found[name] = _sft(results, name)
         else:
@@ -34,32 +45,31 @@ def _verdict(word: str, text: str) -> Json:
     return {"word": word, "text": text}
 
 
-def _loss(results: Json, name: str, metric: str, what: str) -> Json:
-    parent, change = results["parents"][name], results["changes"][name].get(metric)
+def _loss(results: Json, name: str, metric: Metric, what: str) -> Json:
+    parent, change = results["parents"][name], results["changes"][name].get(metric.name)
     if change is None:
         return _verdict(UNCLEAR, f"Nothing held out to judge it by: give {name} a data.test.")
-    before, after = (results["numbers"][policy][metric]["value"] for policy in (parent, name))
-    word = BETTER if change["high"] < 0 else WORSE if change["low"] > 0 else UNCLEAR
-    said = {BETTER: "Better than", WORSE: "Worse than", UNCLEAR: "Not to be told from"}[word]
+    before, after = (results["numbers"][policy][metric.name].value for policy in (parent, name))
+    word = metric.word(change) or UNCLEAR
     return _verdict(
         word,
-        f"{said} {parent} on held-out {what} text: {before:.2f} to {after:.2f} nats a token "
-        f"({_span(change)}), perplexity {_perplexity(before)} to {_perplexity(after)}.",
+        f"{COMPARED[word]} {parent} on held-out {what} text: {metric.number(before)} to {metric.number(after)} "
+        f"{metric.unit} ({metric.change(change)}), perplexity {perplexity(before):.1f} to {perplexity(after):.1f}.",
     )
 
 
 def _sft(results: Json, name: str) -> Json:
-    change = results["changes"][name].get("question_accuracy")
+    asked = QUESTION_ACCURACY
+    change = results["changes"][name].get(asked.name)
     if change is None:
-        return _loss(results, name, "dialogue_loss", "dialogue")
+        return _loss(results, name, DIALOGUE_LOSS, "dialogue")
     parent = results["parents"][name]
-    before, after = (results["numbers"][policy]["question_accuracy"] for policy in (parent, name))
-    word = _word(change["low"], change["high"])
-    said = {BETTER: "Better than", WORSE: "Worse than", UNCLEAR: "Not to be told from"}[word]
+    before, after = (results["numbers"][policy][asked.name] for policy in (parent, name))
+    word = asked.word(change) or UNCLEAR
     return _verdict(
         word,
-        f"{said} {parent}: {_percent(before['value'])} to {_percent(after['value'])} of {after['n']} questions "
-        f"answered right ({_points(change)}).",
+        f"{COMPARED[word]} {parent}: {asked.written(before.value)} to {asked.written(after.value)} of {after.n} "
+        f"{asked.label} ({asked.change(change)}).",
     )
 
 
@@ -67,13 +77,13 @@ def _reward(found: Json | None) -> Json:
     if found is None:
         return _verdict(UNCLEAR, "Nothing held out to judge it by: give it a data.test.")
     text = (
-        f"Ranks {_percent(found['accuracy']['value'])} ({_range(found['accuracy'])}) of {found['accuracy']['n']} "
-        f"held-out pairs right; choosing the longer answer gets {_percent(found['longer_wins']['value'])}, "
-        f"a bag of words {_percent(found['bag_of_words']['value'])}. Calibration error {found['ece']:.2f}."
+        f"Ranks {SHARE.shown(found['accuracy'])} of {found['accuracy'].n} held-out pairs right; choosing the longer "
+        f"answer gets {SHARE.written(found['longer_wins'].value)}, a bag of words "
+        f"{SHARE.written(found['bag_of_words'].value)}. Calibration error {found['ece']:.2f}."
     )
     if found["flags"]:
         return _verdict(WARNING, f"{text} It {' and '.join(found['flags'])}.")
-    if found["over_words"]["low"] > 0:
+    if found["over_words"].above:
         return _verdict(BETTER, f"Better than both simple rules. {text}")
     more = "A bag of words is not clearly worse, so it may have learnt little but vocabulary."
     return _verdict(BETTER, f"Better than choosing the longer answer. {text} {more}")
@@ -99,22 +109,22 @@ def _preference_trained(results: Json, name: str) -> Json:
         rate = arenas[judge]["wins"].get(name, {}).get(parent)
         if rate:
             why = stage["own_judges"].get(judge, "")
-            said = f"wins {_percent(rate['value'])} ({_range(rate)}) {_by(judge)}{', ' if why else ''}{why}"
-            tell(_word(rate["low"] - 0.5, rate["high"] - 0.5), said, bool(why))
-    asked = [("question_accuracy", "questions answered right")]
+            said = f"wins {SHARE.shown(rate)} {_by(judge)}{', ' if why else ''}{why}"
+            tell(BETTER if rate.low > 0.5 else WORSE if rate.high < 0.5 else UNCLEAR, said, bool(why))
+    asked = {QUESTION_ACCURACY: QUESTION_ACCURACY.label}
     if not arenas:
-        asked.append(("preference_accuracy", "the better answer is likelier"))
-    for metric, label in asked:
-        if metric in changes:
-            change, own = changes[metric], metric == "preference_accuracy" and stage["kind"] == "dpo"
+        asked[PREFERENCE_ACCURACY] = f"the {PREFERENCE_ACCURACY.label}"
+    for metric, label in asked.items():
+        if metric.name in changes:
+            change, own = changes[metric.name], metric is PREFERENCE_ACCURACY and stage["kind"] == "dpo"
             why = ", which is what dpo trains" if own else ""
-            tell(_word(change["low"], change["high"]), f"{label} {_points(change)}{why}", own)
+            tell(metric.word(change) or UNCLEAR, f"{label} {metric.change(change)}{why}", own)
     flagged = results["over_optimised"].get(name)
     if flagged and not learnt:  # the mean has risen where the win rate has not
-        learnt.append(f"mean reward {_span(changes['reward'])}")
+        learnt.append(f"mean reward {REWARD.change(changes['reward'])}")
     if not any(told.values()) and not learnt:
         return _verdict(UNCLEAR, "Nothing held out to judge it by: give it a data.test or questions.")
-    distance = f" It is {numbers['kl']['value']:.1f} nats an answer away from {parent}." if "kl" in numbers else ""
+    distance = f" It is {KL.number(numbers['kl'].value)} {KL.unit} away from {parent}." if "kl" in numbers else ""
     doubt = f" Within chance: {'; '.join(told[UNCLEAR])}." if told[UNCLEAR] else ""
     higher = "Higher reward" if arenas else "Trained for"
     for_it, against, rose = ("; ".join(said) for said in (told[BETTER], told[WORSE], learnt))
@@ -140,23 +150,24 @@ def of_itself(section: StageSpec, before: Json, after: Json) -> str | None:
     numbers only what is right among sampled answers has an interval (evaluate/rewarded.py)."""
     own, what, why = {
         "ppo": ("reward", "Higher reward", "that is what it was paid by"),
-        "dpo": ("preference_accuracy", "The better answer is likelier", "that is what dpo trains"),
+        "dpo": (PREFERENCE_ACCURACY.name, f"The {PREFERENCE_ACCURACY.label}", "that is what dpo trains"),
     }.get(section.kind, ("", "", ""))
     if own not in before or own not in after or after[own] <= before[own]:
         return None
-    asked = "question_accuracy" in before and "question_accuracy" in after
-    change = after["question_accuracy"] - before["question_accuracy"] if asked else 0.0
-    answered = f" Questions answered right {100 * change:+.0f} points.".replace("-", MINUS) if asked else ""
+    asked, answered = QUESTION_ACCURACY, ""
+    if asked.name in before and asked.name in after:
+        change = after[asked.name] - before[asked.name]
+        answered = f" {asked.label.capitalize()} {asked.written(change, sign=True)}."
     truth = _truth_gain(section, after)
-    if truth and truth["low"] > 0:
-        return f"{what}, and more sampled answers right: {_points(truth)}.{answered}"
-    if truth and truth["high"] < 0:
-        return f"Over-optimised: {what.lower()}, but fewer sampled answers right: {_points(truth)}.{answered}"
-    doubt = f" Within chance: sampled answers right {_points(truth)}." if truth else ""
+    if truth and truth.above:
+        return f"{what}, and more {TRUTH.label}: {TRUTH.change(truth)}.{answered}"
+    if truth and truth.below:
+        return f"Over-optimised: {what.lower()}, but fewer {TRUTH.label}: {TRUTH.change(truth)}.{answered}"
+    doubt = f" Within chance: {TRUTH.label} {TRUTH.change(truth)}." if truth else ""
     return f"{what}; not shown to be better: {why}.{doubt}{answered}"
 
 
-def _truth_gain(section: StageSpec, after: Json) -> Json | None:
+def _truth_gain(section: StageSpec, after: Json) -> Estimate | None:
     """By how much more sampled answers are right, where the reward has a checked truth."""
     terms = section.reward_terms()
     truth = next((term for term in terms if term.truth), None)
@@ -164,37 +175,9 @@ def _truth_gain(section: StageSpec, after: Json) -> Json | None:
         return None
     # A reward of one term is noted as the reward alone, times its weight.
     name, scale = (f"reward/{truth.source}_gain", 1.0) if len(terms) > 1 else ("reward_gain", truth.weight)
-    if name not in after or scale <= 0:
-        return None
-    return {"value": after[name] / scale, "low": after[f"{name}_low"] / scale, "high": after[f"{name}_high"] / scale}
+    found = Estimate.among(after, name)
+    return found.scaled(1 / scale) if found and scale > 0 else None
 
 
 def _by(judge: str) -> str:
     return {"truth": "by the checked truth", "judge": "by the external judge"}.get(judge, f"by {judge}'s score")
-
-
-def _word(low: float, high: float) -> str:
-    return BETTER if low > 0 else WORSE if high < 0 else UNCLEAR
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.0f} %"
-
-
-def _range(found: Json) -> str:
-    return f"{100 * found['low']:.0f} to {100 * found['high']:.0f}"
-
-
-def _span(change: Json) -> str:
-    return f"{change['value']:+.2f}, 95 %: {change['low']:+.2f} to {change['high']:+.2f}".replace("-", MINUS).replace(
-        "inf", INFINITY
-    )
-
-
-def _points(change: Json) -> str:
-    said = f"{100 * change['value']:+.0f} points, 95 %: {100 * change['low']:+.0f} to {100 * change['high']:+.0f}"
-    return said.replace("-", MINUS)
-
-
-def _perplexity(loss: float) -> str:
-    return f"{math.exp(min(loss, 700.0)):.1f}"

@@ -19,10 +19,10 @@ FUSED_HEAD_TOKENS, FUSED_HEAD_COLUMNS = 4096, 32768
 """The tile in which TRL's fused LM head makes logits (trl/kernels/chunked_logprob.py)."""
 PPO_LOGITS = 1 << 23
 EVALUATION_LOGITS = 1 << 25
-"""LOGITS_AT_ONCE of ppo/actors.py and of evaluate/scoring.py."""
+"""LOGITS_AT_ONCE of ppo/actors.py and of measure/scoring.py."""
 EVALUATION_TOKENS = 1536
 ANSWER_TOKENS = 4096
-"""Tokens of a batch of evaluate/scoring.py and of evaluate/answers.py."""
+"""Tokens of a batch of measure/scoring.py and of measure/answers.py."""
 SHARD_BYTES = 2 << 30
 """Of publish/merged.py."""
 ANSWER_ROW = 64

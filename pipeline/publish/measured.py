@@ -9,13 +9,15 @@ from pipeline.disk.artifact import WEIGHTS
 from pipeline.disk.atomic import Json
 from pipeline.disk.manifest import Manifest
 from pipeline.errors import UserError
-from pipeline.evaluate import intervals, verdicts
-from pipeline.evaluation_plan import results_in, verdicts_in
+from pipeline.evaluate import verdicts
+from pipeline.evaluate.stored import read_results, read_verdicts
+from pipeline.measure import intervals
+from pipeline.measure.metric import CORPUS_LOSS, DIALOGUE_LOSS, QUESTION_ACCURACY, Estimate, Metric
 from pipeline.publish.sealed import Sealed
 from pipeline.stages import STAGES
 from pipeline.stages.stage import StageSpec
 
-LOSS = {"pretrain": "corpus_loss", "sft": "dialogue_loss"}
+LOSS = {"pretrain": CORPUS_LOSS, "sft": DIALOGUE_LOSS}
 """What the evaluation calls the held-out loss of a stage, by kind."""
 
 
@@ -26,26 +28,19 @@ def table(sealed: Sealed) -> str:
     evaluated = _evaluated(sealed.artifact.folder.parent)
     for entry in sealed.known:
         for headline in STAGES[entry.kind].headlines:
-            after = entry.after.get(headline.metric)
-            if after is None:
+            values = [numbers.get(headline.name) for numbers in (entry.before, entry.after)]
+            if values[1] is None:
                 continue
-            before, asked = entry.before.get(headline.metric), headline.metric == "question_accuracy"
-            count = entry.data.questions if asked else entry.data.held_out or 0
-            if headline.percent:
-                interval = _of_share(after, count)
-            elif headline.metric == "loss":
-                interval = _of_loss(entry, evaluated)
-            else:
-                interval = _of_gain(entry.after, headline.metric)
-            values = ["" if v is None else f"{v:.1%}" if headline.percent else f"{v:.3f}" for v in (before, after)]
-            lines.append(f"| {entry.stage} | {headline.label} | {values[0]} | {values[1]} | {interval} |")
+            before, after = ("" if value is None else headline.written(value, fine=True) for value in values)
+            interval = _interval(entry, headline, evaluated)
+            lines.append(f"| {entry.stage} | {headline.label} | {before} | {after} | {interval} |")
     return "\n".join([*lines, *_shown(sealed)])
 
 
 def _shown(sealed: Sealed) -> list[str]:
     """Whether the stages that were trained to raise a number are better: by the run's evaluation where it is of these
     adapters, else by the numbers above."""
-    evaluated = verdicts_in(sealed.artifact.folder.parent)
+    evaluated = read_verdicts(sealed.artifact.folder.parent)
     lines = []
     for entry in sealed.known:
         if entry.kind not in ("dpo", "ppo"):
@@ -58,35 +53,33 @@ def _shown(sealed: Sealed) -> list[str]:
     return lines
 
 
-def _of_share(value: float, count: int) -> str:
-    if not count or not 0 <= value <= 1:
+def _interval(entry: Manifest, metric: Metric, evaluated: Json) -> str:
+    """Of the number itself; of its gain where the stage measured that."""
+    after, held_out = entry.after, entry.data.held_out or 0
+    if metric.unit == "%":
+        value, count = after[metric.name], entry.data.questions if metric is QUESTION_ACCURACY else held_out
+        if not count or not 0 <= value <= 1:
+            return ""
+        right = round(value * count)
+        found = intervals.proportion([True] * right + [False] * (count - right))
+        return f"{metric.range(found, fine=True)} % ({found.how}, n = {found.n})"
+    if metric.name == "loss":
+        loss = Estimate.among(after, "loss")
+        if loss is None or loss.low is None:  # as the evaluation measured it, if of the same value
+            loss = evaluated.get(entry.stage, {}).get(LOSS[entry.kind].name)
+            if loss is None or not math.isclose(loss.value, after["loss"], rel_tol=1e-6):
+                return "`onebase eval` gives it" if held_out > 1 else ""
+        return f"{metric.range(loss, fine=True)} ({intervals.OVER_ROWS}, n = {held_out})"
+    gain = Estimate.among(after, f"{metric.name}_gain", how=intervals.OVER_PROMPTS)
+    if gain is None or gain.low is None:
         return ""
-    right = round(value * count)
-    found = intervals.proportion([True] * right + [False] * (count - right))
-    return f"{found.low:.1%} to {found.high:.1%} (Wilson, n = {count})"
-
-
-def _of_loss(entry: Manifest, evaluated: Json) -> str:
-    """As the stage measured it; for a stage trained before stages did, as the evaluation did, if of the same value."""
-    low, high = (entry.after.get(f"loss_{end}") for end in ("low", "high"))
-    if low is None or high is None:
-        found = evaluated.get(entry.stage, {}).get(LOSS[entry.kind], {})
-        if not found or not math.isclose(found["value"], entry.after["loss"], rel_tol=1e-6):
-            return "`onebase eval` gives it" if (entry.data.held_out or 0) > 1 else ""
-        low, high = found["low"], found["high"]
-    return f"{low:.3f} to {high:.3f} (bootstrap over rows, n = {entry.data.held_out})"
-
-
-def _of_gain(after: Json, metric: str) -> str:
-    gain, low, high = (after.get(f"{metric}_gain{end}") for end in ("", "_low", "_high"))
-    if gain is None or low is None or high is None:
-        return ""
-    return f"gain {gain:+.3f}, {low:+.3f} to {high:+.3f} (bootstrap over prompts)"
+    told = metric.written(gain.value, sign=True, fine=True), metric.range(gain, sign=True, fine=True)
+    return f"gain {told[0]}, {told[1]} ({gain.how})"
 
 
 def _evaluated(run: Path) -> Json:
     """The numbers of the run's evaluation by stage; none where there was none, or it is damaged."""
     try:
-        return dict((results_in(run / "evaluation") or {}).get("numbers", {}))
+        return dict((read_results(run / "evaluation") or {}).get("numbers", {}))
     except UserError:
         return {}

@@ -133,25 +133,23 @@ def overoptimisation(
     key = "proxy" if measure == "reward" else "gold"
     points = [point for point in curve["points"] if point[key]]
     kl = [point["kl"] for point in points]
-    axes.plot(
-        kl, [p[key]["value"] for p in points], color=COLOURS["best"], marker="o", markersize=3.5, label="best of n"
-    )
+    axes.plot(kl, [p[key].value for p in points], color=COLOURS["best"], marker="o", markersize=3.5, label="best of n")
     axes.fill_between(
-        kl, [p[key]["low"] for p in points], [p[key]["high"] for p in points], color=COLOURS["best"], alpha=0.14, lw=0
+        kl, [p[key].low for p in points], [p[key].high for p in points], color=COLOURS["best"], alpha=0.14, lw=0
     )
     for point in points[:: max(1, len(points) - 1)]:
-        place = (point["kl"], point[key]["value"])
+        place = (point["kl"], point[key].value)
         axes.annotate(f"n={point['n']}", place, xytext=(4, -12), textcoords="offset points", fontsize=8.5)
     for name, numbers in policies.items():
         if "kl" in numbers and measure in numbers:
-            found, at = numbers[measure], max(numbers["kl"]["value"], 0.0)
-            error = [[found["value"] - found["low"]], [found["high"] - found["value"]]]
+            found, at = numbers[measure], max(numbers["kl"].value, 0.0)
+            error = [[found.value - found.low], [found.high - found.value]]
             shade = colour(name, kinds)
-            axes.errorbar([at], [found["value"]], yerr=error, fmt="D", capsize=3, color=shade, label=name)
-            way = [(max(part["kl"]["value"], 0.0), part[measure]["value"]) for part in steps.get(name, {}).values()]
+            axes.errorbar([at], [found.value], yerr=error, fmt="D", capsize=3, color=shade, label=name)
+            way = [(max(part["kl"].value, 0.0), part[measure].value) for part in steps.get(name, {}).values()]
             if way:
-                start = (kl[0], points[0][key]["value"])  # the best of one is the policy they started from
-                axes.plot(*zip(start, *way, (at, found["value"]), strict=True), color=shade, linewidth=1, alpha=0.7)
+                start = (kl[0], points[0][key].value)  # the best of one is the policy they started from
+                axes.plot(*zip(start, *way, (at, found.value), strict=True), color=shade, linewidth=1, alpha=0.7)
                 axes.plot(*zip(*way, strict=True), color=shade, marker="o", markersize=3.5, linestyle="")
     axes.set_xlabel(f"KL from {curve['policy']}, nats an answer")
     axes.set_ylabel(label)
@@ -172,8 +170,8 @@ def samples_needed(curve: Json) -> str | None:
         ("coverage", "at least one of n is right", "#4c7fc4"),
         ("gold", "the one the reward chooses is right", COLOURS["best"]),
     ):
-        axes.plot(n, [100 * p[key]["value"] for p in points], marker="o", markersize=3.5, color=shade, label=label)
-        low, high = ([100 * p[key][end] for p in points] for end in ("low", "high"))
+        axes.plot(n, [100 * p[key].value for p in points], marker="o", markersize=3.5, color=shade, label=label)
+        low, high = ([100 * getattr(p[key], end) for p in points] for end in ("low", "high"))
         axes.fill_between(n, low, high, color=shade, alpha=0.14, lw=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(n, [str(value) for value in n])
@@ -229,13 +227,13 @@ def row_lengths(stages: Json, kinds: dict[str, str]) -> str:
 
 def elo(arena: Json, title: str, kinds: dict[str, str]) -> str:
     """Strengths with their intervals, the strongest on top."""
-    order = sorted(arena["elo"], key=lambda name: arena["elo"][name]["value"])
+    order = sorted(arena["elo"], key=lambda name: arena["elo"][name].value)
     figure = _figure(height=0.9 + 0.3 * len(order))
     axes = figure.add_subplot()
     for place, name in enumerate(order):
         found = arena["elo"][name]
-        error = [[found["value"] - found["low"]], [found["high"] - found["value"]]]
-        axes.errorbar([found["value"]], [place], xerr=error, fmt="o", capsize=3, color=colour(name, kinds))
+        error = [[found.value - found.low], [found.high - found.value]]
+        axes.errorbar([found.value], [place], xerr=error, fmt="o", capsize=3, color=colour(name, kinds))
     axes.set_yticks(range(len(order)), order)
     axes.set_ylim(-0.6, len(order) - 0.4)
     axes.set_xlabel("Elo (mean 1000), 95 % interval")

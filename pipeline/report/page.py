@@ -10,15 +10,17 @@ from typing import Any
 
 import jinja2
 
-from pipeline import evaluator, strict_yaml
+from pipeline import strict_yaml
 from pipeline.data.examine import read_kept
 from pipeline.disk import metrics
 from pipeline.disk.atomic import Json, write_text
 from pipeline.disk.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.evaluate import verdicts
-from pipeline.evaluate.metric import BY_KEY, METRICS, columns, of_benchmark
-from pipeline.evaluation_plan import folder, plan, results_in
+from pipeline.evaluate.benchmarks import metric_of
+from pipeline.evaluate.plan import plan
+from pipeline.evaluate.stored import columns, folder, read_fresh, read_results
+from pipeline.measure.metric import BY_NAME, CORPUS_LOSS, DIALOGUE_LOSS, ELO, METRICS, QUESTION_ACCURACY, SHARE, TRUTH
 from pipeline.recipe import Recipe
 from pipeline.report import figures, lineage
 from pipeline.terminal.results import as_typed, clock
@@ -70,7 +72,9 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
         "results": results,
         "columns": columns(results) if results else {},
         "metrics": METRICS,
-        "by_key": BY_KEY,
+        "by_name": BY_NAME,
+        "share": SHARE,
+        "elo": ELO,
         "pictures": {"lineage": lineage.drawn(chain, _notes(results), Path(recipe.spec.model.base).name)} | pictures,
         "training": [name for name in pictures if name.startswith(("training-", "path-"))],
         "before_after": _before_after(recipe, finished),
@@ -102,14 +106,14 @@ def _examined(recipe: Recipe, runs: Path, finished: dict[str, Manifest]) -> Json
 def _evaluated(recipe: Recipe, typed: str, runs: Path) -> Json | None:
     """The evaluation's results; None where there are none. Raises UserError if they are of an older run."""
     where = folder(recipe, runs)
-    results = results_in(where)
+    results = read_results(where)
     if results is None:
         return None
     wanted = plan(recipe, runs)
     old = [
         measure.file
         for measure in wanted
-        if results["made_of"].get(measure.file) != measure.fingerprint or evaluator.fresh(measure, where) is None
+        if results["made_of"].get(measure.file) != measure.fingerprint or read_fresh(measure, where) is None
     ]
     if old:
         raise UserError(
@@ -175,16 +179,17 @@ def _notes(results: Json | None) -> dict[str, str]:
         name = stage["name"]
         if stage["kind"] == "reward":
             model = results["reward_models"].get(name) if results else None
-            notes[name] = f"{100 * model['accuracy']['value']:.0f} % ranked right" if model else ""
+            notes[name] = f"{SHARE.written(model['accuracy'].value)} ranked right" if model else ""
             continue
         numbers = results["numbers"][name] if results else {}
         # The same for every policy that is asked things, or they would seem to differ.
-        asked = ("question_accuracy", "truth", "dialogue_loss")
-        key = next((key for key in ("corpus_loss",) * (stage["kind"] == "pretrain") + asked if key in numbers), None)
-        if key:
-            value = BY_KEY[key].number(numbers[key]["value"])
-            told = {"question_accuracy": "{} % of questions right", "truth": "{} % sampled right"}
-            notes[name] = told.get(key, f"{key.replace('_', ' ')} {{}}").format(value)
+        asked = [QUESTION_ACCURACY, TRUTH, DIALOGUE_LOSS]
+        asked = [CORPUS_LOSS, *asked] if stage["kind"] == "pretrain" else asked
+        metric = next((metric for metric in asked if metric.name in numbers), None)
+        if metric:
+            value = metric.written(numbers[metric.name].value)
+            told = {QUESTION_ACCURACY: f"{value} of questions right", TRUTH: f"{value} sampled right"}
+            notes[name] = told.get(metric, f"{metric.label} {value}")
     return notes
 
 
@@ -193,15 +198,14 @@ def _before_after(recipe: Recipe, finished: dict[str, Manifest]) -> list[Json]:
     rows = []
     for name, manifest in finished.items():
         for headline in recipe.kind(name).headlines:
-            if headline.metric in manifest.after:
-                scale, unit = (100, " %") if headline.percent else (1, "")
-                before = manifest.before.get(headline.metric)
+            if headline.name in manifest.after:
+                before = manifest.before.get(headline.name)
                 rows.append(
                     {
                         "stage": name,
                         "label": headline.label,
-                        "before": "" if before is None else f"{scale * before:.2f}{unit}",
-                        "after": f"{scale * manifest.after[headline.metric]:.2f}{unit}",
+                        "before": "" if before is None else headline.written(before, fine=True),
+                        "after": headline.written(manifest.after[headline.name], fine=True),
                     }
                 )
     return rows
@@ -271,5 +275,5 @@ def _templates() -> jinja2.Environment:
     found.filters["clock"] = clock
     found.filters["file"] = _file
     found.filters["thousands"] = lambda value: f"{value:,}".replace(",", "\u202f")
-    found.globals |= {"judge_name": judge_name, "of_benchmark": of_benchmark, "word_shown": word_shown}
+    found.globals |= {"judge_name": judge_name, "of_benchmark": metric_of, "word_shown": word_shown}
     return found

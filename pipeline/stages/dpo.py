@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pipeline.data.contracts import PREFERENCE
-from pipeline.stages.stage import Context, Headline, Result, Stage, StageSpec
+from pipeline.measure.metric import PREFERENCE_ACCURACY, QUESTION_ACCURACY
+from pipeline.stages.stage import Context, Result, Stage, StageSpec
 
 
 def run(spec: StageSpec, ctx: Context) -> Result:
@@ -11,7 +12,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     from trl import DPOConfig, DPOTrainer
 
     from pipeline.data import render
-    from pipeline.evaluate import answers, scoring
+    from pipeline.measure import answers, scoring
     from pipeline.models import adapters
     from pipeline.models import base as bases
     from pipeline.stages import invariants, sequences
@@ -73,10 +74,7 @@ STAGE = Stage(
     name="dpo",
     config_class="DPOConfig",
     contract=PREFERENCE,
-    headlines=(
-        Headline("preference_accuracy", "better answer is likelier", "higher", percent=True),
-        Headline("question_accuracy", "questions answered right", "higher", percent=True),
-    ),
+    headlines=(PREFERENCE_ACCURACY, QUESTION_ACCURACY),
     numbers=("preference_accuracy", "preference_margin", "question_accuracy", "stopped"),
     run=run,
     answers=True,

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from pipeline.data.render import Encoded
 from pipeline.disk import versions
 from pipeline.errors import BrokenInvariant, UserError
-from pipeline.evaluate import scoring
+from pipeline.measure import scoring
 from pipeline.models import adapters
 from pipeline.models.base import computing, frozen_digest
 from pipeline.models.halving import in_halves

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pipeline.data.contracts import PROMPT_ONLY
-from pipeline.stages.stage import Context, Headline, Result, Stage, StageSpec
+from pipeline.measure.metric import QUESTION_ACCURACY, Metric
+from pipeline.stages.stage import Context, Result, Stage, StageSpec
 
 
 def run(spec: StageSpec, ctx: Context) -> Result:
     from transformers import set_seed
 
-    from pipeline.evaluate import answers, rewarded
+    from pipeline.evaluate import rewarded
+    from pipeline.measure import answers
     from pipeline.models import adapters
     from pipeline.models import base as bases
     from pipeline.models.forward import checkpoint_first
@@ -62,7 +64,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     result.counts |= ppo_loop.train(trainer, ctx)
     result.invariants |= invariants.processes_agree(actors.trained("policy") | actors.trained("value"))
     end = rewarded.ask(trainer, ctx.data.test or [])
-    result.after = rewarded.numbers(end) | rewarded.gain(start, end, ctx.seed)
+    result.after = rewarded.numbers(end) | rewarded.gain(start, end)
     result.invariants |= ppo_loop.judge_end(trainer, ctx, end)
     actors.act_as(roles.POLICY)
     result.after |= answers.ask(model, tokenizer, ctx, result.samples, "after")
@@ -79,10 +81,7 @@ STAGE = Stage(
     name="ppo",
     config_class="PPOSettings",
     contract=PROMPT_ONLY,
-    headlines=(
-        Headline("reward", "reward of held-out answers", "higher"),
-        Headline("question_accuracy", "questions answered right", "higher", percent=True),
-    ),
+    headlines=(Metric("reward", "reward of held-out answers"), QUESTION_ACCURACY),
     numbers=(
         *("reward", "reward_gain", "reward_gain_low", "reward_gain_high"),
         *("kl", "answer_length", "ended", "question_accuracy", "stopped"),

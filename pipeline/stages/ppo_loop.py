@@ -17,6 +17,7 @@ from pipeline.disk import metrics
 from pipeline.disk.artifact import Artifact, mark_checkpoint
 from pipeline.errors import Interrupted, UserError
 from pipeline.evaluate import rewarded
+from pipeline.measure.metric import SHARE, Estimate
 from pipeline.models import adapters
 from pipeline.ppo import checkpoint as checkpoints
 from pipeline.ppo.actors import POLICY, REFERENCE, VALUE
@@ -94,12 +95,12 @@ def warn_of_length(models: dict[str, Artifact]) -> None:
     PPO would learn to write long answers."""
     for name, artifact in models.items():
         found = artifact.finished().after
-        if found.get("over_longer_low", 1.0) <= 0:
+        rule = Estimate.among(found, "over_longer")
+        if rule and not rule.above:
             print(
-                f"  warning: the reward model '{name}' ranks {100 * found['accuracy']:.0f} % of held-out pairs right, "
-                f"{100 * found['over_longer']:+.0f} points from choosing the longer answer (95 %: "
-                f"{100 * found['over_longer_low']:+.0f} to {100 * found['over_longer_high']:+.0f}): no better than "
-                "length, as far as these pairs can tell",
+                f"  warning: the reward model '{name}' ranks {SHARE.written(found['accuracy'])} of held-out pairs "
+                f"right, {SHARE.written(rule.value, sign=True)} from choosing the longer answer (95 %: "
+                f"{SHARE.range(rule, sign=True)}): no better than length, as far as these pairs can tell",
                 flush=True,
             )
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline.data.contracts import LANGUAGE_MODELING
-from pipeline.stages.stage import Context, Headline, Result, Stage, StageSpec
+from pipeline.measure.metric import CORPUS_LOSS, QUESTION_ACCURACY
+from pipeline.stages.stage import Context, Result, Stage, StageSpec
 
 
 def run(spec: StageSpec, ctx: Context) -> Result:
@@ -11,7 +14,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     from trl import SFTConfig, SFTTrainer
 
     from pipeline.data import render
-    from pipeline.evaluate import answers, scoring
+    from pipeline.measure import answers, scoring
     from pipeline.models import adapters
     from pipeline.models import base as bases
     from pipeline.stages import invariants, sequences
@@ -72,10 +75,7 @@ STAGE = Stage(
     name="pretrain",
     config_class="SFTConfig",
     contract=LANGUAGE_MODELING,
-    headlines=(
-        Headline("loss", "corpus loss", "lower"),
-        Headline("question_accuracy", "questions answered right", "higher", percent=True),
-    ),
+    headlines=(replace(CORPUS_LOSS, name="loss"), QUESTION_ACCURACY),
     numbers=("loss", "loss_low", "loss_high", "perplexity", "question_accuracy", "stopped"),
     run=run,
     answers=True,

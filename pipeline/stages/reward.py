@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pipeline.data.contracts import PREFERENCE
-from pipeline.stages.stage import Context, Headline, Result, Stage, StageSpec
+from pipeline.measure.metric import Metric
+from pipeline.stages.stage import Context, Result, Stage, StageSpec
 
 
 def run(spec: StageSpec, ctx: Context) -> Result:
@@ -11,7 +12,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     from trl import RewardConfig, RewardTrainer
 
     from pipeline.data import render
-    from pipeline.evaluate import scoring
+    from pipeline.measure import scoring
     from pipeline.models import adapters
     from pipeline.models import base as bases
     from pipeline.stages import invariants, sequences
@@ -68,7 +69,7 @@ STAGE = Stage(
     name="reward",
     config_class="RewardConfig",
     contract=PREFERENCE,
-    headlines=(Headline("accuracy", "comparisons ranked right", "higher", percent=True),),
+    headlines=(Metric("accuracy", "comparisons ranked right", unit="%"),),
     numbers=("accuracy", "margin", "over_longer", "over_longer_low", "over_longer_high"),
     run=run,
     answers=False,

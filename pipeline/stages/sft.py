@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline.data.contracts import DEMONSTRATION
-from pipeline.stages.stage import Context, Headline, Result, Stage, StageSpec
+from pipeline.measure.metric import DIALOGUE_LOSS, QUESTION_ACCURACY
+from pipeline.stages.stage import Context, Result, Stage, StageSpec
 
 
 def run(spec: StageSpec, ctx: Context) -> Result:
@@ -11,7 +14,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     from trl import SFTConfig, SFTTrainer
 
     from pipeline.data import render
-    from pipeline.evaluate import answers, scoring
+    from pipeline.measure import answers, scoring
     from pipeline.models import adapters
     from pipeline.models import base as bases
     from pipeline.stages import invariants, sequences
@@ -69,10 +72,7 @@ STAGE = Stage(
     name="sft",
     config_class="SFTConfig",
     contract=DEMONSTRATION,
-    headlines=(
-        Headline("question_accuracy", "questions answered right", "higher", percent=True),
-        Headline("loss", "dialogue loss", "lower"),
-    ),
+    headlines=(QUESTION_ACCURACY, replace(DIALOGUE_LOSS, name="loss")),
     numbers=("loss", "loss_low", "loss_high", "perplexity", "question_accuracy", "stopped"),
     run=run,
     answers=True,

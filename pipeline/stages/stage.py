@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.data.contracts import Contract, Row
 from pipeline.data.load import DataSpec
 from pipeline.disk.artifact import Artifact
+from pipeline.measure.metric import Metric
 from pipeline.models.spec import ModelSpec
 
 
@@ -62,22 +63,13 @@ class StageSpec(BaseModel):
 
 
 @dataclass(frozen=True)
-class Headline:
-    """A held-out number by which people judge a stage."""
-
-    metric: str
-    label: str
-    better: str  # "higher" or "lower"
-    percent: bool = False
-
-
-@dataclass(frozen=True)
 class Stage:
     name: str
     config_class: str
     """The trainer's config, whose words `train:` takes."""
     contract: Contract
-    headlines: tuple[Headline, ...]
+    headlines: tuple[Metric, ...]
+    """The held-out numbers by which people judge it."""
     numbers: tuple[str, ...]
     """Every held-out number it can leave in its manifest, which a recipe may make demands of; a source of a reward adds
     some (StageSpec.source_numbers)."""

@@ -16,8 +16,9 @@ from pipeline.disk.artifact import Artifact
 from pipeline.disk.atomic import Json, read_json
 from pipeline.disk.manifest import Manifest
 from pipeline.errors import UserError
-from pipeline.evaluate.metric import METRICS
-from pipeline.evaluation_plan import plan, results_in
+from pipeline.evaluate.plan import plan
+from pipeline.evaluate.stored import read_results
+from pipeline.measure.metric import METRICS, SHARE
 from pipeline.recipe import read
 
 ITEMS = ("corpus_loss", "dialogue_loss", "preferences", "questions", "choices", "labels", "answers")
@@ -43,7 +44,7 @@ def show(first: Path, second: Path, console: Console) -> None:
 def _show_numbers(first: Path, second: Path, manifests: list[dict[str, Manifest | None]], console: Console) -> None:
     from pipeline.evaluate import results
 
-    evaluated = [results_in(folder / "evaluation") for folder in (first, second)]
+    evaluated = [read_results(folder / "evaluation") for folder in (first, second)]
     if None in evaluated:
         missing = [str(folder) for folder, found in zip((first, second), evaluated, strict=True) if found is None]
         rows = _unlike(*(_after(held) for held in manifests))
@@ -74,24 +75,24 @@ def _show_numbers(first: Path, second: Path, manifests: list[dict[str, Manifest 
     )
     for stage in [name for name in a["numbers"] if name in b["numbers"]]:
         values, shared = _shared(first, second, stage)
-        paired = results.plain(results.changes(values, "b", "a", a["proxy"])) if shared else {}
+        paired = results.changes(values, "b", "a", a["proxy"]) if shared else {}
         name = stage
         for metric in METRICS:
-            before, after = a["numbers"][stage].get(metric.key), b["numbers"][stage].get(metric.key)
+            before, after = a["numbers"][stage].get(metric.name), b["numbers"][stage].get(metric.name)
             if before is None or after is None or before == after:
                 continue
-            change = paired.get(metric.key)
+            change = paired.get(metric.name)
             style = {"better": "green", "worse": "red"}.get(metric.word(change), "") if change else ""
-            item = Text(metric.shown(change, sign=True), style=style) if change else Text("other items", style="dim")
-            table.add_row(name, metric.label, metric.shown(before), metric.shown(after), item)
+            cell = Text(metric.shown(change, sign=True), style=style) if change else Text("other items", style="dim")
+            table.add_row(name, metric.heading, metric.shown(before), metric.shown(after), cell)
             name = ""
     console.print(table if table.row_count else "numbers: equal")
     for name in [name for name in a["reward_models"] if name in b["reward_models"]]:
         models = [found["reward_models"][name] for found in (a, b)]
         shown = [
             {
-                "pairs ranked right": _shares(model["accuracy"]),
-                'over "longer wins", points': _shares(model["over_longer"]).replace(" %", ""),
+                "pairs ranked right": SHARE.shown(model["accuracy"]),
+                'over "longer wins"': SHARE.shown(model["over_longer"], sign=True),
                 "calibration error": f"{model['ece']:.2f}",
             }
             for model in models
@@ -168,10 +169,6 @@ def _table(console: Console, title: str, what: str, rows: list[tuple[str, str, s
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
-
-
-def _shares(found: Json) -> str:
-    return f"{100 * found['value']:.0f} % ({100 * found['low']:.0f} to {100 * found['high']:.0f})"
 
 
 def _short(value: Any) -> str:

@@ -15,10 +15,11 @@ from pipeline.disk.artifact import WEIGHTS
 from pipeline.disk.atomic import Json
 from pipeline.disk.manifest import Manifest
 from pipeline.evaluate import verdicts
-from pipeline.evaluate.metric import METRICS, Metric, columns, of_benchmark
-from pipeline.evaluation_plan import verdicts_in
+from pipeline.evaluate.benchmarks import metric_of
+from pipeline.evaluate.stored import columns, read_verdicts
+from pipeline.measure.metric import METRICS, TRUTH, Estimate, Metric
 from pipeline.recipe import Recipe
-from pipeline.stages.stage import Headline, StageSpec
+from pipeline.stages.stage import StageSpec
 
 
 def show_results(recipe: Recipe, runs: Path, console: Console) -> None:
@@ -27,21 +28,21 @@ def show_results(recipe: Recipe, runs: Path, console: Console) -> None:
     table = Table("stage", "number", title=title, title_justify="left")
     for column in ("before", "after", "change", "time", "peak MiB"):
         table.add_column(column, justify="right")
-    evaluated, notes = verdicts_in(runs / recipe.name), list[str]()
+    evaluated, notes = read_verdicts(runs / recipe.name), list[str]()
     for name in recipe.order():
         manifest = recipe.artifact(name, runs).manifest()
         if manifest is None:
             continue
         cost = [clock(manifest.seconds), str(manifest.peak_memory_mib)]
         known = [*recipe.kind(name).headlines, *_sources(recipe, name)]
-        measured = [h for h in known if h.metric in manifest.after]
+        measured = [metric for metric in known if metric.name in manifest.after]
         own = _trained_on(recipe.stages[name])
         if told := evaluated.get((name, manifest.files.get(WEIGHTS, "")), {}).get("text") if own else None:
             notes.append(f"{name}, by onebase eval: {told}")
         elif told := verdicts.of_itself(recipe.stages[name], manifest.before, manifest.after):
             notes.append(f"{name}: {told} onebase eval compares its answers by what it was not trained on.")
-        for headline in measured:
-            table.add_row(name, headline.label, *_numbers(headline, manifest, headline.metric in own), *cost)
+        for metric in measured:
+            table.add_row(name, metric.label, *_numbers(metric, manifest, metric.name in own), *cost)
             name, cost = "", ["", ""]
         if not measured:
             table.add_row(name, "none (no data.test, no questions)", "", "", "", *cost)
@@ -83,18 +84,17 @@ def show_evaluation(results: Json, console: Console) -> None:
         console.print(Text(f"{name:>9}  ", style="bold") + Text(verdict["text"], style=colours[verdict["word"]]))
     table = Table("number, 95 % interval", box=None, pad_edge=False)
 
-    def cell(metric: Metric, found: Json | None) -> str:
-        return metric.shown(found).replace(" (", "\n").removesuffix(")") if found else ""
+    def cell(metric: Metric, found: Estimate | None) -> str:
+        return "\n".join(filter(None, (metric.written(found.value), metric.range(found)))) if found else ""
 
     held = columns(results)
     for name in held:
         table.add_column(name, justify="right")
-    for metric in (metric for metric in METRICS if any(metric.key in numbers for numbers in held.values())):
-        found = [numbers.get(metric.key) for numbers in held.values()]
-        table.add_row(metric.label, *(cell(metric, value) for value in found))
+    for metric in (metric for metric in METRICS if any(metric.name in numbers for numbers in held.values())):
+        table.add_row(metric.heading, *(cell(metric, numbers.get(metric.name)) for numbers in held.values()))
     for row in results["benchmarks"]:
         found = [row["numbers"].get(name.removesuffix(", zero-shot")) for name in held]
-        table.add_row(of_benchmark(row).label, *(cell(of_benchmark(row), value) for value in found))
+        table.add_row(metric_of(row).heading, *(cell(metric_of(row), value) for value in found))
     console.print()
     console.print(table)
 
@@ -116,18 +116,16 @@ def show_next(recipe: Recipe, path: str, runs: Path, console: Console) -> None:
         console.print(f"  {command:<72} {what}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _sources(recipe: Recipe, name: str) -> list[Headline]:
+def _sources(recipe: Recipe, name: str) -> list[Metric]:
     """What each source of a ppo stage's reward says by itself."""
-    terms = recipe.stages[name].reward_terms()
     return [
-        Headline(
+        Metric(
             f"reward/{term.source}",
-            f"{'sampled answers right' if term.truth else 'score'} by {term.source.rpartition('/')[2]}"
+            f"{TRUTH.label if term.truth else 'score'} by {term.source.rpartition('/')[2]}"
             f"{'' if term.weight else ', not paid'}",
-            "higher",
-            term.truth,
+            unit="%" if term.truth else "",
         )
-        for term in terms
+        for term in recipe.stages[name].reward_terms()
     ]
 
 
@@ -137,24 +135,17 @@ def _trained_on(section: StageSpec) -> list[str]:
     return {"ppo": ["reward", *paid], "dpo": ["preference_accuracy"]}.get(section.kind, [])
 
 
-def _numbers(headline: Headline, manifest: Manifest, own: bool) -> list[str]:
-    before, after = manifest.before.get(headline.metric), manifest.after[headline.metric]
+def _numbers(metric: Metric, manifest: Manifest, own: bool) -> list[str]:
+    before, after = manifest.before.get(metric.name), manifest.after[metric.name]
     if before is None:
-        return ["", _number(after, headline), ""]
-    change = after - before
-    better = (change > 0) == (headline.better == "higher")
-    arrow = f"{100 * change:+.1f} pts" if headline.percent else f"{change:+.3f}"
-    low, high = (manifest.after.get(f"{headline.metric}_gain_{end}") for end in ("low", "high"))
-    if low is not None and high is not None and headline.percent:
-        arrow += f" (95 %: {100 * low:+.1f} to {100 * high:+.1f})"
-    elif low is not None and high is not None:
-        arrow += f" (95 %: {low:+.3f} to {high:+.3f})"
+        return ["", metric.written(after, fine=True), ""]
+    change, gain = after - before, Estimate.among(manifest.after, f"{metric.name}_gain")
+    better = (change > 0) == (metric.direction == "higher")
+    told = metric.written(change, sign=True, fine=True)
+    if gain and (interval := metric.range(gain, sign=True, fine=True)):
+        told += f" (95 %: {interval})"
     style = "dim" if change == 0 or (own and better) else "green" if better else "red"
-    return [_number(before, headline), _number(after, headline), f"[{style}]{arrow}[/{style}]"]
-
-
-def _number(value: float, headline: Headline) -> str:
-    return f"{100 * value:.1f} %" if headline.percent else f"{value:.3f}"
+    return [*(metric.written(value, fine=True) for value in (before, after)), f"[{style}]{told}[/{style}]"]
 
 
 def as_typed(path: str, overrides: Sequence[str], runs: Path) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from pipeline.data.render import IGNORED, Encoded, Reply, padded
-from pipeline.evaluate import intervals, reward_check
+from pipeline.measure import intervals
+from pipeline.measure.metric import perplexity
+from pipeline.measure.ranking import over_longer, ranked_right
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel
 from pipeline.models.halving import in_halves
@@ -32,8 +33,7 @@ def language_model(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: l
     nats = [-total for total in log_likelihoods(model, tokenizer, rows)]
     # The first token of a sequence has nothing before it to be predicted from.
     found = intervals.ratio(nats, [sum(label != IGNORED for label in row.labels[1:]) for row in rows])
-    numbers = {"loss": found.value, "perplexity": math.exp(min(found.value, 700.0))}
-    return numbers | ({"loss_low": found.low, "loss_high": found.high} if len(rows) > 1 else {})
+    return found.numbers("loss") | {"perplexity": perplexity(found.value)}
 
 
 def preferences(
@@ -61,15 +61,14 @@ def reward_model(
     values = scores(model, tokenizer, [ids for pair in pairs for ids in pair])
     found = ranking(values[0::2], values[1::2], "accuracy", "margin")
     margins = [better - worse for better, worse in zip(values[0::2], values[1::2], strict=True)]
-    rule = reward_check.over_longer(margins, *([len(pair[side]) for pair in pairs] for side in (0, 1)))
-    return found | {"over_longer": rule.value, "over_longer_low": rule.low, "over_longer_high": rule.high}
+    rule = over_longer(margins, *([len(pair[side]) for pair in pairs] for side in (0, 1)))
+    return found | rule.numbers("over_longer")
 
 
 def ranking(chosen: list[float], rejected: list[float], accuracy: str, margin: str) -> dict[str, float]:
     """The share of pairs ranked right, a tie counting half, and the mean margin, under the two names given."""
     margins = [better - worse for better, worse in zip(chosen, rejected, strict=True)]
-    right = sum((m > 0) + 0.5 * (m == 0) for m in margins)
-    return {accuracy: right / len(margins), margin: sum(margins) / len(margins)}
+    return {accuracy: float(ranked_right(margins).mean()), margin: sum(margins) / len(margins)}
 
 
 @torch.no_grad()

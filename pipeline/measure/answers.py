@@ -16,8 +16,8 @@ import torch
 from pipeline.data import render
 from pipeline.data.contracts import Row
 from pipeline.data.tokens import Unrenderable, stop_ids
-from pipeline.evaluate.matching import NEW_TOKENS
-from pipeline.evaluate.scoring import batches
+from pipeline.measure.matching import NEW_TOKENS
+from pipeline.measure.scoring import batches
 from pipeline.models import sampling
 from pipeline.models.forward import LanguageModel, plain_layers
 from pipeline.models.halving import in_halves

@@ -1,7 +1,5 @@
 """Held-out questions to every policy and reward model of a run, one process for all, one loaded base.
 
-    python -m pipeline.evaluator RECIPE [--runs DIR] [--judge URL MODEL] [--lm-eval TASKS]
-
 Each measure of each stage is an artifact of its own, runs/<recipe>/evaluation/<measure>-<stage>.json, with a
 fingerprint over all that it depends on: the adapters' bytes, the base, the held-out rows, the settings. What is fresh
 is not computed again, and results.json holds the numbers made of them.
@@ -9,7 +7,6 @@ is not computed again, and results.json holds the numbers made of them.
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import time
@@ -20,13 +17,14 @@ from pipeline.data.contracts import Row
 from pipeline.disk.artifact import WEIGHTS
 from pipeline.disk.atomic import Json, locked, read_json, write_json, write_text
 from pipeline.disk.hashes import digest, sha256_of_file
-from pipeline.errors import BrokenInvariant, UserError
+from pipeline.errors import UserError
 from pipeline.evaluate import benchmarks
 from pipeline.evaluate import judge as judges
 from pipeline.evaluate.judge import Judge
-from pipeline.evaluation_plan import METHOD, Measure, adapter_of, folder, own_judges, plain, plan, results_in, sealed
-from pipeline.recipe import Recipe, read
-from pipeline.runs.environment import ERROR_MARK, EVERYWHERE, complete_own, make_environment
+from pipeline.evaluate.plan import METHOD, Measure, adapter_of, own_judges, plain, plan
+from pipeline.evaluate.stored import as_read, as_written, folder, read_fresh, read_results, sealed
+from pipeline.recipe import Recipe
+from pipeline.runs.environment import ERROR_MARK, make_environment
 from pipeline.runs.recipe_file import write_recipe
 from pipeline.runs.states import states
 
@@ -46,7 +44,7 @@ def launch(recipe: Recipe, runs: Path, judge: tuple[str, str] | None = None, tas
     plan(recipe, runs, [benchmarks.source(task) for task in tasks])
     resolved, log = where / "recipe.yaml", where / "log.txt"
     write_recipe(recipe, resolved, runs)
-    command = [sys.executable, "-m", "pipeline.evaluator", str(resolved), "--runs", str(runs)]
+    command = [sys.executable, "-m", "pipeline.evaluate.process", str(resolved), "--runs", str(runs)]
     if judge:
         Judge(*judge)
         command += ["--judge", *judge]
@@ -61,7 +59,7 @@ def launch(recipe: Recipe, runs: Path, judge: tuple[str, str] | None = None, tas
             raise UserError(said.rsplit(ERROR_MARK, 1)[1].strip())
         tail = "\n  ".join(said.strip().splitlines()[-8:])
         raise UserError(f"the evaluation ended with status {status}:\n  {tail}\nIts log is {log}.")
-    return found(recipe, runs)
+    return results_of(recipe, runs)
 
 
 def _spinning() -> dict[str, str]:
@@ -73,22 +71,12 @@ def _spinning() -> dict[str, str]:
     return {"GOMP_SPINCOUNT": "50000"} if psutil.cpu_percent(interval=0.5) < BUSY else {}
 
 
-def found(recipe: Recipe, runs: Path) -> Json:
+def results_of(recipe: Recipe, runs: Path) -> Json:
     """The results of the last evaluation. Raises UserError if there was none, or if they are not as written."""
-    results = results_in(folder(recipe, runs))
+    results = read_results(folder(recipe, runs))
     if results is None:
         raise UserError(f"{recipe.name} has not been evaluated. Do it with: onebase eval RECIPE")
     return results
-
-
-def fresh(measure: Measure, where: Path) -> Json | None:
-    """What was measured before, if nothing has changed since, the file itself included."""
-    try:
-        known = read_json(where / measure.file) or {}
-    except UserError:
-        return None
-    whole = known.get("value_digest") == digest(known.get("value"))
-    return known if whole and known.get("fingerprint") == measure.fingerprint else None
 
 
 def take(recipe: Recipe, runs: Path, missing: list[Measure]) -> None:
@@ -173,13 +161,13 @@ def judged(taken: dict[str, Json], where: Path, judge: Judge | None) -> Json | N
         unread = [row["reply"] for row in verdicts if row["verdict"] is None]
         if unread:
             print(f"  {len(unread)} replies were no verdict and count as ties, such as {unread[0]!r}", flush=True)
-        found = results.described(held) | {"model": model, "unread": len(unread)}
+        found = as_written(results.described(held)) | {"model": model, "unread": len(unread)}
         write_text(rows, (judges.line(row) for row in verdicts))
         print(f"  every verdict is in {rows}", flush=True)
         known = {"fingerprint": fingerprint, "model": model, "value": found, "value_digest": digest(found)}
         known["rows"] = sha256_of_file(rows)
         write_json(where / "judge.json", known)
-    value: Json = known["value"]
+    value: Json = as_read(known["value"])
     return value
 
 
@@ -189,7 +177,7 @@ def still_fresh(recipe: Recipe, runs: Path, asked: Sequence[str]) -> list[Row]:
     where = folder(recipe, runs)
     kept = []
     try:
-        earlier = (results_in(where) or {}).get("tasks", [])
+        earlier = (read_results(where) or {}).get("tasks", [])
     except UserError:  # they are made anew
         earlier = []
     for task in earlier:
@@ -198,7 +186,7 @@ def still_fresh(recipe: Recipe, runs: Path, asked: Sequence[str]) -> list[Row]:
         try:
             source = benchmarks.source(task)
             measures = [m for m in plan(recipe, runs, [source]) if m.name.startswith(benchmarks.PREFIX)]
-            if all(fresh(measure, where) for measure in measures):
+            if all(read_fresh(measure, where) for measure in measures):
                 kept.append(source)
                 continue
             why = "the run or the task has changed"
@@ -216,7 +204,7 @@ def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None, tasks: Sequ
     with locked(where / ".lock", f"{where} is being written by process {{pid}}. Wait for it, or end it."):
         asked = [benchmarks.source(task) for task in tasks] + still_fresh(recipe, runs, tasks)
         wanted = plan(recipe, runs, asked)
-        missing = [measure for measure in wanted if fresh(measure, where) is None]
+        missing = [measure for measure in wanted if read_fresh(measure, where) is None]
         print(f"{recipe.name}: {len(wanted)} measures, {len(wanted) - len(missing)} fresh", flush=True)
         begun = time.monotonic()
         needed = [m.rows[0]["task"] for m in missing if m.name.startswith(benchmarks.PREFIX)]
@@ -226,7 +214,7 @@ def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None, tasks: Sequ
             take(recipe, runs, missing)
         taken: dict[str, Json] = {}
         for measure in wanted:
-            known = fresh(measure, where)
+            known = read_fresh(measure, where)
             assert known is not None
             taken[f"{measure.name}/{measure.subject}"] = known
         found = results.made(taken, _chain(recipe, runs), judged(taken, where, judge))
@@ -254,22 +242,3 @@ def _chain(recipe: Recipe, runs: Path) -> list[Json]:
         }
         for name in done
     ]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="pipeline.evaluator", description=__doc__)
-    parser.add_argument("recipe")
-    parser.add_argument("--runs", default="runs", type=Path)
-    parser.add_argument("--judge", nargs=2, metavar=("URL", "MODEL"))
-    parser.add_argument("--lm-eval", nargs="+", default=[], metavar="TASK", dest="tasks")
-    given = parser.parse_args()
-    complete_own(EVERYWHERE)
-    try:
-        evaluate(read(given.recipe), given.runs, Judge(*given.judge) if given.judge else None, given.tasks)
-    except (UserError, BrokenInvariant) as error:
-        print(f"{ERROR_MARK}{error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-
-
-if __name__ == "__main__":
-    main()

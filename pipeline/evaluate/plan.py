@@ -11,11 +11,11 @@ from typing import Any
 
 from pipeline.data.contracts import Row
 from pipeline.disk.artifact import WEIGHTS, Artifact
-from pipeline.disk.atomic import Json, read_json
+from pipeline.disk.atomic import Json
 from pipeline.disk.hashes import digest, sha256_of_file
 from pipeline.errors import UserError
 from pipeline.evaluate.benchmarks import PREFIX, label
-from pipeline.evaluate.matching import NEW_TOKENS
+from pipeline.measure.matching import NEW_TOKENS
 from pipeline.recipe import Recipe
 from pipeline.runs.rows import load_rows
 from pipeline.runs.states import states
@@ -24,8 +24,6 @@ from pipeline.stages.stage import Rows
 
 METHOD = 3
 """Counts up when a measure is taken differently, so that older results are taken again."""
-RESULTS = 4
-"""Counts up when results.json says something else or in another way."""
 BASE = "base"
 PROMPTS = 20
 """Held-out prompts answered by sampling, evenly spaced among those there are."""
@@ -55,50 +53,6 @@ class Measure:
     @property
     def fingerprint(self) -> str:
         return digest([METHOD, self.name, self.subject, plain(self.rows), self.more, self.adapters, self.model])
-
-
-def folder(recipe: Recipe, runs: Path) -> Path:
-    return runs / recipe.name / "evaluation"
-
-
-def sealed(value: Json) -> Json:
-    """What goes into a file of the evaluation, with a digest by which a change of it is told."""
-    return {**value, "digest": digest([RESULTS, value])}
-
-
-def results_in(where: Path) -> Json | None:
-    """The results of the last evaluation; None if there was none.
-
-    Raises UserError if the file is damaged, was changed since it was written, or is another version's.
-    """
-    file = where / "results.json"
-    try:
-        known = read_json(file)
-    except UserError:
-        known = {}
-    if known is None:
-        return None
-    found = {key: value for key, value in known.items() if key != "digest"}
-    if known.get("digest") != sealed(found)["digest"]:
-        raise UserError(f"{file} is damaged, was changed by hand, or is of another version. Make it anew: onebase eval")
-    return found
-
-
-def verdicts_in(run: Path) -> dict[tuple[str, str], Json]:
-    """The last evaluation's verdicts, by stage and sha256 of its adapter, where that adapter and the one it is compared
-    with still lie in the run's folder."""
-    try:
-        results = results_in(run / "evaluation")
-        chain = {stage["name"]: stage for stage in (results or {}).get("chain", [])}
-        there = {name: Artifact(run / name).manifest() for name in chain}
-    except UserError:
-        return {}
-    same = {name for name, found in there.items() if found and found.files.get(WEIGHTS) == chain[name]["adapter"]}
-    return {
-        (name, chain[name]["adapter"]): results["verdicts"][name]
-        for name in same
-        if results and (chain[name]["from"] not in chain or chain[name]["from"] in same)
-    }
 
 
 def own_judges(recipe: Recipe, done: Sequence[str]) -> dict[str, dict[str, str]]:

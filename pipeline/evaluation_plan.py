@@ -11,8 +11,7 @@ from typing import Any
 
 from pipeline.data.contracts import Row
 from pipeline.disk.artifact import WEIGHTS, Artifact
-from pipeline.disk.atomic import Json, read_json
-from pipeline.disk.hashes import digest, sha256_of_file
+from pipeline.disk.atomic import Json, digest, read_json, sha256_of_file
 from pipeline.errors import UserError
 from pipeline.evaluate.benchmarks import PREFIX, label
 from pipeline.evaluate.matching import NEW_TOKENS

@@ -21,8 +21,7 @@ from pipeline import gates, strict_yaml
 from pipeline.data import load
 from pipeline.data.files import content_hash
 from pipeline.disk.artifact import NAME, WEIGHTS, Artifact
-from pipeline.disk.atomic import Json
-from pipeline.disk.hashes import digest, sha256_of_file
+from pipeline.disk.atomic import Json, digest, sha256_of_file
 from pipeline.errors import UserError
 from pipeline.models import published
 from pipeline.models.spec import ModelSpec, base_hash, pinned

@@ -15,8 +15,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from pipeline.disk.atomic import written_whole
-from pipeline.disk.hashes import sha256_of_file
+from pipeline.disk.atomic import sha256_of_file, written_whole
 from pipeline.models.spec import cache_folder
 
 SOURCE = "llama-cpp-python==0.3.36"

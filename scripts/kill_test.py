@@ -23,7 +23,7 @@ from pathlib import Path
 
 from make_tiny_base import make_tiny_base
 
-from pipeline.disk.hashes import sha256_of_file
+from pipeline.disk.atomic import sha256_of_file
 from pipeline.recipe import Recipe, read
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from make_tiny_base import make_tiny_base
 
-from pipeline.disk.hashes import digest
+from pipeline.disk.atomic import digest
 from pipeline.disk.manifest import Data, Manifest, Parent, Parts
 from pipeline.recipe import Recipe
 

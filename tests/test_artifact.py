@@ -1,4 +1,4 @@
-"""Files and folders are written whole or not at all, under names of their own; a manifest reads as it was written."""
+"""Files and folders are written whole or not at all, under names nobody else has; a manifest reads as written."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ import pytest
 from conftest import seal, tiny_tree
 from pydantic import ValidationError
 
-from pipeline.disk.atomic import NEW, temporary_beside, write_text, written_whole
-from pipeline.disk.hashes import digest
+from pipeline.disk.atomic import NEW, digest, temporary_beside, write_text, written_whole
 from pipeline.errors import UserError
 from pipeline.recipe import build
 from pipeline.runs.states import states

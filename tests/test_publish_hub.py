@@ -16,8 +16,7 @@ from hub_server import Hub, git_oid, serve
 from make_tiny_base import make_tiny_base
 from publish_run import BASE_ID, finished_run
 
-from pipeline.disk.atomic import write_json
-from pipeline.disk.hashes import file_hashes
+from pipeline.disk.atomic import file_hashes, write_json
 from pipeline.recipe import read
 
 TOKEN = "hf_onebase_loopback"

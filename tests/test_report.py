@@ -18,8 +18,7 @@ from conftest import seal, tiny_tree
 
 from pipeline import strict_yaml
 from pipeline.disk import metrics
-from pipeline.disk.atomic import write_json
-from pipeline.disk.hashes import digest
+from pipeline.disk.atomic import digest, write_json
 from pipeline.disk.manifest import Data, SourceCounts
 from pipeline.errors import UserError
 from pipeline.evaluate import arena, results

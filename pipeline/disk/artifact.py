@@ -20,8 +20,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from pipeline.disk.atomic import Json, read_json, write_json
-from pipeline.disk.hashes import file_hashes
+from pipeline.disk.atomic import Json, file_hashes, read_json, write_json
 from pipeline.disk.manifest import Manifest
 from pipeline.errors import UserError
 

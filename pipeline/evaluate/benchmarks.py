@@ -18,8 +18,7 @@ import numpy
 import yaml
 
 from pipeline.data.contracts import Row
-from pipeline.disk.atomic import Json
-from pipeline.disk.hashes import sha256_of_file
+from pipeline.disk.atomic import Json, sha256_of_file
 from pipeline.errors import UserError
 from pipeline.measure import intervals
 from pipeline.measure.metric import Estimate, Metric

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from pipeline.data.contracts import Row
 from pipeline.disk.artifact import WEIGHTS
-from pipeline.disk.atomic import Json, locked, read_json, write_json, write_text
-from pipeline.disk.hashes import digest, sha256_of_file
+from pipeline.disk.atomic import Json, digest, locked, read_json, sha256_of_file, write_json, write_text
 from pipeline.errors import UserError
 from pipeline.evaluate import benchmarks
 from pipeline.evaluate import judge as judges

@@ -11,8 +11,7 @@ from typing import Any
 
 from pipeline.data.contracts import Row
 from pipeline.disk.artifact import WEIGHTS, Artifact
-from pipeline.disk.atomic import Json
-from pipeline.disk.hashes import digest, sha256_of_file
+from pipeline.disk.atomic import Json, digest, sha256_of_file
 from pipeline.errors import UserError
 from pipeline.evaluate.benchmarks import PREFIX, label
 from pipeline.measure.matching import NEW_TOKENS

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.disk.artifact import WEIGHTS, Artifact
-from pipeline.disk.atomic import Json, read_json
-from pipeline.disk.hashes import digest
+from pipeline.disk.atomic import Json, digest, read_json
 from pipeline.errors import UserError
 from pipeline.evaluate.plan import Measure
 from pipeline.measure.metric import Estimate

@@ -18,8 +18,7 @@ from transformers import (
 )
 
 from pipeline.data.tokens import stop_ids
-from pipeline.disk.atomic import written_whole
-from pipeline.disk.hashes import sha256_of_file
+from pipeline.disk.atomic import sha256_of_file, written_whole
 from pipeline.errors import UserError
 from pipeline.models.forward import score_by_length
 from pipeline.models.spec import ModelSpec, cache_folder, pinned

@@ -12,8 +12,7 @@ import shutil
 from pathlib import Path
 
 from pipeline.disk.artifact import WEIGHTS, Artifact
-from pipeline.disk.atomic import Json, written_whole
-from pipeline.disk.hashes import file_hashes
+from pipeline.disk.atomic import Json, file_hashes, written_whole
 from pipeline.errors import UserError
 from pipeline.models.record import CONFIG, RECORD, SIZES, Adapter, Record, read
 from pipeline.models.spec import cache_folder

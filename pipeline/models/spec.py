@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.disk.atomic import write_json
-from pipeline.disk.hashes import digest, sha256_of_file
+from pipeline.disk.atomic import digest, sha256_of_file, write_json
 from pipeline.errors import UserError
 
 

@@ -31,7 +31,7 @@ from typing import Any
 from pipeline.disk.atomic import Json, write_json
 from pipeline.errors import UserError
 from pipeline.publish.sealed import Sealed
-from pipeline.runs.environment import EVERYWHERE
+from pipeline.runs.environment import EVERYWHERE, QUIET
 
 LOGIT_LIMIT = {"adapter": 0.0, "merged": 0.02}
 KL_LIMIT = {"f16": 1e-4, "q8_0": 1e-2, "q4_k_m": 0.5}
@@ -282,13 +282,7 @@ def _asked(who: str, job: Json, out: Path) -> Json:
     readback = [sys.executable, "-I", str(Path(__file__).with_name("readback.py"))]
     command = readback if who == "readback" else [sys.executable, "-m", "pipeline.publish.trained"]
     offline = {"HF_HUB_OFFLINE": "1"} if Path(job["base"]).exists() else {}
-    environment = {
-        **EVERYWHERE,
-        **os.environ,
-        **offline,
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
+    environment = {**EVERYWHERE, **os.environ, **QUIET, **offline}
     if who == "trained":
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]

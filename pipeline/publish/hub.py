@@ -8,8 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.disk.atomic import read_json
-from pipeline.disk.hashes import sha256_of_file
+from pipeline.disk.atomic import read_json, sha256_of_file
 from pipeline.errors import UserError
 from pipeline.models.published import PREFIX, refusal
 from pipeline.models.record import RECORD, listed_files

@@ -16,8 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.disk.atomic import Json, temporary_beside, write_json, write_text, written_whole
-from pipeline.disk.hashes import file_hashes
+from pipeline.disk.atomic import Json, file_hashes, temporary_beside, write_json, write_text, written_whole
 from pipeline.errors import UserError
 from pipeline.models.published import PREFIX
 from pipeline.models.quiet import quiet

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.disk.artifact import WEIGHTS, Artifact
-from pipeline.disk.atomic import Json
-from pipeline.disk.hashes import sha256_of_file
+from pipeline.disk.atomic import Json, sha256_of_file
 from pipeline.disk.manifest import Gone, Manifest, Parent
 from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec, pinned

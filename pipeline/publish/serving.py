@@ -14,8 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.disk.artifact import WEIGHTS
-from pipeline.disk.atomic import write_json, write_text, written_whole
-from pipeline.disk.hashes import digest
+from pipeline.disk.atomic import digest, write_json, write_text, written_whole
 from pipeline.errors import UserError
 from pipeline.models.quiet import quiet
 from pipeline.models.spec import cache_folder

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from pipeline import strict_yaml
 from pipeline.disk.artifact import Artifact
-from pipeline.disk.atomic import read_json, write_text
-from pipeline.disk.hashes import digest
+from pipeline.disk.atomic import digest, read_json, write_text
 from pipeline.recipe import Recipe
 
 

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import gates
-from pipeline.disk.atomic import locked
-from pipeline.disk.hashes import digest
+from pipeline.disk.atomic import digest, locked
 from pipeline.errors import UserError
 from pipeline.recipe import RUNS, Recipe
 from pipeline.runs import sharding

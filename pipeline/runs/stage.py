@@ -12,8 +12,7 @@ from pathlib import Path
 
 from pipeline.disk import versions
 from pipeline.disk.artifact import WEIGHTS, Artifact
-from pipeline.disk.atomic import Json, locked, write_text
-from pipeline.disk.hashes import digest
+from pipeline.disk.atomic import Json, digest, locked, write_text
 from pipeline.disk.manifest import Cost, Data, Manifest, Parent, Parts, SourceCounts
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe

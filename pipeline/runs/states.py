@@ -8,8 +8,7 @@ from typing import Any
 
 from pipeline.disk import versions
 from pipeline.disk.artifact import WEIGHTS, Artifact
-from pipeline.disk.atomic import Json
-from pipeline.disk.hashes import digest
+from pipeline.disk.atomic import Json, digest
 from pipeline.errors import UserError
 from pipeline.recipe import RUNS, Recipe
 

@@ -22,7 +22,7 @@ from pipeline.artifact import Artifact
 from pipeline.data.contracts import DEMONSTRATION
 from pipeline.errors import UserError
 from pipeline.models.quiet import quiet
-from pipeline.recipe import read
+from pipeline.recipe.recipe import read
 
 if TYPE_CHECKING:
     from pipeline.evaluate.bench import Bench

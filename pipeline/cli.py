@@ -331,7 +331,7 @@ def main() -> None:
 
 
 def _read(path: str, overrides: list[str]):  # type: ignore[no-untyped-def]
-    from pipeline.recipe import read
+    from pipeline.recipe.recipe import read
 
     return read(_find(path), *overrides)
 

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import strict_yaml
 from pipeline.artifact import Artifact, Json, read_json
 from pipeline.errors import UserError
 from pipeline.evaluate.metric import METRICS
 from pipeline.evaluation_plan import plan, results_in
-from pipeline.recipe import read
+from pipeline.recipe import yaml
+from pipeline.recipe.recipe import read
 
 ITEMS = ("corpus_loss", "dialogue_loss", "preferences", "questions", "choices", "labels", "answers")
 
@@ -26,7 +26,7 @@ def show(first: Path, second: Path, console: Console) -> None:
     for folder in (first, second):
         if not os.path.isfile(folder / "recipe.yaml"):
             raise UserError(f"{folder} is no run (it has no recipe.yaml). Name folders such as runs/quickstart")
-    trees = [strict_yaml.load(folder / "recipe.yaml")[0] for folder in (first, second)]
+    trees = [yaml.load(folder / "recipe.yaml")[0] for folder in (first, second)]
     console.print(Text(f"A = {first}\nB = {second}", style="bold"))
     _table(console, "recipe", "key", [(key, *pair) for key, pair in _differences(*trees).items()])
     manifests = [

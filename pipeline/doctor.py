@@ -19,7 +19,7 @@ from pipeline.data import doctor, render
 from pipeline.data.contracts import Row
 from pipeline.errors import UserError
 from pipeline.faults import read_fit, tried
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.stages.arguments import defaults
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pipeline.data.contracts import Row
 from pipeline.errors import UserError
 from pipeline.evaluate.benchmarks import PREFIX, label
 from pipeline.evaluate.matching import NEW_TOKENS
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.runner import states
 from pipeline.stages.reward_file import read_by
 from pipeline.stages.stage import Rows

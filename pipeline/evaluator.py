@@ -23,7 +23,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from pipeline import strict_yaml
 from pipeline.artifact import WEIGHTS, Json, digest, locked, read_json, sha256_of_file, write_json, write_text
 from pipeline.data.contracts import Row
 from pipeline.errors import BrokenInvariant, UserError
@@ -31,7 +30,8 @@ from pipeline.evaluate import benchmarks
 from pipeline.evaluate import judge as judges
 from pipeline.evaluate.judge import Judge
 from pipeline.evaluation_plan import METHOD, Measure, adapter_of, folder, own_judges, plain, plan, results_in, sealed
-from pipeline.recipe import Recipe, read
+from pipeline.recipe import yaml
+from pipeline.recipe.recipe import Recipe, read
 from pipeline.runner import environment, states
 from pipeline.worker import ERROR_MARK
 
@@ -50,7 +50,7 @@ def launch(recipe: Recipe, runs: Path, judge: tuple[str, str] | None = None, tas
     where = folder(recipe, runs)
     plan(recipe, runs, [benchmarks.source(task) for task in tasks])
     resolved, log = where / "recipe.yaml", where / "log.txt"
-    write_text(resolved, strict_yaml.dump(recipe.pinned_tree()))
+    write_text(resolved, yaml.dump(recipe.pinned_tree()))
     command = [sys.executable, "-m", "pipeline.evaluator", str(resolved), "--runs", str(runs)]
     if judge:
         Judge(*judge)

@@ -8,7 +8,7 @@ from typing import TypeVar
 from pipeline.data.contracts import QUESTION, Contract
 from pipeline.data.load import DataSpec, Part, Source, labels_as_answers, read_source, read_split, refusal
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.stages.stage import Rows
 from pipeline.worker import load_rows
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import gates, sharding, strict_yaml, versions
+from pipeline import sharding, versions
 from pipeline.artifact import WEIGHTS, Artifact, Json, digest, locked, write_text
 from pipeline.errors import UserError
-from pipeline.recipe import RUNS, Recipe
+from pipeline.recipe import gates, yaml
+from pipeline.recipe.recipe import RUNS, Recipe
 from pipeline.stages.check import check_base
 from pipeline.worker import ERROR_MARK, WATCH, choices_noted, load_rows, measured
 
@@ -98,7 +99,7 @@ def run(
         resolved = runs / recipe.name / "recipe.yaml"
         parts = recipe.parts()
         notes = [choices_noted(recipe.artifact(name, runs), digest(parts[name])) for name in recipe.order()]
-        write_text(resolved, strict_yaml.dump(recipe.pinned_tree()) + "".join(notes))
+        write_text(resolved, yaml.dump(recipe.pinned_tree()) + "".join(notes))
         done = []
         for index, state in enumerate(planned, 1):
             print(

@@ -20,7 +20,7 @@ from pipeline.plan.cards import Card
 from pipeline.plan.shapes import Shapes, read_shapes
 from pipeline.plan.stage import lengths_of, plan_stage, planned_model
 from pipeline.plan.table import show_plan
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.runner import State
 from pipeline.stages.stage import Headline, StageSpec
 

@@ -37,7 +37,7 @@ from pipeline.plan.cards import Card
 from pipeline.plan.memory import CONTEXT
 from pipeline.plan.shapes import read_shapes
 from pipeline.plan.stage import lengths_of, planned_model
-from pipeline.recipe import Recipe, read
+from pipeline.recipe.recipe import Recipe, read
 from pipeline.stages.stage import Context, Rows, StageSpec
 
 if TYPE_CHECKING:

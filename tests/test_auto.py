@@ -25,7 +25,7 @@ from pipeline.plan.cards import Card, card
 from pipeline.plan.memory import memory
 from pipeline.plan.shapes import shapes_of
 from pipeline.plan.stage import lengths_of, plan_stage, planned_model, work_of
-from pipeline.recipe import build, read
+from pipeline.recipe.recipe import build, read
 from pipeline.stages import STAGES
 from pipeline.stages.stage import StageSpec
 from pipeline.worker import run_stage
@@ -167,7 +167,7 @@ from pathlib import Path
 from accelerate import PartialState
 from pipeline import worker
 from pipeline.plan.cards import Card
-from pipeline.recipe import read
+from pipeline.recipe.recipe import read
 
 everyone, asked = PartialState(cpu=True), []
 rank = everyone.process_index

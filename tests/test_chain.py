@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from pipeline.artifact import Artifact
 from pipeline.errors import BrokenInvariant, UserError
 from pipeline.models import adapters
-from pipeline.recipe import Recipe, build
+from pipeline.recipe.recipe import Recipe, build
 from pipeline.runner import run, states
 from pipeline.summary import show_states
 from pipeline.worker import run_stage

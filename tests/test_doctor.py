@@ -18,7 +18,7 @@ from pipeline import doctor as examination
 from pipeline.cli import main
 from pipeline.data import doctor, render
 from pipeline.data.baselines import bag_of_words, longer_wins
-from pipeline.recipe import build, read
+from pipeline.recipe.recipe import build, read
 
 
 def user(text: str) -> dict[str, str]:

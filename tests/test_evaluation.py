@@ -26,7 +26,7 @@ from pipeline.models import base as bases
 from pipeline.models.base import computing
 from pipeline.models.sampling import sample
 from pipeline.ppo import rewards
-from pipeline.recipe import Recipe, build
+from pipeline.recipe.recipe import Recipe, build
 from pipeline.stages import ppo_loop
 from pipeline.worker import load_rows
 

@@ -18,7 +18,7 @@ from pipeline.data.contracts import DEMONSTRATION, LANGUAGE_MODELING, PREFERENCE
 from pipeline.data.load import DataSpec, read_source
 from pipeline.errors import UserError
 from pipeline.plan import cards
-from pipeline.recipe import build, read
+from pipeline.recipe.recipe import build, read
 from pipeline.summary import show_needs
 from pipeline.worker import load_rows
 

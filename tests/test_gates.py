@@ -11,7 +11,7 @@ from conftest import tiny_tree
 from pipeline import runner
 from pipeline.artifact import digest
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe, build
+from pipeline.recipe.recipe import Recipe, build
 
 
 def finished(recipe: Recipe, stage: str, runs: Path, after: dict[str, float]) -> None:

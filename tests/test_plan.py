@@ -20,13 +20,13 @@ from conftest import ROOT, tiny_tree, write_recipe
 from hub_server import serve
 from plan_oracle import MODELS, Variant, against_plan
 
-from pipeline import strict_yaml
 from pipeline.errors import UserError
 from pipeline.plan.cards import CARDS, card
 from pipeline.plan.memory import CONTEXT, Adapter, Model, Work, memory
 from pipeline.plan.shapes import KNOWN, Shapes, shapes_of, shipped
 from pipeline.plan.time import step_seconds, training_operations
-from pipeline.recipe import build
+from pipeline.recipe import yaml
+from pipeline.recipe.recipe import build
 from pipeline.stages.arguments import defaults
 
 CASES = [
@@ -116,7 +116,7 @@ CARD_BASES = {
 
 
 def bases_of(card: str) -> str:
-    return strict_yaml.load(ROOT / "recipes" / "cards" / f"{card}.yaml")[0]["model"]["base"]
+    return yaml.load(ROOT / "recipes" / "cards" / f"{card}.yaml")[0]["model"]["base"]
 
 
 def test_torchtune_8b_qlora_on_a_4090() -> None:

@@ -17,7 +17,7 @@ from conftest import ROOT, tiny_tree, write_recipe
 from pipeline import runner
 from pipeline.artifact import Artifact, mark_checkpoint, write_json
 from pipeline.errors import UserError
-from pipeline.recipe import read
+from pipeline.recipe.recipe import read
 from pipeline.runner import states
 from pipeline.stages import progress, trainer
 from pipeline.worker import run_stage

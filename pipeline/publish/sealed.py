@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.artifact import WEIGHTS, Artifact, Json, read_json, sha256_of_file
 from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec, pinned
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 
 _FOLDERS = re.compile(r"(?<![\w:/.~])~?/(?:[^\s/:]+/)*")
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import jinja2
 
-from pipeline import doctor, evaluator, metrics, strict_yaml
+from pipeline import doctor, evaluator, metrics
 from pipeline.artifact import Json, write_text
 from pipeline.errors import UserError
 from pipeline.evaluate import verdicts
 from pipeline.evaluate.metric import BY_KEY, METRICS, columns, of_benchmark
 from pipeline.evaluation_plan import folder, plan, results_in
-from pipeline.recipe import Recipe
+from pipeline.recipe import yaml
+from pipeline.recipe.recipe import Recipe
 from pipeline.report import figures, lineage
 from pipeline.summary import as_typed, clock
 
@@ -82,7 +83,7 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
         "examined": [(name, warning) for name, stage in examined.items() for warning in stage["warnings"]],
         "versions": next(iter(reversed(finished.values())))["versions"],
         "device": next(iter(reversed(finished.values())))["device"],
-        "resolved": strict_yaml.dump(recipe.tree),
+        "resolved": yaml.dump(recipe.tree),
         "samples": _samples(results),
         "shown_at_once": SHOWN_AT_ONCE,
         "typed": typed,

@@ -17,7 +17,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from pipeline import gates, strict_yaml
 from pipeline.artifact import NAME, WEIGHTS, Artifact, Json, digest, sha256_of_file
 from pipeline.data import load
 from pipeline.data.files import content_hash
@@ -25,6 +24,7 @@ from pipeline.errors import UserError
 from pipeline.models import published
 from pipeline.models.spec import ModelSpec, base_hash, pinned
 from pipeline.ppo.settings import PPOSettings
+from pipeline.recipe import gates, yaml
 from pipeline.stages import STAGES
 from pipeline.stages.arguments import AUTO, AUTO_WORDS, NUMBERS, RUNTIME_WORDS, WHY_NOT, defines, words
 from pipeline.stages.reward_file import read_by
@@ -178,7 +178,7 @@ def read(path: str | Path, *overrides: str) -> Recipe:
 
     Raises UserError naming file, line and dotted key.
     """
-    tree, lines = strict_yaml.load(path)
+    tree, lines = yaml.load(path)
     return build(tree, overrides, str(path), lines)
 
 
@@ -400,7 +400,7 @@ def _overridden(tree: Json, override: str) -> Json:
     if not equals or not all(path):
         raise UserError(f"-o {override}: expected dotted.key=value, for example stages.dpo.train.beta=0.05")
     try:
-        value = strict_yaml.value(text)
+        value = yaml.value(text)
     except ValueError as error:
         raise UserError(f"-o {override}: {text!r} is not a YAML value") from error
     stages = tree.get("stages") or {}

@@ -44,7 +44,7 @@ def read_fit(recipe: Recipe, name: str) -> tuple[Rows | None, list[Source], list
         return Part(path=path, format=section.data.format, split=section.data.split, encoding=section.data.encoding)
 
     sources = [fit(section.data, contract, part) for part in skipping.parts()]
-    test, questions = section.data.test, section.questions
+    test, questions = section.data.test, section.question_file()
     if isinstance(test, str) and not fit(section.data, contract, test_part(test)):
         skipping = skipping.model_copy(update={"test": None})
     asked = fit(DataSpec(path=questions), QUESTION, Part(path=questions)) if questions else None

@@ -36,8 +36,8 @@ ALL = {"per_device_train_batch_size": "auto", "activation_checkpointing": "auto"
 
 
 def section(kind: str, **train: Any) -> StageSpec:
-    reward = "reward" if kind == "ppo" else None
-    return StageSpec(kind=kind, data=DataSpec(path="somewhere/else"), reward=reward, train=train)
+    paid = {"reward": "reward"} if kind == "ppo" else {}
+    return STAGES[kind].section(data=DataSpec(path="somewhere/else"), train=train, **paid)
 
 
 def chosen(kind: str, where: str, **train: Any) -> tuple[dict[str, Any], float, float]:

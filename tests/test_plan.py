@@ -240,16 +240,15 @@ def test_the_text_is_counted_in_bytes_and_the_reference_always(tmp_path: Path) -
     from pipeline.models.spec import ModelSpec
     from pipeline.plan.stage import lengths_of, planned_model, work_of
     from pipeline.stages import STAGES
-    from pipeline.stages.stage import StageSpec
 
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "问" * 400, "completion": "答" * 800}, ensure_ascii=False) + "\n")
-    section = StageSpec(kind="sft", data=DataSpec(path=str(rows)))
+    section = STAGES["sft"].section(data=DataSpec(path=str(rows)))
     lengths = lengths_of(section, STAGES["sft"].contract, 7)
     assert lengths is not None and lengths.rows == [900]
     spec = ModelSpec(base="x")
     model = planned_model(spec, shapes("Llama-3.1-8B"))
-    assert work_of(STAGES["dpo"], StageSpec(kind="dpo", data=DataSpec(path="x")), model, spec, None).frozen == 1
+    assert work_of(STAGES["dpo"], STAGES["dpo"].section(data=DataSpec(path="x")), model, spec, None).frozen == 1
 
 
 @pytest.mark.parametrize(

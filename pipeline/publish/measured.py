@@ -11,7 +11,6 @@ from pipeline.evaluate import intervals, verdicts
 from pipeline.evaluation_plan import results_in, verdicts_in
 from pipeline.publish.sealed import Sealed
 from pipeline.stages import STAGES
-from pipeline.stages.stage import StageSpec
 
 LOSS = {"pretrain": "corpus_loss", "sft": "dialogue_loss"}
 """What the evaluation calls the held-out loss of a stage, by kind."""
@@ -51,7 +50,7 @@ def _shown(sealed: Sealed) -> list[str]:
         if entry.get("gone") or entry["kind"] not in ("dpo", "ppo"):
             continue
         found = evaluated.get((entry["stage"], entry["files"][WEIGHTS]), {}).get("text")
-        section = StageSpec.model_validate(entry["section"])
+        section = STAGES[entry["kind"]].section.model_validate(entry["section"])
         told = found or verdicts.of_itself(section, entry["before"], entry["after"])
         if told:
             lines += ["", f"**{entry['stage']}**: {told}"]

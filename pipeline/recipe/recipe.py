@@ -1,59 +1,32 @@
 """A recipe: one YAML file for the whole chain, read strictly.
 
 YAML -> overrides -> checked sections -> order. Everything wrong is said with the file, the line and the dotted key,
-before torch is imported. Paths that people write are tried with os.path, here and elsewhere: pathlib raises on a name
-that no file system has room for.
+before torch is imported.
 """
 
 from __future__ import annotations
 
-import difflib
 import graphlib
-import os
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ValidationError
 
-from pipeline.artifact import NAME, WEIGHTS, Artifact, Json, digest, sha256_of_file
+from pipeline.artifact import WEIGHTS, Artifact, Json, digest, sha256_of_file
 from pipeline.data import load
 from pipeline.data.files import content_hash
-from pipeline.errors import UserError
+from pipeline.errors import UserError, complaint
 from pipeline.models import published
-from pipeline.models.spec import ModelSpec, base_hash, pinned
-from pipeline.ppo.settings import PPOSettings
-from pipeline.recipe import gates, yaml
+from pipeline.models.spec import base_hash, pinned
+from pipeline.recipe import sections, yaml
+from pipeline.recipe.sections import RecipeSpec
 from pipeline.stages import STAGES
-from pipeline.stages.arguments import AUTO, AUTO_WORDS, NUMBERS, RUNTIME_WORDS, WHY_NOT, defines, words
+from pipeline.stages.arguments import RUNTIME_WORDS
 from pipeline.stages.reward_file import read_by
 from pipeline.stages.stage import Stage, StageSpec
 
 RUNS = Path("runs")
-
-
-class RecipeSpec(BaseModel):
-    """The top level of a recipe."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    """Folder of the run below runs/."""
-    seed: int = Field(default=17, ge=0, lt=2**32, strict=True)
-    model: ModelSpec
-    train: dict[str, Any] = {}
-    """What every stage's `train:` starts from; each stage takes the words its trainer knows."""
-    stages: dict[str, StageSpec]
-    expect: gates.Expect = {}
-    """What a stage's held-out numbers must reach before the next one runs: {"sft.question_accuracy": ">= 0.6"}."""
-
-    @field_validator("name")
-    @classmethod
-    def _name_is_a_folder(cls, name: str) -> str:
-        if not NAME.fullmatch(name):
-            raise ValueError("letters, digits, - and _ only, at most 100: it becomes a folder below runs/")
-        return name
 
 
 @dataclass(frozen=True)
@@ -143,7 +116,7 @@ class Recipe:
         """The hashes of files that a stage is measured on and does not learn from. When one changes, the finished stage
         is measured again; it is not trained again."""
         section = self.stages[stage]
-        named = {"test": section.data.test, "questions": section.questions}
+        named = {"test": section.data.test, "questions": section.question_file()}
         return {role: content_hash(file) for role, file in named.items() if isinstance(file, str)}
 
     def _hub_parent(self, from_: str) -> Json:
@@ -182,242 +155,22 @@ def read(path: str | Path, *overrides: str) -> Recipe:
     return build(tree, overrides, str(path), lines)
 
 
-def build(tree: Json, overrides: Any = (), path: str = "recipe", lines: dict[str, int] | None = None) -> Recipe:
+def build(
+    tree: Json, overrides: Iterable[str] = (), path: str = "recipe", lines: dict[str, int] | None = None
+) -> Recipe:
     """A recipe from plain data. `lines` maps dotted keys to line numbers, for messages."""
-    lines = lines or {}
-    for override in overrides:
-        tree = _overridden(tree, override)
-
-    def wrong(key: str, message: str) -> UserError:
-        known = key
-        while known and known not in lines:
-            known = known.rpartition(".")[0]
-        place = f"{path}:{lines[known]}" if known else path
-        return UserError(f"{place}: {key}: {message}")
-
+    for wanted in overrides:
+        tree = yaml.override(tree, wanted)
     try:
-        spec = RecipeSpec.model_validate(_with_kinds(tree))
+        recipe = Recipe(sections.check(tree), tree)
+        try:
+            recipe.order()
+        except graphlib.CycleError as error:
+            circle = " -> ".join(reversed(error.args[1]))
+            raise complaint(f"the stages go on from each other in a circle: {circle}", "stages") from None
     except ValidationError as error:
-        raise wrong(*_first_complaint(error)) from None
-    if not spec.stages:
-        raise wrong("stages", "names no stage")
-    if spec.model.base.startswith(published.PREFIX):
-        spec = _on_published(spec, wrong)
-    for name, section in spec.stages.items():
-        _check_stage(name, section, spec, wrong)
-    _check_truth(spec, wrong)
-    _check_words("model.lora", spec.model.lora, words("LoraConfig"), wrong)
-    known = {word for section in spec.stages.values() for word in words(STAGES[section.kind].config_class)}
-    _check_words("train", spec.train, known, wrong)
-    template = spec.model.chat_template
-    if template and not os.path.isfile(template):
-        raise wrong("model.chat_template", f"no such file: {template}")
-    recipe = Recipe(spec.model_copy(update={"stages": _merged(spec)}), tree)
-    for name, section in recipe.stages.items():
-        batch = "per_device_train_batch_size"
-        rows = section.train.get("gradient_accumulation_steps")
-        if section.kind != "ppo" and section.train.get(batch) == AUTO and not isinstance(rows, int):
-            raise wrong(
-                f"stages.{name}.train.{batch}",
-                "is auto; gradient_accumulation_steps then says the rows of an optimizer step: give it, say 16",
-            )
-        if section.kind == "ppo":
-            try:
-                PPOSettings(**{word: value for word, value in section.train.items() if value != AUTO})
-            except ValidationError as error:
-                word, message = _first_complaint(error)
-                raise wrong(f"stages.{name}.train.{word}".removesuffix(".recipe"), message) from None
-        if section.train.get("push_to_hub") and os.path.exists(spec.model.base) and not spec.model.public_id:
-            raise wrong(
-                f"stages.{name}.train.push_to_hub",
-                "names the base, and nobody else has this folder: say what it is on the Hub (model.public_id)",
-            )
-    numbers = {name: [*STAGES[of.kind].numbers, *of.source_numbers()] for name, of in spec.stages.items()}
-    if complaint := gates.complaint(spec.expect, numbers):
-        raise wrong(*complaint)
-    try:
-        recipe.order()
-    except graphlib.CycleError as error:
-        circle = " -> ".join(reversed(error.args[1]))
-        raise wrong("stages", f"the stages go on from each other in a circle: {circle}") from None
+        raise UserError(sections.locate(error, path, lines or {})) from None
     return recipe
-
-
-def _check_stage(name: str, section: StageSpec, spec: RecipeSpec, wrong: Any) -> None:
-    key = f"stages.{name}"
-    if not NAME.fullmatch(name):
-        raise wrong(key, "a stage's name has letters, digits, - and _ only, at most 100: it becomes a folder")
-    if section.kind not in STAGES:
-        place, ask = (f"{key}.kind", "") if section.kind != name else (key, "; name its stage with kind:")
-        raise wrong(place, f"there is no stage '{section.kind}'{_meant(section.kind, STAGES)}{ask}")
-    if section.from_ is not None and section.from_.startswith(published.PREFIX):
-        parent = published.pulled(section.from_).manifest() or {}
-        if not STAGES[parent["kind"]].answers:
-            raise wrong(f"{key}.from", f"{section.from_} is a reward model, not a policy to go on with")
-    elif section.from_ is not None and section.from_ not in spec.stages:
-        raise wrong(f"{key}.from", f"no stage '{section.from_}' in this recipe{_meant(section.from_, spec.stages)}")
-    elif section.from_ is not None and not STAGES[spec.stages[section.from_].kind].answers:
-        raise wrong(f"{key}.from", f"'{section.from_}' leaves a reward model, not a policy to go on with")
-    if section.questions and not STAGES[section.kind].answers:
-        raise wrong(f"{key}.questions", f"a {section.kind} stage leaves nothing that answers questions")
-    _check_words(f"{key}.train", section.train, words(STAGES[section.kind].config_class), wrong)
-    _check_reward(f"{key}.reward", section, spec, wrong)
-
-
-def _on_published(spec: RecipeSpec, wrong: Any) -> RecipeSpec:
-    """`model.base` names a published adapter: the base is the one under it, and stages without `from` go on with it."""
-    load = published.load_words(spec.model.base)
-    quantize = (load["quantization"] or {}).get("bnb_4bit_quant_type", "none")
-    if quantize != spec.model.quantize:
-        raise wrong("model.quantize", f"is {spec.model.quantize}; {spec.model.base} was trained under {quantize}")
-    stages = {
-        name: section if section.from_ else section.model_copy(update={"from_": spec.model.base})
-        for name, section in spec.stages.items()
-    }
-    # A base that was published from a local folder has no commit there; then the recipe's own word counts.
-    revision = load["revision"] or spec.model.revision
-    model = spec.model.model_copy(update={"base": load["base"], "revision": revision})
-    return spec.model_copy(update={"model": model, "stages": stages})
-
-
-def _check_reward(key: str, section: StageSpec, spec: RecipeSpec, wrong: Any) -> None:
-    if section.kind != "ppo":
-        if section.reward is not None:
-            raise wrong(key, f"a {section.kind} stage is not paid by a reward; only ppo is")
-        return
-    terms = section.reward_terms()
-    if not terms:
-        raise wrong(key, "is missing: name a reward stage, or a function as path.py:function")
-    if len({term.source for term in terms}) < len(terms):
-        raise wrong(key, "names a source twice; give it one weight")
-    if not any(term.weight for term in terms):
-        raise wrong(key, "pays for nothing: every weight is 0, which measures a source without paying for it")
-    for term in terms:
-        if term.file is not None:
-            if not os.path.isfile(term.file):
-                raise wrong(key, f"no such file: {term.file}")
-            if not defines(Path(term.file), term.source.rpartition(":")[2]):
-                raise wrong(key, f"{term.file} defines no '{term.source.rpartition(':')[2]}', or is no Python")
-        elif term.source not in spec.stages:
-            raise wrong(
-                key, f"no stage '{term.source}' in this recipe{_meant(term.source, spec.stages)}; path.py:function"
-            )
-        elif spec.stages[term.source].kind != "reward":
-            raise wrong(key, f"'{term.source}' is a {spec.stages[term.source].kind} stage, not a reward model")
-
-
-def _check_truth(spec: RecipeSpec, wrong: Any) -> None:
-    """All stages are measured by one truth, a function."""
-    found: str | None = None
-    for name, section in spec.stages.items():
-        for term in section.reward_terms():
-            if not term.truth:
-                continue
-            key = f"stages.{name}.reward"
-            if term.file is None:
-                raise wrong(key, f"'{term.source}' is a reward model; truth: true is for a function that gives 0 or 1")
-            if found not in (None, term.source):
-                raise wrong(key, f"a second truth, {term.source}; {found} is it already")
-            found = term.source
-
-
-def _check_words(key: str, given: Json, known: Any, wrong: Any) -> None:
-    for word, value in given.items():
-        place = f"{key}.{word}"
-        if word in WHY_NOT:
-            raise wrong(place, WHY_NOT[word])
-        if word not in known:
-            raise wrong(place, f"unknown key{_meant(word, known)}")
-        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", value):
-            raise wrong(place, f"is the text {value!r}; write the number without quotes")
-        if value == AUTO and word in AUTO_WORDS:
-            continue
-        if word in NUMBERS and not _in_range(value, *NUMBERS[word]):
-            kind, least = NUMBERS[word]
-            wanted = "a whole number" if kind is int else "a number"
-            raise wrong(place, f"is {value!r}, expected {wanted} from {least} up")
-
-
-def _in_range(value: Any, kind: type, least: float) -> bool:
-    if value is None:
-        return True
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-        return False
-    return bool(value >= least)
-
-
-def _meant(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(str(word), [str(k) for k in known], 1)
-    return f"; did you mean '{close[0]}'?" if close else f" (there is: {', '.join(known)})" if len(known) < 12 else ""
-
-
-def _with_kinds(tree: Json) -> Json:
-    """A section's kind is its name unless it says otherwise."""
-    stages = tree.get("stages")
-    if not isinstance(stages, dict):
-        return tree
-    named = {
-        name: {"kind": name, **section} if isinstance(section, dict) else section for name, section in stages.items()
-    }
-    return {**tree, "stages": named}
-
-
-def _merged(spec: RecipeSpec) -> dict[str, StageSpec]:
-    """Each stage's `train`: the shared words its trainer knows, then its own."""
-    merged = {}
-    for name, section in spec.stages.items():
-        known = words(STAGES[section.kind].config_class)
-        shared = {word: value for word, value in spec.train.items() if word in known}
-        merged[name] = section.model_copy(update={"train": {**shared, **section.train}})
-    return merged
-
-
-def _first_complaint(error: ValidationError) -> tuple[str, str]:
-    # A misspelt key is both unknown and missing; what was typed is what can be corrected.
-    first = min(error.errors(), key=lambda complaint: complaint["type"] == "missing")
-    key = ".".join(str(part) for part in first["loc"] if part != "[key]")
-    if first["type"] == "extra_forbidden":
-        fields: Any = RecipeSpec.model_fields
-        if key.startswith("model."):
-            fields = ModelSpec.model_fields
-        elif key.startswith("stages."):
-            in_data = key.split(".")[2:3] == ["data"] and key.count(".") > 2
-            fields = (
-                load.DataSpec.model_fields
-                if in_data
-                else [info.alias or name for name, info in StageSpec.model_fields.items()]
-            )
-        return key, f"unknown key{_meant(str(first['loc'][-1]), fields)}"
-    if first["type"] == "missing":
-        return key, "is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    return key or "recipe", f"{message[0].lower()}{message[1:]} (found {first['input']!r})"
-
-
-def _overridden(tree: Json, override: str) -> Json:
-    key, equals, text = override.partition("=")
-    path = key.strip().split(".")
-    if not equals or not all(path):
-        raise UserError(f"-o {override}: expected dotted.key=value, for example stages.dpo.train.beta=0.05")
-    try:
-        value = yaml.value(text)
-    except ValueError as error:
-        raise UserError(f"-o {override}: {text!r} is not a YAML value") from error
-    stages = tree.get("stages") or {}
-    if path[0] == "stages" and len(path) > 2 and isinstance(stages, dict) and path[1] not in stages:
-        raise UserError(
-            f"-o {override}: no stage '{path[1]}' in this recipe{_meant(path[1], tree.get('stages') or {})}"
-        )
-    return _with(tree, path, value, override)
-
-
-def _with(tree: Json, path: list[str], value: Any, override: str) -> Json:
-    if len(path) == 1:
-        return {**tree, path[0]: value}
-    below = tree.get(path[0]) or {}
-    if not isinstance(below, dict):
-        raise UserError(f"-o {override}: '{path[0]}' is a value, not a section")
-    return {**tree, path[0]: _with(below, path[1:], value, override)}
 
 
 def _settings(data: load.DataSpec) -> Json:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pipeline.data.contracts import PREFERENCE
-from pipeline.stages.stage import Context, Headline, Result, Stage, StageSpec
+from pipeline.stages.stage import Context, Headline, PolicySpec, Result, Stage
 
 
-def run(spec: StageSpec, ctx: Context) -> Result:
+class DPOSpec(PolicySpec):
+    kind: Literal["dpo"] = "dpo"
+    config_class = "DPOConfig"
+
+
+def run(spec: DPOSpec, ctx: Context) -> Result:
     from transformers import set_seed
     from trl import DPOConfig, DPOTrainer
 
@@ -70,8 +77,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
 
 
 STAGE = Stage(
-    name="dpo",
-    config_class="DPOConfig",
+    section=DPOSpec,
     contract=PREFERENCE,
     headlines=(
         Headline("preference_accuracy", "better answer is likelier", "higher", percent=True),
@@ -79,5 +85,4 @@ STAGE = Stage(
     ),
     numbers=("preference_accuracy", "preference_margin", "question_accuracy", "stopped"),
     run=run,
-    answers=True,
 )

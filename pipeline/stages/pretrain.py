@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pipeline.data.contracts import LANGUAGE_MODELING
-from pipeline.stages.stage import Context, Headline, Result, Stage, StageSpec
+from pipeline.stages.stage import Context, Headline, PolicySpec, Result, Stage
 
 
-def run(spec: StageSpec, ctx: Context) -> Result:
+class PretrainSpec(PolicySpec):
+    kind: Literal["pretrain"] = "pretrain"
+    config_class = "SFTConfig"
+
+
+def run(spec: PretrainSpec, ctx: Context) -> Result:
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
@@ -69,8 +76,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
 
 
 STAGE = Stage(
-    name="pretrain",
-    config_class="SFTConfig",
+    section=PretrainSpec,
     contract=LANGUAGE_MODELING,
     headlines=(
         Headline("loss", "corpus loss", "lower"),
@@ -78,5 +84,4 @@ STAGE = Stage(
     ),
     numbers=("loss", "loss_low", "loss_high", "perplexity", "question_accuracy", "stopped"),
     run=run,
-    answers=True,
 )

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pipeline.data.contracts import DEMONSTRATION
-from pipeline.stages.stage import Context, Headline, Result, Stage, StageSpec
+from pipeline.stages.stage import Context, Headline, PolicySpec, Result, Stage
 
 
-def run(spec: StageSpec, ctx: Context) -> Result:
+class SFTSpec(PolicySpec):
+    kind: Literal["sft"] = "sft"
+    config_class = "SFTConfig"
+
+
+def run(spec: SFTSpec, ctx: Context) -> Result:
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
@@ -66,8 +73,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
 
 
 STAGE = Stage(
-    name="sft",
-    config_class="SFTConfig",
+    section=SFTSpec,
     contract=DEMONSTRATION,
     headlines=(
         Headline("question_accuracy", "questions answered right", "higher", percent=True),
@@ -75,5 +81,4 @@ STAGE = Stage(
     ),
     numbers=("loss", "loss_low", "loss_high", "perplexity", "question_accuracy", "stopped"),
     run=run,
-    answers=True,
 )

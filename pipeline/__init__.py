@@ -14,14 +14,14 @@ __version__ = "0.1.0"
 __all__ = ["read", "run"]
 
 if TYPE_CHECKING:
-    from pipeline.recipe import read
+    from pipeline.recipe.recipe import read
     from pipeline.runs.runner import run
 
 
 def __getattr__(name: str) -> Any:
     # Late, so that `import pipeline` in a worker or a test does not pull in what it does not use.
     if name == "read":
-        from pipeline.recipe import read
+        from pipeline.recipe.recipe import read
 
         return read
     if name == "run":

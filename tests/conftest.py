@@ -22,7 +22,7 @@ from make_tiny_base import make_tiny_base
 
 from pipeline.disk.atomic import digest
 from pipeline.disk.manifest import Data, Manifest, Parent, Parts
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 
 
 @pytest.fixture(scope="session")

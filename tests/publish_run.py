@@ -9,9 +9,9 @@ from typing import Any
 
 from conftest import tiny_tree
 
-from pipeline import strict_yaml
 from pipeline.disk.atomic import write_text
-from pipeline.recipe import Recipe, build
+from pipeline.recipe import yaml
+from pipeline.recipe.recipe import Recipe, build
 from pipeline.runs.stage import run_stage
 
 BASE_ID = "tester/tiny-base"
@@ -49,5 +49,5 @@ def finished_run(base: Path, runs: Path, *stages: str) -> Recipe:
     for stage in recipe.order():
         if stage in stages:
             run_stage(recipe, stage, runs)
-    write_text(runs / recipe.name / "recipe.yaml", strict_yaml.dump(recipe.tree))
+    write_text(runs / recipe.name / "recipe.yaml", yaml.dump(recipe.tree))
     return recipe

@@ -71,7 +71,7 @@ def test_an_update_of_1e_6_moves_the_weights(tiny_base: Path, tmp_path: Path, ki
     from conftest import tiny_tree
     from safetensors.torch import load_file
 
-    from pipeline.recipe import build
+    from pipeline.recipe.recipe import build
     from pipeline.runs.stage import run_stage
 
     tree = tiny_tree(tiny_base, tmp_path)

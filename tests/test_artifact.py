@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from pipeline.disk.atomic import NEW, digest, temporary_beside, write_text, written_whole
 from pipeline.errors import UserError
-from pipeline.recipe import build
+from pipeline.recipe.recipe import build
 from pipeline.runs.states import states
 
 WRITE = """

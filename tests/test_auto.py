@@ -24,7 +24,7 @@ from pipeline.plan.cards import Card, card
 from pipeline.plan.memory import memory
 from pipeline.plan.shapes import shapes_of
 from pipeline.plan.stage import lengths_of, plan_stage, planned_model, work_of
-from pipeline.recipe import build, read
+from pipeline.recipe.recipe import build, read
 from pipeline.runs import choose
 from pipeline.runs.recipe_file import describe_choices
 from pipeline.runs.stage import run_stage
@@ -37,8 +37,8 @@ ALL = {"per_device_train_batch_size": "auto", "activation_checkpointing": "auto"
 
 
 def section(kind: str, **train: Any) -> StageSpec:
-    reward = "reward" if kind == "ppo" else None
-    return StageSpec(kind=kind, data=DataSpec(path="somewhere/else"), reward=reward, train=train)
+    paid = {"reward": "reward"} if kind == "ppo" else {}
+    return STAGES[kind].section(data=DataSpec(path="somewhere/else"), train=train, **paid)
 
 
 def chosen(kind: str, where: str, **train: Any) -> tuple[dict[str, Any], float, float]:
@@ -166,7 +166,7 @@ from pathlib import Path
 from accelerate import PartialState
 from pipeline.runs import choose
 from pipeline.plan.cards import Card
-from pipeline.recipe import read
+from pipeline.recipe.recipe import read
 
 everyone, asked = PartialState(cpu=True), []
 rank = everyone.process_index

@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate import benchmarks, evaluation
 from pipeline.evaluate.bench import Bench
 from pipeline.models.base import computing
-from pipeline.recipe import build
+from pipeline.recipe.recipe import build
 
 TASK = """\
 task: parity

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from pipeline.disk.artifact import Artifact
 from pipeline.errors import BrokenInvariant, UserError
 from pipeline.models import adapters
-from pipeline.recipe import Recipe, build
+from pipeline.recipe.recipe import Recipe, build
 from pipeline.runs.runner import run
 from pipeline.runs.stage import run_stage
 from pipeline.runs.states import states

@@ -27,7 +27,7 @@ from pipeline.models import base as bases
 from pipeline.models.base import computing
 from pipeline.models.sampling import sample
 from pipeline.ppo import rewards
-from pipeline.recipe import Recipe, build
+from pipeline.recipe.recipe import Recipe, build
 from pipeline.runs.rows import load_rows
 from pipeline.stages import ppo_loop
 

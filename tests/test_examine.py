@@ -18,7 +18,7 @@ from pipeline.cli import main
 from pipeline.data import examine_rows, render
 from pipeline.data.baselines import bag_of_words, longer_wins
 from pipeline.data.examine import faults_in
-from pipeline.recipe import build, read
+from pipeline.recipe.recipe import build, read
 from pipeline.terminal import data as terminal
 
 

@@ -18,7 +18,7 @@ from pipeline.data.contracts import DEMONSTRATION, LANGUAGE_MODELING, PREFERENCE
 from pipeline.data.load import DataSpec, read_source
 from pipeline.errors import UserError
 from pipeline.plan import cards
-from pipeline.recipe import build, read
+from pipeline.recipe.recipe import build, read
 from pipeline.runs.rows import load_rows
 from pipeline.terminal.plan import show_needs
 

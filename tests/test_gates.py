@@ -9,7 +9,7 @@ import pytest
 from conftest import seal, tiny_tree
 
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe, build
+from pipeline.recipe.recipe import Recipe, build
 from pipeline.runs import runner
 
 

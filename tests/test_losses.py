@@ -24,7 +24,7 @@ from pipeline.disk import metrics
 from pipeline.errors import BrokenInvariant
 from pipeline.models import adapters
 from pipeline.models import base as bases
-from pipeline.recipe import Recipe, build
+from pipeline.recipe.recipe import Recipe, build
 from pipeline.runs.stage import run_stage
 
 ONE_STEP = {"max_steps": 1, "save_steps": 10, "lr_scheduler_type": "constant", "gradient_checkpointing": False}

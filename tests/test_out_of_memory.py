@@ -29,7 +29,7 @@ from pipeline.models import base as bases
 from pipeline.models.halving import in_halves
 from pipeline.ppo.splitting import sampled
 from pipeline.ppo.trainer import PPOTrainer
-from pipeline.recipe import build
+from pipeline.recipe.recipe import build
 from pipeline.runs.stage import run_stage
 from pipeline.stages import sequences
 from pipeline.stages import trainer as shared

@@ -20,13 +20,13 @@ from conftest import ROOT, tiny_tree, write_recipe
 from hub_server import serve
 from plan_oracle import MODELS, Variant, against_plan
 
-from pipeline import strict_yaml
 from pipeline.errors import UserError
 from pipeline.plan.cards import CARDS, card
 from pipeline.plan.memory import CONTEXT, Adapter, Model, Work, memory
 from pipeline.plan.shapes import KNOWN, Shapes, shapes_of, shipped
 from pipeline.plan.time import step_seconds, training_operations
-from pipeline.recipe import build
+from pipeline.recipe import yaml
+from pipeline.recipe.recipe import build
 from pipeline.stages.arguments import defaults
 
 CASES = [
@@ -116,7 +116,7 @@ CARD_BASES = {
 
 
 def bases_of(card: str) -> str:
-    return strict_yaml.load(ROOT / "recipes" / "cards" / f"{card}.yaml")[0]["model"]["base"]
+    return yaml.load(ROOT / "recipes" / "cards" / f"{card}.yaml")[0]["model"]["base"]
 
 
 def test_torchtune_8b_qlora_on_a_4090() -> None:
@@ -240,16 +240,15 @@ def test_the_text_is_counted_in_bytes_and_the_reference_always(tmp_path: Path) -
     from pipeline.models.spec import ModelSpec
     from pipeline.plan.stage import lengths_of, planned_model, work_of
     from pipeline.stages import STAGES
-    from pipeline.stages.stage import StageSpec
 
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "问" * 400, "completion": "答" * 800}, ensure_ascii=False) + "\n")
-    section = StageSpec(kind="sft", data=DataSpec(path=str(rows)))
+    section = STAGES["sft"].section(data=DataSpec(path=str(rows)))
     lengths = lengths_of(section, STAGES["sft"].contract, 7)
     assert lengths is not None and lengths.rows == [900]
     spec = ModelSpec(base="x")
     model = planned_model(spec, shapes("Llama-3.1-8B"))
-    assert work_of(STAGES["dpo"], StageSpec(kind="dpo", data=DataSpec(path="x")), model, spec, None).frozen == 1
+    assert work_of(STAGES["dpo"], STAGES["dpo"].section(data=DataSpec(path="x")), model, spec, None).frozen == 1
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from pipeline.ppo.actors import POLICY, REFERENCE, VALUE, Actors, packed
 from pipeline.ppo.health import WINDOW, Health
 from pipeline.ppo.settings import PPOSettings
 from pipeline.ppo.trainer import PPOTrainer
-from pipeline.recipe import build, read
+from pipeline.recipe.recipe import build, read
 from pipeline.runs import runner
 from pipeline.runs.environment import make_environment
 from pipeline.runs.stage import run_stage

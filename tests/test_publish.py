@@ -25,7 +25,7 @@ from pipeline.errors import UserError
 from pipeline.publish import adapter, gate, merged
 from pipeline.publish.publishing import publish
 from pipeline.publish.sealed import Sealed, sealed
-from pipeline.recipe import Recipe, build
+from pipeline.recipe.recipe import Recipe, build
 
 Run = tuple[Recipe, Path]
 

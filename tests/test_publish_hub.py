@@ -17,7 +17,7 @@ from make_tiny_base import make_tiny_base
 from publish_run import BASE_ID, finished_run
 
 from pipeline.disk.atomic import file_hashes, write_json
-from pipeline.recipe import read
+from pipeline.recipe.recipe import read
 
 TOKEN = "hf_onebase_loopback"
 
@@ -161,7 +161,7 @@ for adapter in ("default", "sealed"):
 
 PARENT = """
 import json
-from pipeline.recipe import read
+from pipeline.recipe.recipe import read
 print(json.dumps(read({recipe!r}).parent_artifacts("dpo")["policy"].verify()))
 """
 

@@ -27,7 +27,7 @@ from pipeline.models.record import SIZES
 from pipeline.publish import adapter, card, measured
 from pipeline.publish.publishing import _record
 from pipeline.publish.sealed import Sealed, ancestors, sealed
-from pipeline.recipe import build
+from pipeline.recipe.recipe import build
 from pipeline.runs.stage import _note_parent
 from pipeline.stages import STAGES
 

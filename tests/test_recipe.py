@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, tiny_tree, write_recipe
 
-from pipeline import strict_yaml
 from pipeline.errors import UserError
-from pipeline.recipe import build, read
+from pipeline.recipe import yaml
+from pipeline.recipe.recipe import build, read
 from pipeline.runs import environment, sharding
 from pipeline.runs.runner import run
 from pipeline.runs.stage import run_stage
@@ -139,10 +139,10 @@ def test_cuda_memory_grows_in_segments_unless_the_person_says_otherwise(monkeypa
 
 
 def test_the_resolved_recipe_reads_back_as_the_same(good: Path, tmp_path: Path) -> None:
-    from pipeline import strict_yaml
+    from pipeline.recipe import yaml
 
     recipe = read(good, "model.revision='12e4'", "stages.sft.train.learning_rate=1e-7")
-    (tmp_path / "again.yaml").write_text(strict_yaml.dump(recipe.tree))
+    (tmp_path / "again.yaml").write_text(yaml.dump(recipe.tree))
     assert read(tmp_path / "again.yaml").tree == recipe.tree
 
 
@@ -214,7 +214,7 @@ def test_fork_shares_everything_before_it(tiny_base: Path, tmp_path: Path) -> No
     assert parts["dpo-gentle"]["parents"] == parts["dpo"]["parents"]
     assert parts["dpo-gentle"]["stage"] != parts["dpo"]["stage"]
     # What a run writes down for its stages' processes is the same recipe again.
-    (tmp_path / "resolved.yaml").write_text(strict_yaml.dump(recipe.tree))
+    (tmp_path / "resolved.yaml").write_text(yaml.dump(recipe.tree))
     assert read(tmp_path / "resolved.yaml").parts() == parts
 
 

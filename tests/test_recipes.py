@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from pipeline.recipe import read
+from pipeline.recipe.recipe import read
 from pipeline.stages.check import check_arguments
 
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if "accelerate" not in path.parts)
@@ -79,7 +79,7 @@ def test_all_fresh_takes_under_two_seconds(tiny_base: Path, tmp_path: Path) -> N
 
     from conftest import tiny_tree, write_recipe
 
-    from pipeline.recipe import build
+    from pipeline.recipe.recipe import build
     from pipeline.runs.stage import run_stage
 
     tree = tiny_tree(tiny_base, tmp_path)

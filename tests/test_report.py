@@ -16,7 +16,6 @@ import numpy
 import pytest
 from conftest import seal, tiny_tree
 
-from pipeline import strict_yaml
 from pipeline.disk import metrics
 from pipeline.disk.atomic import digest, write_json
 from pipeline.disk.manifest import Data, SourceCounts
@@ -25,7 +24,8 @@ from pipeline.evaluate import arena, results
 from pipeline.evaluate.plan import plan
 from pipeline.evaluate.stored import as_read, as_written, sealed
 from pipeline.publish import measured
-from pipeline.recipe import Recipe, build
+from pipeline.recipe import yaml
+from pipeline.recipe.recipe import Recipe, build
 from pipeline.report import page
 from pipeline.terminal.results import clock, show_evaluation, show_results
 
@@ -437,7 +437,7 @@ def test_compare_shows_what_differs_item_by_item(tmp_path: Path, tiny_base: Path
         for key, measure in taken.items():
             write_json(tmp_path / name / "evaluation" / f"{key.replace('/', '-')}.json", measure)
         write_json(tmp_path / name / "evaluation" / "results.json", sealed(results.made(taken, CHAIN)))
-        (tmp_path / name / "recipe.yaml").write_text(strict_yaml.dump(written))
+        (tmp_path / name / "recipe.yaml").write_text(yaml.dump(written))
     console = Console(width=300, record=True)
     compare.show(tmp_path / "a", tmp_path / "b", console)
     told = console.export_text()
@@ -456,7 +456,7 @@ def test_compare_knows_when_an_evaluation_is_older_than_its_run(run: tuple[Recip
 
     recipe, runs = run
     folder = runs / recipe.name
-    (folder / "recipe.yaml").write_text(strict_yaml.dump(recipe.tree))
+    (folder / "recipe.yaml").write_text(yaml.dump(recipe.tree))
     found = json.loads((folder / "evaluation" / "results.json").read_text())
     assert older(folder, found) == ""
     found["made_of"]["questions-sft.json"] = "of before"

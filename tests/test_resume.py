@@ -17,7 +17,7 @@ from conftest import ROOT, tiny_tree, write_recipe
 from pipeline.disk.artifact import Artifact, mark_checkpoint
 from pipeline.disk.atomic import write_json
 from pipeline.errors import UserError
-from pipeline.recipe import read
+from pipeline.recipe.recipe import read
 from pipeline.runs.environment import make_environment
 from pipeline.runs.stage import run_stage
 from pipeline.runs.states import states

@@ -19,7 +19,7 @@ from pipeline.models import base as bases
 from pipeline.models.spec import ModelSpec
 from pipeline.ppo.actors import Actors
 from pipeline.publish.adapter import pad_that_ends_nothing
-from pipeline.recipe import build
+from pipeline.recipe.recipe import build
 from pipeline.runs.stage import run_stage
 from pipeline.stages import sequences
 from pipeline.stages import trainer as shared

@@ -198,7 +198,7 @@ UNCLOSED = """{% for m in messages %}<|im_start|>{{ m.role }}
 @pytest.mark.parametrize("kind", ["dpo", "ppo"])
 def test_a_template_that_closes_no_turn_is_refused_without_sft_too(tiny_base: Path, tmp_path: Path, kind: str) -> None:
     from pipeline.errors import UserError
-    from pipeline.recipe import build
+    from pipeline.recipe.recipe import build
     from pipeline.runs.stage import run_stage
 
     (tmp_path / "unclosed.jinja").write_text(UNCLOSED)

@@ -22,7 +22,7 @@ from pipeline.evaluate import judge as judges
 from pipeline.evaluate.judge import Judge
 from pipeline.evaluate.plan import METHOD, Measure, adapter_of, own_judges, plain, plan
 from pipeline.evaluate.stored import as_read, as_written, folder, read_fresh, read_results, sealed
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.runs.environment import ERROR_MARK, make_environment
 from pipeline.runs.recipe_file import write_recipe
 from pipeline.runs.states import states

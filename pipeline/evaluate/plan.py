@@ -15,7 +15,7 @@ from pipeline.disk.atomic import Json, digest, sha256_of_file
 from pipeline.errors import UserError
 from pipeline.evaluate.benchmarks import PREFIX, label
 from pipeline.measure.matching import NEW_TOKENS
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.runs.rows import load_rows
 from pipeline.runs.states import states
 from pipeline.stages.reward_file import read_by

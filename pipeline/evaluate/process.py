@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline.errors import BrokenInvariant, UserError
 from pipeline.evaluate.evaluation import evaluate
 from pipeline.evaluate.judge import Judge
-from pipeline.recipe import read
+from pipeline.recipe.recipe import read
 from pipeline.runs.environment import ERROR_MARK, EVERYWHERE, complete_own
 
 

@@ -11,7 +11,7 @@ from pipeline.disk.atomic import Json, digest, read_json
 from pipeline.errors import UserError
 from pipeline.evaluate.plan import Measure
 from pipeline.measure.metric import Estimate
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 
 RESULTS = 5
 """Counts up when results.json says something else or in another way."""

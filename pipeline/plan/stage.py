@@ -122,10 +122,10 @@ def lengths_of(section: StageSpec, contract: Contract, seed: int) -> Lengths | N
 
 def _asked(section: StageSpec, longest: int) -> int:
     """Tokens of the questions that a stage answers at once; without a file of them, of three held-out prompts."""
-    file = Path(section.questions) if section.questions else None
-    if file is None:
+    named = section.question_file()
+    if named is None:
         tokens = 3 * (longest + ANSWER_ROW)
-    elif os.path.isfile(file):
+    elif os.path.isfile(file := Path(named)):
         tokens = round(file.stat().st_size / TOKEN_BYTES) + ANSWER_ROW * file.read_bytes().count(b"\n")
     else:
         tokens = ANSWER_TOKENS

@@ -8,12 +8,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline import strict_yaml
 from pipeline.disk.artifact import WEIGHTS
 from pipeline.disk.atomic import Json
 from pipeline.disk.manifest import Gone
 from pipeline.publish import adapter, measured
 from pipeline.publish.sealed import Sealed
+from pipeline.recipe import yaml
 
 RELATION = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}
 LIBRARY = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
@@ -51,7 +51,7 @@ def render(sealed: Sealed, form: str, name: str, files: list[str], parity: dict[
         "## Where it comes from\n\n" + _lineage(sealed),
         "## What was measured\n\n" + measured.table(sealed),
         "## Is it what was trained?\n\n" + _parity(parity),
-        "## Recipe\n\n```yaml\n" + strict_yaml.dump(sealed.recipe) + "```",
+        "## Recipe\n\n```yaml\n" + yaml.dump(sealed.recipe) + "```",
         "## Versions and cost\n\n" + _cost(sealed),
         "## Licence\n\n"
         + (

@@ -15,7 +15,6 @@ from pipeline.measure import intervals
 from pipeline.measure.metric import CORPUS_LOSS, DIALOGUE_LOSS, QUESTION_ACCURACY, Estimate, Metric
 from pipeline.publish.sealed import Sealed
 from pipeline.stages import STAGES
-from pipeline.stages.stage import StageSpec
 
 LOSS = {"pretrain": CORPUS_LOSS, "sft": DIALOGUE_LOSS}
 """What the evaluation calls the held-out loss of a stage, by kind."""
@@ -46,7 +45,7 @@ def _shown(sealed: Sealed) -> list[str]:
         if entry.kind not in ("dpo", "ppo"):
             continue
         found = evaluated.get((entry.stage, entry.files[WEIGHTS]), {}).get("text")
-        section = StageSpec.model_validate(entry.section)
+        section = STAGES[entry.kind].section.model_validate(entry.section)
         told = found or verdicts.of_itself(section, entry.before, entry.after)
         if told:
             lines += ["", f"**{entry.stage}**: {told}"]

@@ -23,7 +23,7 @@ from pipeline.models.quiet import quiet
 from pipeline.models.record import RECORD, listed_files
 from pipeline.models.spec import cache_folder
 from pipeline.publish.sealed import Sealed, sealed
-from pipeline.recipe import RUNS, Recipe
+from pipeline.recipe.recipe import RUNS, Recipe
 
 FORMS = ("adapter", "merged", "gguf")
 

@@ -16,7 +16,7 @@ from pipeline.disk.atomic import Json, sha256_of_file
 from pipeline.disk.manifest import Gone, Manifest, Parent
 from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec, pinned
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 
 _FOLDERS = re.compile(r"(?<![\w:/.~])~?/(?:[^\s/:]+/)*")
 

@@ -20,7 +20,7 @@ from pipeline.models.quiet import quiet
 from pipeline.models.spec import cache_folder
 from pipeline.publish import adapter
 from pipeline.publish.sealed import Sealed, sealed
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 
 NEEDED = ("fastapi", "uvicorn", "openai")
 SERVER = """

@@ -10,7 +10,6 @@ from typing import Any
 
 import jinja2
 
-from pipeline import strict_yaml
 from pipeline.data.examine import read_kept
 from pipeline.disk import metrics
 from pipeline.disk.atomic import Json, write_text
@@ -21,7 +20,8 @@ from pipeline.evaluate.benchmarks import metric_of
 from pipeline.evaluate.plan import plan
 from pipeline.evaluate.stored import columns, folder, read_fresh, read_results
 from pipeline.measure.metric import BY_NAME, CORPUS_LOSS, DIALOGUE_LOSS, ELO, METRICS, QUESTION_ACCURACY, SHARE, TRUTH
-from pipeline.recipe import Recipe
+from pipeline.recipe import yaml
+from pipeline.recipe.recipe import Recipe
 from pipeline.report import figures, lineage
 from pipeline.terminal.results import as_typed, clock
 
@@ -89,7 +89,7 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
         "examined": [(name, warning) for name, stage in examined.items() for warning in stage["warnings"]],
         "versions": next(iter(reversed(finished.values()))).versions,
         "device": next(iter(reversed(finished.values()))).device,
-        "resolved": strict_yaml.dump(recipe.tree),
+        "resolved": yaml.dump(recipe.tree),
         "samples": _samples(results),
         "shown_at_once": SHOWN_AT_ONCE,
         "typed": typed,

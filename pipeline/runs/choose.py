@@ -11,7 +11,7 @@ from pipeline.plan.cards import Card
 from pipeline.plan.memory import CONTEXT
 from pipeline.plan.shapes import read_shapes
 from pipeline.plan.stage import lengths_of, planned_model
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.runs.recipe_file import write_recipe
 from pipeline.stages.stage import StageSpec
 

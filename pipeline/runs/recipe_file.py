@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipeline import strict_yaml
 from pipeline.disk.artifact import Artifact
 from pipeline.disk.atomic import digest, read_json, write_text
-from pipeline.recipe import Recipe
+from pipeline.recipe import yaml
+from pipeline.recipe.recipe import Recipe
 
 
 def write_recipe(recipe: Recipe, file: Path, runs: Path) -> None:
     parts = recipe.parts()
     notes = [describe_choices(recipe.artifact(name, runs), digest(parts[name])) for name in recipe.order()]
-    write_text(file, strict_yaml.dump(recipe.pinned_tree()) + "".join(notes))
+    write_text(file, yaml.dump(recipe.pinned_tree()) + "".join(notes))
 
 
 def describe_choices(out: Artifact, fingerprint: str) -> str:

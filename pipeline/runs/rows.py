@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.data.contracts import QUESTION
 from pipeline.data.load import DataSpec, Source, labels_as_answers, read_source, read_split
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.stages.stage import Rows
 
 
@@ -12,7 +12,8 @@ def load_rows(recipe: Recipe, stage: str) -> tuple[Rows, list[Source]]:
     """A stage's rows, checked; and the files they came from, which know what was refused."""
     section = recipe.stages[stage]
     split = read_split(section.data, recipe.kind(stage).contract, recipe.spec.seed)
-    asked = read_source(section.questions, QUESTION, DataSpec(path=section.questions)) if section.questions else None
+    file = section.question_file()
+    asked = read_source(file, QUESTION, DataSpec(path=file)) if file else None
     rows = Rows(split.train, split.test, labels_as_answers(asked.rows) if asked else [])
     # A held-out share has no file of its own: its rows are counted with the file they were taken from.
     return rows, [*split.sources, *([asked] if asked else [])]

@@ -10,10 +10,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline import gates
 from pipeline.disk.atomic import digest, locked
 from pipeline.errors import UserError
-from pipeline.recipe import RUNS, Recipe
+from pipeline.recipe import gates
+from pipeline.recipe.recipe import RUNS, Recipe
 from pipeline.runs import sharding
 from pipeline.runs.environment import ERROR_MARK, WATCH, make_environment
 from pipeline.runs.recipe_file import write_recipe

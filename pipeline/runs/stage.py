@@ -15,7 +15,7 @@ from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, digest, locked, write_text
 from pipeline.disk.manifest import Cost, Data, Manifest, Parent, Parts, SourceCounts
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.runs import sharding
 from pipeline.runs.choose import choose_section
 from pipeline.runs.energy import Meter

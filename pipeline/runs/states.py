@@ -10,7 +10,7 @@ from pipeline.disk import versions
 from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, digest
 from pipeline.errors import UserError
-from pipeline.recipe import RUNS, Recipe
+from pipeline.recipe.recipe import RUNS, Recipe
 
 
 @dataclass(frozen=True)

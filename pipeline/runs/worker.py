@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
-from pipeline.recipe import read
+from pipeline.recipe.recipe import read
 from pipeline.runs.environment import ERROR_MARK, EVERYWHERE, WATCH, complete_own
 from pipeline.runs.stage import run_stage
 

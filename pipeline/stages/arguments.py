@@ -1,4 +1,4 @@
-"""Which words `train:` and `model.lora` take: those of a library's config class, read from its source, less some.
+"""Which words `train:` and `model.lora` take: those of a config class, less some. A library's is read from its source.
 
 TRL's and PEFT's names pass through a recipe word for word. Importing them to learn the names takes seconds; reading the
 class bodies takes milliseconds, so that a typo is named before torch is imported.
@@ -9,113 +9,55 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib.util
+import re
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from pipeline.ppo.settings import PPOSettings
+from pydantic import BaseModel
 
-_PLACES: dict[str, list[tuple[str, str, str]]] = {
-    # config class: (package, file, class) of itself and of what it inherits from
-    name: [
-        ("trl", f"trainer/{file}.py", name),
-        ("trl", "trainer/base_config.py", "_BaseConfig"),
-        ("transformers", "training_args.py", "TrainingArguments"),
-    ]
-    for name, file in {"SFTConfig": "sft_config", "RewardConfig": "reward_config", "DPOConfig": "dpo_config"}.items()
-} | {
-    "LoraConfig": [
-        ("peft", "tuners/lora/config.py", "LoraConfig"),
-        ("peft", "config.py", "PeftConfig"),
-        ("peft", "config.py", "PeftConfigMixin"),
-    ]
-}
+from pipeline.errors import complaint, suggest
 
-RUNTIME_WORDS = frozenset(
-    # Words that change what is seen or how fast it goes, not what is learnt.
-    [
-        "logging_steps",
-        "logging_first_step",
-        "logging_dir",
-        "save_steps",
-        "save_total_limit",
-        "report_to",
-        "disable_tqdm",
-        "run_name",
-        "dataloader_num_workers",
-        "dataloader_pin_memory",
-        "dataset_num_proc",
-        "push_to_hub",
-        "hub_model_id",
-        "hub_private_repo",
-        "hub_strategy",
-        "hub_revision",
-        "project",
-        "trackio_space_id",
-        "log_level",
-        "use_cpu",
-        "kl_stop",
-    ]
-)
-OUR_WORDS = {
-    # Words of the trainers that something else here decides; passed on they would be ignored or would do harm.
-    "is set by the runner; for the seed use the recipe's own `seed:`": [
-        "output_dir",
-        "seed",
-        "data_seed",
-        "resume_from_checkpoint",
-        "save_strategy",
-        "save_only_model",
-    ],
-    "is not needed: held-out numbers are taken before and after every stage (data.test, questions)": [
-        "eval_strategy",
-        "eval_steps",
-        "do_eval",
-        "load_best_model_at_end",
-        "metric_for_best_model",
-    ],
-    "is decided by the encoder: loss on the assistant's tokens and its end-of-turn token, rows cut at the end": [
-        "assistant_only_loss",
-        "completion_only_loss",
-        "dataset_text_field",
-        "dataset_kwargs",
-        "truncation_mode",
-    ],
-    "belongs in the `model:` section": [
-        "model_init_kwargs",
-        "chat_template_path",
-        "eos_token",
-        "pad_token",
-        "trust_remote_code",
-    ],
-    "is set by the stage": ["task_type", "inference_mode", "base_model_name_or_path", "peft_type", "modules_to_save"],
-    "is not supported, each GPU holds the whole base; for several: --launch-config recipes/accelerate/ddp.yaml": [
-        "deepspeed",
-        "fsdp",
-        "fsdp_config",
-        "parallelism_config",
-    ],
-    "does not belong in a recipe; log in with `hf auth login` or set HF_TOKEN": ["hub_token", "push_to_hub_token"],
-}
+ConfigClass = str | type[BaseModel]
+"""A class of TRL's or PEFT's by its name, or one of ours."""
+RUNTIME_WORDS = frozenset((  # words that change what is seen or how fast it goes, not what is learnt
+    "logging_steps", "logging_first_step", "logging_dir", "save_steps", "save_total_limit", "report_to",
+    "disable_tqdm", "run_name", "dataloader_num_workers", "dataloader_pin_memory", "dataset_num_proc", "push_to_hub",
+    "hub_model_id", "hub_private_repo", "hub_strategy", "hub_revision", "project", "trackio_space_id", "log_level",
+    "use_cpu", "kl_stop",
+))  # fmt: skip
+OUR_WORDS = {  # the trainers' words that something else here decides; passed on they would be ignored or do harm
+    "is set by the runner; for the seed use the recipe's own `seed:`": (
+        "output_dir", "seed", "data_seed", "resume_from_checkpoint", "save_strategy", "save_only_model",
+    ),
+    "is not needed: held-out numbers are taken before and after every stage (data.test, questions)": (
+        "eval_strategy", "eval_steps", "do_eval", "load_best_model_at_end", "metric_for_best_model",
+    ),
+    "is decided by the encoder: loss on the assistant's tokens and its end-of-turn token, rows cut at the end": (
+        "assistant_only_loss", "completion_only_loss", "dataset_text_field", "dataset_kwargs", "truncation_mode",
+    ),
+    "belongs in the `model:` section": (
+        "model_init_kwargs", "chat_template_path", "eos_token", "pad_token", "trust_remote_code",
+    ),
+    "is set by the stage": (
+        "task_type", "inference_mode", "base_model_name_or_path", "peft_type", "modules_to_save",
+    ),
+    "is not supported, each GPU holds the whole base; for several: --launch-config recipes/accelerate/ddp.yaml": (
+        "deepspeed", "fsdp", "fsdp_config", "parallelism_config",
+    ),
+    "does not belong in a recipe; log in with `hf auth login` or set HF_TOKEN": (
+        "hub_token", "push_to_hub_token",
+    ),
+}  # fmt: skip
 NUMBERS: dict[str, tuple[type, float]] = {
     # Words whose slips the libraries find late or never, with the least that makes sense.
-    "learning_rate": (float, 0),
-    "num_train_epochs": (float, 0),
-    "max_steps": (int, -1),
-    "per_device_train_batch_size": (int, 1),
-    "gradient_accumulation_steps": (int, 1),
-    "max_length": (int, 1),
-    "weight_decay": (float, 0),
-    "max_grad_norm": (float, 0),
-    "warmup_steps": (float, 0),
-    "logging_steps": (float, 0),
-    "save_steps": (float, 0),
-    "save_total_limit": (int, 1),
-    "beta": (float, 0),
-    "r": (int, 1),
-    "lora_alpha": (float, 0),
-    "lora_dropout": (float, 0),
-}
+    "learning_rate": (float, 0), "num_train_epochs": (float, 0), "max_steps": (int, -1),
+    "per_device_train_batch_size": (int, 1), "gradient_accumulation_steps": (int, 1), "max_length": (int, 1),
+    "weight_decay": (float, 0), "max_grad_norm": (float, 0), "warmup_steps": (float, 0), "logging_steps": (float, 0),
+    "save_steps": (float, 0), "save_total_limit": (int, 1), "beta": (float, 0), "r": (int, 1),
+    "lora_alpha": (float, 0), "lora_dropout": (float, 0),
+}  # fmt: skip
 AUTO = "auto"
 AUTO_WORDS = ("per_device_train_batch_size", "activation_checkpointing", "max_length")
 """Words whose value may be left to the planner (pipeline/plan/auto.py)."""
@@ -123,20 +65,18 @@ WHY_NOT = {word: why for why, listed in OUR_WORDS.items() for word in listed}
 
 
 @cache
-def words(config_class: str) -> frozenset[str]:
-    """The field names of PPOSettings, or of a config class of the installed library, its parents' included."""
-    if config_class == PPOSettings.__name__:
-        return frozenset(PPOSettings.model_fields)
-    return frozenset(name for name, _ in _fields(config_class))
+def words(config: ConfigClass) -> frozenset[str]:
+    """The field names of a config class, its parents' included."""
+    return frozenset(config.model_fields if isinstance(config, type) else (name for name, _ in _fields(config)))
 
 
 @cache
-def defaults(config_class: str) -> dict[str, Any]:
+def defaults(config: ConfigClass) -> dict[str, Any]:
     """What a config class takes for the words that are not given, where its source says so as plain data."""
-    if config_class == PPOSettings.__name__:
-        return {name: field.get_default() for name, field in PPOSettings.model_fields.items()}
+    if isinstance(config, type):
+        return {name: field.get_default() for name, field in config.model_fields.items()}
     found: dict[str, Any] = {}
-    for name, value in _fields(config_class):
+    for name, value in _fields(config):
         if name in found or value is None:
             continue
         given = next((k.value for k in value.keywords if k.arg == "default"), None) if _is_field(value) else value
@@ -145,15 +85,71 @@ def defaults(config_class: str) -> dict[str, Any]:
     return found
 
 
+def check_words(given: dict[str, Any], known: Collection[str], *place: str) -> None:
+    """Raises a complaint at the first word that is not known here, is not a recipe's to say, or is no number where the
+    library would find out late."""
+    for word, value in given.items():
+        if word in WHY_NOT:
+            raise complaint(WHY_NOT[word], *place, word)
+        if word not in known:
+            raise complaint(f"unknown key{suggest(word, known)}", *place, word)
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", value):
+            raise complaint(f"is the text {value!r}; write the number without quotes", *place, word)
+        if value == AUTO and word in AUTO_WORDS:
+            continue
+        if word in NUMBERS and not _in_range(value, *NUMBERS[word]):
+            kind, least = NUMBERS[word]
+            wanted = "a whole number" if kind is int else "a number"
+            raise complaint(f"is {value!r}, expected {wanted} from {least} up", *place, word)
+
+
+def check_train(given: dict[str, Any], config: ConfigClass) -> None:
+    """Raises a complaint, or what our own config class says, at the first word of `train:` that makes no sense."""
+    check_words(given, words(config))
+    if isinstance(config, type):
+        config(**without_auto(given))
+    elif given.get(AUTO_WORDS[0]) == AUTO and not isinstance(given.get("gradient_accumulation_steps"), int):
+        raise complaint(
+            "is auto; gradient_accumulation_steps then says the rows of an optimizer step: give it, say 16",
+            AUTO_WORDS[0],
+        )
+
+
+def without_auto(given: dict[str, Any]) -> dict[str, Any]:
+    """What `auto` stands for depends on the card; every other word is known without it."""
+    return {word: value for word, value in given.items() if value != AUTO}
+
+
+def _in_range(value: Any, kind: type, least: float) -> bool:
+    if value is None:
+        return True
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+        return False
+    return bool(value >= least)
+
+
 def _is_field(value: ast.expr) -> TypeGuard[ast.Call]:
     return isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "field"
 
 
+def _places(config: str) -> list[tuple[str, str, str]]:
+    """(package, file, class) of a library's config class and of what it inherits from."""
+    if config == "LoraConfig":
+        above = [("peft", "config.py", "PeftConfig"), ("peft", "config.py", "PeftConfigMixin")]
+        return [("peft", "tuners/lora/config.py", config), *above]
+    own = f"trainer/{config.removesuffix('Config').lower()}_config.py"
+    above = [
+        ("trl", "trainer/base_config.py", "_BaseConfig"),
+        ("transformers", "training_args.py", "TrainingArguments"),
+    ]
+    return [("trl", own, config), *above]
+
+
 @cache
-def _fields(config_class: str) -> list[tuple[str, ast.expr | None]]:
+def _fields(config: str) -> list[tuple[str, ast.expr | None]]:
     """The fields of a class and of its parents, the nearest first, each with what it is set to."""
     found: list[tuple[str, ast.expr | None]] = []
-    for package, file, class_name in _PLACES[config_class]:
+    for package, file, class_name in _places(config):
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(f"{package} is not installed. Install the project: pip install -e .")

@@ -15,7 +15,7 @@ from pipeline.disk.artifact import Artifact
 from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec
 from pipeline.plan.shapes import read_config
-from pipeline.stages.arguments import AUTO
+from pipeline.stages.arguments import without_auto
 from pipeline.stages.stage import Context, Rows, StageSpec
 
 SEQUENCE_CLASSIFIERS = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
@@ -23,13 +23,15 @@ SEQUENCE_CLASSIFIERS = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
 
 def check_base(model: ModelSpec, stages: dict[str, StageSpec]) -> None:
     """Raises UserError for a reward stage on a base that transformers cannot put a score head on. Reads no weights."""
-    rewards = [name for name, spec in stages.items() if spec.kind == "reward"]
-    if not rewards or model.base.endswith(".gguf"):  # what architecture that is, only its weights' file tells
+    from pipeline.stages import STAGES
+
+    headed = [name for name, spec in stages.items() if STAGES[spec.kind].score_head]
+    if not headed or model.base.endswith(".gguf"):  # what architecture that is, only its weights' file tells
         return
     kind = read_config(model)[0].get("model_type")
     if kind not in _with_a_score_head():
         raise UserError(
-            f"stages.{rewards[0]}: a base of the type '{kind}' ({model.base}) has no reward model, as transformers has "
+            f"stages.{headed[0]}: a base of the type '{kind}' ({model.base}) has no reward model, as transformers has "
             "no sequence-classification head for it. Leave the stage out: dpo learns from the same comparisons, and "
             "ppo can be paid by a function (path.py:function)"
         )
@@ -69,10 +71,9 @@ def check_arguments(model: ModelSpec, stages: dict[str, StageSpec], seed: int) -
         raise UserError(f"model.lora: PEFT refuses it: {error}") from error
     with tempfile.TemporaryDirectory() as scratch:
         for name, spec in stages.items():
-            if not hasattr(trl, STAGES[spec.kind].config_class):
-                continue  # PPOSettings, checked with the recipe
-            # What auto stands for depends on the card; every other word is checked without it.
-            words = {word: value for word, value in spec.train.items() if value != AUTO}
-            spec = spec.model_copy(update={"train": words})
+            config = STAGES[spec.kind].config_class
+            if isinstance(config, type):
+                continue  # ours, checked with the recipe
+            spec = spec.model_copy(update={"train": without_auto(spec.train)})
             context = Context(model, Rows([]), {}, Artifact(Path(scratch) / name), seed, "", lambda: None)
-            arguments(getattr(trl, STAGES[spec.kind].config_class), spec, context)
+            arguments(getattr(trl, config), spec, context)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pipeline.data.contracts import PREFERENCE
 from pipeline.measure.metric import PREFERENCE_ACCURACY, QUESTION_ACCURACY
-from pipeline.stages.stage import Context, Result, Stage, StageSpec
+from pipeline.stages.stage import Context, PolicySpec, Result, Stage
 
 
-def run(spec: StageSpec, ctx: Context) -> Result:
+class DPOSpec(PolicySpec):
+    kind: Literal["dpo"] = "dpo"
+    config_class = "DPOConfig"
+
+
+def run(spec: DPOSpec, ctx: Context) -> Result:
     from transformers import set_seed
     from trl import DPOConfig, DPOTrainer
 
@@ -71,11 +78,9 @@ def run(spec: StageSpec, ctx: Context) -> Result:
 
 
 STAGE = Stage(
-    name="dpo",
-    config_class="DPOConfig",
+    section=DPOSpec,
     contract=PREFERENCE,
     headlines=(PREFERENCE_ACCURACY, QUESTION_ACCURACY),
     numbers=("preference_accuracy", "preference_margin", "question_accuracy", "stopped"),
     run=run,
-    answers=True,
 )

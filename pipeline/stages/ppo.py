@@ -2,12 +2,62 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
 from pipeline.data.contracts import PROMPT_ONLY
+from pipeline.errors import complaint, suggest
 from pipeline.measure.metric import QUESTION_ACCURACY, Metric
-from pipeline.stages.stage import Context, Result, Stage, StageSpec
+from pipeline.ppo.settings import PPOSettings
+from pipeline.stages.arguments import defines
+from pipeline.stages.stage import Context, PolicySpec, Result, RewardTerm, Stage
 
 
-def run(spec: StageSpec, ctx: Context) -> Result:
+class PPOSpec(PolicySpec):
+    kind: Literal["ppo"] = "ppo"
+    config_class = PPOSettings
+    reward: str | list[RewardTerm] | None = Field(default=None, validate_default=True)
+    """What it is paid by: a reward stage, `path.py:function`, or a list of {source, weight, truth}."""
+
+    @field_validator("reward")
+    @classmethod
+    def _pays(cls, reward: str | list[RewardTerm] | None) -> str | list[RewardTerm]:
+        if not reward:
+            raise complaint("is missing: name a reward stage, or a function as path.py:function")
+        terms = _terms(reward)
+        if len({term.source for term in terms}) < len(terms):
+            raise complaint("names a source twice; give it one weight")
+        if not any(term.weight for term in terms):
+            raise complaint("pays for nothing: every weight is 0, which measures a source without paying for it")
+        return reward
+
+    def reward_terms(self) -> list[RewardTerm]:
+        return _terms(self.reward or [])
+
+    def check_among(self, stages: dict[str, Stage], *place: str) -> None:
+        for term in self.reward_terms():
+            if term.file is not None:
+                name = term.source.rpartition(":")[2]
+                if not os.path.isfile(term.file):
+                    raise complaint(f"no such file: {term.file}", *place, "reward")
+                if not defines(Path(term.file), name):
+                    raise complaint(f"{term.file} defines no '{name}', or is no Python", *place, "reward")
+            elif term.source not in stages:
+                meant = suggest(term.source, stages)
+                raise complaint(f"no stage '{term.source}' in this recipe{meant}; path.py:function", *place, "reward")
+            elif not stages[term.source].score_head:
+                kind = stages[term.source].name
+                raise complaint(f"'{term.source}' is a {kind} stage, not a reward model", *place, "reward")
+
+
+def _terms(reward: str | list[RewardTerm]) -> list[RewardTerm]:
+    return [RewardTerm(source=reward)] if isinstance(reward, str) else reward
+
+
+def run(spec: PPOSpec, ctx: Context) -> Result:
     from transformers import set_seed
 
     from pipeline.evaluate import rewarded
@@ -17,7 +67,6 @@ def run(spec: StageSpec, ctx: Context) -> Result:
     from pipeline.models.forward import checkpoint_first
     from pipeline.ppo import actors as roles
     from pipeline.ppo import rewards
-    from pipeline.ppo.settings import PPOSettings
     from pipeline.ppo.trainer import PPOTrainer
     from pipeline.stages import invariants, ppo_loop, sequences
     from pipeline.stages import trainer as shared
@@ -78,8 +127,7 @@ def run(spec: StageSpec, ctx: Context) -> Result:
 
 
 STAGE = Stage(
-    name="ppo",
-    config_class="PPOSettings",
+    section=PPOSpec,
     contract=PROMPT_ONLY,
     headlines=(Metric("reward", "reward of held-out answers"), QUESTION_ACCURACY),
     numbers=(
@@ -87,5 +135,4 @@ STAGE = Stage(
         *("kl", "answer_length", "ended", "question_accuracy", "stopped"),
     ),
     run=run,
-    answers=True,
 )

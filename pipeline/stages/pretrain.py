@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from pipeline.data.contracts import LANGUAGE_MODELING
 from pipeline.measure.metric import CORPUS_LOSS, QUESTION_ACCURACY
-from pipeline.stages.stage import Context, Result, Stage, StageSpec
+from pipeline.stages.stage import Context, PolicySpec, Result, Stage
 
 
-def run(spec: StageSpec, ctx: Context) -> Result:
+class PretrainSpec(PolicySpec):
+    kind: Literal["pretrain"] = "pretrain"
+    config_class = "SFTConfig"
+
+
+def run(spec: PretrainSpec, ctx: Context) -> Result:
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
@@ -72,11 +78,9 @@ def run(spec: StageSpec, ctx: Context) -> Result:
 
 
 STAGE = Stage(
-    name="pretrain",
-    config_class="SFTConfig",
+    section=PretrainSpec,
     contract=LANGUAGE_MODELING,
     headlines=(replace(CORPUS_LOSS, name="loss"), QUESTION_ACCURACY),
     numbers=("loss", "loss_low", "loss_high", "perplexity", "question_accuracy", "stopped"),
     run=run,
-    answers=True,
 )

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pipeline.data.contracts import PREFERENCE
 from pipeline.measure.metric import Metric
 from pipeline.stages.stage import Context, Result, Stage, StageSpec
 
 
-def run(spec: StageSpec, ctx: Context) -> Result:
+class RewardSpec(StageSpec):
+    kind: Literal["reward"] = "reward"
+    config_class = "RewardConfig"
+
+
+def run(spec: RewardSpec, ctx: Context) -> Result:
     from transformers import set_seed
     from trl import RewardConfig, RewardTrainer
 
@@ -66,11 +73,10 @@ def run(spec: StageSpec, ctx: Context) -> Result:
 
 
 STAGE = Stage(
-    name="reward",
-    config_class="RewardConfig",
+    section=RewardSpec,
     contract=PREFERENCE,
     headlines=(Metric("accuracy", "comparisons ranked right", unit="%"),),
     numbers=("accuracy", "margin", "over_longer", "over_longer_low", "over_longer_high"),
     run=run,
-    answers=False,
+    score_head=True,
 )

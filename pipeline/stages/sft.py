@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from pipeline.data.contracts import DEMONSTRATION
 from pipeline.measure.metric import DIALOGUE_LOSS, QUESTION_ACCURACY
-from pipeline.stages.stage import Context, Result, Stage, StageSpec
+from pipeline.stages.stage import Context, PolicySpec, Result, Stage
 
 
-def run(spec: StageSpec, ctx: Context) -> Result:
+class SFTSpec(PolicySpec):
+    kind: Literal["sft"] = "sft"
+    config_class = "SFTConfig"
+
+
+def run(spec: SFTSpec, ctx: Context) -> Result:
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
@@ -69,11 +75,9 @@ def run(spec: StageSpec, ctx: Context) -> Result:
 
 
 STAGE = Stage(
-    name="sft",
-    config_class="SFTConfig",
+    section=SFTSpec,
     contract=DEMONSTRATION,
     headlines=(QUESTION_ACCURACY, replace(DIALOGUE_LOSS, name="loss")),
     numbers=("loss", "loss_low", "loss_high", "perplexity", "question_accuracy", "stopped"),
     run=run,
-    answers=True,
 )

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from pipeline.data.contracts import Contract, Row
 from pipeline.data.load import DataSpec
 from pipeline.disk.artifact import Artifact
 from pipeline.measure.metric import Metric
 from pipeline.models.spec import ModelSpec
+from pipeline.stages.arguments import ConfigClass, check_train
 
 
 class RewardTerm(BaseModel):
@@ -35,26 +36,37 @@ class RewardTerm(BaseModel):
 
 
 class StageSpec(BaseModel):
-    """One section under `stages:` of a recipe."""
+    """One section under `stages:` of a recipe. Each stage has a class of its own, told apart by `kind`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    config_class: ClassVar[ConfigClass]
+    """Whose words `train:` takes: a trainer's config of TRL by name, or a class of ours."""
 
     kind: str
     """Which stage this is; the section's own name unless said otherwise."""
     from_: str | None = Field(default=None, alias="from")
     """The stage whose adapter this one goes on with; none for the first of a chain."""
-    reward: str | list[RewardTerm] | None = None
-    """What a ppo stage is paid by: a reward stage, `path.py:function`, or a list of {source, weight, truth}."""
     data: DataSpec
     train: dict[str, Any] = {}
     """The trainer's own arguments, word for word."""
-    questions: str | None = None
-    """Held-out questions with answers ({"prompt", "answer"} rows), asked before and after the stage."""
+
+    @field_validator("train")
+    @classmethod
+    def _trainer_takes_it(cls, train: dict[str, Any]) -> dict[str, Any]:
+        check_train(train, cls.config_class)
+        return train
+
+    def check_among(self, stages: dict[str, Stage], *place: str) -> None:
+        """Raises a complaint about what it says of files, or of the recipe's stages. `place` is its own."""
+
+    def question_file(self) -> str | None:
+        """Of those that are asked before and after the stage."""
+        return None
 
     def reward_terms(self) -> list[RewardTerm]:
-        if isinstance(self.reward, str):
-            return [RewardTerm(source=self.reward)]
-        return self.reward or []
+        """What it is paid by."""
+        return []
 
     def source_numbers(self) -> list[str]:
         """The held-out numbers of each source of its reward."""
@@ -62,22 +74,45 @@ class StageSpec(BaseModel):
         return [f"reward/{term.source}{end}" for term in self.reward_terms() for end in ends]
 
 
+class PolicySpec(StageSpec):
+    """The section of a stage that leaves a policy, which can be asked things."""
+
+    questions: str | None = None
+    """Held-out questions with answers ({"prompt", "answer"} rows), asked before and after the stage."""
+
+    def question_file(self) -> str | None:
+        return self.questions
+
+
 @dataclass(frozen=True)
 class Stage:
-    name: str
-    config_class: str
-    """The trainer's config, whose words `train:` takes."""
+    section: type[StageSpec]
+    """Its section of a recipe."""
     contract: Contract
     headlines: tuple[Metric, ...]
     """The held-out numbers by which people judge it."""
     numbers: tuple[str, ...]
     """Every held-out number it can leave in its manifest, which a recipe may make demands of; a source of a reward adds
     some (StageSpec.source_numbers)."""
-    run: Callable[[StageSpec, Context], Result]
-    answers: bool
-    """Whether it leaves a policy, which can be asked things (a reward model cannot)."""
+    run: Callable[[Any, Context], Result]
+    """(its section, context)"""
+    score_head: bool = False
+    """Whether it leaves a reward model: a score head in place of the LM head."""
     arithmetic: int = 1
     """Counts up when the stage would make another adapter of the same inputs: what was trained before is then stale."""
+
+    @property
+    def name(self) -> str:
+        return str(self.section.model_fields["kind"].default)
+
+    @property
+    def answers(self) -> bool:
+        """Whether it leaves a policy, which can be asked things (a reward model cannot)."""
+        return issubclass(self.section, PolicySpec)
+
+    @property
+    def config_class(self) -> ConfigClass:
+        return self.section.config_class
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pipeline.data.contracts import DEMONSTRATION
 from pipeline.disk.artifact import Artifact
 from pipeline.errors import UserError
 from pipeline.models.quiet import quiet
-from pipeline.recipe import read
+from pipeline.recipe.recipe import read
 
 if TYPE_CHECKING:
     from pipeline.evaluate.bench import Bench

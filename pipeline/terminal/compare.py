@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import strict_yaml
 from pipeline.disk.artifact import Artifact
 from pipeline.disk.atomic import Json, read_json
 from pipeline.disk.manifest import Manifest
@@ -19,7 +18,8 @@ from pipeline.errors import UserError
 from pipeline.evaluate.plan import plan
 from pipeline.evaluate.stored import read_results
 from pipeline.measure.metric import METRICS, SHARE
-from pipeline.recipe import read
+from pipeline.recipe import yaml
+from pipeline.recipe.recipe import read
 
 ITEMS = ("corpus_loss", "dialogue_loss", "preferences", "questions", "choices", "labels", "answers")
 
@@ -29,7 +29,7 @@ def show(first: Path, second: Path, console: Console) -> None:
     for folder in (first, second):
         if not os.path.isfile(folder / "recipe.yaml"):
             raise UserError(f"{folder} is no run (it has no recipe.yaml). Name folders such as runs/quickstart")
-    trees = [strict_yaml.load(folder / "recipe.yaml")[0] for folder in (first, second)]
+    trees = [yaml.load(folder / "recipe.yaml")[0] for folder in (first, second)]
     console.print(Text(f"A = {first}\nB = {second}", style="bold"))
     _table(console, "recipe", "key", [(key, *pair) for key, pair in _differences(trees[0], trees[1]).items()])
     manifests = [

@@ -14,7 +14,7 @@ from pipeline.data.examine import Section, attempt
 from pipeline.data.examine_rows import encode_row
 from pipeline.data.tokens import Unrenderable, special_ids, stop_ids
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.stages.arguments import AUTO, defaults
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _section(recipe: Recipe, name: str, files: dict[str, str]) -> Section:
         kind=section.kind,
         contract=kind.contract,
         data=section.data,
-        questions=section.questions,
+        questions=section.question_file(),
         seed=recipe.spec.seed,
         max_length=None if max_length == AUTO else max_length,
         files=files,

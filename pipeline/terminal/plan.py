@@ -15,7 +15,7 @@ from pipeline.plan.cards import Card
 from pipeline.plan.memory import CONTEXT
 from pipeline.plan.shapes import Shapes, read_shapes
 from pipeline.plan.stage import Planned, lengths_of, plan_stage, planned_model
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.runs.states import states
 from pipeline.terminal.states import show_states
 

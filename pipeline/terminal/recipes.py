@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe, read
+from pipeline.recipe.recipe import Recipe, read
 
 
 def read_recipe(name: str, overrides: Sequence[str]) -> Recipe:

@@ -18,7 +18,7 @@ from pipeline.evaluate import verdicts
 from pipeline.evaluate.benchmarks import metric_of
 from pipeline.evaluate.stored import columns, read_verdicts
 from pipeline.measure.metric import METRICS, TRUTH, Estimate, Metric
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.stages.stage import StageSpec
 
 

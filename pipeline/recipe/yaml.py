@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, suggest
 
 
 def load(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -55,6 +55,31 @@ def value(text: str) -> Any:
 def dump(tree: dict[str, Any]) -> str:
     """YAML that `load` reads back as the same data."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def override(tree: dict[str, Any], wanted: str) -> dict[str, Any]:
+    """The tree with one value exchanged, as "stages.dpo.train.beta=0.05" says. Raises UserError."""
+    key, equals, text = wanted.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise UserError(f"-o {wanted}: expected dotted.key=value, for example stages.dpo.train.beta=0.05")
+    try:
+        found = value(text)
+    except ValueError as error:
+        raise UserError(f"-o {wanted}: {text!r} is not a YAML value") from error
+    stages = tree.get("stages") or {}
+    if path[0] == "stages" and len(path) > 2 and isinstance(stages, dict) and path[1] not in stages:
+        raise UserError(f"-o {wanted}: no stage '{path[1]}' in this recipe{suggest(path[1], stages)}")
+    return _with(tree, path, found, wanted)
+
+
+def _with(tree: dict[str, Any], path: list[str], found: Any, wanted: str) -> dict[str, Any]:
+    if len(path) == 1:
+        return {**tree, path[0]: found}
+    below = tree.get(path[0]) or {}
+    if not isinstance(below, dict):
+        raise UserError(f"-o {wanted}: '{path[0]}' is a value, not a section")
+    return {**tree, path[0]: _with(below, path[1:], found, wanted)}
 
 
 def _not_plain(found: Any, place: str = "") -> tuple[str, str] | None:

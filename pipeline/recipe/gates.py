@@ -12,10 +12,10 @@ from typing import Any
 
 from pipeline.disk.artifact import Artifact
 from pipeline.disk.atomic import Json
-from pipeline.errors import UserError
+from pipeline.errors import UserError, complaint
 
 Expect = dict[str, Any]
-"""By "stage.number", or nested; what does not belong there is named by `complaint`."""
+"""By "stage.number", or nested; what does not belong there is named by `check`."""
 
 COMPARISON = re.compile(r"(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)")
 _HOLDS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -45,20 +45,21 @@ def flat(expect: Expect) -> dict[str, Any]:
     }
 
 
-def complaint(expect: Expect, numbers: dict[str, list[str]]) -> tuple[str, str] | None:
-    """The first demand that cannot be understood or met, by dotted key, and what is wrong with it.
+def check(expect: Expect, numbers: dict[str, list[str]]) -> None:
+    """Raises a complaint at the first demand that cannot be understood or met.
 
     numbers: the held-out numbers that each stage can leave."""
     names = list(numbers)
     for key, wanted in flat(expect).items():
         stage, dot, number = key.partition(".")
         if not dot or stage not in names:
-            return f"expect.{key}", f"name a stage and its number, as in {names[0]}.loss (there is: {', '.join(names)})"
+            there = f"name a stage and its number, as in {names[0]}.loss (there is: {', '.join(names)})"
+            raise complaint(there, "expect", key)
         if number not in numbers[stage]:
-            return f"expect.{key}", f"{stage} leaves no such number (there is: {', '.join(numbers[stage])})"
+            raise complaint(f"{stage} leaves no such number (there is: {', '.join(numbers[stage])})", "expect", key)
         if not isinstance(wanted, str) or not COMPARISON.fullmatch(wanted.strip()):
-            return f"expect.{key}", f'is {wanted!r}, expected a comparison with a number in quotes, as in ">= 0.6"'
-    return None
+            said = f'is {wanted!r}, expected a comparison with a number in quotes, as in ">= 0.6"'
+            raise complaint(said, "expect", key)
 
 
 def missed(expect: Expect, stage: str, after: Json) -> list[Missed]:

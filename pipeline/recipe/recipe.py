@@ -1,0 +1,181 @@
+"""A recipe: one YAML file for the whole chain, read strictly.
+
+YAML -> overrides -> checked sections -> order. Everything wrong is said with the file, the line and the dotted key,
+before torch is imported.
+"""
+
+from __future__ import annotations
+
+import graphlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from pipeline.data import load
+from pipeline.data.files import content_hash
+from pipeline.disk.artifact import WEIGHTS, Artifact
+from pipeline.disk.atomic import Json, digest, sha256_of_file
+from pipeline.errors import UserError, complaint
+from pipeline.models import published
+from pipeline.models.spec import base_hash, pinned
+from pipeline.recipe import sections, yaml
+from pipeline.recipe.sections import RecipeSpec
+from pipeline.stages import STAGES
+from pipeline.stages.arguments import RUNTIME_WORDS
+from pipeline.stages.reward_file import read_by
+from pipeline.stages.stage import Stage, StageSpec
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe read and checked. `tree` is the same as plain data, as it is written to runs/<name>/recipe.yaml."""
+
+    spec: RecipeSpec
+    tree: Json
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def stages(self) -> dict[str, StageSpec]:
+        return self.spec.stages
+
+    def kind(self, stage: str) -> Stage:
+        return STAGES[self.stages[stage].kind]
+
+    def parents(self, stage: str) -> dict[str, str]:
+        """The stages this one is handed something by, by the role they play for it."""
+        section = self.stages[stage]
+        rewards = [term.source for term in section.reward_terms() if term.file is None]
+        roles = {"reward" if len(rewards) == 1 else f"reward {name}": name for name in rewards}
+        grown = section.from_ is not None and not section.from_.startswith(published.PREFIX)
+        return {**({"policy": section.from_} if grown and section.from_ else {}), **roles}
+
+    def parent_artifacts(self, stage: str, runs: Path = RUNS) -> dict[str, Artifact]:
+        """What those stages left, by role; a parent on the Hub is pulled."""
+        from_ = self.stages[stage].from_ or ""
+        on_hub = {"policy": published.pulled(from_)} if from_.startswith(published.PREFIX) else {}
+        return {**on_hub, **{role: self.artifact(name, runs) for role, name in self.parents(stage).items()}}
+
+    def order(self) -> list[str]:
+        """The stages, each after its parents; as written where that leaves a choice."""
+        graph = graphlib.TopologicalSorter({name: set(self.parents(name).values()) for name in self.stages})
+        graph.prepare()
+        order, written = [], list(self.stages)
+        while graph.is_active():
+            for name in sorted(graph.get_ready(), key=written.index):
+                order.append(name)
+                graph.done(name)
+        return order
+
+    def artifact(self, stage: str, runs: Path = RUNS) -> Artifact:
+        return Artifact(runs / self.name / stage)
+
+    def model_parts(self) -> Json:
+        """What every stage's result depends on of the model section: names of files give way to their hashes."""
+        template = self.spec.model.chat_template
+        return {
+            **self.spec.model.model_dump(exclude={"base", "revision", "public_id"}),
+            "base": base_hash(self.spec.model),
+            "chat_template": sha256_of_file(Path(template)) if template else None,
+        }
+
+    def parts(self) -> dict[str, Json]:
+        """For every stage, all that its adapter depends on, by name; equal parts give an equal adapter."""
+        model = self.model_parts()
+        parts: dict[str, Json] = {}
+        for name in self.order():
+            section = self.stages[name]
+            data = section.data
+            train = {word: value for word, value in section.train.items() if word not in RUNTIME_WORDS}
+            hashes = load.content_hashes(data.model_copy(update={"test": None}))
+            terms = section.reward_terms()
+            for file in sorted({term.file for term in terms if term.file}):
+                read = {f"reward {file}: {name}": path for name, path in read_by(Path(file)).items()}
+                hashes |= {name: sha256_of_file(path) for name, path in read.items()}
+            # What is only measured by a term, its truth, changes no training.
+            reward = {"reward": [term.model_dump(exclude={"truth"}) for term in terms]} if terms else {}
+            counts = {"kind": section.kind, "arithmetic": self.kind(name).arithmetic}
+            parts[name] = {
+                "stage": {**counts, "train": train, "data": _settings(data), **reward},
+                "model": model,
+                "seed": self.spec.seed,
+                "data": hashes,
+                "parents": {
+                    **{role: digest(parts[parent]) for role, parent in self.parents(name).items()},
+                    **self._hub_parent(section.from_ or ""),
+                },
+            }
+        return parts
+
+    def measured_on(self, stage: str) -> dict[str, str]:
+        """The hashes of files that a stage is measured on and does not learn from. When one changes, the finished stage
+        is measured again; it is not trained again."""
+        section = self.stages[stage]
+        named = {"test": section.data.test, "questions": section.question_file()}
+        return {role: content_hash(file) for role, file in named.items() if isinstance(file, str)}
+
+    def _hub_parent(self, from_: str) -> Json:
+        if not from_.startswith(published.PREFIX):
+            return {}
+        return {"policy": f"sha256:{published.pulled(from_).verify().files[WEIGHTS]}"}
+
+    def pinned_tree(self) -> Json:
+        """The tree with a commit for whatever it names on the Hub, so that the processes of a run read the same bytes
+        though a branch moves on meanwhile."""
+        model, stages = dict(self.tree["model"]), dict(self.tree["stages"])
+        if revision := pinned(self.spec.model).revision:
+            model["revision"] = revision
+        if model["base"].startswith(published.PREFIX):
+            model["base"] = published.pinned(model["base"])
+        for name, section in stages.items():
+            if isinstance(section, dict) and str(section.get("from", "")).startswith(published.PREFIX):
+                stages[name] = {**section, "from": published.pinned(section["from"])}
+        return {**self.tree, "model": model, "stages": stages}
+
+    def fork(self, stage: str, name: str, *overrides: str) -> Recipe:
+        """The same recipe with one more stage: a copy of `stage` under another name, changed by overrides relative to
+        it (`"train.beta=0.3"`). What the two share is trained once.
+        """
+        section = {"kind": self.stages[stage].kind, **self.tree["stages"][stage]}
+        tree = {**self.tree, "stages": {**self.tree["stages"], name: section}}
+        return build(tree, [f"stages.{name}.{override}" for override in overrides])
+
+
+def read(path: str | Path, *overrides: str) -> Recipe:
+    """Read a recipe and apply overrides such as "stages.dpo.train.beta=0.05".
+
+    Raises UserError naming file, line and dotted key.
+    """
+    tree, lines = yaml.load(path)
+    return build(tree, overrides, str(path), lines)
+
+
+def build(
+    tree: Json, overrides: Iterable[str] = (), path: str = "recipe", lines: dict[str, int] | None = None
+) -> Recipe:
+    """A recipe from plain data. `lines` maps dotted keys to line numbers, for messages."""
+    for wanted in overrides:
+        tree = yaml.override(tree, wanted)
+    try:
+        recipe = Recipe(sections.check(tree), tree)
+        try:
+            recipe.order()
+        except graphlib.CycleError as error:
+            circle = " -> ".join(reversed(error.args[1]))
+            raise complaint(f"the stages go on from each other in a circle: {circle}", "stages") from None
+    except ValidationError as error:
+        raise UserError(sections.locate(error, path, lines or {})) from None
+    return recipe
+
+
+def _settings(data: load.DataSpec) -> Json:
+    """How the rows are read, without where they lie: a file moved is still the same file. A share to hold out is taken
+    from the rows that are trained on; a file of held-out rows takes nothing from them."""
+    shown = data.model_dump(exclude={"path": True, "mix": {"__all__": {"path"}}})
+    return {key: value for key, value in shown.items() if key != "test" or isinstance(value, int | float)}

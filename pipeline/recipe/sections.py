@@ -1,0 +1,186 @@
+"""A recipe's sections, checked: what each says by itself, then what they say of each other.
+
+A stage's own section stands with the stage (pipeline/stages); here is the union of them. Whoever finds something wrong
+raises pydantic's error with its place; `locate` turns that into file, line and dotted key. Paths that people write are
+tried with os.path, here and elsewhere: pathlib raises on a name that no file system has room for.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.data.load import DataSpec
+from pipeline.disk.artifact import NAME
+from pipeline.disk.atomic import Json
+from pipeline.errors import complaint, suggest
+from pipeline.models import published
+from pipeline.models.spec import ModelSpec
+from pipeline.recipe import gates
+from pipeline.stages import STAGES
+from pipeline.stages.arguments import check_words, words
+from pipeline.stages.stage import Stage, StageSpec
+
+if TYPE_CHECKING:
+    Section = StageSpec
+else:
+    Section = Annotated[reduce(or_, (stage.section for stage in STAGES.values())), Field(discriminator="kind")]
+
+
+class RecipeSpec(BaseModel):
+    """The top level of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    """Folder of the run below runs/."""
+    seed: int = Field(default=17, ge=0, lt=2**32, strict=True)
+    model: ModelSpec
+    train: dict[str, Any] = {}
+    """What every stage's `train:` starts from; each stage takes the words its trainer knows."""
+    stages: dict[str, Section]
+    expect: gates.Expect = {}
+    """What a stage's held-out numbers must reach before the next one runs: {"sft.question_accuracy": ">= 0.6"}."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder(cls, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise ValueError("letters, digits, - and _ only, at most 100: it becomes a folder below runs/")
+        return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_full(cls, tree: Any) -> Any:
+        """A stage's kind is its section's name unless it says otherwise; its `train` goes on from the shared one."""
+        if not isinstance(tree, dict) or not isinstance(tree.get("stages"), dict):
+            return tree
+        if not tree["stages"]:
+            raise complaint("names no stage", "stages")
+        shared: Json = tree["train"] if isinstance(tree.get("train"), dict) else {}
+        stages, known = {}, frozenset[str]()
+        for name, section in tree["stages"].items():
+            if not NAME.fullmatch(str(name)):
+                limits = "a stage's name has letters, digits, - and _ only, at most 100: it becomes a folder"
+                raise complaint(limits, "stages", name)
+            stages[name] = section
+            if isinstance(section, dict):
+                kind = section.get("kind", name)
+                if not isinstance(kind, str) or kind not in STAGES:
+                    place, ask = (["kind"], "") if "kind" in section else ([], "; name its stage with kind:")
+                    told = f"there is no stage '{kind}'{suggest(kind, STAGES)}{ask}"
+                    raise complaint(told, "stages", name, *place)
+                own, train = words(STAGES[kind].config_class), section.get("train", {})
+                known |= own
+                if isinstance(train, dict):
+                    train = {**{word: value for word, value in shared.items() if word in own}, **train}
+                stages[name] = {"kind": kind, **section, "train": train}
+        check_words(shared, known, "train")
+        return {**tree, "stages": stages}
+
+
+def check(tree: Json) -> RecipeSpec:
+    """Raises ValidationError, which `locate` puts into words."""
+    spec = RecipeSpec.model_validate(tree)
+    if spec.model.base.startswith(published.PREFIX):
+        spec = _on_published(spec)
+    kinds = {name: STAGES[section.kind] for name, section in spec.stages.items()}
+    for name, section in spec.stages.items():
+        _check_from(section.from_, kinds, "stages", name, "from")
+        section.check_among(kinds, "stages", name)
+    _check_truth(spec)
+    check_words(spec.model.lora, words("LoraConfig"), "model", "lora")
+    template = spec.model.chat_template
+    if template and not os.path.isfile(template):
+        raise complaint(f"no such file: {template}", "model", "chat_template")
+    for name, section in spec.stages.items():
+        if section.train.get("push_to_hub") and os.path.exists(spec.model.base) and not spec.model.public_id:
+            unnamed = "names the base, and nobody else has this folder: say what it is on the Hub (model.public_id)"
+            raise complaint(unnamed, "stages", name, "train", "push_to_hub")
+    gates.check(spec.expect, {name: [*kinds[name].numbers, *of.source_numbers()] for name, of in spec.stages.items()})
+    return spec
+
+
+def _on_published(spec: RecipeSpec) -> RecipeSpec:
+    """`model.base` names a published adapter: the base is the one under it, and stages without `from` go on with it."""
+    load = published.load_words(spec.model.base)
+    quantize = (load["quantization"] or {}).get("bnb_4bit_quant_type", "none")
+    if quantize != spec.model.quantize:
+        told = f"is {spec.model.quantize}; {spec.model.base} was trained under {quantize}"
+        raise complaint(told, "model", "quantize")
+    stages = {
+        name: section if section.from_ else section.model_copy(update={"from_": spec.model.base})
+        for name, section in spec.stages.items()
+    }
+    # A base that was published from a local folder has no commit there; then the recipe's own word counts.
+    revision = load["revision"] or spec.model.revision
+    model = spec.model.model_copy(update={"base": load["base"], "revision": revision})
+    return spec.model_copy(update={"model": model, "stages": stages})
+
+
+def _check_from(from_: str | None, kinds: dict[str, Stage], *place: str) -> None:
+    if from_ is None:
+        return
+    if from_.startswith(published.PREFIX):
+        kind, named = STAGES[published.pulled(from_).finished().kind], f"{from_} is"
+    elif from_ in kinds:
+        kind, named = kinds[from_], f"'{from_}' leaves"
+    else:
+        raise complaint(f"no stage '{from_}' in this recipe{suggest(from_, kinds)}", *place)
+    if not kind.answers:
+        raise complaint(f"{named} a reward model, not a policy to go on with", *place)
+
+
+def _check_truth(spec: RecipeSpec) -> None:
+    """All stages are measured by one truth, a function."""
+    found: str | None = None
+    for name, section in spec.stages.items():
+        for term in section.reward_terms():
+            if not term.truth:
+                continue
+            key = ("stages", name, "reward")
+            if term.file is None:
+                told = f"'{term.source}' is a reward model; truth: true is for a function that gives 0 or 1"
+                raise complaint(told, *key)
+            if found not in (None, term.source):
+                raise complaint(f"a second truth, {term.source}; {found} is it already", *key)
+            found = term.source
+
+
+def locate(error: ValidationError, path: str, lines: Json) -> str:
+    """The first thing that is wrong, as file:line: dotted key: what. `lines` gives each key's line."""
+    # A misspelt key is both unknown and missing; what was typed is what can be corrected.
+    first = min(error.errors(), key=lambda one: one["type"] == "missing")
+    place = [str(step) for step in first["loc"] if step != "[key]"]
+    if error.title == RecipeSpec.__name__ and place[:1] == ["stages"] and {*place[2:3]} & STAGES.keys():
+        del place[2]  # pydantic says which section of the union it is
+    key = known = ".".join(place)
+    while known and known not in lines:
+        known = known.rpartition(".")[0]
+    told = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        told = _unknown(first["loc"])
+    elif first["type"] == "missing":
+        told = "is missing"
+    elif first["type"] != "complaint":
+        told = f"{told[0].lower()}{told[1:]} (found {first['input']!r})"
+    return f"{path}:{lines[known]}: {key}: {told}" if known else f"{path}: {key or 'recipe'}: {told}"
+
+
+def _unknown(loc: tuple[int | str, ...]) -> str:
+    """Of a key that its section does not take: what was meant, or whose it is."""
+    section: type[BaseModel] = RecipeSpec
+    word = str(loc[-1])
+    if loc[0] == "model":
+        section = ModelSpec
+    elif loc[0] == "stages":
+        of = STAGES[str(loc[2])]
+        section = DataSpec if loc[3] == "data" and len(loc) > 4 else of.section
+        others = [name for name, other in STAGES.items() if word in other.section.model_fields]
+        if section is of.section and others:
+            return f"a {of.name} stage takes no {word}; only {', '.join(others)} may"
+    return f"unknown key{suggest(word, [field.alias or name for name, field in section.model_fields.items()])}"

@@ -11,6 +11,7 @@ checkpointing the forward pass is repeated then, under whichever adapter is acti
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +22,7 @@ from torch.nn.functional import linear
 from pipeline.data.render import padded
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel, score_states
-from pipeline.models.halving import in_halves
+from pipeline.models.out_of_memory import EPISODE, run_in_parts
 from pipeline.ppo.algorithm import log_probs, log_probs_with_slope
 
 if TYPE_CHECKING:
@@ -64,12 +65,10 @@ class Pack:
     advantages_BG: Tensor = field(default_factory=lambda: torch.empty(0))
     returns_BG: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def halves(self) -> list[Pack]:
-        """The same episodes in two packs of the same width, for when memory does not hold them together."""
-        middle = len(self.rows) // 2
-        return [self._some(0, middle), self._some(middle, len(self.rows))]
-
-    def _some(self, start: int, stop: int) -> Pack:
+    def part(self, start: int, stop: int) -> Pack:
+        """Some of the episodes in a pack of the same width, for when memory does not hold them together."""
+        if (start, stop) == (0, len(self.rows)):
+            return self
         chosen_N = (self.row_N >= start) & (self.row_N < stop)
         parts: dict[str, Any] = {"rows": self.rows[start:stop]}
         for name, value in vars(self).items():
@@ -144,10 +143,8 @@ class Actors(LanguageModel):
 
         first = {tuple(ids): index for index, ids in reversed(list(enumerate(sequences)))}
         order = sorted(first.values(), key=lambda i: (len(sequences[i]), i))
-        values: dict[int, float] = {}
-        for start in range(0, len(order), at_once):
-            batch = order[start : start + at_once]
-            values |= zip(batch, in_halves(of, batch), strict=True)
+        parts = run_in_parts(of, order, lambda i: len(sequences[i]), EPISODE, at_once)
+        values = dict(zip(order, itertools.chain.from_iterable(parts), strict=True))
         self.act_as(POLICY)
         return [values[first[tuple(ids)]] for ids in sequences]
 

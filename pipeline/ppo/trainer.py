@@ -19,6 +19,7 @@ import torch
 from pipeline.data import render
 from pipeline.errors import UserError
 from pipeline.models.forward import plain_layers
+from pipeline.models.out_of_memory import ROLLOUT, WhenSplit, try_twice
 from pipeline.models.sampling import Episode, sample
 from pipeline.ppo import algorithm as maths
 from pipeline.ppo import processes, rewards, splitting
@@ -68,7 +69,7 @@ class PPOTrainer:
         """Episodes of a rollout's and of an update's pass, once more have been found too many for memory."""
         self.split_at = 0
         """The step in which that was found last."""
-        self.when_split: splitting.Told = lambda episodes, left: None
+        self.when_split: WhenSplit = lambda episodes, left: None
         share, rest = divmod(settings.mini, self.processes)
         if rest or share % min(settings.per_device_train_batch_size, share):
             raise UserError(
@@ -143,24 +144,18 @@ class PPOTrainer:
         with plain_layers(actors.model, fold_adapter=True) if settings.dequantize_rollout else contextlib.nullcontext():
             prompts = [render.prompt(self.tokenizer, row) for row in rows]
             share = settings.rollout_batch_size or settings.batch_size // self.processes
-            at_once = min(len(prompts), self.sampled_at_once or share)
-
-            def draw(at_once: int) -> list[Episode]:
-                return sample(
-                    actors,
-                    prompts,
-                    new_tokens=settings.response_length,
-                    temperature=settings.temperature,
-                    stops=self.stops,
-                    generator=torch.Generator(actors.device).manual_seed(number),
-                    at_once=at_once,
-                    critic=actors.state_values if actors.value_adapter == POLICY else None,
-                )
-
-            episodes, came_to = splitting.sampled(draw, at_once, self.when_split)
-            if came_to < at_once:
-                self.sampled_at_once, self.split_at = came_to, self.step
-            return episodes
+            return sample(
+                actors,
+                prompts,
+                new_tokens=settings.response_length,
+                temperature=settings.temperature,
+                stops=self.stops,
+                generator=torch.Generator(actors.device).manual_seed(number),
+                at_once=self.sampled_at_once or share,
+                critic=actors.state_values if actors.value_adapter == POLICY else None,
+                advice=ROLLOUT,
+                when_split=self._samples_fewer,
+            )
 
     def text(self, episode: Episode) -> str:
         ids = episode.answer_ids[:-1] if episode.ended else episode.answer_ids
@@ -310,6 +305,10 @@ class PPOTrainer:
         """All that is trained."""
         return [weight for optimizer in self.optimizers.values() for weight in optimizer.param_groups[0]["params"]]
 
+    def _samples_fewer(self, episodes: int, left: int) -> None:
+        self.sampled_at_once, self.split_at = left, self.step
+        self.when_split(episodes, left)
+
     def _learns_fewer(self, episodes: int, left: int) -> None:
         self.learnt_at_once, self.split_at = left, self.step
         self.when_split(episodes, left)
@@ -370,7 +369,7 @@ class PPOTrainer:
             for group in optimizer.param_groups:
                 group["lr"] = rates[role] * factor
             if fit:
-                splitting.again_when_full(optimizer.step)
+                try_twice(optimizer.step)
             optimizer.zero_grad(set_to_none=True)
         numbers = {"learning_rate": rates["policy"] * factor}
         if self.scale.moves:

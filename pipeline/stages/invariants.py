@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from pipeline.errors import BrokenInvariant, UserError
 from pipeline.evaluate import scoring
 from pipeline.models import adapters
 from pipeline.models.base import computing, frozen_digest
-from pipeline.models.halving import in_halves
+from pipeline.models.out_of_memory import ROW, run_in_parts
 from pipeline.ppo.actors import REFERENCE, noted, packed
 from pipeline.stages import splitting
 from pipeline.stages.sequences import ends_supervised
@@ -138,10 +139,11 @@ def reference_is_the_start(trainer: Trainer) -> Found:
             found.append((loss, seen["rewards/margins"][-1], math.nan if math.nan in ratios else max(ratios)))
         return found
 
-    found = in_halves(of, range(splitting.rows(batch)))
+    length, pairs = batch["input_ids"].shape[1], range(splitting.rows(batch))
+    found = run_in_parts(of, pairs, lambda _: length, ROW)
     seen.clear()
-    losses, margins, ratios = zip(*found, strict=True)
-    loss, margin, ratio = sum(losses) / len(found), sum(margins) / len(found), max(ratios)
+    losses, margins, ratios = zip(*itertools.chain.from_iterable(found), strict=True)
+    loss, margin, ratio = sum(losses) / len(pairs), sum(margins) / len(pairs), max(ratios)
     taken = trainer.precompute_ref_logps
     plain = trainer.loss_types == ["sigmoid"] and trainer.loss_weights == [1.0]
     plain = plain and not (taken or trainer.use_weighting or trainer.aux_loss_enabled)

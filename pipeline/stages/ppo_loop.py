@@ -17,6 +17,7 @@ from pipeline.data.load import NAMED_AT_MOST
 from pipeline.errors import Interrupted, UserError
 from pipeline.evaluate import rewarded
 from pipeline.models import adapters
+from pipeline.models.out_of_memory import say_split
 from pipeline.ppo import checkpoint as checkpoints
 from pipeline.ppo.actors import POLICY, REFERENCE, VALUE
 from pipeline.ppo.rewards import adapter_name
@@ -144,11 +145,8 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
 
     def note(episodes: int, left: int) -> None:
         halved.append(left)
-        print(
-            f"  step {trainer.step + 1}: out of memory with {episodes} episodes at once; again with {left}, and "
-            f"with all once {WHOLE_AGAIN} steps have passed",
-            flush=True,
-        )
+        later = f", and with all once {WHOLE_AGAIN} steps have passed"
+        say_split(episodes, left, f"step {trainer.step + 1}: ", later)
         if everyone.is_main_process:
             metrics.append(ctx.out.metrics, trainer.step, {"out_of_memory": episodes, "rows_at_once": left})
 

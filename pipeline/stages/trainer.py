@@ -19,7 +19,7 @@ from pipeline.artifact import written_whole
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
 from pipeline.models import adapters
 from pipeline.models.forward import checkpoint_first
-from pipeline.models.halving import out_of_memory
+from pipeline.models.out_of_memory import is_out_of_memory, say_split
 from pipeline.plan.stage import optimizer_bytes
 from pipeline.stages.progress import Checkpoints, Progress, Stop
 from pipeline.stages.splitting import SplitsWhenFull
@@ -176,7 +176,7 @@ def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
     def note(rows: int, left: int) -> None:
         halved.append(left)
         step = trainer.state.global_step
-        print(f"  step {step + 1}: out of memory with {rows} rows at once; the same step with {left}", flush=True)
+        say_split(rows, left, where=f"step {step + 1}: ")
         metrics.append(ctx.out.metrics, step, {"out_of_memory": rows, "rows_at_once": left})
 
     def note_trial(rows: int) -> None:
@@ -194,7 +194,7 @@ def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
         with stop.listening():
             output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(_full_beside_the_rows(trainer, ctx)) from error
     if stop.asked:

@@ -49,7 +49,7 @@ from pipeline.ppo.actors import REFERENCE, Actors
 from pipeline.ppo.rewards import Source
 from pipeline.ppo.settings import PPOSettings
 from pipeline.ppo.trainer import PPOTrainer
-from pipeline.stages import trainer as shared
+from pipeline.training import trainer as shared
 
 TINY = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

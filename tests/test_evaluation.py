@@ -25,9 +25,8 @@ from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.models.base import computing
 from pipeline.models.sampling import sample
-from pipeline.ppo import rewards
+from pipeline.ppo import loop, rewards
 from pipeline.recipe import Recipe, build
-from pipeline.stages import ppo_loop
 from pipeline.worker import load_rows
 
 
@@ -214,7 +213,7 @@ def test_ppo_warns_of_a_reward_model_no_better_than_length(tmp_path: Path, capsy
         parts = {"fingerprint": "f", "parts": {}, "before": {}, "after": after, "seconds": 1.0}
         models[name].adapter.mkdir(parents=True)
         models[name].seal(parts)
-    ppo_loop.warn_of_length(models)
+    loop.warn_of_length(models)
     told = capsys.readouterr().out
     assert "warning: the reward model 'long' ranks 50 %" in told and "honest" not in told
 

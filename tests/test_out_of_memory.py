@@ -31,9 +31,9 @@ from pipeline.models.out_of_memory import ROLLOUT, run_in_parts
 from pipeline.models.sampling import sample
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.recipe import build
-from pipeline.stages import sequences
-from pipeline.stages import trainer as shared
-from pipeline.stages.splitting import SplitsWhenFull, lengths
+from pipeline.training import sequences
+from pipeline.training import trainer as shared
+from pipeline.training.micro_batches import SplitsWhenFull, lengths
 from pipeline.worker import run_stage
 
 READY = adapters._ready

@@ -19,7 +19,7 @@ from pipeline.artifact import Artifact, mark_checkpoint, write_json
 from pipeline.errors import UserError
 from pipeline.recipe import read
 from pipeline.runner import states
-from pipeline.stages import progress, trainer
+from pipeline.training import progress, trainer
 from pipeline.worker import run_stage
 
 ONEBASE = [sys.executable, "-m", "pipeline", "run"]

@@ -20,8 +20,8 @@ from pipeline.models.spec import ModelSpec
 from pipeline.ppo.actors import Actors
 from pipeline.publish.adapter import pad_that_ends_nothing
 from pipeline.recipe import build
-from pipeline.stages import sequences
-from pipeline.stages import trainer as shared
+from pipeline.training import sequences
+from pipeline.training import trainer as shared
 from pipeline.worker import run_stage
 
 CLOSES_WITH_PAD = (

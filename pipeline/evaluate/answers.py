@@ -17,9 +17,8 @@ from pipeline.data import render
 from pipeline.data.contracts import Row
 from pipeline.evaluate.matching import NEW_TOKENS
 from pipeline.evaluate.scoring import batches
-from pipeline.models import sampling
+from pipeline.models import processes, sampling
 from pipeline.models.forward import LanguageModel, plain_layers
-from pipeline.ppo import processes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -135,7 +134,7 @@ def generate(
                 said = episode.answer_ids[:-1] if episode.ended else episode.answer_ids
                 text = tokenizer.decode(said, skip_special_tokens=True).strip()
                 answers[index] = Answer(text, stopped=episode.ended)
-    found = {index: answer for part in processes.gathered(answers) for index, answer in part.items()}
+    found = {index: answer for part in processes.gather(answers) for index, answer in part.items()}
     return [found[index] for index in range(len(rows))]
 
 

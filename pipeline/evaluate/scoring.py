@@ -11,10 +11,10 @@ import torch
 
 from pipeline.data.render import IGNORED, Encoded, Reply, padded
 from pipeline.evaluate import intervals, reward_check
+from pipeline.models import processes
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel
 from pipeline.models.out_of_memory import run_in_parts
-from pipeline.ppo import processes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -126,7 +126,7 @@ def _by_batches(of: Callable[[Sequence[int]], list[float]], lengths: list[int]) 
     for batch in processes.share(list(batches(lengths))):
         parts = run_in_parts(of, batch, lengths.__getitem__)
         values |= zip(batch, itertools.chain.from_iterable(parts), strict=True)
-    found = {index: value for part in processes.gathered(values) for index, value in part.items()}
+    found = {index: value for part in processes.gather(values) for index, value in part.items()}
     return [found[index] for index in range(len(lengths))]
 
 

@@ -26,7 +26,7 @@ from pipeline.models.out_of_memory import (
     is_out_of_memory,
 )
 from pipeline.plan.stage import optimizer_bytes
-from pipeline.stages.fitting import checkpoints, longest_that_fits
+from pipeline.training.fitting import checkpoints, longest_that_fits
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -19,15 +19,16 @@ from pipeline.artifact import written_whole
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
 from pipeline.models import adapters
 from pipeline.models.forward import checkpoint_first
-from pipeline.models.out_of_memory import is_out_of_memory, say_split
+from pipeline.models.out_of_memory import is_out_of_memory
 from pipeline.plan.stage import optimizer_bytes
-from pipeline.stages.progress import Checkpoints, Progress, Stop
-from pipeline.stages.splitting import SplitsWhenFull
-from pipeline.stages.stage import Context, StageSpec
+from pipeline.training.micro_batches import SplitsWhenFull
+from pipeline.training.progress import Checkpoints, Progress, Stop, note_split
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+    from pipeline.stages.stage import Context, StageSpec
 
 
 def arguments(config_class: type, spec: StageSpec, ctx: Context, **house: Any) -> TrainingArguments:
@@ -175,9 +176,7 @@ def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
 
     def note(rows: int, left: int) -> None:
         halved.append(left)
-        step = trainer.state.global_step
-        say_split(rows, left, where=f"step {step + 1}: ")
-        metrics.append(ctx.out.metrics, step, {"out_of_memory": rows, "rows_at_once": left})
+        note_split(ctx, trainer.state.global_step, rows, left)
 
     def note_trial(rows: int) -> None:
         step = trainer.state.global_step

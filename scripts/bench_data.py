@@ -52,7 +52,7 @@ def pack(rows: Any, given: argparse.Namespace) -> None:
     from trl import pack_dataset
 
     from pipeline.data import render
-    from pipeline.stages import sequences
+    from pipeline.training import sequences
 
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(given.pack)

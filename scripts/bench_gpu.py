@@ -40,7 +40,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 from pipeline.disk.atomic import write_json
 from pipeline.models import adapters
 from pipeline.models.base import keep_gradients_on_cpu
-from pipeline.models.halving import out_of_memory
+from pipeline.models.out_of_memory import is_out_of_memory
 from pipeline.plan import cards
 from pipeline.plan.memory import CONTEXT, Adapter, Model, Work, memory
 from pipeline.plan.shapes import shapes_of
@@ -49,7 +49,7 @@ from pipeline.ppo.actors import REFERENCE, Actors
 from pipeline.ppo.rewards import Source
 from pipeline.ppo.settings import PPOSettings
 from pipeline.ppo.trainer import PPOTrainer
-from pipeline.stages import trainer as shared
+from pipeline.training import trainer as shared
 
 TINY = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -266,7 +266,7 @@ def measured(stage: str, side: str, given: argparse.Namespace, config: dict[str,
     try:
         return ppo(given, config, folder) if stage == "ppo" else train(stage, side, given, config, folder)
     except Exception as error:  # whatever one stage dies of, the others are still to be measured
-        full = out_of_memory(error) or "does not fit in memory" in str(error)
+        full = is_out_of_memory(error) or "does not fit in memory" in str(error)
         if not full:
             traceback.print_exc()
         why = "out of memory" if full else f"failed: {type(error).__name__}: {error}".splitlines()[0]

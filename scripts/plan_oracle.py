@@ -37,12 +37,12 @@ from pipeline.measure.scoring import token_log_likelihoods
 from pipeline.models import adapters
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel
+from pipeline.models.out_of_memory import gradients_aside
 from pipeline.plan.memory import Adapter, Model, Work, memory, scored
 from pipeline.plan.shapes import shapes_of
 from pipeline.ppo.actors import REFERENCE, VALUE, Actors
 from pipeline.ppo.settings import PPOSettings
 from pipeline.ppo.trainer import PPOTrainer
-from pipeline.stages.splitting import _put_back, _taken_gradients
 
 MODELS: dict[str, dict[str, Any]] = {
     # the widths of config.json; what is not said is the family's default
@@ -178,11 +178,10 @@ def step(config: dict[str, Any], stage: str, rows: int, length: int, checkpointe
         _loss(model, stage, rows, length).backward()
         found["gradients"] = sum(weight.grad.nbytes for weight in trained)
         live.mark()
-        aside = _taken_gradients(model)  # as the trainer does from one micro-batch to the next
-        _loss(model, stage, rows, length).backward()
-        _put_back(aside)
+        with gradients_aside(list(trained)):  # as the trainer does from one micro-batch to the next
+            _loss(model, stage, rows, length).backward()
         found["activations"] = live.above()
-        del states, aside
+        del states
     return found
 
 

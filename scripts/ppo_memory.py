@@ -33,8 +33,10 @@ from pipeline.models import adapters
 from pipeline.models.base import computing
 from pipeline.models.sampling import Episode
 from pipeline.ppo import algorithm as maths
-from pipeline.ppo import splitting
-from pipeline.ppo.actors import POLICY, REFERENCE, VALUE, Actors, packed
+from pipeline.ppo.actors import POLICY, REFERENCE, VALUE, Actors
+from pipeline.ppo.batch import Advantaged, pack_episodes
+from pipeline.ppo.optimizer import trained_weights
+from pipeline.ppo.scoring import score
 from pipeline.ppo.settings import PPOSettings
 from pipeline.ppo.trainer import PPOTrainer
 
@@ -103,24 +105,23 @@ def step(trainer: PPOTrainer, given: argparse.Namespace, seen: Any) -> None:
         del cache, hidden_BTH, logits_BV
     seen("sampling")
     episodes = [Episode([0] * given.prompt, [0] * given.answer, [0.0] * given.answer, True)] * given.batch
-    packs = packed(episodes, trainer.pack_size, 0, device)
     # scoring: reward model, reference, policy, critic
     with torch.no_grad():
-        for pack in packs:
+        for pack in pack_episodes(episodes, trainer.pack_size, 0, device):
             actors.act_as("reward-reward")
             with computing(actors.model):
                 actors.hidden(pack.ids_BT, pack.mask_BT)
-    trainer.score(packs, episodes)
+            del pack
+    scored = score(actors, episodes, torch.zeros(given.batch), trainer.pack_size, trainer.settings)
     seen("scoring")
-    for pack in packs:
-        rewards_BG = maths.shaped_rewards(pack.mask_BG[:, 0], pack.old_logp_BG, pack.mask_BG, 0.05)
-        pack.advantages_BG, pack.returns_BG = maths.gae(rewards_BG, pack.values_BG, pack.mask_BG, 1.0, 0.95)
+    batch = []
+    for one in scored:
+        rewards_BG = maths.shaped_rewards(one.scores_B, one.logp_BG, one.pack.mask_BG, 0.05)
+        gained = maths.gae(rewards_BG, one.values_BG, one.pack.mask_BG, 1.0, 0.95)
+        batch.append(Advantaged(one.pack, one.logp_BG, one.values_BG, *gained))
     # one update
-    actors.model.train()
-    weights = [weight for optimizer in trainer.optimizers.values() for weight in optimizer.param_groups[0]["params"]]
-    tokens = float(given.batch * given.answer)
-    for pack in packs:
-        splitting.backward_in_parts(lambda part: trainer.backward(part, tokens), pack, weights, None, lambda *_: None)
+    weights = trained_weights(trainer.optimizers)
+    trainer.run_backward(batch, float(given.batch * given.answer))
     seen("forward and backward")
     for weight in weights:  # an adapter that no pass has reached has them too, when the optimizers take their step
         if weight.grad is None:

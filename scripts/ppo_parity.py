@@ -30,7 +30,9 @@ from pipeline.models.base import load_base
 from pipeline.models.sampling import Episode
 from pipeline.models.spec import ModelSpec
 from pipeline.ppo import trainer as ours
-from pipeline.ppo.actors import REFERENCE, VALUE, Actors, packed
+from pipeline.ppo.actors import REFERENCE, VALUE, Actors
+from pipeline.ppo.batch import pack_episodes
+from pipeline.ppo.scoring import take_advantages
 from pipeline.ppo.settings import PPOSettings
 
 B, P, G, KL_COEF, VF_COEF = 6, 5, 9, 0.2, 0.3
@@ -67,15 +69,13 @@ def our_gradients(base: Path, folder: Path, ids_BT: torch.Tensor, scores: list[f
         actors.value_head.weight.copy_(head)
     trainer = ours.PPOTrainer(actors, tokenizer, [], [], settings, 17)
     episodes = [Episode(row[:P], row[P:], [0.0] * G, ended=True) for row in ids_BT.tolist()]
-    packs = packed(episodes, B, 0, actors.device)
+    (pack,) = pack_episodes(episodes, B, 0, actors.device)
     with torch.no_grad():  # what the sampler would have noted
-        for episode, logp in zip(episodes, actors.policy(packs[0])[0].tolist(), strict=True):
+        for episode, logp in zip(episodes, actors.policy(pack)[0].tolist(), strict=True):
             episode.logp = logp
     trainer.step = 1  # the critic stands where it was put
-    trainer.normalize(scores, episodes, packs)
-    trainer.score(packs, episodes)
-    trainer.advantages(packs)
-    trainer.backward(packs[0], float(B * G))
+    (batch,), _ = take_advantages(trainer.score(episodes, scores), settings, trainer.kl.coef)
+    trainer.backward(batch, float(B * G))
     policy = {name: weight.grad for name, weight in actors.trained("policy").items()}
     return {
         **{name.replace(".default.", "."): grad for name, grad in policy.items()},

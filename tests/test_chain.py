@@ -289,7 +289,7 @@ def test_a_wrong_reference_stops_dpo_before_it_trains(
     """A planted fault: the reference copy is taken before the SFT adapter is there."""
     import torch
 
-    from pipeline.stages import trainer as shared
+    from pipeline.training import trainer as shared
 
     recipe, runs = copied(chain, tmp_path)
     honest = shared.build

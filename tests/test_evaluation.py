@@ -26,10 +26,9 @@ from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.models.base import computing
 from pipeline.models.sampling import sample
-from pipeline.ppo import rewards
+from pipeline.ppo import loop, rewards
 from pipeline.recipe.recipe import Recipe, build
 from pipeline.runs.rows import load_rows
-from pipeline.stages import ppo_loop
 
 
 def finished(recipe: Recipe, runs: Path) -> None:
@@ -210,7 +209,7 @@ def test_ppo_warns_of_a_reward_model_no_better_than_length(
         after |= {"over_longer_low": rule.low, "over_longer_high": rule.high}
         seal(recipe, "pretrain", tmp_path / name, after)
         models[name] = recipe.artifact("pretrain", tmp_path / name)
-    ppo_loop.warn_of_length(models)
+    loop.warn_of_length(models)
     told = capsys.readouterr().out
     assert "warning: the reward model 'long' ranks 50 %" in told and "honest" not in told
 

@@ -156,8 +156,8 @@ def test_dpo_learns_only_what_the_assistant_says(tiny_base: Path, tmp_path: Path
 
     from pipeline.data.examine_rows import encode_row
     from pipeline.measure import scoring
-    from pipeline.stages import sequences
-    from pipeline.stages import trainer as shared
+    from pipeline.training import sequences
+    from pipeline.training import trainer as shared
 
     spec = one_stage(tiny_base, tmp_path, "dpo").spec.model
     tokenizer = bases.load_tokenizer(spec)
@@ -211,8 +211,8 @@ def dpo_trainer(
     """The stage's trainer, on a policy that has moved so far from the base before its reference was copied."""
     from trl import DPOConfig, DPOTrainer
 
-    from pipeline.stages import sequences
-    from pipeline.stages import trainer as shared
+    from pipeline.training import sequences
+    from pipeline.training import trainer as shared
 
     recipe = one_stage(base, folder, "dpo")
     spec = recipe.spec.model
@@ -259,7 +259,7 @@ def dpo_settings() -> list[dict[str, Any]]:
 def test_dpo_may_start_under_every_loss_and_under_none_from_another_reference(
     tiny_base: Path, tmp_path: Path, train: dict[str, Any]
 ) -> None:
-    from pipeline.stages import invariants
+    from pipeline.training import invariants
 
     _, trainer = dpo_trainer(tiny_base, tmp_path, moved=0.05, batch=2, **train)
     found = invariants.reference_is_the_start(trainer)

@@ -26,14 +26,15 @@ from pipeline.data import render
 from pipeline.errors import UserError
 from pipeline.models import adapters
 from pipeline.models import base as bases
-from pipeline.models.halving import in_halves
-from pipeline.ppo.splitting import sampled
+from pipeline.models.forward import LanguageModel
+from pipeline.models.out_of_memory import ROLLOUT, run_in_parts
+from pipeline.models.sampling import sample
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.recipe.recipe import build
 from pipeline.runs.stage import run_stage
-from pipeline.stages import sequences
-from pipeline.stages import trainer as shared
-from pipeline.stages.splitting import SplitsWhenFull, lengths
+from pipeline.training import sequences
+from pipeline.training import trainer as shared
+from pipeline.training.micro_batches import SplitsWhenFull, lengths
 
 READY = adapters._ready
 
@@ -388,34 +389,57 @@ def _accumulating(tree: dict[str, Any], times: int) -> dict[str, Any]:
     return {**section, "train": {**section["train"], "gradient_accumulation_steps": times}}
 
 
-def test_a_rollout_is_sampled_again_in_smaller_batches() -> None:
+def test_a_rollout_is_sampled_on_in_smaller_batches(tiny_base: Path) -> None:
+    """The answers are those that one large batch gives."""
+    spec = build(tree_of(tiny_base, tiny_base, "sft")).spec.model
+    tokenizer = bases.load_tokenizer(spec)
+    language_model = LanguageModel(adapters.fresh(bases.load_base(spec, tokenizer), spec.lora), tokenizer.pad_token_id)
+    prompts = [list(range(20, 23 + i)) for i in range(9)]
     tried: list[int] = []
-
-    def sample(at_once: int) -> list[Any]:
-        tried.append(at_once)
-        if at_once > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. (planted)")
-        return ["answers"]
-
     told: list[tuple[int, int]] = []
-    assert sampled(sample, 9, lambda *pair: told.append(pair)) == (["answers"], 2)
-    assert tried == [9, 4, 2] and told == [(9, 4), (4, 2)]
+    limit = 9
+
+    def entered(_: Any, args: Any) -> None:
+        if args[0].shape[1] > 1:  # a batch's prompts
+            tried.append(len(args[0]))
+            if len(args[0]) > limit:
+                _always_full(None)
+
+    def answers() -> list[list[int]]:
+        draw = torch.Generator().manual_seed(3)
+        options = {"new_tokens": 4, "temperature": 1.0, "stops": [-1], "advice": ROLLOUT}
+        note = lambda *pair: told.append(pair)  # noqa: E731
+        return [e.answer_ids for e in sample(language_model, prompts, generator=draw, when_split=note, **options)]  # type: ignore[arg-type]
+
+    language_model.model.get_input_embeddings().register_forward_pre_hook(entered)
+    whole = answers()
+    limit = 2
+    assert answers() == whole and told == [(9, 4), (4, 2)]
+    assert tried == [9, 9, 4, 2, 2, 2, 2, 1]
+    limit = 0
+    with pytest.raises(UserError, match="one row of 7 tokens .* Lower response_length"):
+        answers()
 
 
 def _always_full(_: Any) -> list[Any]:
     raise torch.OutOfMemoryError("CUDA out of memory. (planted)")
 
 
-def test_evaluation_in_halves_gives_the_same_numbers_in_the_same_order() -> None:
+def test_evaluation_in_parts_gives_the_same_numbers_in_the_same_order() -> None:
+    ran: list[int] = []
+
     def run(items: Any) -> list[int]:
         if len(items) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. (planted)")
+        ran.append(len(items))
         return [item * item for item in items]
 
-    assert in_halves(run, range(11)) == [item * item for item in range(11)]
+    def of(items: Any) -> list[int]:
+        return [value for part in run_in_parts(run, items, lambda item: item) for value in part]
+
+    assert of(range(11)) == [item * item for item in range(11)] and ran == [2, 2, 2, 2, 2, 1]
+    assert of([]) == []
     with pytest.raises(UserError, match="one row of 11 tokens does not fit .* over 5 tokens"):
-        in_halves(_always_full, [11], tokens=lambda item: item)
-    with pytest.raises(UserError, match="Lower response_length"):
-        sampled(_always_full, 2, lambda *_: None)  # type: ignore[arg-type]
+        run_in_parts(_always_full, [11], lambda item: item)
     with pytest.raises(ValueError):
-        in_halves(lambda items: int("x"), [1, 2])  # type: ignore[arg-type,return-value]
+        run_in_parts(lambda items: int("x"), [1, 2], lambda item: item)

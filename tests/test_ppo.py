@@ -28,16 +28,17 @@ from pipeline.models import base as bases
 from pipeline.models.forward import plain_layers
 from pipeline.models.sampling import sample
 from pipeline.models.spec import ModelSpec
-from pipeline.ppo import rewards
-from pipeline.ppo.actors import POLICY, REFERENCE, VALUE, Actors, packed
+from pipeline.ppo import invariants, rewards
+from pipeline.ppo.actors import POLICY, REFERENCE, VALUE, Actors
+from pipeline.ppo.batch import Advantaged, Scored
 from pipeline.ppo.health import WINDOW, Health
+from pipeline.ppo.scoring import take_advantages
 from pipeline.ppo.settings import PPOSettings
 from pipeline.ppo.trainer import PPOTrainer
 from pipeline.recipe.recipe import build, read
 from pipeline.runs import runner
 from pipeline.runs.environment import make_environment
 from pipeline.runs.stage import run_stage
-from pipeline.stages import invariants
 
 ASKED = ["Where is Tolva?", "Name one thing that they make on Isket, and say who buys it.", "Hi", "What colour?"]
 ROWS = [{"prompt": text, "_place": f"prompts.jsonl:{i}"} for i, text in enumerate(ASKED, 1)]
@@ -75,16 +76,15 @@ def length(completions: list[str], **columns: Any) -> list[float]:
     return [float(len(text)) for text in completions]
 
 
-def filled(ppo: PPOTrainer) -> list[Any]:
+def score(ppo: PPOTrainer) -> list[Scored]:
+    """The scored packs of one step."""
+    rollout = ppo.rollout(0)
+    return ppo.score(rollout.episodes, rewards.total(ppo.sources, ppo.ask_sources(rollout)))
+
+
+def make_batch(ppo: PPOTrainer) -> list[Advantaged]:
     """The packs of one step, ready for the update."""
-    rows, episodes = ppo.rollout(0)
-    told = rewards.scores(ppo.sources, ppo.actors, ppo.tokenizer, rows, [ppo.text(e) for e in episodes], 4)
-    raw = rewards.total(ppo.sources, told)
-    packs = packed(episodes, ppo.pack_size, ppo.actors.pad_id, ppo.actors.device)
-    ppo.normalize(raw, episodes, packs)
-    ppo.score(packs, episodes)
-    ppo.advantages(packs)
-    return packs
+    return take_advantages(score(ppo), ppo.settings, ppo.kl.coef)[0]
 
 
 def test_greedy_rollout_is_generate_and_sampled_log_probs_are_the_models_own(tiny_base: Path) -> None:
@@ -199,19 +199,20 @@ def test_gradients_are_those_of_the_two_losses(tiny_base: Path, critic: str, che
     )  # fmt: skip
     with torch.no_grad():
         ppo.actors.value_head.weight.normal_(generator=torch.Generator().manual_seed(4))
-    packs = filled(ppo)
+    batch = make_batch(ppo)
     kept: dict[str, dict[str, torch.Tensor]] = {}
     for role, optimizer in ppo.optimizers.items():
         optimizer.step = lambda role=role: kept.update(  # type: ignore[method-assign,misc]
             {role: {n: w.grad.clone() for n, w in ppo.actors.trained(role).items()}}  # type: ignore[union-attr]
         )
-    ppo._minibatch(packs)
+    _, batch = ppo.update_minibatch(batch)  # from which the policy that wrote the answers is known
 
-    model, tokens = ppo.actors.model.eval(), sum(pack.mask_BG.sum().item() for pack in packs)
+    model, tokens = ppo.actors.model.eval(), sum(one.pack.mask_BG.sum().item() for one in batch)
     for role in ("policy", "value"):
         for weight in ppo.actors.trained(role).values():
             weight.grad = None
-    for pack in packs:
+    for one in batch:
+        pack = one.pack
         for row in range(len(pack.rows)):
             count = int(pack.mask_BG[row].sum())
             ids = pack.ids_BT[row, : int(pack.mask_BT[row].sum())]
@@ -222,11 +223,11 @@ def test_gradients_are_those_of_the_two_losses(tiny_base: Path, critic: str, che
                 out = model(input_ids=ids[None], output_hidden_states=True)
                 if role == "policy":
                     logp = torch.log_softmax(out.logits[0, states], -1).gather(1, ids[-count:, None])[:, 0]
-                    ratio = torch.exp(logp - pack.old_logp_BG[row, :count])
-                    losses[role] = -(ratio * pack.advantages_BG[row, :count]).sum() / tokens
+                    ratio = torch.exp(logp - one.old_logp_BG[row, :count])
+                    losses[role] = -(ratio * one.advantages_BG[row, :count]).sum() / tokens
                 else:
                     values = ppo.actors.value_head(out.hidden_states[-1][0, states])[:, 0]
-                    losses[role] = 0.3 * 0.5 * (values - pack.returns_BG[row, :count]).square().sum() / tokens
+                    losses[role] = 0.3 * 0.5 * (values - one.returns_BG[row, :count]).square().sum() / tokens
                 losses[role].backward()
     for role in ("policy", "value"):
         for name, weight in ppo.actors.trained(role).items():
@@ -261,13 +262,12 @@ def test_scores_all_alike_at_the_start_give_no_scale(tiny_base: Path) -> None:
 
 def test_normalised_scores_are_those_of_the_first_batch(tiny_base: Path) -> None:
     ppo = trainer(tiny_base, length, batch_size=4, steps=1, missing_eos_penalty=0.25)
-    rows, episodes = ppo.rollout(0)
+    episodes = ppo.rollout(0).episodes
     raw = [1.0, 3.0, 4.0, 8.0]
-    packs = packed(episodes, 4, ppo.actors.pad_id, ppo.actors.device)
-    ppo.normalize(raw, episodes, packs)
+    (scored,) = ppo.score(episodes, raw)
     mean, deviation = statistics.mean(raw), statistics.stdev(raw)
-    expected = [(raw[row] - mean) / deviation - 0.25 * (not episodes[row].ended) for row in packs[0].rows]
-    assert packs[0].scores_B.tolist() == pytest.approx(expected, abs=1e-6)
+    expected = [(raw[row] - mean) / deviation - 0.25 * (not episodes[row].ended) for row in scored.pack.rows]
+    assert scored.scores_B.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_one_update_a_batch_has_ratio_one_whatever_was_written(tiny_base: Path) -> None:
@@ -281,13 +281,13 @@ def test_what_the_sampler_notes_is_what_a_pass_of_its_own_gives(tiny_base: Path,
     ppo = trainer(tiny_base, length, batch_size=8, critic="trunk", dequantize_rollout=dequantize)
     with torch.no_grad():
         ppo.actors.value_head.weight.normal_(generator=torch.Generator().manual_seed(4))
-    packs = filled(ppo)
+    scored = score(ppo)
+    assert all(one.old_logp_BG is None for one in take_advantages(scored, ppo.settings, 0.0)[0])
     with torch.no_grad():
-        for pack in packs:
-            logp_BG, _, values_BG = ppo.actors.policy(pack)
-            assert pack.noted_B.all()
-            assert (pack.old_logp_BG - logp_BG).abs().max() < 1e-4
-            assert (pack.values_BG - values_BG).abs().max() < 1e-3 < values_BG.abs().max()
+        for one in scored:
+            logp_BG, _, values_BG = ppo.actors.policy(one.pack)
+            assert (one.logp_BG - logp_BG).abs().max() < 1e-4
+            assert (one.values_BG - values_BG).abs().max() < 1e-3 < values_BG.abs().max()
 
 
 def ppo_tree(base: Path, folder: Path, **train: Any) -> dict[str, Any]:

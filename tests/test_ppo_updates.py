@@ -6,22 +6,23 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT
-from test_ppo import ROWS, filled, length, trainer
+from test_ppo import ROWS, length, make_batch, trainer
 
 from pipeline.data import render
-from pipeline.evaluate import rewarded
 from pipeline.measure import answers, scoring
+from pipeline.models import processes
 from pipeline.ppo import checkpoint as checkpoints
-from pipeline.ppo import processes, splitting
+from pipeline.ppo import held_out as held_out_numbers
+from pipeline.ppo import invariants
 from pipeline.ppo.algorithm import LOSS_SCALE, RAISED_AFTER, LossScale
 from pipeline.ppo.trainer import WHOLE_AGAIN, PPOTrainer
-from pipeline.stages import invariants
 
 
 def state(ppo: PPOTrainer) -> dict[str, torch.Tensor]:
@@ -42,24 +43,27 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_small_gradients_arrive_in_float16(tiny_base: Path, critic: str) -> None:
     """Advantages and value errors around 1e-6: each role's gradient is float32's within a per cent."""
     found: dict[str, dict[str, torch.Tensor]] = {}
-    packs: list[Any] = []
+    batch: list[Any] = []
     for dtype in ("float32", "float16"):
         ppo = trainer(tiny_base, length, dtype, "none", batch_size=4, critic=critic, max_grad_norm=1e9)
         with torch.no_grad():
             ppo.actors.value_head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(4))
-        packs = packs or filled(ppo)
-        for pack in packs:
-            pack.noted_B[:] = True
-            noise = torch.randn(pack.mask_BG.shape, generator=torch.Generator().manual_seed(5))
-            pack.advantages_BG = 1e-6 * noise * pack.mask_BG
+        batch = batch or make_batch(ppo)
+        assert all(one.old_logp_BG is None for one in batch)
+        for place, one in enumerate(batch):
+            mask_BG = one.pack.mask_BG
+            noise = torch.randn(mask_BG.shape, generator=torch.Generator().manual_seed(5))
             with torch.no_grad():
-                pack.values_BG = ppo.actors.values(pack)
-            pack.returns_BG = pack.values_BG + 1e-6 * noise.flip(1) * pack.mask_BG
+                values_BG = ppo.actors.values(one.pack)
+            returns_BG = values_BG + 1e-6 * noise.flip(1) * mask_BG
+            batch[place] = replace(
+                one, old_values_BG=values_BG, advantages_BG=1e-6 * noise * mask_BG, returns_BG=returns_BG
+            )
         for role, optimizer in ppo.optimizers.items():
             optimizer.step = lambda ppo=ppo, role=role, dtype=dtype: found.setdefault(dtype, {}).update(  # type: ignore[method-assign,misc]
                 {f"{role}/{name}": weight.grad.clone() for name, weight in ppo.actors.trained(role).items()}  # type: ignore[union-attr]
             )
-        ppo._minibatch(packs)
+        ppo.update_minibatch(batch)
     for role in ("policy", "value"):
         full, half = (
             torch.cat([grad.flatten() for name, grad in found[dtype].items() if name.startswith(role)])
@@ -71,23 +75,23 @@ def test_small_gradients_arrive_in_float16(tiny_base: Path, critic: str) -> None
 
 def test_an_overflow_moves_neither_policy_nor_critic_and_lowers_the_scale(tiny_base: Path) -> None:
     ppo = trainer(tiny_base, length, "float16", "none", batch_size=4, critic="adapter")
-    packs = filled(ppo)
+    batch = make_batch(ppo)
     ppo.scale.value = 2.0**60  # of a loss around 1 float16 cannot hold the gradients
     before = state(ppo)
-    numbers = ppo._minibatch(packs)
+    numbers, batch = ppo.update_minibatch(batch)
     assert same(before, state(ppo)) and numbers["skipped_updates"] == 1.0 and "grad_norm" not in numbers
     assert ppo.scale.value == 2.0**58
     ppo.scale.value = LOSS_SCALE
-    numbers = ppo._minibatch(packs)
+    numbers, batch = ppo.update_minibatch(batch)
     assert numbers["skipped_updates"] == 0.0 and numbers["grad_norm"] > 0 and numbers["loss_scale"] == LOSS_SCALE
     moved = [name for name, value in state(ppo).items() if not torch.equal(value, before[name])]
     assert any(name.startswith("policy") for name in moved) and any(name.startswith("value") for name in moved)
 
     # A gradient that is infinite at any scale is no overflow: it is told, and the run's health rules stop it.
     ppo.scale.value = 1.0
-    packs[0].advantages_BG = packs[0].advantages_BG * 1e38
+    batch[0] = replace(batch[0], advantages_BG=batch[0].advantages_BG * 1e38)
     before = state(ppo)
-    numbers = ppo._minibatch(packs)
+    numbers, _ = ppo.update_minibatch(batch)
     assert same(before, state(ppo)) and not torch.isfinite(torch.tensor(numbers["grad_norm"]))
 
 
@@ -123,7 +127,7 @@ def test_memory_is_tried_beside_the_optimizers_state(tiny_base: Path, monkeypatc
     ppo = trainer(tiny_base, length, batch_size=4, steps=1)
     held: list[int] = []
     monkeypatch.setattr(ppo, "probes", True)
-    monkeypatch.setattr(splitting, "probe", lambda trainer: held.append(len(state(trainer))))
+    monkeypatch.setattr(ppo, "try_longest", lambda: held.append(len(state(ppo))))
     before = state(ppo)
     next(ppo.steps())
     assert held == [4 * sum(len(ppo.actors.trained(role)) for role in ("policy", "value"))]  # type: ignore[arg-type]
@@ -155,11 +159,11 @@ def test_what_did_not_fit_once_is_tried_whole_again(tiny_base: Path) -> None:
     sizes: list[int] = []
     backward = ppo.backward
 
-    def noted(pack: Any, tokens: float) -> torch.Tensor:
-        sizes.append(len(pack.rows))
+    def noted(batch: Any, tokens: float) -> Any:
+        sizes.append(len(batch.pack.rows))
         if len(sizes) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. (planted)")
-        return backward(pack, tokens)
+        return backward(batch, tokens)
 
     ppo.backward = noted  # type: ignore[method-assign]
     steps = ppo.steps()
@@ -183,8 +187,7 @@ def test_another_attention_kernel_for_gradients_moves_no_ratio(
     ppo = trainer(tiny_base, length, batch_size=4, mini_batch_size=2, per_device_train_batch_size=2)
     found = invariants.policy_is_reference(ppo)
     assert found["step_0_ratio_minus_1"] == 0.0 and found["step_0_kl"] == 0.0
-    packs = filled(ppo)
-    numbers = ppo._minibatch(packs[:1])
+    numbers, _ = ppo.update_minibatch(make_batch(ppo)[:1])
     assert numbers["ratio"] == 1.0 and numbers["update_kl"] == 0.0
     assert all(not module.training for module in ppo.actors.model.modules())
 
@@ -200,26 +203,25 @@ def held_out(base: Path) -> dict[str, Any]:
     hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, given: read.append(len(given[0])))
     likelihoods = scoring.log_likelihoods(model, tokenizer, documents)
     hook.remove()
-    asked = rewarded.ask(ppo, ROWS[:3])
-    tensors = [torch.full((3,), 1.0 + processes.rank()), torch.full((2, 2), 10.0)]
-    processes.reduce_(tensors)
+    asked = held_out_numbers.ask(ppo, ROWS[:3])
+    tensors = [torch.full((3,), 1.0 + ppo.rank), torch.full((2, 2), 10.0)]
     return {
         "likelihoods": likelihoods, "read": sum(read),
         "greedy": [answer.text for answer in answers.generate(model, tokenizer, ROWS, new_tokens=5)],
         "asked": len(asked.scores), "kl": len(asked.kl), "lengths": asked.lengths, "scores": asked.scores,
-        "sums": [tensor.flatten().tolist() for tensor in tensors],
+        "sums": [processes.add_up(tensor).flatten().tolist() for tensor in tensors],
     }  # fmt: skip
 
 
 SHARED = """
-import json, sys, torch
+import json, sys
+from accelerate import PartialState
 sys.path[:0] = ["tests", "scripts"]
-torch.distributed.init_process_group("gloo")
+state = PartialState(cpu=True)
 from test_ppo_updates import held_out
 found = held_out(sys.argv[1])
-rank = torch.distributed.get_rank()
-json.dump(found, open(f"{sys.argv[2]}/{rank}.json", "w"))
-torch.distributed.destroy_process_group()
+json.dump(found, open(f"{sys.argv[2]}/{state.process_index}.json", "w"))
+state.destroy_process_group()
 """
 
 
@@ -239,5 +241,5 @@ def test_processes_share_what_is_held_out(tiny_base: Path, tmp_path: Path) -> No
     assert ranks[0] == ranks[1]
     assert ranks[0]["likelihoods"] == pytest.approx(alone["likelihoods"], abs=1e-4)
     assert ranks[0]["greedy"] == alone["greedy"]
-    assert ranks[0]["asked"] == ranks[0]["kl"] == alone["asked"] == 3 * rewarded.ANSWERS
+    assert ranks[0]["asked"] == ranks[0]["kl"] == alone["asked"] == 3 * held_out_numbers.ANSWERS
     assert ranks[0]["sums"] == [[3.0] * 3, [20.0] * 4] and alone["sums"] == [[1.0] * 3, [10.0] * 4]

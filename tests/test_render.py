@@ -87,7 +87,7 @@ def test_plain_text_and_documents_end_once(tokenizer) -> None:  # type: ignore[n
 
 def test_a_token_over_the_boundary_is_learnt_and_pairs_keep_their_own(tokenizer) -> None:  # type: ignore[no-untyped-def]
     """ "an" + "imal" is one token: the answer must not shrink to its end token, nor take the other answer's start."""
-    from pipeline.stages.sequences import reply_pairs
+    from pipeline.training.sequences import reply_pairs
 
     row = {"prompt": "What an", "chosen": "imal is kept", "rejected": " island it is"}
     pair = (render.reply(tokenizer, row, "chosen"), render.reply(tokenizer, row, "rejected"))
@@ -178,7 +178,7 @@ def test_padding_is_by_length_where_pad_is_the_end_token(tokenizer) -> None:  # 
 
 
 def test_rows_longer_than_the_window_are_dropped_or_end_their_turn(tokenizer) -> None:  # type: ignore[no-untyped-def]
-    from pipeline.stages.sequences import fitted
+    from pipeline.training.sequences import fitted
 
     def row(place: int, *turns: tuple[int, int]) -> dict[str, Any]:
         messages = []

@@ -21,7 +21,7 @@ from pipeline.recipe.recipe import read
 from pipeline.runs.environment import make_environment
 from pipeline.runs.stage import run_stage
 from pipeline.runs.states import states
-from pipeline.stages import progress, trainer
+from pipeline.training import progress, trainer
 
 ONEBASE = [sys.executable, "-m", "pipeline", "run"]
 

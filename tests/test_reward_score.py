@@ -21,8 +21,8 @@ from pipeline.ppo.actors import Actors
 from pipeline.publish.adapter import pad_that_ends_nothing
 from pipeline.recipe.recipe import build
 from pipeline.runs.stage import run_stage
-from pipeline.stages import sequences
-from pipeline.stages import trainer as shared
+from pipeline.training import sequences
+from pipeline.training import trainer as shared
 
 CLOSES_WITH_PAD = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"

@@ -12,7 +12,8 @@ from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.models.forward import plain_layers
 from pipeline.models.spec import ModelSpec
-from pipeline.ppo.actors import POLICY, Actors, packed
+from pipeline.ppo.actors import POLICY, Actors
+from pipeline.ppo.batch import pack_episodes
 from pipeline.ppo.rewards import adapter_name
 
 BASE = "base"
@@ -72,7 +73,7 @@ class Bench:
         keys = [(tuple(episode.prompt_ids), tuple(episode.answer_ids)) for episode in episodes]
         first = dict(zip(keys, episodes, strict=True))
         totals: list[float] = [0.0] * len(first)
-        for pack in packed(list(first.values()), at_once, self.actors.pad_id, self.actors.device):
+        for pack in pack_episodes(list(first.values()), at_once, self.actors.pad_id, self.actors.device):
             # `policy` of Actors makes the adapter it is given the active one, so the base's is the identity.
             logp_BG = self.actors.policy(pack, POLICY if policy == BASE else _adapter(policy))[0]
             for row, total in zip(pack.rows, logp_BG.sum(1).tolist(), strict=True):

@@ -147,7 +147,7 @@ def _preference_trained(results: Json, name: str) -> Json:
 
 def of_itself(section: StageSpec, before: Json, after: Json) -> str | None:
     """What a stage's own numbers show where it has risen in what it was trained on; None where it has not. Of the other
-    numbers only what is right among sampled answers has an interval (evaluate/rewarded.py)."""
+    numbers only what is right among sampled answers has an interval (ppo/held_out.py)."""
     own, what, why = {
         "ppo": ("reward", "Higher reward", "that is what it was paid by"),
         "dpo": (PREFERENCE_ACCURACY.name, f"The {PREFERENCE_ACCURACY.label}", "that is what dpo trains"),

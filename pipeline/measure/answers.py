@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,11 @@ import torch
 
 from pipeline.data import render
 from pipeline.data.contracts import Row
-from pipeline.data.tokens import Unrenderable, stop_ids
+from pipeline.data.tokens import Unrenderable
 from pipeline.measure.matching import NEW_TOKENS
 from pipeline.measure.scoring import batches
-from pipeline.models import sampling
+from pipeline.models import processes, sampling
 from pipeline.models.forward import LanguageModel, plain_layers
-from pipeline.models.halving import in_halves
-from pipeline.ppo import processes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -119,29 +117,26 @@ def generate(
     prompts = [render.prompt(tokenizer, row) for row in rows]
     shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1) if alike else 0
 
-    def answered(batch: Sequence[int]) -> list[sampling.Episode]:
-        return sampling.sample(
-            language_model,
-            [prompts[i] for i in batch],
-            new_tokens=new_tokens,
-            temperature=0,
-            stops=stop_ids(tokenizer),
-            generator=torch.Generator(model.device),
-            shared=shared,
-        )
-
     answers: dict[int, Answer] = {}
     # On a CPU most of a token's time would go into dequantising.
     plain = plain_layers(model, fold_adapter=False) if model.device.type == "cpu" else contextlib.nullcontext()
     with plain:
         lengths = [len(ids) - shared + new_tokens for ids in prompts]
         for batch in processes.share(list(batches(lengths, tokens=TOKENS_AT_ONCE))):
-            episodes = in_halves(answered, batch, lambda i: len(prompts[i]) + new_tokens)
+            episodes = sampling.sample(
+                language_model,
+                [prompts[i] for i in batch],
+                new_tokens=new_tokens,
+                temperature=0,
+                stops=render.stop_ids(tokenizer),
+                generator=torch.Generator(model.device),
+                shared=shared,
+            )
             for index, episode in zip(batch, episodes, strict=True):
                 said = episode.answer_ids[:-1] if episode.ended else episode.answer_ids
                 text = tokenizer.decode(said, skip_special_tokens=True).strip()
                 answers[index] = Answer(text, stopped=episode.ended)
-    found = {index: answer for part in processes.gathered(answers) for index, answer in part.items()}
+    found = {index: answer for part in processes.gather(answers) for index, answer in part.items()}
     return [found[index] for index in range(len(rows))]
 
 

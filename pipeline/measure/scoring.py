@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,10 @@ from pipeline.data.render import IGNORED, Encoded, Reply, padded
 from pipeline.measure import intervals
 from pipeline.measure.metric import perplexity
 from pipeline.measure.ranking import over_longer, ranked_right
+from pipeline.models import processes
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel
-from pipeline.models.halving import in_halves
-from pipeline.ppo import processes
+from pipeline.models.out_of_memory import run_in_parts
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -122,8 +123,9 @@ def _by_batches(of: Callable[[Sequence[int]], list[float]], lengths: list[int]) 
     """One value for each row, computed batch by batch; several processes share the batches."""
     values: dict[int, float] = {}
     for batch in processes.share(list(batches(lengths))):
-        values |= zip(batch, in_halves(of, batch, lengths.__getitem__), strict=True)
-    found = {index: value for part in processes.gathered(values) for index, value in part.items()}
+        parts = run_in_parts(of, batch, lengths.__getitem__)
+        values |= zip(batch, itertools.chain.from_iterable(parts), strict=True)
+    found = {index: value for part in processes.gather(values) for index, value in part.items()}
     return [found[index] for index in range(len(lengths))]
 
 

@@ -6,7 +6,7 @@ are sampled together, and finished answers leave the batch, so that the long one
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from pipeline.data.render import padded
 from pipeline.models.base import computing
+from pipeline.models.out_of_memory import HELD_OUT, WhenSplit, run_in_parts, say_split
 
 if TYPE_CHECKING:
     from pipeline.models.forward import LanguageModel
@@ -53,6 +54,8 @@ def sample(
     critic: Callable[[torch.Tensor], torch.Tensor] | None = None,
     copies: int = 1,
     shared: int = 0,
+    advice: str = HELD_OUT,
+    when_split: WhenSplit = say_split,
 ) -> list[Episode]:
     """Answers to each prompt (token ids) from the adapter that is active: `copies` of them, those to one prompt beside
     each other, the prompts in the order given.
@@ -60,20 +63,22 @@ def sample(
     `temperature` 0 takes the likeliest token. `at_once`: most prompts sampled together. A prompt is read once,
     whatever the number of its answers. `shared`: so many tokens with which all prompts begin alike, fewer than the
     shortest has, are read once for each batch (examples of few-shot prompting). `critic`: hidden states (B, hidden) to
-    values (B,), noted beside the tokens.
+    values (B,), noted beside the tokens. Where memory does not hold `at_once`, fewer are sampled together, and
+    `when_split` is called; `advice` (models/out_of_memory.py) is for an answer that does not fit even alone.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     # One number for each token there may be, drawn before any is: how many are sampled at once and when answers end
     # changes no draw, and policies asked with the same seed differ by what they are, not by their luck.
     luck_PCG = torch.rand(len(prompts), copies, new_tokens, generator=generator, device=language_model.device)
-    episodes: dict[int, list[Episode]] = {}
-    width = at_once or len(order)
-    for start in range(0, len(order), width):
-        batch = order[start : start + width]
+
+    def answers(batch: Sequence[int]) -> dict[int, list[Episode]]:
         few = [prompts[i] for i in batch]
         luck_BG = luck_PCG[batch].flatten(0, 1)
-        answers = _sample_batch(language_model, few, luck_BG, temperature, stops, critic, copies, shared)
-        episodes |= {i: answers[place * copies : (place + 1) * copies] for place, i in enumerate(batch)}
+        drawn = _sample_batch(language_model, few, luck_BG, temperature, stops, critic, copies, shared)
+        return {i: drawn[place * copies : (place + 1) * copies] for place, i in enumerate(batch)}
+
+    parts = run_in_parts(answers, order, lambda i: len(prompts[i]) + new_tokens, advice, at_once, when_split)
+    episodes = {i: drawn for part in parts for i, drawn in part.items()}
     return [episode for i in range(len(prompts)) for episode in episodes[i]]
 
 

@@ -11,17 +11,16 @@ checkpointing the forward pass is repeated then, under whichever adapter is acti
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy
 import torch
 from torch.nn.functional import linear
 
 from pipeline.data.render import padded
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel, score_states
-from pipeline.models.halving import in_halves
+from pipeline.models.out_of_memory import EPISODE, run_in_parts
 from pipeline.ppo.algorithm import log_probs, log_probs_with_slope
 
 if TYPE_CHECKING:
@@ -29,55 +28,12 @@ if TYPE_CHECKING:
 
     from peft import PeftModel
 
-    from pipeline.models.sampling import Episode
+    from pipeline.ppo.batch import Pack
 
 Tensor = torch.Tensor
 POLICY, REFERENCE, VALUE = "default", "reference", "value"
 LOGITS_AT_ONCE = 1 << 23
 """Logits computed at once; more tokens go in parts."""
-
-
-@dataclass
-class Pack:
-    """Episodes of like length that pass through the model together, the same ones at scoring and in every epoch.
-
-    ids_BT and mask_BT hold prompt and answer, padded on the right. Of the N answer tokens of all rows, row after row,
-    token_N is the id, row_N and column_N the place among the G columns of answers, state_N the place in T from which
-    it is predicted. mask_BG is 1.0 where an answer has a token. Places are made on the host, so that nothing on the
-    device depends on data.
-    """
-
-    rows: list[int]
-    ids_BT: Tensor
-    mask_BT: Tensor
-    mask_BG: Tensor
-    token_N: Tensor
-    row_N: Tensor
-    column_N: Tensor
-    state_N: Tensor
-    scores_B: Tensor = field(default_factory=lambda: torch.empty(0))
-    old_logp_BG: Tensor = field(default_factory=lambda: torch.empty(0))
-    noted_B: numpy.ndarray = field(default_factory=lambda: numpy.empty(0, dtype=bool))
-    """Whether `old_logp_BG` is what the sampler noted; the update's first pass puts its own in place."""
-    ref_logp_BG: Tensor = field(default_factory=lambda: torch.empty(0))
-    values_BG: Tensor = field(default_factory=lambda: torch.empty(0))
-    advantages_BG: Tensor = field(default_factory=lambda: torch.empty(0))
-    returns_BG: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def halves(self) -> list[Pack]:
-        """The same episodes in two packs of the same width, for when memory does not hold them together."""
-        middle = len(self.rows) // 2
-        return [self._some(0, middle), self._some(middle, len(self.rows))]
-
-    def _some(self, start: int, stop: int) -> Pack:
-        chosen_N = (self.row_N >= start) & (self.row_N < stop)
-        parts: dict[str, Any] = {"rows": self.rows[start:stop]}
-        for name, value in vars(self).items():
-            if name.endswith("_N"):
-                parts[name] = value[chosen_N] - (start if name == "row_N" else 0)
-            elif name != "rows":
-                parts[name] = value[start:stop]  # what is not filled in yet stays empty
-        return Pack(**parts)
 
 
 class Actors(LanguageModel):
@@ -119,15 +75,15 @@ class Actors(LanguageModel):
             states_NH = self._states(pack)
             logp_N, entropy_N = self._log_probs(states_NH if way_back else states_NH.detach(), pack.token_N)
         shared = adapter == POLICY == self.value_adapter
-        values_BG = _placed(self.state_values(states_NH), pack) if shared else None
-        return _placed(logp_N, pack), _placed(entropy_N, pack), values_BG
+        values_BG = pack.lay_out(self.state_values(states_NH)) if shared else None
+        return pack.lay_out(logp_N), pack.lay_out(entropy_N), values_BG
 
     def values(self, pack: Pack) -> Tensor:
         """The critic's values of the states before the answers' tokens, (B, G); leaves its adapter active."""
         self.act_as(self.value_adapter)
         with computing(self.model):
             states_NH = self._states(pack)
-        return _placed(self.state_values(states_NH), pack)
+        return pack.lay_out(self.state_values(states_NH))
 
     @torch.no_grad()
     def scores(self, reward: str, sequences: Sequence[list[int]], at_once: int) -> list[float]:
@@ -144,10 +100,8 @@ class Actors(LanguageModel):
 
         first = {tuple(ids): index for index, ids in reversed(list(enumerate(sequences)))}
         order = sorted(first.values(), key=lambda i: (len(sequences[i]), i))
-        values: dict[int, float] = {}
-        for start in range(0, len(order), at_once):
-            batch = order[start : start + at_once]
-            values |= zip(batch, in_halves(of, batch), strict=True)
+        parts = run_in_parts(of, order, lambda i: len(sequences[i]), EPISODE, at_once)
+        values = dict(zip(order, itertools.chain.from_iterable(parts), strict=True))
         self.act_as(POLICY)
         return [values[first[tuple(ids)]] for ids in sequences]
 
@@ -217,37 +171,6 @@ class _HeadLogProbs(torch.autograd.Function):
     def backward(ctx: Any, upstream_N: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         gradient_NH = torch.cat(ctx.saved_tensors)
         return (upstream_N[:, None] * gradient_NH).to(gradient_NH.dtype), None, None
-
-
-def packed(episodes: list[Episode], at_once: int, pad_id: int, device: torch.device) -> list[Pack]:
-    """Every episode in packs of `at_once`, those of like length together."""
-    order = sorted(range(len(episodes)), key=lambda i: len(episodes[i]))
-    return [_pack(order[s : s + at_once], episodes, pad_id, device) for s in range(0, len(order), at_once)]
-
-
-def _pack(rows: list[int], episodes: list[Episode], pad_id: int, device: torch.device) -> Pack:
-    ids_BT, mask_BT = padded([episodes[i].prompt_ids + episodes[i].answer_ids for i in rows], pad_id)
-    _, mask_BG = padded([episodes[i].answer_ids for i in rows], pad_id)
-    places = [
-        (token, place, column, len(episodes[i].prompt_ids) + column - 1)
-        for place, i in enumerate(rows)
-        for column, token in enumerate(episodes[i].answer_ids)
-    ]
-    tensors = (ids_BT, mask_BT, mask_BG.float(), *torch.tensor(places).T.contiguous())
-    return Pack(rows, *(tensor.to(device) for tensor in tensors))
-
-
-def noted(pack: Pack, figures: list[list[float]]) -> Tensor:
-    """A figure the sampler noted for each token of each episode, laid out (B, G)."""
-    figures_BG = torch.zeros_like(pack.mask_BG)
-    for place, row in enumerate(pack.rows):
-        figures_BG[place, : len(figures[row])] = torch.tensor(figures[row], device=figures_BG.device)
-    return figures_BG
-
-
-def _placed(values_N: Tensor, pack: Pack) -> Tensor:
-    """One value for each token of an answer, laid out (B, G) with zeros elsewhere."""
-    return torch.zeros_like(pack.mask_BG).index_put((pack.row_N, pack.column_N), values_N.float())
 
 
 def _without_dropout(model: torch.nn.Module) -> None:

@@ -28,7 +28,7 @@ def save(trainer: PPOTrainer, folder: Path) -> None:
         "step": trainer.step,
         "kl_coef": trainer.kl.coef,
         "loss_scale": [trainer.scale.value, trainer.scale.clean],
-        "score_moments": trainer.score_moments.tolist(),
+        "score_moments": trainer.score_scale.moments_3.tolist(),
         "tokens": trainer.tokens,
         "health": {"history": trainer.health.history, "warned": trainer.health.warned},
     }
@@ -48,5 +48,5 @@ def load(trainer: PPOTrainer, folder: Path) -> None:
     kept = json.loads((folder / "ppo.json").read_text(encoding="utf-8"))
     trainer.step, trainer.kl.coef, trainer.tokens = kept["step"], kept["kl_coef"], kept["tokens"]
     trainer.scale.value, trainer.scale.clean = kept["loss_scale"]
-    trainer.score_moments = torch.tensor(kept["score_moments"], dtype=torch.float64)
+    trainer.score_scale.moments_3 = torch.tensor(kept["score_moments"], dtype=torch.float64)
     trainer.health.history, trainer.health.warned = kept["health"]["history"], kept["health"]["warned"]

@@ -8,13 +8,17 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from pipeline.data import render
 from pipeline.data.tokens import without_marks
 from pipeline.errors import UserError
+from pipeline.models import processes
+from pipeline.ppo import algorithm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,6 +102,27 @@ def total(sources: list[Source], scores: dict[str, list[float]]) -> list[float]:
     """What each answer is paid: the weighted sum of its scores. A source of weight 0 is measured and not paid."""
     weighted = ([source.weight * value for value in scores[source.name]] for source in sources)
     return [sum(values) for values in zip(*weighted, strict=True)]
+
+
+@dataclass
+class ScoreScale:
+    """The mean and deviation that scores are normalised by: those of the first batch ("start"), or of all so far."""
+
+    how: Literal["start", "running", "none"]
+    moments_3: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    """What algorithm.mean_and_std reads; over all processes."""
+
+    def note(self, scores_R: torch.Tensor, step: int) -> None:
+        """Take a step's scores into account; every process calls this."""
+        if self.how == "running" or (self.how == "start" and step == 0):
+            self.moments_3 += processes.add_up(algorithm.moments(scores_R, torch.ones_like(scores_R)))
+
+    def mean_and_std(self) -> tuple[float, float]:
+        """Where all scores were alike there is no scale to learn, and theirs is kept."""
+        if self.how == "none":
+            return 0.0, 1.0
+        mean, std = algorithm.mean_and_std(self.moments_3)
+        return mean, std if std > 1e-3 * max(1.0, abs(mean)) else 1.0
 
 
 def _conversation(tokenizer: PreTrainedTokenizerBase, row: Row, text: str) -> list[int]:

@@ -138,6 +138,11 @@ class PPOSettings(BaseModel):
     def mini(self) -> int:
         return self.mini_batch_size or self.batch_size
 
+    @property
+    def one_minibatch(self) -> bool:
+        """Whether a batch is learnt from in one optimizer step an epoch."""
+        return self.mini == self.batch_size
+
     def learning_rate_factor(self, step: int) -> float:
         """The share of learning_rate at a step counted from 0: warm-up, then decay."""
         import math

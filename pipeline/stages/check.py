@@ -63,7 +63,7 @@ def check_arguments(model: ModelSpec, stages: dict[str, StageSpec], seed: int) -
     from peft import LoraConfig
 
     from pipeline.stages import STAGES
-    from pipeline.stages.trainer import arguments
+    from pipeline.training.trainer import arguments
 
     try:
         LoraConfig(**model.lora)

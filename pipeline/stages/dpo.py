@@ -22,9 +22,9 @@ def run(spec: DPOSpec, ctx: Context) -> Result:
     from pipeline.measure import answers, scoring
     from pipeline.models import adapters
     from pipeline.models import base as bases
-    from pipeline.stages import invariants, sequences
-    from pipeline.stages import trainer as shared
-    from pipeline.stages.progress import Snapshots
+    from pipeline.training import invariants, sequences
+    from pipeline.training import trainer as shared
+    from pipeline.training.progress import Snapshots
 
     def pair(row: dict) -> tuple[render.Reply, render.Reply]:
         return render.pair(tokenizer, row)

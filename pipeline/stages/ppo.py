@@ -60,29 +60,30 @@ def _terms(reward: str | list[RewardTerm]) -> list[RewardTerm]:
 def run(spec: PPOSpec, ctx: Context) -> Result:
     from transformers import set_seed
 
-    from pipeline.evaluate import rewarded
     from pipeline.measure import answers
     from pipeline.models import adapters
     from pipeline.models import base as bases
     from pipeline.models.forward import checkpoint_first
     from pipeline.ppo import actors as roles
-    from pipeline.ppo import rewards
+    from pipeline.ppo import held_out, loop, rewards
+    from pipeline.ppo import invariants as handovers
+    from pipeline.ppo.settings import PPOSettings
     from pipeline.ppo.trainer import PPOTrainer
-    from pipeline.stages import invariants, ppo_loop, sequences
-    from pipeline.stages import trainer as shared
+    from pipeline.training import invariants, sequences
+    from pipeline.training import trainer as shared
 
     result = Result()
     settings = PPOSettings(**spec.train)
     sources = [rewards.source(term.source, term.weight, term.truth) for term in spec.reward_terms()]
-    ctx = ppo_loop.with_every_column(ctx)
+    ctx = loop.fill_columns(ctx)
     tokenizer = bases.load_tokenizer(ctx.model)
     models = {parent.name: parent for role, parent in ctx.parents.items() if role.startswith("reward")}
     for parent in models.values():
-        invariants.same_tokenizer(tokenizer, parent)
-    ppo_loop.warn_of_length(models)
+        handovers.same_tokenizer(tokenizer, parent)
+    loop.warn_of_length(models)
     sequences.askable(ctx, tokenizer)
     skip, config = spec.data.on_bad_row == "skip", bases.load_config(ctx.model)
-    ctx, result.counts, result.refused = ppo_loop.fitting(ctx, tokenizer, settings, config, skip)
+    ctx, result.counts, result.refused = loop.leave_out_unrenderable(ctx, tokenizer, settings, config, skip)
 
     # base
     set_seed(ctx.seed)
@@ -92,7 +93,7 @@ def run(spec: PPOSpec, ctx: Context) -> Result:
     # adapters: the policy, itself again as reference, the reward models, the critic
     model = shared.policy(ctx, base)
     result.invariants |= invariants.same_base(ctx, result.base_digest)
-    heads = ppo_loop.cast(model, models, settings)
+    heads = loop.add_roles(model, models, settings)
     if settings.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if settings.checkpointing is not True:
@@ -101,20 +102,20 @@ def run(spec: PPOSpec, ctx: Context) -> Result:
 
     # trainer
     trainer = PPOTrainer(actors, tokenizer, ctx.data.train, sources, settings, ctx.seed)
-    result.invariants |= invariants.policy_is_reference(trainer)
+    result.invariants |= handovers.policy_is_reference(trainer)
     for name, parent in models.items():
-        result.invariants |= invariants.scores_as_it_did(actors, rewards.adapter_name(name), parent, ctx.model.dtype)
-    result.invariants |= invariants.one_copy_of_the_base(model)
+        result.invariants |= handovers.scores_as_it_did(actors, rewards.adapter_name(name), parent, ctx.model.dtype)
+    result.invariants |= handovers.one_copy_of_the_base(model)
 
     # train, with the held-out numbers before and after
-    start = rewarded.ask(trainer, ctx.data.test or [])
-    result.before = rewarded.numbers(start)
+    start = held_out.ask(trainer, ctx.data.test or [])
+    result.before = held_out.numbers(start)
     result.before |= answers.ask(model, tokenizer, ctx, result.samples, "before")
-    result.counts |= ppo_loop.train(trainer, ctx)
+    result.counts |= loop.train(trainer, ctx)
     result.invariants |= invariants.processes_agree(actors.trained("policy") | actors.trained("value"))
-    end = rewarded.ask(trainer, ctx.data.test or [])
-    result.after = rewarded.numbers(end) | rewarded.gain(start, end)
-    result.invariants |= ppo_loop.judge_end(trainer, ctx, end)
+    end = held_out.ask(trainer, ctx.data.test or [])
+    result.after = held_out.numbers(end) | held_out.gain(start, end)
+    result.invariants |= loop.judge_end(trainer, ctx, end)
     actors.act_as(roles.POLICY)
     result.after |= answers.ask(model, tokenizer, ctx, result.samples, "after")
 

@@ -23,8 +23,8 @@ def run(spec: PretrainSpec, ctx: Context) -> Result:
     from pipeline.measure import answers, scoring
     from pipeline.models import adapters
     from pipeline.models import base as bases
-    from pipeline.stages import invariants, sequences
-    from pipeline.stages import trainer as shared
+    from pipeline.training import invariants, sequences
+    from pipeline.training import trainer as shared
 
     def encode(row: dict) -> render.Encoded:
         return render.document(tokenizer, row["text"])

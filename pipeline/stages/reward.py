@@ -22,8 +22,8 @@ def run(spec: RewardSpec, ctx: Context) -> Result:
     from pipeline.measure import scoring
     from pipeline.models import adapters
     from pipeline.models import base as bases
-    from pipeline.stages import invariants, sequences
-    from pipeline.stages import trainer as shared
+    from pipeline.training import invariants, sequences
+    from pipeline.training import trainer as shared
 
     def pair(row: dict) -> tuple[list[int], list[int]]:
         return render.conversation(tokenizer, row, "chosen"), render.conversation(tokenizer, row, "rejected")

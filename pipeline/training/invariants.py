@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,15 +14,13 @@ from accelerate.utils import gather_object
 
 from pipeline.data.render import Encoded
 from pipeline.disk import versions
-from pipeline.errors import BrokenInvariant, UserError
+from pipeline.errors import BrokenInvariant
 from pipeline.measure import scoring
 from pipeline.models import adapters
 from pipeline.models.base import computing, frozen_digest
-from pipeline.models.halving import in_halves
-from pipeline.ppo.actors import REFERENCE, noted, packed
-from pipeline.stages import splitting
-from pipeline.stages.sequences import ends_supervised
-from pipeline.stages.stage import Context
+from pipeline.models.out_of_memory import ROW, run_in_parts
+from pipeline.training import micro_batches
+from pipeline.training.sequences import ends_supervised
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,19 +29,13 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase, Trainer
 
-    from pipeline.disk.artifact import Artifact
-    from pipeline.ppo.actors import Actors
-    from pipeline.ppo.trainer import PPOTrainer
+    from pipeline.stages.stage import Context
 
 Found = dict[str, Any]
 RELOAD_TOLERANCE = 1e-5
-BORROWED_TOLERANCE = {"float32": 1e-5}
-"""Of a reward model's score on the policy's base, by dtype; 1e-3 in half precision."""
 STEP_0_TOLERANCE = 1e-4
 TAKEN_TOLERANCE = 0.02
 """Nats a token by which a reference's log-probabilities may differ in a batch of another padding, in half precision."""
-COMPARED = 32
-"""Tokens of an answer that policy and reference are compared on before the first step of ppo."""
 
 
 def same_base(ctx: Context, digest: str) -> Found:
@@ -128,7 +119,7 @@ def reference_is_the_start(trainer: Trainer) -> Found:
     def of(pairs: Sequence[int]) -> list[tuple[float, float, float]]:
         found = []
         for pair in pairs:
-            part = splitting.part(batch, pair, pair + 1)
+            part = micro_batches.part(batch, pair, pair + 1)
             with torch.no_grad(), computing(model):
                 loss = trainer.compute_loss(model, part).item()
             rewards = [abs(seen[f"rewards/{side}"][-1]) for side in ("chosen", "rejected")]
@@ -137,10 +128,11 @@ def reference_is_the_start(trainer: Trainer) -> Found:
             found.append((loss, seen["rewards/margins"][-1], math.nan if math.nan in ratios else max(ratios)))
         return found
 
-    found = in_halves(of, range(splitting.rows(batch)))
+    length, pairs = batch["input_ids"].shape[1], range(micro_batches.rows(batch))
+    found = run_in_parts(of, pairs, lambda _: length, ROW)
     seen.clear()
-    losses, margins, ratios = zip(*found, strict=True)
-    loss, margin, ratio = sum(losses) / len(found), sum(margins) / len(found), max(ratios)
+    losses, margins, ratios = zip(*itertools.chain.from_iterable(found), strict=True)
+    loss, margin, ratio = sum(losses) / len(pairs), sum(margins) / len(pairs), max(ratios)
     taken = trainer.precompute_ref_logps
     plain = trainer.loss_types == ["sigmoid"] and trainer.loss_weights == [1.0]
     plain = plain and not (taken or trainer.use_weighting or trainer.aux_loss_enabled)
@@ -210,102 +202,6 @@ def probe(model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tupl
     """A reward model's own scores of a few sequences, each alone, for the stages that borrow it to compare with."""
     sequences = [ids for pair in pairs for ids in pair]
     return {"probe": [{"ids": ids, "score": scoring.scores(model, tokenizer, [ids])[0]} for ids in sequences]}
-
-
-def scores_as_it_did(actors: Actors, adapter: str, parent: Artifact, dtype: str) -> Found:
-    """A borrowed reward adapter gives the scores the reward stage itself gave."""
-    probed = parent.finished().invariants.get("probe", [])
-    if not probed:
-        raise UserError(f"{parent.folder} holds no scores to compare with. Run '{parent.name}' again.")
-    ours = [actors.scores(adapter, [one["ids"]], 1)[0] for one in probed]
-    difference = max(abs(score - one["score"]) for score, one in zip(ours, probed, strict=True))
-    tolerance = BORROWED_TOLERANCE.get(dtype, 1e-3)
-    if not difference <= tolerance:
-        raise BrokenInvariant(
-            f"the scores of '{parent.name}' through its borrowed adapter within {tolerance}",
-            f"a difference of {difference:.2g}",
-            "a reward model trained on other weights, or a score head lost or rounded",
-        )
-    return {f"borrowed_score_difference_{parent.name}": difference}
-
-
-def same_tokenizer(tokenizer: PreTrainedTokenizerBase, parent: Artifact) -> None:
-    """A reward model was trained on the tokens and the chat template that the policy speaks."""
-    from transformers import AutoTokenizer
-
-    theirs = AutoTokenizer.from_pretrained(parent.adapter)
-    for what, ours_is, theirs_is in (
-        ("vocabulary", tokenizer.get_vocab(), theirs.get_vocab()),
-        ("chat template", tokenizer.chat_template, theirs.chat_template),
-    ):
-        if ours_is != theirs_is:
-            raise UserError(
-                f"the reward model of '{parent.name}' was trained with another {what} than this stage's: "
-                f"run '{parent.name}' again with this recipe's model section"
-            )
-
-
-def policy_is_reference(trainer: PPOTrainer) -> Found:
-    """Before the first step the policy is its reference: KL exactly 0, and its ratio to itself exactly 1. Each compares
-    passes made alike: KL two without gradients, the ratio two as updates are made of.
-
-    Also: what the LM head gives here is what the model's own forward gives.
-    """
-    actors, settings = trainer.actors, trainer.settings
-    # The beginnings of two episodes show it as well as all, and take less memory than training does.
-    episodes = [
-        replace(episode, answer_ids=episode.answer_ids[:COMPARED], logp=episode.logp[:COMPARED])
-        for episode in trainer.answers(trainer.rows[: min(2, trainer.pack_size)], "step 0")
-    ]
-    pack = packed(episodes, trainer.pack_size, actors.pad_id, actors.device)[0]
-    with torch.no_grad():
-        reference_BG = actors.policy(pack, REFERENCE)[0]
-        old_BG = actors.policy(pack)[0]
-        with computing(actors.model):
-            first = int(pack.state_N.min())
-            logits_BTV = actors.model(
-                input_ids=pack.ids_BT, attention_mask=pack.mask_BT, use_cache=False,
-                logits_to_keep=pack.ids_BT.shape[1] - first,
-            ).logits  # fmt: skip
-        logp_NV = torch.log_softmax(logits_BTV[pack.row_N, pack.state_N - first].float() / settings.temperature, -1)
-        own_N = logp_NV.gather(-1, pack.token_N[:, None]).squeeze(-1)
-    before_BG = trainer.as_updates_see(pack)[0]
-    actors.model.train()
-    new_BG = actors.policy(pack)[0].detach()
-    actors.model.eval()
-    found = {
-        "step_0_kl": (old_BG - reference_BG).abs().max().item(),
-        "step_0_ratio_minus_1": (torch.exp(new_BG - before_BG) - 1).abs().max().item(),
-        "step_0_logp_against_own_forward": (own_N - old_BG[pack.row_N, pack.column_N]).abs().max().item(),
-        "step_0_logp_against_sampler": (
-            (noted(pack, [episode.logp for episode in episodes]) - old_BG).abs().sum() / pack.mask_BG.sum()
-        ).item(),
-    }
-    limits = {
-        "step_0_kl": (0.0, "a reference that is not the policy this stage starts from"),
-        "step_0_ratio_minus_1": (0.0, "dropout, or another forward pass in training than at scoring"),
-        "step_0_logp_against_own_forward": (0.25, "an architecture that changes its logits after the LM head"),
-        "step_0_logp_against_sampler": (0.1, "a mask or positions that differ between sampling and training"),
-    }
-    for name, (limit, cause) in limits.items():
-        if not found[name] <= limit:
-            raise BrokenInvariant(f"{name} of at most {limit:g} before the first PPO step", f"{found[name]:.3g}", cause)
-    return found
-
-
-def one_copy_of_the_base(model: PeftModel) -> Found:
-    """All large frozen weights alive in this process are those of this one model."""
-    large = 1 << 10
-    own = {w.data_ptr() for w in model.parameters() if not w.requires_grad and w.numel() >= large}
-    gc.collect()
-    # By type(), not isinstance(): that would wake every lazy object there is.
-    found = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Parameter)]
-    alive = {weight.data_ptr() for weight in found if not weight.requires_grad and weight.numel() >= large}
-    if alive - own:
-        raise BrokenInvariant(
-            "one copy of the base in memory", f"{len(alive - own)} large frozen tensors beside it", "a second model"
-        )
-    return {"copies_of_the_base": 1}
 
 
 def processes_agree(trained: dict[str, torch.nn.Parameter]) -> Found:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from transformers import TrainerState
 
 from pipeline.data import render
 from pipeline.data.load import NAMED_AT_MOST
@@ -16,15 +16,16 @@ from pipeline.data.tokens import closes_turns
 from pipeline.disk import metrics
 from pipeline.disk.artifact import Artifact, mark_checkpoint
 from pipeline.errors import Interrupted, UserError
-from pipeline.evaluate import rewarded
 from pipeline.measure.metric import SHARE, Estimate
 from pipeline.models import adapters
+from pipeline.models.processes import any_process
 from pipeline.ppo import checkpoint as checkpoints
+from pipeline.ppo import held_out
 from pipeline.ppo.actors import POLICY, REFERENCE, VALUE
 from pipeline.ppo.rewards import adapter_name
 from pipeline.ppo.trainer import WHOLE_AGAIN
-from pipeline.stages.progress import Progress, Snapshots, Stop, any_rank, keep_newest
-from pipeline.stages.sequences import encoded
+from pipeline.training.progress import Progress, Snapshots, Stop, keep_newest, note_split
+from pipeline.training.sequences import encoded
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,15 +33,15 @@ if TYPE_CHECKING:
 
     from pipeline.ppo.settings import PPOSettings
     from pipeline.ppo.trainer import PPOTrainer
-    from pipeline.stages.sequences import Refused
     from pipeline.stages.stage import Context
+    from pipeline.training.sequences import Refused
 
 
 KEPT = 2
 """Checkpoints: the newest may hold an update that only the next rollout shows to be bad."""
 
 
-def fitting(
+def leave_out_unrenderable(
     ctx: Context, tokenizer: PreTrainedTokenizerBase, settings: PPOSettings, config: PretrainedConfig, skip: bool
 ) -> tuple[Context, dict[str, Any], Refused]:
     """The context without prompts that the template refuses, counts of the others, and those refused.
@@ -76,7 +77,7 @@ def fitting(
     return replace(ctx, data=replace(ctx.data, train=train, test=ctx.data.test and test)), counts, refused
 
 
-def with_every_column(ctx: Context) -> Context:
+def fill_columns(ctx: Context) -> Context:
     """Every row with every column, None where it had none, so that a reward function always sees the same ones.
 
     Raises UserError for a column of a name that a reward function's own arguments have.
@@ -105,7 +106,7 @@ def warn_of_length(models: dict[str, Artifact]) -> None:
             )
 
 
-def cast(model: PeftModel, models: dict[str, Artifact], settings: PPOSettings) -> dict[str, torch.Tensor]:
+def add_roles(model: PeftModel, models: dict[str, Artifact], settings: PPOSettings) -> dict[str, torch.Tensor]:
     """Put reference, reward models and critic beside the policy; gives the score heads by adapter name."""
     adapters.twin(model, REFERENCE)
     heads: dict[str, torch.Tensor] = {}
@@ -138,7 +139,7 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
     if checkpoint:
         checkpoints.load(trainer, checkpoint)
     metrics.rewind(ctx.out.metrics, trainer.step)
-    state = SimpleNamespace(
+    state = TrainerState(
         global_step=trainer.step, max_steps=settings.steps, is_world_process_zero=everyone.is_main_process
     )
     stop, progress, halved = Stop(), Progress(ctx, resumed=checkpoint is not None), []
@@ -146,13 +147,7 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
 
     def note(episodes: int, left: int) -> None:
         halved.append(left)
-        print(
-            f"  step {trainer.step + 1}: out of memory with {episodes} episodes at once; again with {left}, and "
-            f"with all once {WHOLE_AGAIN} steps have passed",
-            flush=True,
-        )
-        if everyone.is_main_process:
-            metrics.append(ctx.out.metrics, trainer.step, {"out_of_memory": episodes, "rows_at_once": left})
+        note_split(ctx, trainer.step, episodes, left, f", and with all once {WHOLE_AGAIN} steps have passed")
 
     trainer.when_split = note
     progress.on_train_begin(None, state, None)
@@ -173,7 +168,7 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
             progress.on_step_end(None, state, None)
             trainer.actors.act_as(POLICY)
             snapshots.on_step_end(None, state, None)
-            asked = any_rank(stop.asked)
+            asked = any_process(stop.asked)
             due = settings.save_steps and trainer.step % settings.save_steps == 0
             if due or asked or trainer.step == settings.steps:
                 save(trainer, ctx)  # the last one too: what is measured after training may be interrupted
@@ -198,13 +193,13 @@ def save(trainer: PPOTrainer, ctx: Context) -> None:
     everyone.wait_for_everyone()
 
 
-def judge_end(trainer: PPOTrainer, ctx: Context, held_out: rewarded.Rewarded) -> dict[str, Any]:
+def judge_end(trainer: PPOTrainer, ctx: Context, answers: held_out.Rewarded) -> dict[str, Any]:
     """The last update is seen by no rollout. The held-out answers are its judge; where there are none, as many answers
     to training prompts as a rollout has. A stage that is only measured again has been judged."""
     if ctx.trained:
         return {}
-    prompts = trainer.rows[: max(1, trainer.settings.batch_size // rewarded.ANSWERS)]
-    answered = held_out if held_out.scores else rewarded.ask(trainer, prompts)
+    prompts = trainer.rows[: max(1, trainer.settings.batch_size // held_out.ANSWERS)]
+    answered = answers if answers.scores else held_out.ask(trainer, prompts)
     kl, limit = sum(answered.kl) / len(answered.kl), trainer.settings.kl_stop
     if not kl <= limit:
         reason = f"answers by the finished policy are {kl:.1f} nats from the reference (kl_stop {limit:g})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,10 @@ import torch
 from pipeline.data.contracts import Row
 from pipeline.measure import intervals
 from pipeline.measure.metric import Estimate
-from pipeline.ppo import processes, rewards
-from pipeline.ppo.actors import POLICY, REFERENCE, Actors, Pack, packed
-from pipeline.ppo.splitting import forward_in_parts
+from pipeline.models import processes
+from pipeline.ppo import rewards
+from pipeline.ppo.actors import POLICY, REFERENCE, Actors
+from pipeline.ppo.batch import Pack, pack_episodes, run_forward
 
 if TYPE_CHECKING:
     from pipeline.ppo.trainer import PPOTrainer
@@ -39,7 +41,7 @@ class Rewarded:
 def ask(trainer: PPOTrainer, prompts: list[Row]) -> Rewarded:
     """The policy as it stands, sampled at the training temperature; the same random draws each time it is called.
     Several processes share the prompts."""
-    parts = processes.gathered(_ask(trainer, processes.share(prompts)))
+    parts = processes.gather(_ask(trainer, processes.share(prompts)))
 
     def together(of_parts: list[list[Any]]) -> list[Any]:
         rows = range(0, sum(map(len, of_parts)), ANSWERS)
@@ -51,23 +53,22 @@ def ask(trainer: PPOTrainer, prompts: list[Row]) -> Rewarded:
     return Rewarded(by_source=sources, **lists)
 
 
-def _ask(trainer: PPOTrainer, prompts: list[Row]) -> Rewarded:
+def _ask(trainer: PPOTrainer, prompts: Sequence[Row]) -> Rewarded:
     if not prompts:
         return Rewarded([], {}, [], [], [])
     rows = [row for row in prompts for _ in range(ANSWERS)]
     actors = trainer.actors
-    episodes = trainer.answers(rows, "held-out" + (f"/{trainer.rank}" if trainer.rank else ""))
-    texts = [trainer.text(episode) for episode in episodes]
-    told = rewards.scores(trainer.sources, actors, trainer.tokenizer, rows, texts, trainer.at_once())
+    rollout = trainer.answer(rows, "held-out" + (f"/{trainer.rank}" if trainer.rank else ""))
+    episodes, by_source = rollout.episodes, trainer.ask_sources(rollout)
     kl = [0.0] * len(rows)
-    for pack in packed(episodes, trainer.at_once(), actors.pad_id, actors.device) if trainer.step else []:
+    for pack in pack_episodes(episodes, trainer.forward_size(), actors.pad_id, actors.device) if trainer.step else []:
         # before the first step the policy is its reference
-        (difference_BG,) = forward_in_parts(lambda part: [_difference(actors, part)], pack)
+        (difference_BG,) = run_forward(lambda part: [_difference(actors, part)], pack)
         for row, nats in zip(pack.rows, difference_BG.sum(1).tolist(), strict=True):
             kl[row] = nats
     actors.act_as(POLICY)
-    scores, by_source = rewards.total(trainer.sources, told), told if len(told) > 1 else {}
-    return Rewarded(scores, by_source, kl, [len(e.answer_ids) for e in episodes], [e.ended for e in episodes])
+    scores, several = rewards.total(trainer.sources, by_source), by_source if len(by_source) > 1 else {}
+    return Rewarded(scores, several, kl, [len(e.answer_ids) for e in episodes], [e.ended for e in episodes])
 
 
 @torch.no_grad()

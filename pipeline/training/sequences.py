@@ -16,12 +16,12 @@ from pipeline.data.render import IGNORED, Encoded, Reply, unaskable
 from pipeline.data.shelf import Shelf
 from pipeline.data.tokens import Unrenderable, stop_ids
 from pipeline.errors import UserError
-from pipeline.stages.stage import Context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pipeline.data.contracts import Row
+    from pipeline.stages.stage import Context
 
 TooLong = Literal["drop", "keep_end", "cut"]
 Refused = list[dict[str, Any]]

@@ -7,6 +7,7 @@ micro-batches before it are kept aside until the pass is through.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,9 @@ import pyarrow.compute
 import torch
 
 from pipeline.errors import UserError
-from pipeline.models.halving import freed, out_of_memory
+from pipeline.models.out_of_memory import CHECKPOINT, WhenSplit, does_not_fit, gradients_aside, halve, is_out_of_memory
 from pipeline.plan.stage import optimizer_bytes
-from pipeline.stages.fitting import checkpoints, longest_that_fits
+from pipeline.training.fitting import checkpoints, longest_that_fits
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,8 +39,7 @@ class SplitsWhenFull(_Trainer):
     """Rows (pairs, or sequences of a packed batch) of one forward pass, once a batch has been found too large."""
     probes = torch.cuda.is_available()
     """Whether the longest batch is tried before the first step. A CPU does not say that it is full."""
-    when_split: Callable[[int, int], None] = staticmethod(lambda rows, left: None)
-    """Told the rows that did not fit and those that are tried next."""
+    when_split: WhenSplit = staticmethod(lambda rows, left: None)
     when_tried: Callable[[int], None] = staticmethod(lambda rows: None)
     """Told the rows that are tried again after `patience`."""
     patience = 100
@@ -54,11 +54,7 @@ class SplitsWhenFull(_Trainer):
             self._probe(model)
         self._probed = True
         self._try_more()
-        # Of several processes DDP averages what has accumulated by the last micro-batch: it must all be there.
-        aside = {} if self.accelerator.num_processes > 1 else _taken_gradients(model)
-        loss = self._in_parts(model, inputs, num_items_in_batch)
-        _put_back(aside)
-        return loss
+        return self._in_parts(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         result = super().compute_loss(model, inputs, *args, **kwargs)
@@ -74,37 +70,40 @@ class SplitsWhenFull(_Trainer):
         Raises UserError where a batch of this loss cannot be done in parts, or one row does not fit.
         """
         count = rows(inputs)
-        while True:
-            size = min(count, self.rows_at_once or count)
-            noted = copy.deepcopy(self._metrics), self._total_train_tokens
-            weights = list(getattr(self, "loss_weights", ()))
+        noted = self._metrics, self._total_train_tokens
+        weights = list(getattr(self, "loss_weights", ()))
+        # Of several processes DDP averages what has accumulated by the last micro-batch: it must all be there.
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        alone = self.accelerator.num_processes == 1
+
+        def step(size: int) -> torch.Tensor:
+            self._metrics, self._total_train_tokens = copy.deepcopy(noted[0]), noted[1]
+            losses = []
             try:
-                losses = []
-                for some in _parts(inputs, size):
-                    # A sum over tokens, divided by all of the step's, needs no weight; a mean over a part does.
-                    self._share = 1.0 if num_items is not None or size == count else _weight(some) / _weight(inputs)
-                    if "sft" in getattr(self, "loss_types", ()):
-                        self.loss_weights = self._by_tokens(weights, some, inputs)
-                    losses.append(super().training_step(model, some, num_items))
+                with gradients_aside(trained) if alone else contextlib.nullcontext():
+                    for some in _parts(inputs, size):
+                        # A sum over tokens, divided by all of the step's, needs no weight; a mean over a part does.
+                        self._share = 1.0 if num_items is not None or size == count else _weight(some) / _weight(inputs)
+                        if "sft" in getattr(self, "loss_types", ()):
+                            self.loss_weights = self._by_tokens(weights, some, inputs)
+                        losses.append(super(SplitsWhenFull, self).training_step(model, some, num_items))
                 return torch.stack(losses).sum()
             except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                if why := self._why_whole():
+                if is_out_of_memory(error) and (why := self._why_whole()):
                     raise UserError(self._cannot_split(size, why)) from error
+                raise
             finally:
                 self._share = 1.0
                 if weights:
                     self.loss_weights = weights
-            self._metrics, self._total_train_tokens = noted
-            model.zero_grad()
-            freed()
-            if size == 1:
-                raise UserError(self._too_long(inputs))
-            self.patience *= 2 if self._tried else 1
-            self._most, self._since, self._tried = max(self._most, size), self.state.global_step, False
-            self.rows_at_once = size // 2
-            self.when_split(size, self.rows_at_once)
+
+        return halve(step, min(count, self.rows_at_once or count), lambda: self._too_long(inputs), self._split)
+
+    def _split(self, size: int, left: int) -> None:
+        self.patience *= 2 if self._tried else 1
+        self._most, self._since, self._tried = max(self._most, size), self.state.global_step, False
+        self.rows_at_once = left
+        self.when_split(size, left)
 
     def _try_more(self) -> None:
         if self.rows_at_once is None or self.state.global_step - self._since < self.patience:
@@ -165,29 +164,13 @@ class SplitsWhenFull(_Trainer):
         return (
             f"out of memory with {count} rows at once, which cannot be done in parts: {why}. Halve "
             "per_device_train_batch_size and double gradient_accumulation_steps, lower max_length"
-            + ("." if checkpoints(self.args) else ", or set activation_checkpointing: true.")
+            + ("." if checkpoints(self.args) else f"{CHECKPOINT}.")
         )
 
     def _too_long(self, inputs: Batch) -> str:
         length = inputs["input_ids"].shape[-1]
         fits = longest_that_fits(self.model, self.args, length)
-        return (
-            f"one row of {length} tokens does not fit in memory even alone. Lower max_length to {fits}"
-            + ("" if checkpoints(self.args) else ", or set activation_checkpointing: true")
-            + ", or take a smaller model; `onebase plan` shows what each part needs."
-        )
-
-
-def _taken_gradients(model: Any) -> dict[torch.nn.Parameter, torch.Tensor]:
-    taken = {weight: weight.grad for weight in model.parameters() if weight.grad is not None}
-    for weight in taken:
-        weight.grad = None
-    return taken
-
-
-def _put_back(aside: dict[torch.nn.Parameter, torch.Tensor]) -> None:
-    for weight, gradient in aside.items():
-        weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+        return does_not_fit(length, f". Lower max_length to {fits}" + ("" if checkpoints(self.args) else CHECKPOINT))
 
 
 def _pairs(inputs: Batch) -> bool:

@@ -19,15 +19,16 @@ from pipeline.disk.atomic import written_whole
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
 from pipeline.models import adapters
 from pipeline.models.forward import checkpoint_first
-from pipeline.models.halving import out_of_memory
+from pipeline.models.out_of_memory import is_out_of_memory
 from pipeline.plan.stage import optimizer_bytes
-from pipeline.stages.progress import Checkpoints, Progress, Stop
-from pipeline.stages.splitting import SplitsWhenFull
-from pipeline.stages.stage import Context, StageSpec
+from pipeline.training.micro_batches import SplitsWhenFull
+from pipeline.training.progress import Checkpoints, Progress, Stop, note_split
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+    from pipeline.stages.stage import Context, StageSpec
 
 
 def arguments(config_class: type, spec: StageSpec, ctx: Context, **house: Any) -> TrainingArguments:
@@ -175,9 +176,7 @@ def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
 
     def note(rows: int, left: int) -> None:
         halved.append(left)
-        step = trainer.state.global_step
-        print(f"  step {step + 1}: out of memory with {rows} rows at once; the same step with {left}", flush=True)
-        metrics.append(ctx.out.metrics, step, {"out_of_memory": rows, "rows_at_once": left})
+        note_split(ctx, trainer.state.global_step, rows, left)
 
     def note_trial(rows: int) -> None:
         step = trainer.state.global_step
@@ -194,7 +193,7 @@ def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
         with stop.listening():
             output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(_full_beside_the_rows(trainer, ctx)) from error
     if stop.asked:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -23,10 +23,13 @@ from pipeline.disk import metrics
 from pipeline.disk.artifact import mark_checkpoint
 from pipeline.disk.atomic import written_whole
 from pipeline.models import adapters
-from pipeline.stages.stage import Context
+from pipeline.models.out_of_memory import say_split
+from pipeline.models.processes import any_process
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from pipeline.stages.stage import Context
 
 PARTS = 4
 PASSED_ON = 2.0
@@ -156,18 +159,15 @@ class Stop(TrainerCallback):
         print("  stopping after this step ...", flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if any_rank(self.asked):
+        if any_process(self.asked):
             self.asked = control.should_save = control.should_training_stop = True
 
 
-def any_rank(flag: bool) -> bool:
-    """All processes must stop at the same step, whichever was asked."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return flag
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    flags = torch.tensor([float(flag)], device=device)
-    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-    return bool(flags.item())
+def note_split(ctx: Context, step: int, rows: int, left: int, later: str = "") -> None:
+    """Say, and keep in metrics.jsonl, that after `step` steps memory did not hold so many rows at once."""
+    say_split(rows, left, f"step {step + 1}: ", later)
+    if PartialState().is_main_process:
+        metrics.append(ctx.out.metrics, step, {"out_of_memory": rows, "rows_at_once": left})
 
 
 def clock(seconds: float) -> str:

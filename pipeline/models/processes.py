@@ -1,0 +1,35 @@
+"""What the processes of a run share; of one process, each thing is the value itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
+
+Item = TypeVar("Item")
+
+
+def share(items: Sequence[Item]) -> Sequence[Item]:
+    """Every so-manieth item, for this process to work on."""
+    state = PartialState()
+    return items[state.process_index :: state.num_processes]
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of every process, in the order of their ranks."""
+    return list(gather_object([value]))
+
+
+def add_up(value: Any) -> torch.Tensor:
+    """The sum over all processes of a number or CPU tensor, in float64 and on the CPU."""
+    tensor = torch.as_tensor(value, dtype=torch.float64)
+    state = PartialState()
+    return tensor if state.num_processes == 1 else reduce(tensor.to(state.device), "sum").cpu()
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in one of them, so that all stop at the same step, whichever was asked."""
+    return bool(add_up(float(flag)) > 0)

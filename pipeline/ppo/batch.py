@@ -1,0 +1,140 @@
+"""A batch of PPO on its way: prompts -> Rollout -> Scored -> Advantaged. Each step is made whole and never changed.
+
+Of a pack: B episodes, T tokens of its longest prompt with answer, G tokens of its longest answer, N tokens of all its
+answers, row after row. Values on (B, G) are 0 where an answer has no token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from pipeline.data.render import padded
+from pipeline.models.out_of_memory import EPISODE, run_in_parts
+
+if TYPE_CHECKING:
+    from pipeline.data.contracts import Row
+    from pipeline.models.sampling import Episode
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A process's share of a step's prompts, answered by the policy."""
+
+    rows: list[Row]
+    """The prompts, one for each episode."""
+    episodes: list[Episode]
+    texts: list[str]
+    """The answers as text, without their end-of-turn tokens."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Episodes of like length that pass through the model together, the same ones at scoring and in every epoch.
+
+    Places are made on the host, so that nothing on the device depends on data.
+    """
+
+    rows: list[int]
+    """(B) The episodes' places in the rollout."""
+    ids_BT: Tensor
+    """(B, T) Prompts with their answers, padded on the right."""
+    mask_BT: Tensor
+    """(B, T) 1 where ids_BT holds a token."""
+    mask_BG: Tensor
+    """(B, G) 1.0 where an answer has a token."""
+    token_N: Tensor
+    """(N) The answers' tokens."""
+    row_N: Tensor
+    """(N) The row of each, among B."""
+    column_N: Tensor
+    """(N) The place of each in its answer, among G."""
+    state_N: Tensor
+    """(N) The place from which each is predicted, among T."""
+
+    def part(self, start: int, stop: int) -> Pack:
+        """Rows from `start` to before `stop`, under the padding that they have."""
+        if (start, stop) == (0, len(self.rows)):
+            return self
+        chosen_N, some = (self.row_N >= start) & (self.row_N < stop), slice(start, stop)
+        places = (self.token_N[chosen_N], self.row_N[chosen_N] - start, self.column_N[chosen_N], self.state_N[chosen_N])
+        return Pack(self.rows[some], self.ids_BT[some], self.mask_BT[some], self.mask_BG[some], *places)
+
+    def lay_out(self, values_N: Tensor) -> Tensor:
+        """(B, G) One value for each answer token (N), each at its place."""
+        return torch.zeros_like(self.mask_BG).index_put((self.row_N, self.column_N), values_N.float())
+
+    def lay_out_lists(self, values: list[list[float]]) -> Tensor:
+        """(B, G) A value for each token of each episode of the rollout, those of this pack."""
+        return self.lay_out(torch.tensor([value for row in self.rows for value in values[row]]).to(self.ids_BT.device))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A pack with what its answers are worth, and what policy, reference and critic say of them."""
+
+    pack: Pack
+    scores_B: Tensor
+    """(B) What each answer is paid: normalised, bounded, less what a cut answer costs."""
+    logp_BG: Tensor
+    """(B, G) Log-probabilities of its tokens under the policy that wrote it, in nats."""
+    ref_logp_BG: Tensor
+    """(B, G) The same under the reference."""
+    values_BG: Tensor
+    """(B, G) The critic's values of the states before the tokens."""
+
+
+@dataclass(frozen=True)
+class Advantaged:
+    """What an update learns from."""
+
+    pack: Pack
+    old_logp_BG: Tensor | None
+    """(B, G) Log-probabilities under the policy that wrote the answers. None before the first pass of an update that is
+    made by that very policy: then they are what this pass gives."""
+    old_values_BG: Tensor
+    """(B, G) The critic's values when the answers were scored."""
+    advantages_BG: Tensor
+    returns_BG: Tensor
+    """(B, G) What the critic should have said."""
+
+    def part(self, start: int, stop: int) -> Advantaged:
+        """Rows from `start` to before `stop`, under the padding that they have."""
+        some = slice(start, stop)
+        old_logp_BG = None if self.old_logp_BG is None else self.old_logp_BG[some]
+        others = (self.old_values_BG[some], self.advantages_BG[some], self.returns_BG[some])
+        return Advantaged(self.pack.part(start, stop), old_logp_BG, *others)
+
+
+def pack_episodes(episodes: list[Episode], at_once: int, pad_id: int, device: torch.device) -> list[Pack]:
+    """Every episode in packs of `at_once`, those of like length together."""
+    order = sorted(range(len(episodes)), key=lambda i: len(episodes[i]))
+    return [_pack(order[s : s + at_once], episodes, pad_id, device) for s in range(0, len(order), at_once)]
+
+
+def _pack(rows: list[int], episodes: list[Episode], pad_id: int, device: torch.device) -> Pack:
+    ids_BT, mask_BT = padded([episodes[i].prompt_ids + episodes[i].answer_ids for i in rows], pad_id)
+    _, mask_BG = padded([episodes[i].answer_ids for i in rows], pad_id)
+    places = [
+        (token, place, column, len(episodes[i].prompt_ids) + column - 1)
+        for place, i in enumerate(rows)
+        for column, token in enumerate(episodes[i].answer_ids)
+    ]
+    tensors = (ids_BT, mask_BT, mask_BG.float(), *torch.tensor(places).T.contiguous())
+    return Pack(rows, *(tensor.to(device) for tensor in tensors))
+
+
+def run_forward(forward: Callable[[Pack], list[Tensor]], pack: Pack) -> list[Tensor]:
+    """`forward` of a pack; where memory does not hold it, of parts of it, laid one below the other."""
+    parts = run_in_parts(
+        lambda rows: forward(pack.part(rows[0], rows[-1] + 1)),
+        range(len(pack.rows)),
+        lambda _: pack.ids_BT.shape[1],
+        EPISODE,
+    )
+    return parts[0] if len(parts) == 1 else [torch.cat(columns) for columns in zip(*parts, strict=True)]

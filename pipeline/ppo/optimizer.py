@@ -1,0 +1,86 @@
+"""The optimizer's step of policy and critic: both, or neither."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import PartialState
+
+from pipeline.models.out_of_memory import try_twice
+from pipeline.ppo.algorithm import LossScale
+
+if TYPE_CHECKING:
+    from pipeline.ppo.actors import Actors
+    from pipeline.ppo.settings import PPOSettings
+
+Optimizers = dict[str, torch.optim.AdamW]
+"""By role: "policy" and "value"."""
+
+
+def make_optimizers(actors: Actors, settings: PPOSettings) -> Optimizers:
+    """With the state that AdamW would make in its first step, so that what is tried before the first rollout is tried
+    beside it."""
+    optimizers = {}
+    for role in ("policy", "value"):
+        # On CUDA one kernel that changes everything in place: a step takes no memory that the first try did not see.
+        optimizer = torch.optim.AdamW(
+            list(actors.trained(role).values()),
+            eps=settings.adam_epsilon,
+            weight_decay=settings.weight_decay,
+            fused=actors.device.type == "cuda" or None,
+        )
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                step = torch.zeros((), dtype=torch.float32, device=weight.device if group["fused"] else "cpu")
+                moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[weight] = {"step": step, **moments}
+        optimizers[role] = optimizer
+    return optimizers
+
+
+def trained_weights(optimizers: Optimizers) -> list[torch.nn.Parameter]:
+    """All that is trained."""
+    return [weight for optimizer in optimizers.values() for weight in optimizer.param_groups[0]["params"]]
+
+
+def take_step(
+    optimizers: Optimizers, scale: LossScale, settings: PPOSettings, step: int, finite: bool
+) -> dict[str, float]:
+    """Add up the processes' gradients, clip them and move the weights; where a gradient is not finite, no weight moves.
+    Leaves no gradient; gives learning rate, norms, and what became of the scale. `finite`: whether the loss was.
+    """
+    weights = trained_weights(optimizers)
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        if PartialState().num_processes > 1:
+            torch.distributed.all_reduce(weight.grad)
+        if scale.moves:
+            weight.grad.div_(scale.value)
+    norms = {
+        role: torch.nn.utils.clip_grad_norm_(trained_weights({role: optimizer}), settings.max_grad_norm).item()
+        for role, optimizer in optimizers.items()
+    }
+    fit = finite and all(map(math.isfinite, norms.values()))
+    rates = {"policy": settings.learning_rate, "value": settings.learning_rate}
+    if settings.value_learning_rate is not None:
+        rates["value"] = settings.value_learning_rate
+    factor = settings.learning_rate_factor(step)
+    for role, optimizer in optimizers.items():
+        for group in optimizer.param_groups:
+            group["lr"] = rates[role] * factor
+        if fit:
+            try_twice(optimizer.step)
+        optimizer.zero_grad(set_to_none=True)
+    numbers = {"learning_rate": rates["policy"] * factor}
+    if scale.moves:
+        numbers["loss_scale"] = scale.value
+    # All processes have the same gradients by now, so they all skip and move the scale alike.
+    skipped = finite and scale.overflowed(fit)
+    if scale.moves:
+        numbers["skipped_updates"] = float(skipped)
+    if skipped:
+        return numbers
+    return numbers | {"grad_norm": norms["policy"], "value_grad_norm": norms["value"]}

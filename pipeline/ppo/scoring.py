@@ -1,0 +1,97 @@
+"""What an update is made of: the log-probabilities and values of a rollout's answers, and their advantages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from pipeline.models import processes
+from pipeline.models.sampling import Episode
+from pipeline.ppo import algorithm as maths
+from pipeline.ppo.actors import POLICY, REFERENCE, Actors
+from pipeline.ppo.batch import Advantaged, Pack, Scored, pack_episodes, run_forward
+from pipeline.ppo.settings import PPOSettings
+
+Tensor = torch.Tensor
+
+
+@torch.no_grad()
+def score(
+    actors: Actors, episodes: list[Episode], scores_R: Tensor, pack_size: int, settings: PPOSettings
+) -> list[Scored]:
+    """The R episodes of a rollout in packs, scored by one adapter after the other. `scores_R`: what each is paid.
+
+    Where a batch is one minibatch, its first update is still made by the policy that wrote the answers: the ratio
+    is one by construction, and the pass that is differentiated gives the log-probabilities for the updates after
+    it. For the KL penalty and the advantages the sampler's own figures will do, and a forward pass is saved.
+    """
+    trunk = actors.value_adapter == POLICY
+    packs = pack_episodes(episodes, pack_size, actors.pad_id, actors.device)
+    references = [run_forward(lambda part: [actors.policy(part, REFERENCE)[0]], pack)[0] for pack in packs]
+    if settings.one_minibatch:
+        sampled = [[e.logp for e in episodes], *([[e.values for e in episodes]] if trunk else [])]
+        policies = [[pack.lay_out_lists(figures) for figures in sampled] for pack in packs]
+    else:
+        policies = [run_forward(lambda part: as_updates_see(actors, part), pack) for pack in packs]
+    values = [
+        policy[1] if trunk else run_forward(lambda part: [actors.values(part)], pack)[0]
+        for pack, policy in zip(packs, policies, strict=True)
+    ]
+    return [
+        Scored(pack, scores_R[pack.rows].float().to(actors.device), policy[0], ref_logp_BG, values_BG)
+        for pack, policy, ref_logp_BG, values_BG in zip(packs, policies, references, values, strict=True)
+    ]
+
+
+def as_updates_see(actors: Actors, pack: Pack) -> list[Tensor]:
+    """The policy's log-probabilities and with critic: trunk its values, by the very pass that an update is made of,
+    so that the first ratio is exactly 1.
+
+    In training mode and with gradients asked for, since kernels may be chosen by that. PyTorch's scaled dot product
+    attention does so on CUDA: flash attention has no way back through heads of 193 to 224 on compute capability 8.6
+    to 8.9 and 12.0 (aten/native/transformers/cuda/sdp_utils.cpp), where another kernel is taken once there is a
+    gradient. bitsandbytes 0.50 calls one operator with and without (earlier ones took gemv for a single row
+    without), and PEFT's layers, whose cast is off, compute alike.
+    """
+    actors.model.train()
+    try:
+        with torch.enable_grad():
+            logp_BG, _, values_BG = actors.policy(pack, way_back=False)
+    finally:
+        actors.model.eval()
+    return [logp_BG.detach()] if values_BG is None else [logp_BG.detach(), values_BG.detach()]
+
+
+def take_advantages(
+    scored: list[Scored], settings: PPOSettings, kl_coef: float
+) -> tuple[list[Advantaged], dict[str, float]]:
+    """What the update learns from, and the numbers of the batch; whitening is over all processes' tokens."""
+    batch = []
+    sums = torch.zeros(5, dtype=torch.float64)
+    for one in scored:
+        mask_BG = one.pack.mask_BG
+        kl_BG = maths.kl_per_token(one.logp_BG, one.ref_logp_BG, settings.kl_estimator) * mask_BG
+        rewards_BG = maths.shaped_rewards(one.scores_B, kl_BG, mask_BG, kl_coef)
+        gained = maths.gae(rewards_BG, one.values_BG, mask_BG, settings.gamma, settings.lam)
+        batch.append(Advantaged(one.pack, None if settings.one_minibatch else one.logp_BG, one.values_BG, *gained))
+        parts = (kl_BG, rewards_BG, one.scores_B, -one.logp_BG * mask_BG, mask_BG)
+        sums += torch.stack([part.double().sum().cpu() for part in parts])
+    pairs = [maths.explained_variance(one.old_values_BG, one.returns_BG, one.pack.mask_BG) for one in batch]
+    returns = maths.mean_and_std(processes.add_up(sum(pair[0].cpu() for pair in pairs)))
+    unexplained = maths.mean_and_std(processes.add_up(sum(pair[1].cpu() for pair in pairs)))
+    if settings.whiten_advantages:
+        moments_3 = processes.add_up(sum(maths.moments(one.advantages_BG, one.pack.mask_BG).cpu() for one in batch))
+        batch = [
+            replace(one, advantages_BG=maths.whitened(one.advantages_BG, one.pack.mask_BG, moments_3)) for one in batch
+        ]
+    kl, shaped, reward, surprise, tokens = (processes.add_up(sums) / settings.batch_size).tolist()
+    return batch, {
+        "kl": kl,
+        "reward": reward,
+        "reward_shaped": shaped,
+        "answer_length": tokens,
+        "sampled_nll": surprise / tokens,
+        "explained_variance": 1 - (unexplained[1] / max(returns[1], 1e-8)) ** 2,
+        "kl_coef": kl_coef,
+    }

@@ -54,7 +54,7 @@ def test_every_stage_leaves_a_manifest_that_accounts_for_its_rows(chain: tuple[d
         assert manifest.invariants["base_unchanged"] is True
         assert manifest.invariants["trainable_dtype"] == "float32"
         assert manifest.after and not (out(chain, stage).folder / "checkpoints").exists()
-    assert len({out(chain, stage).verify()["base_digest"] for stage in chain[0]["stages"]}) == 1
+    assert len({out(chain, stage).verify().base_digest for stage in chain[0]["stages"]}) == 1
 
 
 def test_the_reference_of_dpo_is_the_sft_policy(chain: tuple[dict[str, Any], Path]) -> None:
@@ -150,7 +150,7 @@ def test_other_held_out_files_are_measured_on_and_nothing_is_trained(
     after = {name: recipe.artifact(name, runs).verify() for name in recipe.order()}
     for name in recipe.order():
         same = ("files", "fingerprint", "parts", "parents", "invariants", "started", "seconds")
-        assert {key: after[name][key] for key in same} == {key: before[name][key] for key in same}
+        assert [getattr(after[name], key) for key in same] == [getattr(before[name], key) for key in same]
         assert after[name].data.counts == before[name].data.counts
     assert after["sft"].data.questions == 3 and after["dpo"].data.held_out == 7
     assert len(recipe.artifact("sft", runs).samples.read_text().splitlines()) == 3
@@ -162,7 +162,7 @@ def test_other_held_out_files_are_measured_on_and_nothing_is_trained(
     for when, stage in (("before", "sft"), ("after", "dpo")):
         model = adapters.as_trained(bases.load_base(spec, tokenizer), recipe.artifact(stage, runs).adapter)
         plain = scoring.preferences(model, tokenizer, replies)
-        assert {key: after["dpo"][when][key] for key in plain} == pytest.approx(plain, abs=1e-6)
+        assert {key: getattr(after["dpo"], when)[key] for key in plain} == pytest.approx(plain, abs=1e-6)
     talks = [[render.conversation(tokenizer, row, side) for side in ("chosen", "rejected")] for row in rows]
     base = bases.load_base(spec, tokenizer, reward=True)
     plain = scoring.reward_model(adapters.as_trained(base, recipe.artifact("reward", runs).adapter), tokenizer, talks)

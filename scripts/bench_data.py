@@ -57,20 +57,18 @@ def pack(rows: Any, given: argparse.Namespace) -> None:
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(given.pack)
 
-    def encoded() -> Any:
-        done = sequences.shelf()
-        for row in rows:
-            whole = (
-                render.demonstration(tokenizer, row)
-                if given.kind == "chat"
-                else render.document(tokenizer, row["text"])
-            )
-            done.append(whole)
-        return done
+    def encode(row: dict[str, Any]) -> render.Encoded:
+        if given.kind == "chat":
+            return render.demonstration(tokenizer, row)
+        return render.document(tokenizer, row["text"])
 
-    tokens = timed("tokenize", given.rows, encoded)
-    table = timed("write as a data set", given.rows, lambda: sequences.demonstrations(tokens))
-    packed = timed("pack to 1024", given.rows, lambda: pack_dataset(table, 1024, "bfd_split"))
+    def stored() -> Any:
+        tally = sequences.Tally("bench", skip=False)
+        return sequences.store(rows, encode, sequences.TEXTS, tally, sequences.keep_whole)
+
+    tokens = timed("tokenize and write", given.rows, stored)
+    timed("read back", given.rows, lambda: sum(len(text.ids) for text in tokens))
+    packed = timed("pack to 1024", given.rows, lambda: pack_dataset(tokens.dataset, 1024, "bfd_split"))
     print(f"  {len(packed)} packs")
 
 

@@ -170,7 +170,7 @@ def test_dpo_learns_only_what_the_assistant_says(tiny_base: Path, tmp_path: Path
     )
     trainer = shared.build(
         type("DPOTrainer", (shared.TakesEncoded, DPOTrainer), {}), model, args=args,
-        train_dataset=sequences.reply_pairs(some), processing_class=tokenizer,
+        train_dataset=sequences.REPLY_PAIRS.write(some), processing_class=tokenizer,
         data_collator=shared.LearntTokens(tokenizer.pad_token_id),
     )  # fmt: skip
     with torch.no_grad():
@@ -225,7 +225,7 @@ def dpo_trainer(
     )
     taking = type("DPOTrainer", (shared.TakesEncoded, DPOTrainer), {})
     some = pairs(recipe, "dpo", tokenizer)[:batch]
-    rows = sequences.reply_pairs(some)
+    rows = sequences.REPLY_PAIRS.write(some)
     return some, shared.build(taking, model, args=args, train_dataset=rows, processing_class=tokenizer)
 
 

@@ -123,15 +123,15 @@ def a_trainer(base: Path, folder: Path, stage: str, **train: Any) -> Any:
     some = read_source(path, PREFERENCE, DataSpec(path=path)).rows[:6] if stage != "sft" else []
     if stage == "dpo":
         replies = [[render.reply(tokenizer, row, side) for side in ("chosen", "rejected")] for row in some]
-        rows, kind, config = sequences.reply_pairs(replies), trl.DPOTrainer, trl.DPOConfig
+        rows, kind, config = sequences.REPLY_PAIRS.write(replies), trl.DPOTrainer, trl.DPOConfig
         kind = type("DPOTrainer", (shared.TakesEncoded, kind), {})
     elif stage == "reward":
         talks = [[render.conversation(tokenizer, row, side) for side in ("chosen", "rejected")] for row in some]
-        rows, kind, config = sequences.scored_pairs(talks), trl.RewardTrainer, trl.RewardConfig
+        rows, kind, config = sequences.SCORED_PAIRS.write(talks), trl.RewardTrainer, trl.RewardConfig
     else:
         said = [json.loads(line) for line in Path(path).read_text().splitlines()[:6]]
         talks = [render.demonstration(tokenizer, row) for row in said]
-        rows, kind, config = sequences.demonstrations(talks), trl.SFTTrainer, trl.SFTConfig
+        rows, kind, config = sequences.TEXTS.write(talks), trl.SFTTrainer, trl.SFTConfig
     args = config(
         output_dir=str(folder), bf16=False, use_cpu=True, report_to="none", per_device_train_batch_size=6,
         gradient_checkpointing=False, max_length=256, **train,

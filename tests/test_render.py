@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,11 @@ def test_plain_text_and_documents_end_once(tokenizer) -> None:  # type: ignore[n
 
 def test_a_token_over_the_boundary_is_learnt_and_pairs_keep_their_own(tokenizer) -> None:  # type: ignore[no-untyped-def]
     """ "an" + "imal" is one token: the answer must not shrink to its end token, nor take the other answer's start."""
-    from pipeline.training.sequences import reply_pairs
+    from pipeline.training.sequences import REPLY_PAIRS
 
     row = {"prompt": "What an", "chosen": "imal is kept", "rejected": " island it is"}
     pair = (render.reply(tokenizer, row, "chosen"), render.reply(tokenizer, row, "rejected"))
-    made = reply_pairs([pair])[0]
+    made = REPLY_PAIRS.write([pair])[0]
     for key, text in (("chosen", "What animal is kept<|im_end|>"), ("rejected", "What an island it is<|im_end|>")):
         assert tokenizer.decode(made["prompt_ids"] + made[f"{key}_ids"]) == text
     spaced = render.reply(tokenizer, {"prompt": "Answer: ", "chosen": "the"}, "chosen")
@@ -178,7 +179,7 @@ def test_padding_is_by_length_where_pad_is_the_end_token(tokenizer) -> None:  # 
 
 
 def test_rows_longer_than_the_window_are_dropped_or_end_their_turn(tokenizer) -> None:  # type: ignore[no-untyped-def]
-    from pipeline.training.sequences import fitted
+    from pipeline.training.sequences import TEXTS, Tally, fit_texts, store
 
     def row(place: int, *turns: tuple[int, int]) -> dict[str, Any]:
         messages = []
@@ -188,14 +189,20 @@ def test_rows_longer_than_the_window_are_dropped_or_end_their_turn(tokenizer) ->
 
     rows = [row(1, (3, 3)), row(2, (3, 3), (3, 200)), row(3, (3, 200)), row(4, (200, 3))]
     whole = [render.demonstration(tokenizer, r) for r in rows]
-    with pytest.raises(UserError, match=r"1 rows have no token left to learn from .*\n  d.jsonl:4"):
-        fitted(rows, whole, 64, "drop", stop=True)
 
-    kept, counts, left_out = fitted(rows, whole, 64, "drop", stop=False)
+    def fitted(max_length: int, too_long: Any, skip: bool) -> tuple[Any, dict[str, int], list[dict[str, Any]]]:
+        fit = partial(fit_texts, max_length=max_length, too_long=too_long)
+        done = store(rows, lambda row: render.demonstration(tokenizer, row), TEXTS, Tally("sft", skip), fit)
+        return done, done.tally.counts, done.tally.refused
+
+    with pytest.raises(UserError, match=r"1 rows have no token left to learn from .*\n  d.jsonl:4"):
+        fitted(64, "drop", skip=False)
+
+    kept, counts, left_out = fitted(64, "drop", skip=True)
     assert [entry["place"] for entry in left_out] == ["d.jsonl:2", "d.jsonl:3", "d.jsonl:4"] and list(kept) == whole[:1]
     assert (counts["rows"], counts["rows_too_long"], counts["rows_bare"]) == (4, 2, 1)
 
-    kept, counts, left_out = fitted(rows, whole, 64, "keep_end", stop=False)
+    kept, counts, left_out = fitted(64, "keep_end", skip=True)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert len(kept) == 3 and counts["rows_cut"] == 2 and [entry["place"] for entry in left_out] == ["d.jsonl:4"]
     assert all(len(s.ids) <= 64 and s.ids[-1] == s.labels[-1] == end for s in kept[1:])
@@ -203,7 +210,7 @@ def test_rows_longer_than_the_window_are_dropped_or_end_their_turn(tokenizer) ->
     assert kept[1].ids == first_turn.ids[: len(kept[1].ids)]  # the whole turns that fit, and no torn one
     assert kept[2].ids[:63] == whole[2].ids[:63]
 
-    kept, counts, left_out = fitted(rows, whole, 4096, "drop", stop=True)
+    kept, counts, left_out = fitted(4096, "drop", skip=False)
     assert list(kept) == whole and not left_out and counts["rows_cut"] == 0
     assert counts["supervised_tokens"] == sum(sequence.supervised for sequence in whole)
 

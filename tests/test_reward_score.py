@@ -96,7 +96,7 @@ def test_a_score_is_read_at_the_last_token_though_it_is_the_pad_token(
         output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", per_device_train_batch_size=2, bf16=False
     )
     args.checkpointed_layers, args.base_on_hub = None, None
-    data = sequences.scored_pairs(pairs)
+    data = sequences.SCORED_PAIRS.write(pairs)
     trainer = shared.build(RewardTrainer, model, args=args, train_dataset=data, processing_class=tokenizer)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in (0, 1)])
     _, out = trainer.compute_loss(model.train(), batch, return_outputs=True)

@@ -36,7 +36,7 @@ WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")
 
 
 def count_tokens(
-    kind: str, tokenizer: Tokenizer, rows: Iterable[Row], max_length: int | None, too_long: str = "drop"
+    kind: str, tokenizer: Tokenizer, rows: Iterable[Row], max_length: int | None, too_long: render.TooLong = "drop"
 ) -> Figures:
     """Lengths in tokens, what max_length costs, and where the loss falls in the rows that a stage would keep.
 
@@ -67,13 +67,11 @@ def count_tokens(
             tokens_lost += longest - max_length
         if kind in ("sft", "pretrain"):
             learnt = made[0]
-            if kind == "sft" and max_length is not None and longest > max_length:
-                if not learnt.cut(max_length).supervised:
-                    bare += 1
-                    continue
-                learnt = learnt.cut_at_end(max_length)
-                if too_long == "drop" or not learnt.supervised:
-                    left_out += 1
+            if kind == "sft":
+                learnt, lost, _ = render.fit(learnt, max_length, too_long)
+                bare += lost == "rows_bare"
+                left_out += lost == "rows_too_long"
+                if lost:
                     continue
             dialogues += 1
             supervised.append(learnt.supervised)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.data.contracts import Row
 from pipeline.data.tokens import Unrenderable, apply_template, stop_ids, tokenize, tokenize_text
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+TooLong = Literal["drop", "keep_end", "cut"]
 IGNORED = -100
 ANSWER_AT_LEAST = 16
 """Tokens of a cut answer from which it is still one."""
@@ -54,6 +55,26 @@ class Encoded:
 
     def _ends_turn(self, index: int) -> bool:
         return index + 1 == len(self.labels) or self.labels[index + 1] == IGNORED
+
+
+def fit(whole: Encoded, max_length: int | None, too_long: TooLong) -> tuple[Encoded, str, str]:
+    """A sequence no longer than max_length; where it is to be left out, also what it is counted as, and the reason.
+
+    too_long: of a longer dialogue, leave it out (`drop`); keep the whole turns that fit, or where not one fits its
+    start and its end-of-turn token (`keep_end`); or keep its start, as TRL does (`cut`, for documents).
+    """
+    short = whole.cut(max_length)
+    if short.supervised == 0:
+        return short, "rows_bare", f"has no token to learn from within {max_length}"
+    if max_length is None or len(whole.ids) <= max_length or too_long == "cut":
+        return short, "", ""
+    if too_long == "drop":
+        reason = f"is {len(whole.ids)} tokens long, max_length is {max_length} (data.too_long: drop)"
+        return short, "rows_too_long", reason
+    short = whole.cut_at_end(max_length)
+    if short.supervised == 0:
+        return short, "rows_too_long", f"keeps next to nothing of its answer in {max_length}"
+    return short, "", ""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar, overload
 
 T = TypeVar("T")
@@ -57,26 +57,16 @@ class Shelf(OneByOne[T]):
     changes nothing. The file is gone with the process, however that ends.
     """
 
-    def __init__(
-        self,
-        items: Iterable[T] = (),
-        dump: Callable[[T], bytes] = to_json,
-        load: Callable[[bytes], T] = from_json,
-    ) -> None:
-        self._dump, self._load = dump, load
+    def __init__(self, dump: Callable[[T], bytes] = to_json) -> None:
+        self._dump = dump
         self._ends = array("Q", [0])
         self._file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115  closed with the process
-        self.extend(items)
 
     def append(self, item: T) -> None:
         line = self._dump(item)
         self._file.seek(self._ends[-1])
         self._file.write(line)
         self._ends.append(self._ends[-1] + len(line))
-
-    def extend(self, items: Iterable[T]) -> None:
-        for item in items:
-            self.append(item)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -86,7 +76,7 @@ class Shelf(OneByOne[T]):
         if not 0 <= place < len(self):
             raise IndexError(f"no item {index} among {len(self)}")
         self._file.seek(self._ends[place])
-        return self._load(self._file.read(self._ends[place + 1] - self._ends[place]))
+        return from_json(self._file.read(self._ends[place + 1] - self._ends[place]))  # type: ignore[no-any-return]
 
 
 class Picked(OneByOne[T]):

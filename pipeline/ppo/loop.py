@@ -25,7 +25,7 @@ from pipeline.ppo.actors import POLICY, REFERENCE, VALUE
 from pipeline.ppo.rewards import adapter_name
 from pipeline.ppo.trainer import WHOLE_AGAIN
 from pipeline.training.progress import Progress, Snapshots, Stop, keep_newest, note_split
-from pipeline.training.sequences import encoded
+from pipeline.training.sequences import Tally, encode_rows
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -57,24 +57,26 @@ def leave_out_unrenderable(
             "recipes/templates/chatml.jinja"
         )
     room = min(limit for limit in (settings.max_length, window, 1 << 62) if limit) - settings.response_length
-    tokens, kept, refused = [], [], []
-    for part in (ctx.data.train, ctx.data.test or []):
-        rows, prompts, unfit = encoded(part, lambda row: render.prompt(tokenizer, row), ctx, skip)
-        kept.append(list(rows))
-        refused += unfit
-        long = [(row["_place"], len(ids)) for row, ids in zip(rows, prompts, strict=True) if len(ids) > room]
+    kept, tallies = [], [Tally(ctx.out.name, skip), Tally(ctx.out.name, skip)]
+    for part, tally in zip((ctx.data.train, ctx.data.test or []), tallies, strict=True):
+        kept.append([])
+        long = []
+        for row, ids in encode_rows(part, lambda row: render.prompt(tokenizer, row), tally):
+            kept[-1].append(row)
+            tally.counts["prompt_tokens"] += len(ids)
+            if len(ids) > room:
+                long.append(f"  {row['_place']}: {len(ids)} tokens")
         if long:
-            named = "\n".join(f"  {place}: {length} tokens" for place, length in long[:NAMED_AT_MOST])
+            named = "\n".join(long[:NAMED_AT_MOST])
             raise UserError(
                 f"{len(long)} prompts of stage '{ctx.out.name}' are longer than the {max(room, 0)} tokens that "
                 f"max_length {settings.max_length or window} leaves beside response_length "
                 f"{settings.response_length}:\n{named}\nRaise max_length, lower response_length, or remove them."
             )
-        tokens.append(sum(len(ids) for ids in prompts))
     train, test = kept
-    unrendered = len(ctx.data.train) - len(train)
-    counts = {"rows": len(train), "prompt_tokens": tokens[0], "rows_unrendered": unrendered}
-    return replace(ctx, data=replace(ctx.data, train=train, test=ctx.data.test and test)), counts, refused
+    refused = [*tallies[0].refused, *tallies[1].refused]
+    ctx = replace(ctx, data=replace(ctx.data, train=train, test=ctx.data.test and test))
+    return ctx, tallies[0].counts, refused
 
 
 def fill_columns(ctx: Context) -> Context:

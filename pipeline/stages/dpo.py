@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 from pipeline.data.contracts import PREFERENCE
@@ -33,12 +34,9 @@ def run(spec: DPOSpec, ctx: Context) -> Result:
     args = shared.arguments(DPOConfig, spec, ctx)
     tokenizer = bases.load_tokenizer(ctx.model)
     sequences.askable(ctx, tokenizer)
-    skip = spec.data.on_bad_row == "skip"
-    rows, train_set, unfit = sequences.encoded(ctx.data.train, pair, ctx, skip)
-    _, test_set, unfit_test = sequences.encoded(ctx.data.test or [], pair, ctx, skip)
-    train_set, result.counts, result.refused = sequences.fitting_pairs(rows, train_set, args.max_length)
-    result.counts["rows_unrendered"] = len(unfit)
-    result.refused = [*unfit, *unfit_test, *result.refused]
+    fit = partial(sequences.fit_pairs, max_length=args.max_length)
+    train_set, test_set = sequences.store_both(ctx, spec, pair, sequences.REPLY_PAIRS, fit)
+    result.counts, result.refused = train_set.tally.counts, [*train_set.tally.refused, *test_set.tally.refused]
 
     # base
     set_seed(ctx.seed)
@@ -55,7 +53,7 @@ def run(spec: DPOSpec, ctx: Context) -> Result:
         trainer_class,
         model,
         args=args,
-        train_dataset=sequences.reply_pairs(train_set),
+        train_dataset=train_set.dataset,
         processing_class=tokenizer,
         data_collator=shared.LearntTokens(tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of),
     )

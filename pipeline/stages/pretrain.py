@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 from pipeline.data.contracts import LANGUAGE_MODELING
@@ -34,17 +35,11 @@ def run(spec: PretrainSpec, ctx: Context) -> Result:
     args = shared.arguments(SFTConfig, spec, ctx, packing=True, packing_strategy="bfd_split")
     tokenizer = bases.load_tokenizer(ctx.model)
     sequences.askable(ctx, tokenizer)
-    skip = spec.data.on_bad_row == "skip"
-    rows, train_set, unfit = sequences.encoded(ctx.data.train, encode, ctx, skip)
-    _, test_set, unfit_test = sequences.encoded(ctx.data.test or [], encode, ctx, skip)
+    fit = sequences.keep_whole
     if not args.packing:
-        train_set, result.counts, result.refused = sequences.fitted(
-            rows, train_set, args.max_length, "cut", stop=not skip
-        )
-    else:
-        result.counts = {"rows": len(train_set), "tokens": sum(len(sequence.ids) for sequence in train_set)}
-    result.counts["rows_unrendered"] = len(unfit)
-    result.refused = [*unfit, *unfit_test, *result.refused]
+        fit = partial(sequences.fit_texts, max_length=args.max_length, too_long="cut")
+    train_set, test_set = sequences.store_both(ctx, spec, encode, sequences.TEXTS, fit)
+    result.counts, result.refused = train_set.tally.counts, [*train_set.tally.refused, *test_set.tally.refused]
 
     # base
     set_seed(ctx.seed)
@@ -58,9 +53,7 @@ def run(spec: PretrainSpec, ctx: Context) -> Result:
         result.invariants |= invariants.starts_as_identity(model, train_set[0].ids)
 
     # trainer
-    trainer = shared.build(
-        SFTTrainer, model, args=args, train_dataset=sequences.demonstrations(train_set), processing_class=tokenizer
-    )
+    trainer = shared.build(SFTTrainer, model, args=args, train_dataset=train_set.dataset, processing_class=tokenizer)
     result.invariants |= invariants.only_adapter_trains(model)
 
     # train, with the held-out numbers before and after

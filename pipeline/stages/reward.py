@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 from pipeline.data.contracts import PREFERENCE
@@ -31,12 +32,9 @@ def run(spec: RewardSpec, ctx: Context) -> Result:
     result = Result()
     args = shared.arguments(RewardConfig, spec, ctx)
     tokenizer = bases.load_tokenizer(ctx.model)
-    skip = spec.data.on_bad_row == "skip"
-    rows, train_set, unfit = sequences.encoded(ctx.data.train, pair, ctx, skip)
-    _, test_set, unfit_test = sequences.encoded(ctx.data.test or [], pair, ctx, skip)
-    train_set, result.counts, result.refused = sequences.fitting_pairs(rows, train_set, args.max_length)
-    result.counts["rows_unrendered"] = len(unfit)
-    result.refused = [*unfit, *unfit_test, *result.refused]
+    fit = partial(sequences.fit_pairs, max_length=args.max_length)
+    train_set, test_set = sequences.store_both(ctx, spec, pair, sequences.SCORED_PAIRS, fit)
+    result.counts, result.refused = train_set.tally.counts, [*train_set.tally.refused, *test_set.tally.refused]
 
     # base
     set_seed(ctx.seed)
@@ -53,8 +51,7 @@ def run(spec: RewardSpec, ctx: Context) -> Result:
     head_at_start = invariants.head(model)
 
     # trainer
-    rows = sequences.scored_pairs(train_set)
-    trainer = shared.build(RewardTrainer, model, args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer = shared.build(RewardTrainer, model, args=args, train_dataset=train_set.dataset, processing_class=tokenizer)
     result.invariants |= invariants.only_adapter_trains(model, head=True)
 
     # train, with the held-out numbers before and after

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 from pipeline.data.contracts import DEMONSTRATION
@@ -33,15 +34,10 @@ def run(spec: SFTSpec, ctx: Context) -> Result:
     args = shared.arguments(SFTConfig, spec, ctx)
     tokenizer = bases.load_tokenizer(ctx.model)
     sequences.askable(ctx, tokenizer)
-    skip = spec.data.on_bad_row == "skip"
-    rows, train_set, unfit = sequences.encoded(ctx.data.train, encode, ctx, skip)
-    _, test_set, unfit_test = sequences.encoded(ctx.data.test or [], encode, ctx, skip)
-    train_set, result.counts, result.refused = sequences.fitted(
-        rows, train_set, args.max_length, spec.data.too_long, stop=not skip
-    )
+    fit = partial(sequences.fit_texts, max_length=args.max_length, too_long=spec.data.too_long)
+    train_set, test_set = sequences.store_both(ctx, spec, encode, sequences.TEXTS, fit)
+    result.counts, result.refused = train_set.tally.counts, [*train_set.tally.refused, *test_set.tally.refused]
     result.invariants |= invariants.ends_are_learnt(train_set, result.counts, tokenizer)
-    result.counts["rows_unrendered"] = len(unfit)
-    result.refused = [*unfit, *unfit_test, *result.refused]
 
     # base
     set_seed(ctx.seed)
@@ -55,9 +51,7 @@ def run(spec: SFTSpec, ctx: Context) -> Result:
         result.invariants |= invariants.starts_as_identity(model, train_set[0].ids)
 
     # trainer
-    trainer = shared.build(
-        SFTTrainer, model, args=args, train_dataset=sequences.demonstrations(train_set), processing_class=tokenizer
-    )
+    trainer = shared.build(SFTTrainer, model, args=args, train_dataset=train_set.dataset, processing_class=tokenizer)
     result.invariants |= invariants.only_adapter_trains(model)
 
     # train, with the held-out numbers before and after

@@ -64,15 +64,8 @@ def _show_numbers(first: Path, second: Path, manifests: list[dict[str, Manifest 
     for name in dict.fromkeys([*a["numbers"], *b["numbers"]]):
         if (name in a["numbers"]) != (name in b["numbers"]):
             console.print(f"{name}: evaluated in {'A' if name in a['numbers'] else 'B'} alone", highlight=False)
-    table = Table(
-        "stage",
-        "number",
-        "A (95 %)",
-        "B (95 %)",
-        "B less A, item by item (95 %)",
-        title="numbers",
-        title_justify="left",
-    )
+    columns = ("stage", "number", "A (95 %)", "B (95 %)", "B less A, item by item (95 %)")
+    table = Table(*columns, title="numbers", title_justify="left")
     for stage in [name for name in a["numbers"] if name in b["numbers"]]:
         values, shared = _shared(first, second, stage)
         paired = results.changes(values, "b", "a", a["proxy"]) if shared else {}

@@ -149,7 +149,7 @@ class Entry(Known):
     """The manifest of a stage of the lineage."""
 
     stage: Name
-    kind: Literal["pretrain", "sft", "reward", "dpo", "ppo"]
+    kind: Name
     fingerprint: Digest
     parts: Parts
     section: Section
@@ -190,7 +190,7 @@ class Record(Strict):
     onebase: Text
     form: Literal["adapter", "merged", "gguf"]
     stage: Name
-    kind: Literal["pretrain", "sft", "reward", "dpo", "ppo"]
+    kind: Name
     fingerprint: Digest
     base: HubId | None
     base_hash: BaseHash

@@ -12,9 +12,6 @@ from pipeline.evaluation_plan import results_in, verdicts_in
 from pipeline.publish.sealed import Sealed
 from pipeline.stages import STAGES
 
-LOSS = {"pretrain": "corpus_loss", "sft": "dialogue_loss"}
-"""What the evaluation calls the held-out loss of a stage, by kind."""
-
 
 def table(sealed: Sealed) -> str:
     """One line for every headline number of every stage of the lineage, in Markdown, and below what they show of stages
@@ -47,7 +44,7 @@ def _shown(sealed: Sealed) -> list[str]:
     evaluated = verdicts_in(sealed.artifact.folder.parent)
     lines = []
     for entry in sealed.lineage:
-        if entry.get("gone") or entry["kind"] not in ("dpo", "ppo"):
+        if entry.get("gone") or not STAGES[entry["kind"]].raises:
             continue
         found = evaluated.get((entry["stage"], entry["files"][WEIGHTS]), {}).get("text")
         section = STAGES[entry["kind"]].section.model_validate(entry["section"])
@@ -69,7 +66,7 @@ def _of_loss(entry: Json, evaluated: Json) -> str:
     """As the stage measured it; for a stage trained before stages did, as the evaluation did, if of the same value."""
     low, high = (entry["after"].get(f"loss_{end}") for end in ("low", "high"))
     if low is None or high is None:
-        found = evaluated.get(entry["stage"], {}).get(LOSS[entry["kind"]], {})
+        found = evaluated.get(entry["stage"], {}).get(STAGES[entry["kind"]].held_out_loss, {})
         if not found or not math.isclose(found["value"], entry["after"]["loss"], rel_tol=1e-6):
             return "`onebase eval` gives it" if (entry["data"]["held_out"] or 0) > 1 else ""
         low, high = found["low"], found["high"]

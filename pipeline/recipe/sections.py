@@ -125,7 +125,10 @@ def _check_from(from_: str | None, kinds: dict[str, Stage], *place: str) -> None
     if from_ is None:
         return
     if from_.startswith(published.PREFIX):
-        kind, named = STAGES[(published.pulled(from_).manifest() or {})["kind"]], f"{from_} is"
+        lineage = [entry["kind"] for entry in (published.pulled(from_).manifest() or {})["lineage"] if "kind" in entry]
+        if strange := [kind for kind in lineage if kind not in STAGES]:
+            raise complaint(f"{from_} grew from a {strange[0]} stage, which this version does not have", *place)
+        kind, named = STAGES[lineage[-1]], f"{from_} is"
     elif from_ in kinds:
         kind, named = kinds[from_], f"'{from_}' leaves"
     else:

@@ -79,6 +79,9 @@ def run(spec: DPOSpec, ctx: Context) -> Result:
 STAGE = Stage(
     section=DPOSpec,
     contract=PREFERENCE,
+    sequences=2,
+    reference=True,
+    raises="preference_accuracy",
     headlines=(
         Headline("preference_accuracy", "better answer is likelier", "higher", percent=True),
         Headline("question_accuracy", "questions answered right", "higher", percent=True),

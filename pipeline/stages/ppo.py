@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from pipeline.data.contracts import PROMPT_ONLY
 from pipeline.errors import complaint, suggest
 from pipeline.ppo.settings import PPOSettings
-from pipeline.stages.arguments import defines
+from pipeline.stages.arguments import defines, without_auto
 from pipeline.stages.stage import Context, Headline, PolicySpec, Result, RewardTerm, Stage
 
 
@@ -35,6 +35,9 @@ class PPOSpec(PolicySpec):
 
     def reward_terms(self) -> list[RewardTerm]:
         return _terms(self.reward or [])
+
+    def sampling(self) -> PPOSettings:
+        return PPOSettings(**without_auto(self.train))
 
     def check_among(self, stages: dict[str, Stage], *place: str) -> None:
         for term in self.reward_terms():
@@ -127,6 +130,8 @@ def run(spec: PPOSpec, ctx: Context) -> Result:
 STAGE = Stage(
     section=PPOSpec,
     contract=PROMPT_ONLY,
+    checkpoints=2,  # the newest may hold an update that only the next rollout shows to be bad
+    raises="reward",
     headlines=(
         Headline("reward", "reward of held-out answers", "higher"),
         Headline("question_accuracy", "questions answered right", "higher", percent=True),

@@ -7,6 +7,9 @@ from typing import Literal
 from pipeline.data.contracts import LANGUAGE_MODELING
 from pipeline.stages.stage import Context, Headline, PolicySpec, Result, Stage
 
+HOUSE = {"packing": True, "packing_strategy": "bfd_split"}
+"""Documents longer than max_length are split rather than cut: nothing of the corpus is lost."""
+
 
 class PretrainSpec(PolicySpec):
     kind: Literal["pretrain"] = "pretrain"
@@ -28,8 +31,7 @@ def run(spec: PretrainSpec, ctx: Context) -> Result:
         return render.document(tokenizer, row["text"])
 
     result = Result()
-    # Documents longer than max_length are split rather than cut: nothing of the corpus is lost.
-    args = shared.arguments(SFTConfig, spec, ctx, packing=True, packing_strategy="bfd_split")
+    args = shared.arguments(SFTConfig, spec, ctx, **HOUSE)
     tokenizer = bases.load_tokenizer(ctx.model)
     sequences.askable(ctx, tokenizer)
     skip = spec.data.on_bad_row == "skip"
@@ -78,6 +80,9 @@ def run(spec: PretrainSpec, ctx: Context) -> Result:
 STAGE = Stage(
     section=PretrainSpec,
     contract=LANGUAGE_MODELING,
+    house=HOUSE,
+    every_token=True,
+    held_out_loss="corpus_loss",
     headlines=(
         Headline("loss", "corpus loss", "lower"),
         Headline("question_accuracy", "questions answered right", "higher", percent=True),

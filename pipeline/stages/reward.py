@@ -74,8 +74,9 @@ def run(spec: RewardSpec, ctx: Context) -> Result:
 STAGE = Stage(
     section=RewardSpec,
     contract=PREFERENCE,
+    score_head=True,
+    sequences=2,
     headlines=(Headline("accuracy", "comparisons ranked right", "higher", percent=True),),
     numbers=("accuracy", "margin", "over_longer", "over_longer_low", "over_longer_high"),
     run=run,
-    score_head=True,
 )

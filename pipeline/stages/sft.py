@@ -75,6 +75,7 @@ def run(spec: SFTSpec, ctx: Context) -> Result:
 STAGE = Stage(
     section=SFTSpec,
     contract=DEMONSTRATION,
+    held_out_loss="dialogue_loss",
     headlines=(
         Headline("question_accuracy", "questions answered right", "higher", percent=True),
         Headline("loss", "dialogue loss", "lower"),

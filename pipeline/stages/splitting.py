@@ -170,7 +170,7 @@ class SplitsWhenFull(_Trainer):
 
     def _too_long(self, inputs: Batch) -> str:
         length = inputs["input_ids"].shape[-1]
-        fits = longest_that_fits(self.model, self.args, length)
+        fits = longest_that_fits(self.model, self.args, length, 1 + _pairs(inputs))
         return (
             f"one row of {length} tokens does not fit in memory even alone. Lower max_length to {fits}"
             + ("" if checkpoints(self.args) else ", or set activation_checkpointing: true")

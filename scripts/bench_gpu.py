@@ -171,8 +171,9 @@ def train(stage: str, side: str, given: argparse.Namespace, config: dict[str, An
     seconds = (times.ends[-1] - times.ends[WARM_UP - 1]) / given.steps
     packed = stage == "pretrain"
     work = Work(
-        stage, sequences, given.length, checkpointed(given, config), packed, masked=packed and given.rows > 1,  # type: ignore[arg-type]
-        accumulates=False, frozen=int(stage == "dpo"), evaluates=False,
+        sequences, given.length, checkpointed(given, config), packed, masked=packed and given.rows > 1,
+        accumulates=False, frozen=int(stage == "dpo"), score_head=stage == "reward", reference=stage == "dpo",
+        evaluates=False,
     )  # fmt: skip
     planned = Model(shapes_of(config), Adapter())
     expected = step_seconds(planned, work, _card(device)) if device.type == "cuda" and side == "ours" else None
@@ -225,7 +226,7 @@ def ppo(given: argparse.Namespace, config: dict[str, Any], folder: Path) -> Meas
         tokens.append(trainer.tokens)
     length = tokens[0] // settings.batch_size
     work = Work(
-        "ppo", given.rows, length, checkpointed(given, config), masked=False, frozen=2, answer=settings.response_length,
+        given.rows, length, checkpointed(given, config), masked=False, frozen=2, answer=settings.response_length,
         episodes=settings.batch_size, evaluates=False,
     )  # fmt: skip
     planned = Model(shapes_of(config), Adapter())

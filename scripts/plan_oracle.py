@@ -290,17 +290,18 @@ def against_plan(
     if kind == "ppo":
         settings = PPOSettings(batch_size=4 * rows, per_device_train_batch_size=rows, response_length=length // 2)
         counted = ppo(config, settings, length - length // 2, checkpointed, variant)
-        work = Work("ppo", rows, length, checkpointed, answer=length // 2, episodes=4 * rows, frozen=2, **how)
+        work = Work(rows, length, checkpointed, answer=length // 2, episodes=4 * rows, frozen=2, **how)
         counted["activations"] = counted.pop("forward and backward")
         counted["rollout"] = max(counted.pop("sampling"), counted.pop("scoring"))
         counted.pop("missing gradients")
     elif kind == "evaluation":
         counted = {"evaluation": evaluation(config, rows, length, variant)}
-        work = Work("sft", rows, length, checkpointed, **how)
+        work = Work(rows, length, checkpointed, **how)
     else:
         counted = step(config, kind, rows, length, checkpointed, variant)
         packed, frozen = kind == "pretrain", int(kind == "dpo")
-        work = Work(kind, rows, length, checkpointed, packed, frozen=frozen, **how)  # type: ignore[arg-type]
+        how |= {"score_head": kind == "reward", "reference": kind == "dpo"}
+        work = Work(rows, length, checkpointed, packed, frozen=frozen, **how)
     needs = memory(model, work)
     planned = {
         "weights": needs.quantised + needs.unquantised, "adapters": needs.adapters, "gradients": needs.gradients,

@@ -126,7 +126,7 @@ def test_torchtune_8b_qlora_on_a_4090() -> None:
     """
     targets = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     model = Model(shapes("Llama-3.1-8B"), Adapter(r=8, targets=targets))
-    work = Work("sft", 2, 2048, 32, masked=False, evaluates=False)
+    work = Work(2, 2048, 32, masked=False, evaluates=False)
     assert (memory(model, work).total - CONTEXT) / GIB == pytest.approx(7.4, rel=0.1)
     # It compiles its model, which the card's usual utilisation does not count on; 0.70 is what that reaches.
     seconds = step_seconds(model, work, replace(CARDS["rtx4090"], reached=0.70))
@@ -142,7 +142,7 @@ def test_llama_2_7b_sweep(length: int, measured: int) -> None:
     Its LM head is transformers' own, which takes 17 bytes for each logit (two public slopes agree), not TRL's.
     """
     model = Model(shapes("Llama-2-7B"), Adapter(r=8))
-    work = Work("sft", 1, length, 32, masked=False, evaluates=False)
+    work = Work(1, length, 32, masked=False, evaluates=False)
     needs = memory(model, work)
     naive = model.held(work) + work.tokens * (6 * model.shapes.hidden + 17 * model.shapes.vocab)
     total = needs.stays + max(needs.activations, naive) + CONTEXT
@@ -152,8 +152,8 @@ def test_llama_2_7b_sweep(length: int, measured: int) -> None:
 def test_8b_with_dpo_and_ppo_fits_12_gb() -> None:
     """The arithmetic, part by part: 3.35 GiB in 4 bits, 1.96 in bf16, and what a stage adds."""
     model = Model(shapes("Llama-3.1-8B"), Adapter(r=16))
-    dpo = memory(model, Work("dpo", 2, 1024, 32, frozen=1))
-    ppo = memory(model, Work("ppo", 2, 512, 32, frozen=2, answer=256, episodes=16))
+    dpo = memory(model, Work(2, 1024, 32, frozen=1, reference=True))
+    ppo = memory(model, Work(2, 512, 32, frozen=2, answer=256, episodes=16))
     assert dpo.quantised == pytest.approx(6_979_321_856 * 0.51587, rel=1e-3)
     assert dpo.unquantised == 2 * (2 * 128256 * 4096 + 65 * 4096)
     assert dpo.adapters == 41_943_040 * 4 + 41_943_040 * 2
@@ -164,14 +164,14 @@ def test_8b_with_dpo_and_ppo_fits_12_gb() -> None:
 def test_operations_of_a_token() -> None:
     """Llama-3-8B at 2048 tokens, counted by hand: 33.2 G without checkpointing, 47.8 G with it."""
     model = Model(shapes("Llama-3.1-8B"), Adapter(r=16))
-    none, every = (training_operations(model, Work("sft", 1, 2048, k), 1.0) for k in (0, 32))
+    none, every = (training_operations(model, Work(1, 2048, k), 1.0) for k in (0, 32))
     assert none / 1e9 == pytest.approx(33.2, rel=0.02)
     assert every / 1e9 == pytest.approx(47.8, rel=0.02)
 
 
 def test_partial_checkpointing_lies_between() -> None:
     model = Model(shapes("Llama-3.1-8B"), Adapter())
-    peaks = [memory(model, Work("sft", 1, 2048, k)).training for k in range(0, 33, 4)]
+    peaks = [memory(model, Work(1, 2048, k)).training for k in range(0, 33, 4)]
     assert peaks == sorted(peaks, reverse=True) and peaks[0] > 5 * peaks[-1]
 
 
@@ -223,14 +223,14 @@ def test_defaults_are_the_trainers_own() -> None:
 def test_questions_are_answered_with_a_cache() -> None:
     """Llama-2-7B keeps half a MiB a token: 4096 tokens of questions take 2 GiB, more than the step that trains."""
     model = Model(shapes("Llama-2-7B"), Adapter())
-    asked, not_asked = (memory(model, Work("sft", 1, 512, 32, answering=tokens)) for tokens in (4096, 0))
+    asked, not_asked = (memory(model, Work(1, 512, 32, answering=tokens)) for tokens in (4096, 0))
     assert asked.evaluation > 2 * GIB > 4 * not_asked.evaluation
     assert asked.total - asked.stays - CONTEXT == asked.evaluation
 
 
 def test_a_held_out_row_is_scored_whole() -> None:
     model = Model(shapes("SmolLM2-1.7B"), Adapter())
-    long, short = (memory(model, Work("sft", 1, 512, 24, held_out=tokens, answering=0)) for tokens in (8192, 512))
+    long, short = (memory(model, Work(1, 512, 24, held_out=tokens, answering=0)) for tokens in (8192, 512))
     assert long.evaluation > 2 * short.evaluation  # 8192 tokens against the 1536 of a batch
 
 

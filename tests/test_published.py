@@ -29,7 +29,6 @@ from pipeline.publish.publishing import _record
 from pipeline.publish.sealed import Sealed, ancestors, sealed
 from pipeline.recipe.recipe import build
 from pipeline.runs.stage import _note_parent
-from pipeline.stages import STAGES
 
 MUTATIONS = 700
 HOSTILE: list[Any] = [
@@ -149,7 +148,17 @@ def test_the_honest_one_is_taken_whole(honest: tuple[Sealed, Path], offered: Any
     assert [entry.as_json() for entry in manifest.lineage] == record["lineage"] and manifest.load == record["load"]
     assert artifact.name == "sft" and {"adapter_config.json", WEIGHTS} == set(manifest.files)
     assert (artifact.adapter / WEIGHTS).read_bytes() == (honest[1] / WEIGHTS).read_bytes()
-    assert set(STAGES) == {"pretrain", "sft", "reward", "dpo", "ppo"}  # the kinds a record may name
+
+
+def test_a_stage_of_a_kind_that_is_not_known_here_is_refused(
+    honest: tuple[Sealed, Path], offered: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = json.loads((honest[1] / "onebase.json").read_text())
+    record["kind"] = record["lineage"][-1]["kind"] = "distil"
+    artifact = taken(offered(onebase=json.dumps(record).encode()))
+    monkeypatch.setattr(published, "pulled", lambda reference: artifact)
+    with pytest.raises(UserError, match=r"stages.sft.from: hub:evil/x grew from a distil stage, which this version"):
+        build(tree_of(tmp_path, "hub:evil/x"))
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ class Entry(Cost):
     """The manifest of a stage of the lineage."""
 
     stage: Name
-    kind: Literal["pretrain", "sft", "reward", "dpo", "ppo"]
+    kind: Name
     fingerprint: Digest
     parts: Parts
     section: Section
@@ -195,7 +195,7 @@ class Record(Strict):
     onebase: Text
     form: Literal["adapter", "merged", "gguf"]
     stage: Name
-    kind: Literal["pretrain", "sft", "reward", "dpo", "ppo"]
+    kind: Name
     fingerprint: Digest
     base: HubId | None
     base_hash: BaseHash

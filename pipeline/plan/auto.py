@@ -57,7 +57,7 @@ def choices(
         return {}
     room = card.room * (1 - KEPT_FREE)
     layers = model.shapes.layers
-    rows = effective_batch(kind, section) if AUTO_WORDS[0] in words else None
+    rows = effective_batch(section) if AUTO_WORDS[0] in words else None
     least = {**({AUTO_WORDS[0]: 1} if rows else {}), **({AUTO_WORDS[1]: True} if AUTO_WORDS[1] in words else {})}
     chosen: dict[str, Any] = {}
     if "max_length" in words:
@@ -66,7 +66,7 @@ def choices(
             return work_of(kind, taken(section, {**least, "max_length": length}), model, spec, lengths)
 
         longest: int = min(lengths.longest if lengths else UNKNOWN_LENGTH, model.shapes.window)
-        if kind.name == "ppo":
+        if section.sampling():
             longest = min(longest + at(longest).answer, model.shapes.window) if lengths else longest
         chosen["max_length"] = _longest(at, longest, model, room, card)
     work = work_of(kind, taken(section, {**least, **chosen}), model, spec, lengths)
@@ -87,25 +87,23 @@ def choices(
     best = min(fitting, key=lambda one: (step_seconds(model, one, timed) or 0.0) / one.tokens)
     if rows:
         chosen[AUTO_WORDS[0]] = best.rows // work.rows
-        if kind.name != "ppo":
+        if not section.sampling():
             chosen["gradient_accumulation_steps"] = rows // chosen[AUTO_WORDS[0]]
     if AUTO_WORDS[1] in words:
         chosen[AUTO_WORDS[1]] = {0: False, layers: True}.get(best.checkpointed, best.checkpointed)
     return chosen
 
 
-def effective_batch(kind: Stage, section: StageSpec) -> int:
+def effective_batch(section: StageSpec) -> int:
     """Rows of an optimizer step, where per_device_train_batch_size is auto."""
-    if kind.name == "ppo":
-        size = section.train.get("mini_batch_size") or section.train.get("batch_size", 32)
-    else:
-        size = section.train["gradient_accumulation_steps"]
-    return int(size)
+    sampling = section.sampling()
+    return sampling.mini if sampling else int(section.train["gradient_accumulation_steps"])
 
 
 def _longest(at: Callable[[int], Work], longest: int, model: Model, room: float, card: Card) -> int:
     """The longest rows that fit, from `longest` down; `at` gives the work at a max_length."""
-    least = at(longest).answer + 1 if at(longest).kind == "ppo" else min(STEP, longest)
+    answer = at(longest).answer
+    least = answer + 1 if answer else min(STEP, longest)
     lengths: list[int] = [longest, *range((longest - 1) // STEP * STEP, least - 1, -STEP), least]
     for length in lengths:
         if _total(model, at(length)) <= room:

@@ -9,7 +9,6 @@ compute dtype. Not counted there, and added here as CONTEXT: the CUDA context, c
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from pipeline.plan.shapes import QUANTISED_BITS, Linear, Shapes
 
@@ -51,9 +50,8 @@ class Adapter:
 class Work:
     """What a stage puts through the model at a time."""
 
-    kind: Literal["pretrain", "sft", "reward", "dpo", "ppo"]
     rows: int
-    """Sequences of a forward pass that keeps gradients; a pair of dpo or reward counts as two."""
+    """Sequences of a forward pass that keeps gradients; a pair counts as two."""
     length: int
     """Tokens of the longest sequence, prompt and answer."""
     checkpointed: int
@@ -71,9 +69,13 @@ class Work:
     trained: int = 1
     frozen: int = 0
     """Adapters in memory, trained (float32) and frozen (compute dtype)."""
+    score_head: bool = False
+    """A score head is trained; there is no LM head."""
+    reference: bool = False
+    """Each batch goes through the adapter as it was at the start as well, one of the frozen ones."""
     answer: int = 0
     episodes: int = 0
-    """Of ppo: most tokens of an answer, and answers sampled at once."""
+    """Of a stage that samples (ppo): most tokens of an answer, and answers sampled at once."""
     dequantized_rollout: bool = False
     held_out: int = 0
     """Tokens of the longest held-out row; it is scored whole, whatever the rows of training are cut to."""
@@ -236,30 +238,30 @@ class Model:
 
 def memory(model: Model, work: Work) -> Memory:
     """What a stage needs on a GPU."""
-    if work.kind == "ppo":  # which switches dropout off
+    if work.episodes:  # ppo switches dropout off
         model = replace(model, adapter=replace(model.adapter, dropout=0.0))
     s, b = model.shapes, model.bytes
-    quantised, unquantised = model.weights(reward=work.kind == "reward")
-    parameters = model.adapter.parameters(s) + (s.hidden if work.kind == "reward" else 0)
+    quantised, unquantised = model.weights(reward=work.score_head)
+    parameters = model.adapter.parameters(s) + (s.hidden if work.score_head else 0)
     trained = work.trained * parameters
     held = model.held(work)
     activations = model.backward(work)
     largest = max(linear.inputs * linear.outputs for linear in s.linears())
     final = work.tokens * (4 + b) * s.hidden  # the last norm's input in float32, and the states the head is given
     rollout = cache = scoring = 0
-    if work.kind == "ppo":
+    if work.episodes:
         answered = work.rows * work.answer
         # of a part the logits, and in float32: less their greatest, the softmax, their product; + 2 as counted
         logits = final + (b + 14) * min(answered, PPO_LOGITS // s.vocab) * s.vocab
         cache = work.episodes * work.length * 2 * s.layers * s.kv * b
         rollout, scoring = _rollout(model, work, cache), _scoring(model, work)
-    elif work.kind == "reward":
+    elif work.score_head:
         logits = work.tokens * 4 * s.hidden
     else:
         tile = min(work.tokens, FUSED_HEAD_TOKENS) * min(s.vocab, FUSED_HEAD_COLUMNS) * b
         logits = final + work.tokens * (4 + b) * s.hidden + tile
-        if work.kind == "dpo":
-            # the reference's forward pass, while the policy's waits for its backward pass
+        if work.reference:
+            # its forward pass, while the policy's waits for its backward pass
             activations = max(activations, held + final + model.transient(work.tokens, work.scores))
     return Memory(
         quantised=quantised,
@@ -310,7 +312,7 @@ def evaluation(model: Model, work: Work) -> int:
     """Held-out scoring and questions: batches of so many tokens, or of one row."""
     tokens = max(EVALUATION_TOKENS, work.held_out)
     scores = tokens * work.held_out if work.eager else 0
-    if work.kind == "reward":
+    if work.score_head:
         return model.transient(tokens, scores)
     answering = 0
     if work.answering:
@@ -318,7 +320,7 @@ def evaluation(model: Model, work: Work) -> int:
         cache = work.answering * 2 * s.layers * s.kv * model.bytes
         prefill = model.transient(work.answering, work.answering * ANSWER_ROW if work.eager else 0) + cache
         answering = max(prefill, _decoding(model, work, cache, max(1, work.answering // ANSWER_ROW)))
-    if work.kind == "ppo":
+    if work.episodes:
         return answering
     return max(answering, scored(model, tokens, scores))
 

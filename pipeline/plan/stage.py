@@ -74,8 +74,7 @@ class Planned:
 
 def settings(kind: Stage, section: StageSpec) -> dict[str, Any]:
     """A stage's words with the trainer's defaults, and the house's where those differ."""
-    house = {"packing": True} if kind.name == "pretrain" else {}
-    return {**defaults(kind.config_class), **house, **section.train}
+    return {**defaults(kind.config_class), **kind.house, **section.train}
 
 
 def planned_model(spec: ModelSpec, shapes: Shapes) -> Model:
@@ -137,35 +136,34 @@ def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, leng
     words = settings(kind, section)
     if words.get("label_smoothing_factor"):
         raise UserError(f"{section.kind}: label_smoothing_factor makes all logits at once, which is not planned")
-    rows = int(words["per_device_train_batch_size"])
+    rows = int(words.get("per_device_train_batch_size", 1))
     checkpointed = checkpointed_layers(words, model.shapes.layers)
     limit = words.get("max_length") or model.shapes.window
     longest = min(limit, lengths.longest) if lengths else limit
     packed = bool(words.get("packing"))
     attention = {"masked": "flash" not in spec.attn_implementation, "eager": spec.attn_implementation == "eager"}
     common: dict[str, Any] = {**attention, "answering": _asked(section, longest)}
-    if kind.name == "ppo":
-        answer = words["response_length"]
-        share = words["mini_batch_size"] or words["batch_size"]
-        prompt = lengths.longest if lengths else (words["max_length"] or 2 * answer) - answer
+    if sampling := section.sampling():
+        answer = sampling.response_length
+        prompt = lengths.longest if lengths else (sampling.max_length or 2 * answer) - answer
         length = min(limit, prompt + answer)
         rewards = sum(term.file is None for term in section.reward_terms())
-        apart = words["critic"] == "adapter"
         return Work(
-            "ppo", min(rows, share), length, checkpointed, trained=1 + apart, frozen=1 + rewards,
-            accumulates=share > rows, answer=answer, episodes=words["rollout_batch_size"] or words["batch_size"],
-            dequantized_rollout=words["dequantize_rollout"], **common,
+            min(rows, sampling.mini), length, checkpointed, trained=1 + (sampling.critic == "adapter"),
+            frozen=1 + rewards, accumulates=sampling.mini > rows, answer=answer,
+            episodes=sampling.rollout_batch_size or sampling.batch_size,
+            dequantized_rollout=sampling.dequantize_rollout, **common,
         )  # fmt: skip
-    pairs = kind.name in ("dpo", "reward")
     return Work(
-        kind.name,  # type: ignore[arg-type]
-        rows * (2 if pairs else 1),
+        rows * kind.sequences,
         limit if packed else longest,
         checkpointed,
         packed=packed,
-        accumulates=int(words["gradient_accumulation_steps"]) > 1,
+        accumulates=int(words.get("gradient_accumulation_steps", 1)) > 1,
         optimizer_bytes=optimizer_bytes(words.get("optim")),
-        frozen=int(kind.name == "dpo"),  # the reference, a copy of the adapter as it was
+        frozen=int(kind.reference),
+        score_head=kind.score_head,
+        reference=kind.reference,
         held_out=lengths.longest if lengths else longest,
         **common,
     )
@@ -177,37 +175,38 @@ def plan_stage(
     work = work_of(kind, section, model, spec, lengths)
     words = settings(kind, section)
     adapter = 4 * model.adapter.parameters(model.shapes)
-    kept = words.get("save_total_limit") or (2 if kind.name == "ppo" else 1)
+    kept = words.get("save_total_limit") or kind.checkpoints
     disk = round(adapter * (1 + (kept + 1) * (1 + work.optimizer_bytes / 4) * work.trained))
-    speed, minutes = _time(kind, words, model, work, lengths, card) if card else (None, None)
+    speed, minutes = _time(kind, section, model, work, lengths, card) if card else (None, None)
     return Planned(work, memory(model, work), card, speed, minutes, disk)
 
 
 def _time(
-    kind: Stage, words: dict[str, Any], model: Model, work: Work, lengths: Lengths | None, card: Card
+    kind: Stage, section: StageSpec, model: Model, work: Work, lengths: Lengths | None, card: Card
 ) -> tuple[float | None, float | None]:
-    if kind.name == "ppo":
+    if sampling := section.sampling():
         rewards = work.frozen - 1
-        seconds = ppo_seconds(model, work, card, words["num_ppo_epochs"], work.trained > 1, rewards)
+        seconds = ppo_seconds(model, work, card, sampling.num_ppo_epochs, work.trained > 1, rewards)
         if seconds is None:
             return None, None
-        episodes = words["batch_size"]
-        seconds *= episodes / work.episodes
-        return episodes * work.length / seconds, words["steps"] * seconds / 60
-    share = 1.0 if kind.name == "pretrain" else ANSWER_SHARE
+        seconds *= sampling.batch_size / work.episodes
+        return sampling.batch_size * work.length / seconds, sampling.steps * seconds / 60
+    share = 1.0 if kind.every_token else ANSWER_SHARE
     seconds = step_seconds(model, work, card, share)
     if seconds is None:
         return None, None
-    passes = _passes(words, work, lengths)
+    passes = _passes(settings(kind, section), work, lengths)
     return work.tokens / seconds, None if passes is None else passes * seconds / 60
 
 
 def _passes(words: dict[str, Any], work: Work, lengths: Lengths | None) -> float | None:
     """Forward and backward passes of the longest batch that take as long as all of a stage's."""
-    per_device = int(words["per_device_train_batch_size"])
+    per_device, accumulated = (
+        int(words.get(word, 1)) for word in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    )
     steps = int(words.get("max_steps") or -1)
     if lengths is None:
-        return steps * int(words["gradient_accumulation_steps"]) if steps > 0 else None
+        return steps * accumulated if steps > 0 else None
     tokens = [min(length, work.length) for length in lengths.rows]
     if work.packed:
         batches = math.ceil(sum(lengths.rows) / work.tokens)
@@ -217,8 +216,7 @@ def _passes(words: dict[str, Any], work: Work, lengths: Lengths | None) -> float
         groups = [tokens[start : start + per_device] for start in range(0, len(tokens), per_device)]
         batches = len(groups)
         wide = sum(max(group) * len(group) for group in groups) / (per_device * work.length)
-    accumulated = int(words["gradient_accumulation_steps"])
-    asked = steps * accumulated if steps > 0 else float(words["num_train_epochs"]) * batches
+    asked = steps * accumulated if steps > 0 else float(words.get("num_train_epochs", 1)) * batches
     return wide / batches * asked
 
 

@@ -47,7 +47,7 @@ def step_seconds(model: Model, work: Work, card: Card, head_share: float = 1.0) 
         return None
     passes = 2 + work.checkpointed / model.shapes.layers
     operations = work.tokens * training_operations(model, work, head_share)
-    if work.kind == "dpo":  # and the reference's forward pass
+    if work.reference:  # and its forward pass
         operations += work.tokens * forward_operations(model, work.length, head_share)
         passes += 1
     return _seconds(card, operations, _dequantised(model, passes))

@@ -12,12 +12,9 @@ from pipeline.errors import UserError
 from pipeline.evaluate import verdicts
 from pipeline.evaluate.stored import read_results, read_verdicts
 from pipeline.measure import intervals
-from pipeline.measure.metric import CORPUS_LOSS, DIALOGUE_LOSS, QUESTION_ACCURACY, Estimate, Metric
+from pipeline.measure.metric import QUESTION_ACCURACY, Estimate, Metric
 from pipeline.publish.sealed import Sealed
 from pipeline.stages import STAGES
-
-LOSS = {"pretrain": CORPUS_LOSS, "sft": DIALOGUE_LOSS}
-"""What the evaluation calls the held-out loss of a stage, by kind."""
 
 
 def table(sealed: Sealed) -> str:
@@ -42,7 +39,7 @@ def _shown(sealed: Sealed) -> list[str]:
     evaluated = read_verdicts(sealed.artifact.folder.parent)
     lines = []
     for entry in sealed.known:
-        if entry.kind not in ("dpo", "ppo"):
+        if not STAGES[entry.kind].raises:
             continue
         found = evaluated.get((entry.stage, entry.files[WEIGHTS]), {}).get("text")
         section = STAGES[entry.kind].section.model_validate(entry.section)
@@ -65,7 +62,7 @@ def _interval(entry: Manifest, metric: Metric, evaluated: Json) -> str:
     if metric.name == "loss":
         loss = Estimate.among(after, "loss")
         if loss is None or loss.low is None:  # as the evaluation measured it, if of the same value
-            loss = evaluated.get(entry.stage, {}).get(LOSS[entry.kind].name)
+            loss = evaluated.get(entry.stage, {}).get(STAGES[entry.kind].held_out_loss)
             if loss is None or not math.isclose(loss.value, after["loss"], rel_tol=1e-6):
                 return "`onebase eval` gives it" if held_out > 1 else ""
         return f"{metric.range(loss, fine=True)} ({intervals.OVER_ROWS}, n = {held_out})"

@@ -17,6 +17,7 @@ from pipeline.disk.manifest import Gone, Manifest, Parent
 from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec, pinned
 from pipeline.recipe.recipe import Recipe
+from pipeline.stages import STAGES
 
 _FOLDERS = re.compile(r"(?<![\w:/.~])~?/(?:[^\s/:]+/)*")
 
@@ -45,7 +46,8 @@ class Sealed:
 
     @property
     def reward(self) -> bool:
-        return self.kind == "reward"
+        """Whether it is a reward model."""
+        return STAGES[self.kind].score_head
 
     @functools.cached_property
     def base_verified(self) -> bool | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import operator
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from pipeline.disk.artifact import Artifact
@@ -19,21 +18,6 @@ Expect = dict[str, Any]
 
 COMPARISON = re.compile(r"(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)")
 _HOLDS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-
-
-@dataclass(frozen=True)
-class Missed:
-    """A demand that a finished stage does not meet; `found` is None where the stage has no such number."""
-
-    key: str
-    wanted: str
-    found: float | None
-    known: list[str]
-
-    def __str__(self) -> str:
-        if self.found is None:
-            return f"expect.{self.key}: the stage has no such number (it has: {', '.join(self.known)})"
-        return f"expect.{self.key}: wanted {self.wanted}, found {self.found:.4g}"
 
 
 def flat(expect: Expect) -> dict[str, Any]:
@@ -62,8 +46,8 @@ def check(expect: Expect, numbers: dict[str, list[str]]) -> None:
             raise complaint(said, "expect", key)
 
 
-def missed(expect: Expect, stage: str, after: Json) -> list[Missed]:
-    """The demands on one stage that its held-out numbers after training do not meet."""
+def missed(expect: Expect, stage: str, after: Json) -> list[str]:
+    """The demands on one stage that its held-out numbers after training do not meet, in words."""
     found = []
     for key, wanted in flat(expect).items():
         name, _, metric = key.partition(".")
@@ -73,8 +57,10 @@ def missed(expect: Expect, stage: str, after: Json) -> list[Missed]:
         assert comparison is not None, "the recipe was checked when it was read"
         sign, number = comparison.groups()
         value = after.get(metric)
-        if value is None or not _HOLDS[sign](value, float(number)):
-            found.append(Missed(key, wanted, value, sorted(after)))
+        if value is None:
+            found.append(f"expect.{key}: the stage has no such number (it has: {', '.join(sorted(after))})")
+        elif not _HOLDS[sign](value, float(number)):
+            found.append(f"expect.{key}: wanted {wanted}, found {value:.4g}")
     return found
 
 

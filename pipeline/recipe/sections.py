@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipeline.data.load import DataSpec
 from pipeline.disk.artifact import NAME
 from pipeline.disk.atomic import Json
+from pipeline.disk.manifest import Manifest
 from pipeline.errors import complaint, suggest
 from pipeline.models import published
 from pipeline.models.spec import ModelSpec
@@ -126,7 +127,11 @@ def _check_from(from_: str | None, kinds: dict[str, Stage], *place: str) -> None
     if from_ is None:
         return
     if from_.startswith(published.PREFIX):
-        kind, named = STAGES[published.pulled(from_).finished().kind], f"{from_} is"
+        manifest = published.pulled(from_).finished()
+        lineage = [entry.kind for entry in manifest.lineage if isinstance(entry, Manifest)]
+        if strange := [name for name in lineage if name not in STAGES]:
+            raise complaint(f"{from_} grew from a {strange[0]} stage, which this version does not have", *place)
+        kind, named = STAGES[manifest.kind], f"{from_} is"
     elif from_ in kinds:
         kind, named = kinds[from_], f"'{from_}' leaves"
     else:

@@ -78,6 +78,9 @@ def run(spec: DPOSpec, ctx: Context) -> Result:
 STAGE = Stage(
     section=DPOSpec,
     contract=PREFERENCE,
+    sequences=2,
+    reference=True,
+    raises="preference_accuracy",
     headlines=(PREFERENCE_ACCURACY, QUESTION_ACCURACY),
     numbers=("preference_accuracy", "preference_margin", "question_accuracy", "stopped"),
     run=run,

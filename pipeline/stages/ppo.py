@@ -12,7 +12,7 @@ from pipeline.data.contracts import PROMPT_ONLY
 from pipeline.errors import complaint, suggest
 from pipeline.measure.metric import QUESTION_ACCURACY, Metric
 from pipeline.ppo.settings import PPOSettings
-from pipeline.stages.arguments import defines
+from pipeline.stages.arguments import defines, without_auto
 from pipeline.stages.stage import Context, PolicySpec, Result, RewardTerm, Stage
 
 
@@ -36,6 +36,9 @@ class PPOSpec(PolicySpec):
 
     def reward_terms(self) -> list[RewardTerm]:
         return _terms(self.reward or [])
+
+    def sampling(self) -> PPOSettings:
+        return PPOSettings(**without_auto(self.train))
 
     def check_among(self, stages: dict[str, Stage], *place: str) -> None:
         for term in self.reward_terms():
@@ -130,6 +133,8 @@ def run(spec: PPOSpec, ctx: Context) -> Result:
 STAGE = Stage(
     section=PPOSpec,
     contract=PROMPT_ONLY,
+    checkpoints=2,  # the newest may hold an update that only the next rollout shows to be bad
+    raises="reward",
     headlines=(Metric("reward", "reward of held-out answers"), QUESTION_ACCURACY),
     numbers=(
         *("reward", "reward_gain", "reward_gain_low", "reward_gain_high"),

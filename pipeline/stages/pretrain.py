@@ -10,6 +10,9 @@ from pipeline.data.contracts import LANGUAGE_MODELING
 from pipeline.measure.metric import CORPUS_LOSS, QUESTION_ACCURACY
 from pipeline.stages.stage import Context, PolicySpec, Result, Stage
 
+HOUSE = {"packing": True, "packing_strategy": "bfd_split"}
+"""Documents longer than max_length are split rather than cut: nothing of the corpus is lost."""
+
 
 class PretrainSpec(PolicySpec):
     kind: Literal["pretrain"] = "pretrain"
@@ -31,8 +34,7 @@ def run(spec: PretrainSpec, ctx: Context) -> Result:
         return render.document(tokenizer, row["text"])
 
     result = Result()
-    # Documents longer than max_length are split rather than cut: nothing of the corpus is lost.
-    args = shared.arguments(SFTConfig, spec, ctx, packing=True, packing_strategy="bfd_split")
+    args = shared.arguments(SFTConfig, spec, ctx, **HOUSE)
     tokenizer = bases.load_tokenizer(ctx.model)
     sequences.askable(ctx, tokenizer)
     fit = sequences.keep_whole
@@ -73,6 +75,9 @@ def run(spec: PretrainSpec, ctx: Context) -> Result:
 STAGE = Stage(
     section=PretrainSpec,
     contract=LANGUAGE_MODELING,
+    house=HOUSE,
+    every_token=True,
+    held_out_loss="corpus_loss",
     headlines=(replace(CORPUS_LOSS, name="loss"), QUESTION_ACCURACY),
     numbers=("loss", "loss_low", "loss_high", "perplexity", "question_accuracy", "stopped"),
     run=run,

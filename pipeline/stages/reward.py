@@ -72,8 +72,9 @@ def run(spec: RewardSpec, ctx: Context) -> Result:
 STAGE = Stage(
     section=RewardSpec,
     contract=PREFERENCE,
+    score_head=True,
+    sequences=2,
     headlines=(Metric("accuracy", "comparisons ranked right", unit="%"),),
     numbers=("accuracy", "margin", "over_longer", "over_longer_low", "over_longer_high"),
     run=run,
-    score_head=True,
 )

@@ -71,6 +71,7 @@ def run(spec: SFTSpec, ctx: Context) -> Result:
 STAGE = Stage(
     section=SFTSpec,
     contract=DEMONSTRATION,
+    held_out_loss="dialogue_loss",
     headlines=(QUESTION_ACCURACY, replace(DIALOGUE_LOSS, name="loss")),
     numbers=("loss", "loss_low", "loss_high", "perplexity", "question_accuracy", "stopped"),
     run=run,

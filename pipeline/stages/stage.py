@@ -14,6 +14,7 @@ from pipeline.data.load import DataSpec
 from pipeline.disk.artifact import Artifact
 from pipeline.measure.metric import Metric
 from pipeline.models.spec import ModelSpec
+from pipeline.ppo.settings import PPOSettings
 from pipeline.stages.arguments import ConfigClass, check_train
 
 
@@ -64,6 +65,10 @@ class StageSpec(BaseModel):
         """Of those that are asked before and after the stage."""
         return None
 
+    def sampling(self) -> PPOSettings | None:
+        """How it samples answers while it trains; None for a stage that does not."""
+        return None
+
     def reward_terms(self) -> list[RewardTerm]:
         """What it is paid by."""
         return []
@@ -96,8 +101,22 @@ class Stage:
     some (StageSpec.source_numbers)."""
     run: Callable[[Any, Context], Result]
     """(its section, context)"""
+    house: dict[str, Any] = field(default_factory=dict)
+    """The trainer's words that this stage takes otherwise than its config does, where a recipe does not say them."""
     score_head: bool = False
     """Whether it leaves a reward model: a score head in place of the LM head."""
+    sequences: int = 1
+    """That a row gives: of a comparison two."""
+    every_token: bool = False
+    """Whether all of a row carries loss, and not only what the assistant says."""
+    reference: bool = False
+    """Whether each batch goes through the adapter as it was at the start as well."""
+    checkpoints: int = 1
+    """Kept where a recipe does not say how many."""
+    held_out_loss: str = ""
+    """What an evaluation calls the loss on rows like its own."""
+    raises: str = ""
+    """The held-out number that it is trained to raise, which therefore does not show that it is better."""
     arithmetic: int = 1
     """Counts up when the stage would make another adapter of the same inputs: what was trained before is then stale."""
 

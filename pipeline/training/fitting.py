@@ -14,9 +14,9 @@ from pipeline.plan.stage import optimizer_bytes
 STEP = 64
 
 
-def longest_that_fits(model: Any, args: Any, length: int) -> int:
-    """Tokens of one row that the planner finds room for on this GPU with activation checkpointing as it is; where the
-    planner does not know the architecture, or there is no GPU, half of what was tried."""
+def longest_that_fits(model: Any, args: Any, length: int, sequences: int) -> int:
+    """Tokens of one row, of so many sequences, that the planner finds room for on this GPU with its checkpointing
+    as it is; half of what was tried where the planner does not know the architecture, or there is no GPU."""
     half = max(1, length // 2)
     if not torch.cuda.is_available():
         return half
@@ -25,18 +25,19 @@ def longest_that_fits(model: Any, args: Any, length: int) -> int:
     except UserError:
         return half
     lora = model.peft_config["default"]
-    kind: Any = {"SFTConfig": "sft", "DPOConfig": "dpo"}.get(type(args).__name__, "reward")
+    reference = len(model.peft_config) > 1
     layers = args.checkpointed_layers
     work = Work(
-        kind,
-        rows=1 if kind == "sft" else 2,
+        sequences,
         length=length,
         checkpointed=layers if isinstance(layers, int) and layers is not True else checkpoints(args) * shapes.layers,
         masked="flash" not in model.config._attn_implementation,
         eager=model.config._attn_implementation == "eager",
         accumulates=args.gradient_accumulation_steps > 1,
         optimizer_bytes=optimizer_bytes(args.optim),
-        frozen=int(kind == "dpo"),
+        frozen=int(reference),
+        score_head=lora.task_type == "SEQ_CLS",
+        reference=reference,
         evaluates=False,
     )
     width = model.get_input_embeddings().weight.dtype.itemsize

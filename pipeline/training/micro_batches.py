@@ -169,7 +169,7 @@ class SplitsWhenFull(_Trainer):
 
     def _too_long(self, inputs: Batch) -> str:
         length = inputs["input_ids"].shape[-1]
-        fits = longest_that_fits(self.model, self.args, length)
+        fits = longest_that_fits(self.model, self.args, length, 1 + _pairs(inputs))
         return does_not_fit(length, f". Lower max_length to {fits}" + ("" if checkpoints(self.args) else CHECKPOINT))
 
 

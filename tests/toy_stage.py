@@ -1,0 +1,60 @@
+"""A toy stage: gradient descent on one dialogue after another. tests/test_toy_stage.py puts it among the others."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.data.contracts import DEMONSTRATION
+from pipeline.stages.stage import Context, PolicySpec, Result, Stage
+
+
+class ToySettings(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    max_steps: int = Field(default=4, ge=1)
+    learning_rate: float = Field(default=0.1, gt=0)
+
+
+class ToySpec(PolicySpec):
+    kind: Literal["toy"] = "toy"
+    config_class = ToySettings
+
+
+def run(spec: ToySpec, ctx: Context) -> Result:
+    import torch
+
+    from pipeline.data import render
+    from pipeline.evaluate import scoring
+    from pipeline.models import adapters
+    from pipeline.models import base as bases
+    from pipeline.training import trainer as shared
+
+    settings, result = ToySettings(**spec.train), Result()
+    tokenizer = bases.load_tokenizer(ctx.model)
+    train, test = ([render.demonstration(tokenizer, row) for row in part] for part in (ctx.data.train, ctx.data.test))
+    base = bases.load_base(ctx.model, tokenizer)
+    result.base_digest = bases.frozen_digest(base)
+    model = shared.policy(ctx, base)
+    optimizer = torch.optim.SGD(adapters.trainable(model).values(), lr=settings.learning_rate)
+    result.before = scoring.language_model(model, tokenizer, test)
+    ctx.claim()
+    for row in train[: settings.max_steps]:
+        with bases.computing(model):
+            loss = model(input_ids=torch.tensor([row.ids]), labels=torch.tensor([row.labels])).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    result.counts = {"steps": settings.max_steps}
+    result.after = scoring.language_model(model, tokenizer, test)
+    shared.save(model, tokenizer, ctx)
+    return result
+
+
+STAGE = Stage(
+    section=ToySpec,
+    contract=DEMONSTRATION,
+    headlines=(replace(DIALOGUE_LOSS, name="loss"),),
+    numbers=("loss", "loss_low", "loss_high", "perplexity"),
+    run=run,
+)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.data.contracts import DEMONSTRATION
+from pipeline.measure.metric import DIALOGUE_LOSS
 from pipeline.stages.stage import Context, PolicySpec, Result, Stage
 
 
@@ -25,7 +27,7 @@ def run(spec: ToySpec, ctx: Context) -> Result:
     import torch
 
     from pipeline.data import render
-    from pipeline.evaluate import scoring
+    from pipeline.measure import scoring
     from pipeline.models import adapters
     from pipeline.models import base as bases
     from pipeline.training import trainer as shared

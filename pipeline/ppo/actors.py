@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 POLICY, REFERENCE, VALUE = "default", "reference", "value"
+Role = Literal["policy", "value"]
 LOGITS_AT_ONCE = 1 << 23
 """Logits computed at once; more tokens go in parts."""
 
@@ -96,7 +97,7 @@ class Actors(LanguageModel):
             ids_BT, mask_BT = (t.to(self.device) for t in padded([sequences[i] for i in batch], self.pad_id))
             with computing(self.model):
                 hidden_BTH = self.hidden(ids_BT, mask_BT)
-            return linear(score_states(hidden_BTH, mask_BT), head_1H).squeeze(1).tolist()  # type: ignore[no-any-return]
+            return linear(score_states(hidden_BTH, mask_BT), head_1H).squeeze(1).tolist()
 
         first = {tuple(ids): index for index, ids in reversed(list(enumerate(sequences)))}
         order = sorted(first.values(), key=lambda i: (len(sequences[i]), i))
@@ -111,7 +112,7 @@ class Actors(LanguageModel):
             self.value_head.weight.copy_(self.reward_heads[reward] * (weight / std))
             self.value_head.bias.fill_(-mean / std)
 
-    def trained(self, role: Literal["policy", "value"]) -> dict[str, torch.nn.Parameter]:
+    def trained(self, role: Role) -> dict[str, torch.nn.Parameter]:
         """The float32 parameters of a role, by name."""
         adapter = POLICY if role == "policy" else VALUE
         found = {name: weight for name, weight in self.model.named_parameters() if f".{adapter}." in name}
@@ -148,8 +149,8 @@ class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states_NH: Tensor, ids_N: Tensor, actors: Actors) -> tuple[Tensor, Tensor]:
         size = max(1, LOGITS_AT_ONCE // actors.config.vocab_size)
-        logp, entropy, gradients = [], [], []
-        for states_nH, ids_n in zip(states_NH.split(size), ids_N.split(size), strict=True):
+        logp, entropy, gradients = [], [], list[Tensor]()
+        for states_nH, ids_n in zip(torch.split(states_NH, size), torch.split(ids_N, size), strict=True):
             if not ctx.needs_input_grad[0]:
                 logp.append(log_probs(actors.logits(states_nH), ids_n, actors.temperature))
                 entropy.append(torch.zeros_like(logp[-1]))
@@ -179,4 +180,4 @@ def _without_dropout(model: torch.nn.Module) -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]

@@ -61,7 +61,7 @@ def _ask(trainer: PPOTrainer, prompts: Sequence[Row]) -> Rewarded:
     rollout = trainer.answer(rows, "held-out" + (f"/{trainer.rank}" if trainer.rank else ""))
     episodes, by_source = rollout.episodes, trainer.ask_sources(rollout)
     kl = [0.0] * len(rows)
-    for pack in pack_episodes(episodes, trainer.forward_size(), actors.pad_id, actors.device) if trainer.step else []:
+    for pack in pack_episodes(episodes, trainer.forward_size, actors.pad_id, actors.device) if trainer.step else []:
         # before the first step the policy is its reference
         (difference_BG,) = run_forward(lambda part: [_difference(actors, part)], pack)
         for row, nats in zip(pack.rows, difference_BG.sum(1).tolist(), strict=True):

@@ -9,21 +9,22 @@ import torch
 from accelerate import PartialState
 
 from pipeline.models.out_of_memory import try_twice
+from pipeline.ppo.actors import Role
 from pipeline.ppo.algorithm import LossScale
 
 if TYPE_CHECKING:
     from pipeline.ppo.actors import Actors
     from pipeline.ppo.settings import PPOSettings
 
-Optimizers = dict[str, torch.optim.AdamW]
-"""By role: "policy" and "value"."""
+Optimizers = dict[Role, torch.optim.AdamW]
 
 
 def make_optimizers(actors: Actors, settings: PPOSettings) -> Optimizers:
     """With the state that AdamW would make in its first step, so that what is tried before the first rollout is tried
     beside it."""
-    optimizers = {}
-    for role in ("policy", "value"):
+    optimizers: Optimizers = {}
+    roles: tuple[Role, Role] = ("policy", "value")
+    for role in roles:
         # On CUDA one kernel that changes everything in place: a step takes no memory that the first try did not see.
         optimizer = torch.optim.AdamW(
             list(actors.trained(role).values()),
@@ -64,7 +65,7 @@ def take_step(
         for role, optimizer in optimizers.items()
     }
     fit = finite and all(map(math.isfinite, norms.values()))
-    rates = {"policy": settings.learning_rate, "value": settings.learning_rate}
+    rates: dict[Role, float] = {"policy": settings.learning_rate, "value": settings.learning_rate}
     if settings.value_learning_rate is not None:
         rates["value"] = settings.value_learning_rate
     factor = settings.learning_rate_factor(step)

@@ -12,7 +12,8 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from accelerate import PartialState
@@ -69,8 +70,7 @@ class PPOTrainer:
         self.score_scale = rewards.ScoreScale(settings.normalize_reward)
         self.tokens = 0
         self.step = 0
-        self.sampled_at_once: int | None = None
-        self.learnt_at_once: int | None = None
+        self.at_once: dict[Literal["sampled", "learnt"], int] = {}
         """Episodes of a rollout's and of an update's pass, once more have been found too many for memory."""
         self.split_at = 0
         """The step in which that was found last."""
@@ -83,6 +83,8 @@ class PPOTrainer:
             )
         self.pack_size = min(settings.per_device_train_batch_size, share)
         self.packs_per_minibatch = share // self.pack_size
+        self.forward_size = 2 * self.pack_size
+        """Sequences of a pass that keeps no gradients."""
         self.optimizers = make_optimizers(actors, settings)
 
     def steps(self) -> Iterator[Numbers]:
@@ -91,7 +93,7 @@ class PPOTrainer:
             self.try_longest()
         while self.step < self.settings.steps:
             if self.step - self.split_at >= WHOLE_AGAIN:
-                self.sampled_at_once = self.learnt_at_once = None
+                self.at_once.clear()
             started = time.monotonic()
             # 1. prompts and answers
             rollout = self.rollout(self.step)
@@ -127,17 +129,16 @@ class PPOTrainer:
         """An answer to each row's prompt by the policy as it stands; equal under an equal name of the draw. No more are
         sampled at once than in training."""
         settings = self.settings
-        at_once = self.sampled_at_once or settings.rollout_batch_size or settings.batch_size // self.processes
+        at_once = self.at_once.get("sampled") or settings.rollout_batch_size or settings.batch_size // self.processes
         draw = f"{self.seed}/answers/{name}"
         return roll_out(
             self.actors, self.tokenizer, rows, settings,
-            draw=draw, stops=self.stops, at_once=at_once, when_split=self._sample_fewer,
+            draw=draw, stops=self.stops, at_once=at_once, when_split=partial(self._take_fewer, "sampled"),
         )  # fmt: skip
 
     def ask_sources(self, rollout: Rollout) -> dict[str, list[float]]:
         """What every source of reward says of each answer, by the source's name."""
-        texts = rollout.texts
-        return rewards.scores(self.sources, self.actors, self.tokenizer, rollout.rows, texts, self.forward_size())
+        return rewards.scores(self.sources, self.actors, self.tokenizer, rollout.rows, rollout.texts, self.forward_size)
 
     def normalize(self, paid: list[float], episodes: list[Episode]) -> Tensor:
         """Scores (R,) of a rollout's R episodes: normalised, bounded, less what a cut answer costs."""
@@ -216,16 +217,13 @@ class PPOTrainer:
                 return self.backward(one.part(rows[0], rows[-1] + 1), tokens)
 
         rows = range(len(one.pack.rows))
-        parts = run_in_parts(backward, rows, lambda _: length, advice, self.learnt_at_once, self._learn_fewer)
+        when_split = partial(self._take_fewer, "learnt")
+        parts = run_in_parts(backward, rows, lambda _: length, advice, self.at_once.get("learnt"), when_split)
         sums, logps = zip(*parts, strict=True)
         return torch.stack(sums).sum(0), torch.cat(logps)
 
-    def _sample_fewer(self, episodes: int, left: int) -> None:
-        self.sampled_at_once, self.split_at = left, self.step
-        self.when_split(episodes, left)
-
-    def _learn_fewer(self, episodes: int, left: int) -> None:
-        self.learnt_at_once, self.split_at = left, self.step
+    def _take_fewer(self, what: Literal["sampled", "learnt"], episodes: int, left: int) -> None:
+        self.at_once[what], self.split_at = left, self.step
         self.when_split(episodes, left)
 
     def backward(self, batch: Advantaged, tokens: float) -> tuple[Tensor, Tensor]:
@@ -245,13 +243,13 @@ class PPOTrainer:
         old_BG = now_BG if batch.old_logp_BG is None else batch.old_logp_BG
         policy_loss, ratio_BG = maths.policy_loss(logp_BG, old_BG, batch.advantages_BG, weights_BG, settings.cliprange)
         if values_BG is None:
-            (self.scale.value * policy_loss).backward()
+            torch.autograd.backward(self.scale.value * policy_loss)
             # and under the critic's
             value_loss = value_loss_of(actors.values(batch.pack))
-            (self.scale.value * settings.vf_coef * value_loss).backward()
+            torch.autograd.backward(self.scale.value * settings.vf_coef * value_loss)
         else:
             value_loss = value_loss_of(values_BG)
-            (self.scale.value * (policy_loss + settings.vf_coef * value_loss)).backward()
+            torch.autograd.backward(self.scale.value * (policy_loss + settings.vf_coef * value_loss))
         with torch.no_grad():
             clipped_BG = ((ratio_BG - 1).abs() > settings.cliprange) * mask_BG
             moved_BG = maths.kl_per_token(old_BG, now_BG, "k3") * mask_BG
@@ -293,10 +291,6 @@ class PPOTrainer:
         if model is None or model.adapter is None or self.actors.value_adapter == POLICY:
             return
         self.actors.start_values_from(model.adapter, *self.score_scale.mean_and_std(), model.weight)
-
-    def forward_size(self) -> int:
-        """Sequences of one forward pass that keeps no gradients."""
-        return 2 * self.pack_size
 
 
 def _means(totals: dict[str, list[float]]) -> Numbers:

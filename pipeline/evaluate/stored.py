@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.artifact import WEIGHTS, Artifact, Json, digest, read_json
 from pipeline.errors import UserError
-from pipeline.evaluate.plan import Measure
+from pipeline.evaluate.measures import Measure
 from pipeline.measure.metric import Estimate
 from pipeline.recipe import Recipe
 

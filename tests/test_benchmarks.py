@@ -95,13 +95,12 @@ def test_numbers_of_a_benchmark() -> None:
         return {"n": 40, "metrics": {"m": {"value": value, "stderr": stderr, "higher": True, "items": items}}}
 
     before, after = [1.0, 0.0] * 20, [1.0] * 30 + [0.0] * 10
-    values = {
-        "lm_eval-a/base": {"a": metric(0.5, 0.1, before)},
-        "lm_eval-a/sft": {"a": metric(0.75, 0.1, after)},
-        "lm_eval-b/base": {"b": metric(12.0, 2.0, None)},
-        "lm_eval-c/base": {"c": metric(3.0, None, None)},
-        "questions/base": {},
-    }
+    values = [
+        ("base", {"a": metric(0.5, 0.1, before)}),
+        ("sft", {"a": metric(0.75, 0.1, after)}),
+        ("base", {"b": metric(12.0, 2.0, None)}),
+        ("base", {"c": metric(3.0, None, None)}),
+    ]
     a, b, c = benchmarks.compared(values, {"sft": "base"})
     assert a["percent"] and a["numbers"]["sft"].value == 0.75 and a["changes"]["sft"].value == 0.25
     assert a["numbers"]["base"].low == pytest.approx(0.3519, abs=1e-3)  # Wilson, 20 of 40

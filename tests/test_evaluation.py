@@ -17,7 +17,7 @@ from pipeline.data import render
 from pipeline.data.load import read_source
 from pipeline.data.tokens import stop_ids
 from pipeline.errors import UserError
-from pipeline.evaluate import evaluation, measures, results
+from pipeline.evaluate import evaluation, measures
 from pipeline.evaluate.bench import Bench
 from pipeline.evaluate.plan import own_judges, plan
 from pipeline.evaluate.stored import read_verdicts
@@ -74,7 +74,7 @@ def test_every_policy_on_the_bench_is_the_one_on_disk(run: tuple[Recipe, Path, d
     rows = (load_rows(recipe, "pretrain")[0].test or [])[:3]
     losses = {}
     for policy in ("base", "pretrain", "sft", "dpo"):
-        found = measures.loss(bench, policy, rows, "corpus")
+        found = measures.CorpusLoss(policy, rows).take(bench)
         losses[policy] = sum(found["nats"])
         model: Any = bases.load_base(recipe.spec.model, bench.tokenizer)
         if policy != "base":
@@ -90,7 +90,7 @@ def test_every_policy_on_the_bench_is_the_one_on_disk(run: tuple[Recipe, Path, d
 def test_choices_by_shared_prefix_equal_whole_sequences(run: tuple[Recipe, Path, dict[str, Any]], bench: Bench) -> None:
     rows = read_source(run[2]["stages"]["sft"]["questions"], *_question()).rows
     rows.append({"prompt": "The sum is", "answer": "12", "choices": ["1", "12", "elephants and horses"]})
-    found = measures.choices(bench, "sft", rows)
+    found = measures.Choices("sft", rows).take(bench)
     for row, picked in zip(rows, found["picked"], strict=True):
         totals = []
         for choice in row["choices"]:
@@ -145,7 +145,7 @@ def test_what_is_fresh_is_not_taken_again(
     run: tuple[Recipe, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, runs, _ = run
-    monkeypatch.setattr("pipeline.evaluate.plan.BEST_OF", 16)
+    monkeypatch.setattr("pipeline.evaluate.measures.BEST_OF", 16)
     evaluation.evaluate(recipe, runs)
     found = evaluation.results_of(recipe, runs)
     assert set(found["verdicts"]) == {"pretrain", "sft", "reward", "dpo"}
@@ -175,8 +175,8 @@ def test_labels_are_a_classification(run: tuple[Recipe, Path, dict[str, Any]], b
     tree["stages"]["sft"]["questions"] = str(tmp_path / "labels.jsonl")
     asked = load_rows(build(tree), "sft")[0].questions
     assert [(row["answer"], row["choices"]) for row in asked] == [(label, ["ham", "spam"]) for label in labels]
-    value = measures.choices(bench, "sft", list(asked))
-    numbers = results._numbers({"labels/sft": value}, "sft", None)
+    value = measures.Labels("sft", list(asked)).take(bench)
+    numbers = measures.Labels.numbers(value)
     assert value["wanted"] == list(labels) and numbers["label_commonest"].value == pytest.approx(2 / 3)
     agree = sum(a == b for a, b in zip(value["picked"], labels, strict=True)) / 3
     assert numbers["label_accuracy"].value == pytest.approx(agree)
@@ -283,8 +283,9 @@ def test_what_is_declared_the_truth_must_be_one_function_and_say_0_or_1(
     settings = {"copies": 2, "new_tokens": 4, "seed": 1}
     for sources in ([], [f"{file}:half"]):
         with pytest.raises(UserError, match=r"half is declared the truth and returned 0.5 for the prompt at p.jsonl:0"):
-            measures.sampled(bench, "sft", rows, sources, f"{file}:half", settings)
-    found = measures.sampled(bench, "sft", rows, [f"{file}:shorter"], f"{file}:right", settings)
+            measures.Answers("sft", rows, {**settings, "sources": sources, "truth": f"{file}:half"}).take(bench)
+    more = {**settings, "sources": [f"{file}:shorter"], "truth": f"{file}:right"}
+    found = measures.Answers("sft", rows, more).take(bench)
     assert found["truth"] == [[float(len(text) % 2) for text in texts] for texts in found["text"]]
     # PPO calls it in the same way, and pays nobody by it before it is checked.
     terms = _paid_by(tree, {"source": f"{file}:shorter"}, {**half, "weight": 0}).stages["ppo"].reward_terms()

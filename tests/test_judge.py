@@ -117,7 +117,7 @@ def test_every_verdict_is_kept_with_who_stood_where(url: str, tmp_path: Path) ->
     alone the win rate follows."""
     texts = {"sft": [["a"], ["same"]], "dpo": [["aaa"], ["same"]]}
     rows = [{"prompt": [{"role": "user", "content": "q\u2028 1"}]}, {"prompt": "q2"}]
-    taken = {f"answers/{name}": {"value": {"text": text}, "rows": rows} for name, text in texts.items()}
+    taken = {name: {"value": {"text": text}, "rows": rows} for name, text in texts.items()}
     found = evaluation.judged(taken, tmp_path, Judge(url, "longer"))
     lines = [json.loads(line) for line in (tmp_path / "judge.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     first = {"prompt": "user: q\u2028 1", "A": "sft", "B": "dpo", "answer_A": "a", "answer_B": "aaa"}
@@ -140,7 +140,7 @@ def test_verdicts_are_kept_and_a_file_changed_by_hand_is_not_believed(
     def answers(*texts: str) -> dict[str, Any]:
         return {"value": {"text": [[text] for text in texts]}, "rows": [{"prompt": "q1"}, {"prompt": "q2"}]}
 
-    taken = {"answers/sft": answers("a", "a"), "answers/dpo": answers("aaa", "aa")}
+    taken = {"sft": answers("a", "a"), "dpo": answers("aaa", "aa")}
     found = evaluation.judged(taken, tmp_path, Judge(url, "longer"))
     assert found is not None and found["wins"]["dpo"]["sft"].value == 1 and found["model"] == "longer"
     assert evaluation.judged(taken, tmp_path, None) == found

@@ -20,7 +20,8 @@ from pipeline.disk import metrics
 from pipeline.disk.atomic import digest, write_json
 from pipeline.disk.manifest import Data, SourceCounts
 from pipeline.errors import UserError
-from pipeline.evaluate import arena, results
+from pipeline.evaluate import arena, measures, results
+from pipeline.evaluate.measures import Measure
 from pipeline.evaluate.plan import plan
 from pipeline.evaluate.stored import as_read, as_written, sealed
 from pipeline.publish import measured
@@ -34,15 +35,15 @@ SKILL = {"base": 0.05, "pretrain": 0.1, "sft": 0.6, "dpo": 0.6, "ppo": 0.3}
 REWARD = {"base": -2.0, "pretrain": -1.5, "sft": 0.5, "dpo": 0.7, "ppo": 2.0}
 
 
-def planted(random: numpy.random.Generator) -> dict[str, Any]:
+def planted(random: numpy.random.Generator) -> list[tuple[Measure, Any]]:
     """Measures of a run whose ppo stage is over-optimised: its reward is the highest, its answers are wrong."""
     asked = [
         {"prompt": [{"role": "user", "content": f"What is <b>{i}</b>?"}], "answer": str(i)} for i in range(QUESTIONS)
     ]
-    taken: dict[str, Any] = {}
+    taken: list[tuple[Measure, Any]] = []
 
-    def add(name: str, value: Any, rows: Any = ()) -> None:
-        taken[name] = {"seconds": 1.5, "rows": list(rows), "value": value}
+    def add(measure: Measure, value: Any) -> None:
+        taken.append((measure, {"seconds": 1.5, "rows": measure.rows, "value": value}))
 
     luck = random.random(QUESTIONS)
     draw = random.random((PROMPTS, 4))
@@ -51,25 +52,24 @@ def planted(random: numpy.random.Generator) -> dict[str, Any]:
         text = [f"It is {i}." if ok else "I cannot say." for i, ok in enumerate(right)]
         f1 = [0.5 * ok for ok in right]
         none = [False] * QUESTIONS
-        add(
-            f"questions/{policy}",
-            {"text": text, "right": right, "exact": none, "f1": f1, "stopped": [True] * 40},
-            asked,
-        )
+        told = {"text": text, "right": right, "exact": none, "f1": f1, "stopped": [True] * 40}
+        add(measures.Questions(policy, asked), told)
+        if policy == "base":
+            few = {**told, "right": (luck < 0.2).tolist()}
         nats = (random.gamma(20, 1, 24) * (1.2 if policy == "base" else 1.0)).tolist()
-        add(f"corpus_loss/{policy}", {"nats": nats, "tokens": [10] * 24})
+        add(measures.CorpusLoss(policy, []), {"nats": nats, "tokens": [10] * 24})
         add(
-            f"answers/{policy}",
+            measures.Answers(policy, []),
             answers(random, draw < skill, REWARD[policy], 2.0 if policy in ("dpo", "ppo") else None),
         )
     for step, reward in ((2, 1.0), (4, 1.5)):
-        add(f"answers/ppo@{step}", answers(random, draw < 0.5, reward, 0.5 * step))
-    add("few_shot/base", {**taken["questions/base"]["value"], "right": (luck < 0.2).tolist()}, asked)
-    add("best_of_n/sft", answers(random, random.random((PROMPTS, 64)) < SKILL["sft"], REWARD["sft"], None))
+        add(measures.AnswersOnTheWay("ppo", [], step=step), answers(random, draw < 0.5, reward, 0.5 * step))
+    add(measures.FewShot("base", asked), few)
+    add(measures.BestOfN("sft", []), answers(random, random.random((PROMPTS, 64)) < SKILL["sft"], REWARD["sft"], None))
     margins = random.normal(1.5, 1, PAIRS)
     rejected = random.normal(0, 0.5, PAIRS)
     add(
-        "pairs/reward",
+        measures.Pairs("reward", []),
         {
             "chosen": (rejected + margins).tolist(),
             "rejected": rejected.tolist(),
@@ -112,7 +112,7 @@ CHAIN = [
 
 @pytest.fixture(scope="module")
 def evaluated() -> dict[str, Any]:
-    return results.made(planted(numpy.random.default_rng(0)), CHAIN)
+    return results.make(planted(numpy.random.default_rng(0)), CHAIN)
 
 
 @pytest.fixture
@@ -268,17 +268,18 @@ def compared(
 
     won_K = numpy.random.default_rng(3).permutation(place) < 4 * won
     gold, known = right(truth), right(asked)
-    taken: dict[str, Any] = {}
+    taken: list[tuple[Measure, Any]] = []
     for i, (policy, score) in enumerate((("sft", numpy.zeros(JUDGED)), (kind, numpy.where(won_K, 1.0, -1.0)))):
         value = answers(numpy.random.default_rng(4), gold[i][:, None], 0.0, None)
-        taken[f"answers/{policy}"] = {**value, "scores": {"reward": score[:, None].tolist()}}
+        told = {**value, "scores": {"reward": score[:, None].tolist()}}
         of = {"right": known[i].tolist(), "exact": known[i].tolist(), "f1": known[i].astype(float).tolist()}
-        taken[f"questions/{policy}"] = {**of, "text": ["so"] * JUDGED, "stopped": [True] * JUDGED}
+        of |= {"text": ["so"] * JUDGED, "stopped": [True] * JUDGED}
+        for measure, value in ((measures.Answers(policy, []), told), (measures.Questions(policy, []), of)):
+            taken.append((measure, {"seconds": 1.0, "rows": [], "value": value}))
     chain = [CHAIN[1] | {"from": None}, {**CHAIN[4], "name": kind, "kind": kind, "own_judges": own}]
-    measures = {key: {"seconds": 1.0, "rows": [], "value": value} for key, value in taken.items()}
     points = place < 4 * judged
     held = arena.Arena(["sft", kind], numpy.array([[[0.5, 1 - p], [p, 0.5]] for p in points.astype(float)]))
-    return results.made(measures, chain, results.described(held) | {"model": "m", "unread": 0})["verdicts"][kind]
+    return results.make(taken, chain, results.described(held) | {"model": "m", "unread": 0})["verdicts"][kind]
 
 
 def test_a_stage_is_not_better_by_what_paid_it() -> None:
@@ -429,14 +430,15 @@ def test_compare_shows_what_differs_item_by_item(tmp_path: Path, tiny_base: Path
 
     tree = tiny_tree(tiny_base, tmp_path)
     first, second = planted(numpy.random.default_rng(0)), planted(numpy.random.default_rng(0))
-    right = first["questions/sft"]["value"]["right"]
+    (asked,), (again,) = ([r for m, r in taken if m.file == "questions-sft.json"] for taken in (first, second))
+    right = asked["value"]["right"]
     wrong = [i for i, ok in enumerate(right) if not ok][:10]
-    second["questions/sft"]["value"]["right"] = [ok or i in wrong for i, ok in enumerate(right)]
+    again["value"]["right"] = [ok or i in wrong for i, ok in enumerate(right)]
     other = {**tree, "stages": {**tree["stages"], "dpo": {**tree["stages"]["dpo"], "train": {"beta": 0.3}}}}
     for name, taken, written in (("a", first, tree), ("b", second, other)):
-        for key, measure in taken.items():
-            write_json(tmp_path / name / "evaluation" / f"{key.replace('/', '-')}.json", measure)
-        write_json(tmp_path / name / "evaluation" / "results.json", sealed(results.made(taken, CHAIN)))
+        for measure, record in taken:
+            write_json(tmp_path / name / "evaluation" / measure.file, record)
+        write_json(tmp_path / name / "evaluation" / "results.json", sealed(results.make(taken, CHAIN)))
         (tmp_path / name / "recipe.yaml").write_text(yaml.dump(written))
     console = Console(width=300, record=True)
     compare.show(tmp_path / "a", tmp_path / "b", console)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.data.contracts import DEMONSTRATION
-from pipeline.measure.metric import DIALOGUE_LOSS
+from pipeline.measure.metric import Metric
 from pipeline.stages.stage import Context, PolicySpec, Result, Stage
 
 
 class ToySettings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     max_steps: int = Field(default=4, ge=1)
-    learning_rate: float = Field(default=0.1, gt=0)
 
 
 class ToySpec(PolicySpec):
@@ -38,7 +36,7 @@ def run(spec: ToySpec, ctx: Context) -> Result:
     base = bases.load_base(ctx.model, tokenizer)
     result.base_digest = bases.frozen_digest(base)
     model = shared.policy(ctx, base)
-    optimizer = torch.optim.SGD(adapters.trainable(model).values(), lr=settings.learning_rate)
+    optimizer = torch.optim.SGD(adapters.trainable(model).values(), lr=0.1)
     result.before = scoring.language_model(model, tokenizer, test)
     ctx.claim()
     for row in train[: settings.max_steps]:
@@ -56,7 +54,7 @@ def run(spec: ToySpec, ctx: Context) -> Result:
 STAGE = Stage(
     section=ToySpec,
     contract=DEMONSTRATION,
-    headlines=(replace(DIALOGUE_LOSS, name="loss"),),
+    headlines=(Metric("loss", "dialogue loss", "lower"),),
     numbers=("loss", "loss_low", "loss_high", "perplexity"),
     run=run,
 )

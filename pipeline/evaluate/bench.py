@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.evaluate.measures import BASE
 from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.models.forward import plain_layers
@@ -16,15 +17,15 @@ from pipeline.ppo.actors import POLICY, Actors
 from pipeline.ppo.batch import pack_episodes
 from pipeline.ppo.rewards import adapter_name
 
-BASE = "base"
-"""The policy that has no adapter."""
-
 
 class Bench:
     """The base, the policies' adapters and the reward models', frozen.
 
     `policies`: adapter folder of each policy stage. `rewards`: of each reward stage.
     """
+
+    at_once = 64
+    """Sequences that pass through the model together."""
 
     def __init__(
         self, spec: ModelSpec, policies: dict[str, Path], rewards: dict[str, Path], temperature: float

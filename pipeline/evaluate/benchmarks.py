@@ -20,13 +20,13 @@ import yaml
 from pipeline.data.contracts import Row
 from pipeline.disk.atomic import Json, sha256_of_file
 from pipeline.errors import UserError
+from pipeline.evaluate.measures import Measure
 from pipeline.measure import intervals
 from pipeline.measure.metric import Estimate, Metric
 
 if TYPE_CHECKING:
     from pipeline.evaluate.bench import Bench
 
-PREFIX = "lm_eval"
 AT_ONCE = 16
 STANDARD_ERRORS = 1.96
 RESAMPLES = 1000
@@ -111,22 +111,32 @@ def loadable(tasks: list[str]) -> None:
             raise UserError(f"--lm-eval {task} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def run(bench: Bench, policy: str, task: str) -> Json:
+class Benchmark(Measure):
     """By task (or group of tasks): `n`, and for each metric lm-eval's `value` and `stderr`, whether `higher` is better,
     and the value of every item where lm-eval's is their mean."""
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
 
-    from pipeline.models.base import computing
+    @property
+    def task(self) -> str:
+        return str(self.rows[0]["task"])
 
-    with bench.acting_as(policy), computing(bench.model):
-        model = HFLM(pretrained=bench.model, tokenizer=bench.tokenizer, batch_size=AT_ONCE)
-        found = lm_eval.simple_evaluate(
-            model, tasks=[task], task_manager=_manager(), bootstrap_iters=RESAMPLES, log_samples=True
-        )
-    parts = found.get("group_subtasks") or {}
-    below = {name for names in parts.values() for name in names}
-    return {name: _of(found, name, parts) for name in found["results"] if name not in below}
+    @property
+    def name(self) -> str:
+        return f"lm_eval-{label(self.task)}"
+
+    def take(self, bench: Bench) -> Json:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        from pipeline.models.base import computing
+
+        with bench.acting_as(self.subject), computing(bench.model):
+            model = HFLM(pretrained=bench.model, tokenizer=bench.tokenizer, batch_size=AT_ONCE)
+            found = lm_eval.simple_evaluate(
+                model, tasks=[self.task], task_manager=_manager(), bootstrap_iters=RESAMPLES, log_samples=True
+            )
+        parts = found.get("group_subtasks") or {}
+        below = {name for names in parts.values() for name in names}
+        return {name: _of(found, name, parts) for name in found["results"] if name not in below}
 
 
 def _of(found: Json, name: str, parts: Json) -> Json:
@@ -154,17 +164,15 @@ def _leaves(name: str, parts: Json) -> list[str]:
     return [leaf for part in parts.get(name) or [] for leaf in _leaves(part, parts)] or [name]
 
 
-def compared(values: dict[str, Json], parents: dict[str, str]) -> list[Json]:
+def compared(values: list[tuple[str, Json]], parents: dict[str, str]) -> list[Json]:
     """For each task and metric every policy's number with its interval, and each stage's change from its parent.
 
-    values: what `run` gave, by "lm_eval-<task>/<policy>".  parents: the policy that each stage goes on from.
+    values: the policy of each benchmark and what was taken.  parents: the policy that each stage goes on from.
     """
     by_task: dict[str, dict[str, Json]] = {}
-    for key, value in values.items():
-        measure, _, policy = key.partition("/")
-        if measure.startswith(f"{PREFIX}-"):
-            for name, found in value.items():
-                by_task.setdefault(name, {})[policy] = found
+    for policy, value in values:
+        for name, found in value.items():
+            by_task.setdefault(name, {})[policy] = found
     rows = []
     for name, held in by_task.items():
         first = next(iter(held.values()))

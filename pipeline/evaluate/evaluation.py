@@ -20,8 +20,9 @@ from pipeline.errors import UserError
 from pipeline.evaluate import benchmarks
 from pipeline.evaluate import judge as judges
 from pipeline.evaluate.judge import Judge
-from pipeline.evaluate.plan import METHOD, Measure, adapter_of, own_judges, plain, plan
-from pipeline.evaluate.stored import as_read, as_written, folder, read_fresh, read_results, sealed
+from pipeline.evaluate.measures import METHOD, Answers, Measure, plain
+from pipeline.evaluate.plan import own_judges, plan
+from pipeline.evaluate.stored import RESULTS, as_read, as_written, folder, read_fresh, read_results, sealed
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.environment import ERROR_MARK, make_environment
 from pipeline.runs.recipe_file import write_recipe
@@ -80,56 +81,37 @@ def results_of(recipe: Recipe, runs: Path) -> Json:
 
 def take(recipe: Recipe, runs: Path, missing: list[Measure]) -> None:
     """Load the base once and take the measures that are not fresh, each written as soon as it is there."""
-    from pipeline.evaluate import measures
     from pipeline.evaluate.bench import Bench
 
     begun = time.monotonic()
-    names = list(dict.fromkeys(name for measure in missing for name in measure.adapters))
-    folders = {name: adapter_of(recipe, runs, name) for name in names}
-    speaks = {name: recipe.kind(name.partition("@")[0]).answers for name in names}
-    temperature = next((m.more["temperature"] for m in missing if "temperature" in m.more), 1.0)
+    folders = {name: folder for measure in missing for name, folder in measure.folders.items()}
+    rewards = [name for name in folders if name in recipe.stages and not recipe.kind(name).answers]
     bench = Bench(
         recipe.spec.model,
-        {name: adapter for name, adapter in folders.items() if speaks[name]},
-        {name: adapter for name, adapter in folders.items() if not speaks[name]},
-        temperature,
+        {name: adapter for name, adapter in folders.items() if name not in rewards},
+        {name: folders[name] for name in rewards},
+        next((m.more["temperature"] for m in missing if "temperature" in m.more), 1.0),
     )
     print(f"  loaded in {time.monotonic() - begun:.0f} s", flush=True)
     with bench.ready():
         for index, measure in enumerate(missing, 1):
             begun = time.monotonic()
-            rows, more = measure.rows, measure.more
-            if measure.name in ("corpus_loss", "dialogue_loss"):
-                value = measures.loss(bench, measure.subject, rows, measure.name.removesuffix("_loss"))
-            elif measure.name == "preferences":
-                value = measures.preferences(bench, measure.subject, rows)
-            elif measure.name in ("questions", "few_shot"):
-                value = measures.questions(bench, measure.subject, rows, more.get("examples", []))
-            elif measure.name in ("choices", "labels"):
-                value = measures.choices(bench, measure.subject, rows)
-            elif measure.name.startswith(benchmarks.PREFIX):
-                value = benchmarks.run(bench, measure.subject, rows[0]["task"])
-            elif measure.name == "pairs":
-                value = measures.pairs(bench, measure.subject, rows, more["train"])
-            else:
-                value = measures.sampled(bench, measure.subject, rows, more["sources"], more["truth"], more)
+            value, more = measure.take(bench), measure.more
             seconds = round(time.monotonic() - begun, 1)
             keep = {key: more[key] for key in more if key not in ("train", "examples")}
             write_json(
                 folder(recipe, runs) / measure.file,
                 {"fingerprint": measure.fingerprint, "seconds": seconds, "settings": keep}
-                | {"rows": plain(rows), "value": value, "value_digest": digest(value)},
+                | {"rows": plain(measure.rows), "value": value, "value_digest": digest(value)},
             )
-            print(f"  [{index}/{len(missing)}] {measure.name} of {measure.subject}: {seconds:.1f} s", flush=True)
+            print(f"  [{index}/{len(missing)}] {measure.name} of {measure.place}: {seconds:.1f} s", flush=True)
 
 
-def judged(taken: dict[str, Json], where: Path, judge: Judge | None) -> Json | None:
+def judged(answers: dict[str, Json], where: Path, judge: Judge | None) -> Json | None:
     """The judge's verdicts on every policy's first answers; those of an earlier evaluation where nothing has changed
     since and no other judge is asked."""
     from pipeline.evaluate import results
 
-    answers = {key.partition("/")[2]: measure for key, measure in taken.items() if key.startswith("answers/")}
-    answers = {policy: measure for policy, measure in answers.items() if "@" not in policy}  # finished ones
     if len(answers) < 2:
         return None
     told = {policy: [texts[0] for texts in measure["value"]["text"]] for policy, measure in answers.items()}
@@ -139,7 +121,7 @@ def judged(taken: dict[str, Json], where: Path, judge: Judge | None) -> Json | N
     except UserError:
         known = {"model": "(unknown)"}
     model = judge.model if judge else known.get("model")
-    fingerprint = digest([METHOD, model, prompts, told])
+    fingerprint = digest([METHOD, RESULTS, model, prompts, told])
     rows = where / JUDGED
     kept = sha256_of_file(rows) if rows.is_file() else None
     whole = known.get("value_digest") == digest(known.get("value")) and known.get("rows") == kept
@@ -184,7 +166,7 @@ def still_fresh(recipe: Recipe, runs: Path, asked: Sequence[str]) -> list[Row]:
             continue
         try:
             source = benchmarks.source(task)
-            measures = [m for m in plan(recipe, runs, [source]) if m.name.startswith(benchmarks.PREFIX)]
+            measures = [m for m in plan(recipe, runs, [source]) if isinstance(m, benchmarks.Benchmark)]
             if all(read_fresh(measure, where) for measure in measures):
                 kept.append(source)
                 continue
@@ -206,17 +188,18 @@ def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None, tasks: Sequ
         missing = [measure for measure in wanted if read_fresh(measure, where) is None]
         print(f"{recipe.name}: {len(wanted)} measures, {len(wanted) - len(missing)} fresh", flush=True)
         begun = time.monotonic()
-        needed = [m.rows[0]["task"] for m in missing if m.name.startswith(benchmarks.PREFIX)]
+        needed = [measure.task for measure in missing if isinstance(measure, benchmarks.Benchmark)]
         if needed:
             benchmarks.loadable(list(dict.fromkeys(needed)))
         if missing:
             take(recipe, runs, missing)
-        taken: dict[str, Json] = {}
+        taken = []
         for measure in wanted:
             known = read_fresh(measure, where)
             assert known is not None
-            taken[f"{measure.name}/{measure.subject}"] = known
-        found = results.made(taken, _chain(recipe, runs), judged(taken, where, judge))
+            taken.append((measure, known))
+        answers = {measure.subject: known for measure, known in taken if type(measure) is Answers}
+        found = results.make(taken, _chain(recipe, runs), judged(answers, where, judge))
         found["tasks"] = [source["task"] for source in asked]
         found["made_of"] = {measure.file: measure.fingerprint for measure in wanted}
         if missing:

@@ -1,193 +1,322 @@
-"""What is measured, item by item: plain lists that go to disk, from which results.py makes numbers with intervals."""
+"""What is measured of a policy or a reward model: a class each, with what it needs, how it is taken, what it says.
+
+Taking a measure leaves plain lists, item by item, that go to disk; from these come numbers with intervals.
+"""
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from transformers import DynamicCache
+import numpy
 
-from pipeline.data import render
-from pipeline.data.baselines import said, word_margins
 from pipeline.data.contracts import Row
-from pipeline.data.tokens import stop_ids
-from pipeline.disk.atomic import Json
-from pipeline.measure import answers, matching, scoring
-from pipeline.measure.scoring import batches
-from pipeline.models import sampling
-from pipeline.models.base import computing
-from pipeline.ppo import rewards
+from pipeline.disk.atomic import Json, digest
+from pipeline.measure import intervals, matching
+from pipeline.measure.metric import CORPUS_LOSS, DIALOGUE_LOSS, PREFERENCE_ACCURACY, QUESTION_ACCURACY, Estimate
 
 if TYPE_CHECKING:
-    from pipeline.data.render import Encoded
     from pipeline.evaluate.bench import Bench
+    from pipeline.evaluate.plan import Finished
 
-AT_ONCE = 64
-"""Sequences that pass through the model together."""
-PROMPT_TOKENS_AT_ONCE = 512
+METHOD = 3
+"""Counts up when a measure is taken differently, so that older results are taken again."""
+BASE = "base"
+"""The policy that has no adapter."""
+COPIES = 4
+SNAPSHOT_COPIES = 1
+BEST_OF = 64
 
 
-def loss(bench: Bench, policy: str, rows: list[Row], kind: str) -> Json:
+@dataclass(frozen=True)
+class Measure:
+    """One measure of one policy or reward model, not yet taken."""
+
+    subject: str
+    rows: list[Row]
+    more: Json = field(default_factory=dict)
+    """Further arguments, which count for the fingerprint like everything else."""
+    others: tuple[str | None, ...] = ()
+    """Stages whose adapters take part besides the subject's."""
+    step: int | None = None
+    """Of a policy part of the way."""
+    adapters: dict[str, str] = field(default_factory=dict)
+    """sha256 of every adapter that takes part, by stage."""
+    folders: dict[str, Path] = field(default_factory=dict)
+    """Where they lie."""
+    model: Json = field(default_factory=dict)
+
+    called: ClassVar[str]
+    needs: ClassVar[str]
+    """The field of Finished with the rows it is taken of; where there are none it is left out."""
+    says: ClassVar[dict[str, str]] = {}
+    """By the name of a number, what was taken of each item to make it of."""
+    unbounded: ClassVar[tuple[str, ...]] = ()
+    """Numbers that are no share: their values can lie any distance apart."""
+
+    @property
+    def name(self) -> str:
+        return self.called
+
+    @property
+    def place(self) -> str:
+        """The policy or reward model that is measured; "ppo@20" for a policy as it was at a step."""
+        return self.subject if self.step is None else f"{self.subject}@{self.step}"
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}-{self.place}.json"
+
+    @property
+    def fingerprint(self) -> str:
+        return digest([METHOD, self.name, self.place, plain(self.rows), self.more, self.adapters, self.model])
+
+    @classmethod
+    def wanted(cls, run: Finished) -> Iterator[Measure]:
+        """Every measure of this kind that the finished stages allow."""
+        return (cls(policy, list(getattr(run, cls.needs))) for policy in run.policies)
+
+    def take(self, bench: Bench) -> Json:
+        raise NotImplementedError
+
+    @classmethod
+    def items(cls, value: Json, like: Json) -> dict[str, Any]:
+        """One value an item for each number, all shares but the `unbounded`. `like`: what it is compared with."""
+        return {name: value[key] for name, key in cls.says.items()}
+
+    @classmethod
+    def numbers(cls, value: Json) -> dict[str, Estimate]:
+        """What was taken says, by the name of the number."""
+        return {
+            name: intervals.mean(values) if name in cls.unbounded else intervals.of_share(values)
+            for name, values in cls.items(value, value).items()
+        }
+
+    @classmethod
+    def changes(cls, after: Json, before: Json) -> dict[str, Estimate]:
+        """Each number less that of another policy, item by item."""
+        ends, starts = (cls.items(value, before) for value in (after, before))
+        return {
+            name: intervals.difference(ends[name], starts[name], None if name in cls.unbounded else 1.0)
+            for name in ends
+            if name in starts
+        }
+
+
+class CorpusLoss(Measure):
     """`nats` and `tokens` of each held-out row: the surprise at its supervised tokens, and how many there are."""
-    encode = {"corpus": lambda row: render.document(bench.tokenizer, row["text"])}.get(
-        kind, lambda row: render.demonstration(bench.tokenizer, row)
-    )
-    encoded: list[Encoded] = [encode(row) for row in rows]
-    with bench.acting_as(policy):
-        nats = [-total for total in scoring.log_likelihoods(bench.model, bench.tokenizer, encoded)]
-    return {"nats": nats, "tokens": [sum(label != render.IGNORED for label in row.labels[1:]) for row in encoded]}
+
+    called, metric = "corpus_loss", CORPUS_LOSS
+    needs = "corpus"
+
+    def take(self, bench: Bench) -> Json:
+        from pipeline.data import render
+        from pipeline.measure import scoring
+
+        tokenizer = bench.tokenizer
+        encoded = [
+            render.document(tokenizer, row["text"]) if "text" in row else render.demonstration(tokenizer, row)
+            for row in self.rows
+        ]
+        with bench.acting_as(self.subject):
+            nats = [-total for total in scoring.log_likelihoods(bench.model, tokenizer, encoded)]
+        return {"nats": nats, "tokens": [sum(label != render.IGNORED for label in row.labels[1:]) for row in encoded]}
+
+    @classmethod
+    def numbers(cls, value: Json) -> dict[str, Estimate]:
+        return {cls.metric.name: intervals.ratio(value["nats"], value["tokens"])}
+
+    @classmethod
+    def changes(cls, after: Json, before: Json) -> dict[str, Estimate]:
+        return {cls.metric.name: intervals.ratio_difference(after["nats"], before["nats"], after["tokens"])}
 
 
-def preferences(bench: Bench, policy: str, rows: list[Row]) -> Json:
+class DialogueLoss(CorpusLoss):
+    called, metric = "dialogue_loss", DIALOGUE_LOSS
+    needs = "dialogues"
+
+
+class Preferences(Measure):
     """`margins`: nats a token by which the chosen answer is likelier than the rejected one."""
-    replies = [reply for row in rows for reply in render.pair(bench.tokenizer, row)]
-    with bench.acting_as(policy):
-        totals = scoring.log_likelihoods(bench.model, bench.tokenizer, [reply.sequence() for reply in replies])
-    means = [total / reply.supervised for total, reply in zip(totals, replies, strict=True)]
-    return {"margins": [better - worse for better, worse in zip(means[0::2], means[1::2], strict=True)]}
+
+    called = "preferences"
+
+    @classmethod
+    def wanted(cls, run: Finished) -> Iterator[Measure]:
+        return (cls(policy, list(run.compared)) for policy in run.learners)
+
+    def take(self, bench: Bench) -> Json:
+        from pipeline.data import render
+        from pipeline.measure import scoring
+
+        replies = [render.pair(bench.tokenizer, row) for row in self.rows]
+        with bench.acting_as(self.subject):
+            chosen, rejected = scoring.token_means(bench.model, bench.tokenizer, replies)
+        return {"margins": [better - worse for better, worse in zip(chosen, rejected, strict=True)]}
+
+    @classmethod
+    def items(cls, value: Json, like: Json) -> dict[str, Any]:
+        return {PREFERENCE_ACCURACY.name: [margin > 0 for margin in value["margins"]]}
 
 
-def questions(bench: Bench, policy: str, rows: list[Row], examples: list[Row]) -> Json:
-    """Greedy answers: `text`, `right` (the reference is named and no other choice is), `exact`, `f1`, `stopped`.
+class Questions(Measure):
+    """Greedy answers: `text`, `right` (the reference is named and no other choice is), `exact`, `f1`, `stopped`."""
 
-    `examples`: dialogues put before each question (few-shot).
-    """
-    shots = [message for example in examples for message in example["messages"]]
-    asked = [{**row, "prompt": shots + row["prompt"]} if shots else row for row in rows]
-    with bench.acting_as(policy):
-        told = answers.generate(bench.model, bench.tokenizer, asked, alike=bool(shots))
-    texts = [answer.text for answer in told]
-    pairs = list(zip(rows, texts, strict=True))
-    return {
-        "text": texts,
-        "right": [answers.correct(row, text) for row, text in pairs],
-        "exact": [matching.exact_match(text, row["answer"]) for row, text in pairs],
-        "f1": [matching.token_f1(text, row["answer"]) for row, text in pairs],
-        "stopped": [answer.stopped for answer in told],
-    }
+    called = "questions"
+    says = {QUESTION_ACCURACY.name: "right", "exact_match": "exact", "token_f1": "f1", "stopped": "stopped"}
+    needs = "questions"
 
+    def take(self, bench: Bench) -> Json:
+        from pipeline.measure import answers
 
-def choices(bench: Bench, policy: str, rows: list[Row]) -> Json:
-    """`picked`: the likeliest of each question's choices, by the summed log-likelihood of its tokens; `wanted`: the
-    right one."""
-    sequences = [[_choice(bench, row, choice) for choice in row["choices"]] for row in rows]
-    # What all choices of a question begin with says nothing about them, and is read once.
-    shared = [len(os.path.commonprefix(options)) for options in sequences]
-    picked: list[str] = [""] * len(rows)
-    with bench.acting_as(policy):
-        for batch in batches(shared, PROMPT_TOKENS_AT_ONCE):
-            totals = _continuations(
-                bench,
-                [sequences[i][0][: shared[i]] for i in batch],
-                [[option[shared[i] :] for option in sequences[i]] for i in batch],
-            )
-            for index, row_totals in zip(batch, totals, strict=True):
-                best = max(range(len(row_totals)), key=row_totals.__getitem__)
-                picked[index] = rows[index]["choices"][best]
-    wanted = [row["answer"] for row in rows]
-    right = [choice == answer for choice, answer in zip(picked, wanted, strict=True)]
-    return {"picked": picked, "wanted": wanted, "right": right}
+        shots = [message for example in self.more.get("examples", []) for message in example["messages"]]
+        asked = [{**row, "prompt": shots + row["prompt"]} if shots else row for row in self.rows]
+        with bench.acting_as(self.subject):
+            told = answers.generate(bench.model, bench.tokenizer, asked, alike=bool(shots))
+        pairs = [(row, answer.text) for row, answer in zip(self.rows, told, strict=True)]
+        return {
+            "text": [text for _, text in pairs],
+            "right": [answers.correct(row, text) for row, text in pairs],
+            "exact": [matching.exact_match(text, row["answer"]) for row, text in pairs],
+            "f1": [matching.token_f1(text, row["answer"]) for row, text in pairs],
+            "stopped": [answer.stopped for answer in told],
+        }
 
 
-def _choice(bench: Bench, row: Row, choice: str) -> list[int]:
-    """A question's ids with one of its choices as the answer, without the token that ends the turn."""
-    text = isinstance(row["prompt"], str)
-    told: Any = f" {choice}" if text else [{"role": "assistant", "content": choice}]
-    reply = render.reply(bench.tokenizer, {"prompt": row["prompt"], "choice": told}, "choice")
-    return reply.prompt_ids + reply.reply_ids[:-1]
+class FewShot(Questions):
+    """The same of the base, with dialogues put before each question."""
+
+    called = "few_shot"
+
+    @classmethod
+    def wanted(cls, run: Finished) -> Iterator[Measure]:
+        if run.examples and all(isinstance(row["prompt"], list) for row in run.questions):
+            yield cls(BASE, run.questions, {"examples": plain(run.examples)})
 
 
-def _continuations(bench: Bench, prompts: list[list[int]], options: list[list[list[int]]]) -> list[list[float]]:
-    """log p of every option after its prompt. Each prompt passes through the model once."""
-    actors = bench.actors
-    ids_BT, mask_BT = (t.to(actors.device) for t in render.padded(prompts, actors.pad_id, side="left"))
-    cache = DynamicCache(config=actors.config)
-    positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
-    owner = [index for index, of_one in enumerate(options) for _ in of_one]
-    flat = [option or [actors.pad_id] for of_one in options for option in of_one]
-    with computing(bench.model):
-        first_BV = torch.log_softmax(
-            actors.logits(actors.hidden(ids_BT, mask_BT, positions_BT, cache)[:, -1]).float(), -1
-        )
-        owner_N = torch.tensor(owner, device=actors.device)
-        ids_NG, mask_NG = (t.to(actors.device) for t in render.padded(flat, actors.pad_id))
-        logp_NG = first_BV[owner_N, ids_NG[:, 0]][:, None]
-        if ids_NG.shape[1] > 1:
-            cache.batch_select_indices(owner_N)
-            places_NG = positions_BT[owner_N, -1:] + 1 + torch.arange(ids_NG.shape[1] - 1, device=actors.device)
-            whole_NT = torch.cat([mask_BT[owner_N], mask_NG[:, :-1]], 1)
-            hidden_NGH = actors.hidden(ids_NG[:, :-1], whole_NT, places_NG, cache)
-            logits_MV = actors.logits(hidden_NGH.flatten(0, 1)).float()
-            later_M = torch.log_softmax(logits_MV, -1).gather(1, ids_NG[:, 1:].reshape(-1, 1))
-            later_NG = later_M.view(len(owner), -1)
-            logp_NG = torch.cat([logp_NG, later_NG], 1)
-    logp_NG = logp_NG * mask_NG
-    totals = iter(logp_NG.sum(1).tolist())
-    return [[next(totals) if option else (next(totals), 0.0)[1] for option in of_one] for of_one in options]
+class Choices(Measure):
+    """`picked`: the likeliest of each question's choices; `wanted`: the right one."""
+
+    called, says = "choices", {"choice_accuracy": "right"}
+    needs = "closed"
+
+    def take(self, bench: Bench) -> Json:
+        from pipeline.evaluate import choices
+
+        picked, wanted = choices.pick(bench, self.subject, self.rows), [row["answer"] for row in self.rows]
+        right = [choice == answer for choice, answer in zip(picked, wanted, strict=True)]
+        return {"picked": picked, "wanted": wanted, "right": right}
 
 
-def sampled(
-    bench: Bench, policy: str, rows: list[Row], sources: list[str], truth: str | None, settings: dict[str, Any]
-) -> Json:
+class Labels(Choices):
+    """The same of rows that have a label for an answer."""
+
+    called, says = "labels", {"label_accuracy": "right"}
+    needs = "labelled"
+
+    @classmethod
+    def numbers(cls, value: Json) -> dict[str, Estimate]:
+        commonest: str = Counter(value["wanted"]).most_common(1)[0][0]  # what a rule that does not look would answer
+        return super().numbers(value) | {
+            "label_f1": intervals.macro_f1(value["wanted"], value["picked"]),
+            "label_commonest": intervals.proportion([label == commonest for label in value["wanted"]]),
+        }
+
+
+class Pairs(Measure):
+    """Scores of both answers of held-out comparisons, their lengths in tokens, and what a bag of words says of them."""
+
+    called = "pairs"
+
+    @classmethod
+    def wanted(cls, run: Finished) -> Iterator[Measure]:
+        for reward, rows in run.rewards.items():
+            yield cls(reward, list(rows.test or []), {"train": plain(rows.train)})
+
+    def take(self, bench: Bench) -> Json:
+        from pipeline.data import render
+        from pipeline.data.baselines import said, word_margins
+        from pipeline.ppo.rewards import adapter_name
+
+        sides, name, train = ("chosen", "rejected"), adapter_name(self.subject), self.more["train"]
+        whole = {key: [render.conversation(bench.tokenizer, row, key) for row in self.rows] for key in sides}
+        known, asked = ([(said(row["chosen"]), said(row["rejected"])) for row in some] for some in (train, self.rows))
+        return {
+            **{key: bench.actors.scores(name, ids, bench.at_once) for key, ids in whole.items()},
+            **{f"{key}_length": [len(ids) for ids in sequences] for key, sequences in whole.items()},
+            "guideline": [row.get("guideline") for row in self.rows],
+            "bag_of_words": word_margins(known, asked) or [0.0] * len(self.rows),
+        }
+
+
+class Answers(Measure):
     """Answers sampled at the training temperature, `copies` to a prompt, with the same random draws for every policy.
 
     Tables of (prompts, copies): text, length (tokens), ended, truth (1 right, 0 wrong), scores by source, and kl, which
-    is log p of the policy, as the sampler noted it, less that of `settings["reference"]`, where one is named.
+    is log p of the policy, as the sampler noted it, less that of `more["reference"]`, where one is named.
     """
-    copies = settings["copies"]
-    prompts = [render.prompt(bench.tokenizer, row) for row in rows]
-    with bench.sampling_as(policy):
-        episodes = sampling.sample(
-            bench.actors,
-            prompts,
-            new_tokens=settings["new_tokens"],
-            temperature=bench.actors.temperature,
-            stops=stop_ids(bench.tokenizer),
-            generator=torch.Generator(bench.actors.device).manual_seed(settings["seed"]),
-            at_once=max(1, 4 * AT_ONCE // copies),
-            copies=copies,
-        )
-    texts = [
-        bench.tokenizer.decode(e.answer_ids[:-1] if e.ended else e.answer_ids, skip_special_tokens=True).strip()
-        for e in episodes
-    ]
-    asked = [row for row in rows for _ in range(copies)]
-    found: Json = {
-        "text": _rows(texts, copies),
-        "length": _rows([len(e.answer_ids) for e in episodes], copies),
-        "ended": _rows([e.ended for e in episodes], copies),
-        "truth": None,
-        "scores": {name: _rows(_scores(bench, name, asked, texts, name == truth), copies) for name in sources},
-        "kl": None,
-    }
-    if truth == "answer":
-        found["truth"] = _rows([float(answers.correct(r, t)) for r, t in zip(asked, texts, strict=True)], copies)
-    elif truth:
-        found["truth"] = found["scores"].get(truth) or _rows(_scores(bench, truth, asked, texts, True), copies)
-    if settings.get("reference"):
-        theirs = bench.log_probs(settings["reference"], episodes, AT_ONCE)
-        found["kl"] = _rows([sum(e.logp) - b for e, b in zip(episodes, theirs, strict=True)], copies)
-    return found
+
+    called, unbounded = "answers", ("reward", "kl", "answer_length")
+
+    @classmethod
+    def wanted(cls, run: Finished) -> Iterator[Measure]:
+        return (cls._of(run, policy, COPIES, run.references.get(policy)) for policy in run.policies)
+
+    @classmethod
+    def _of(cls, run: Finished, policy: str, copies: int, reference: str | None, step: int | None = None) -> Measure:
+        more = run.sampling | {"copies": copies, "reference": reference}
+        return cls(policy, run.prompts, more, (*run.sampling["sources"], reference), step)
+
+    def take(self, bench: Bench) -> Json:
+        from pipeline.evaluate import sampled
+
+        return sampled.take(bench, self.place, self.rows, self.more)
+
+    @classmethod
+    def items(cls, value: Json, like: Json) -> dict[str, Any]:
+        tables = {"reward": value["scores"].get(proxy_of(like)), "truth": value["truth"], "kl": value["kl"]}
+        tables |= {"answer_length": value["length"], "ended": value["ended"]}
+        return {name: numpy.asarray(of, dtype=float).mean(1) for name, of in tables.items() if of is not None}
+
+    @classmethod
+    def changes(cls, after: Json, before: Json) -> dict[str, Estimate]:
+        return {name: found for name, found in super().changes(after, before).items() if name != "kl"}
 
 
-def _scores(bench: Bench, source: str, asked: list[Row], texts: list[str], truth: bool) -> list[float]:
-    named = [rewards.source(source, 1.0, truth)]
-    return rewards.scores(named, bench.actors, bench.tokenizer, asked, texts, AT_ONCE)[source]
+class AnswersOnTheWay(Answers):
+    """The same of a policy as it was at a step of its training."""
+
+    @classmethod
+    def wanted(cls, run: Finished) -> Iterator[Measure]:
+        for policy, steps in run.snapshots.items():
+            for step in steps:
+                yield cls._of(run, policy, SNAPSHOT_COPIES, run.references[policy], step)
 
 
-def _rows(flat: list[Any], width: int) -> list[list[Any]]:
-    return [flat[start : start + width] for start in range(0, len(flat), width)]
+class BestOfN(Answers):
+    """Many answers to a prompt by one policy, among which a reward may choose."""
+
+    called = "best_of_n"
+
+    @classmethod
+    def wanted(cls, run: Finished) -> Iterator[Measure]:
+        if run.drawn_from and run.sampling["sources"]:
+            yield cls._of(run, run.drawn_from, BEST_OF, None)
 
 
-def pairs(bench: Bench, reward: str, rows: list[Row], train: list[Row]) -> Json:
-    """Scores of both answers of held-out comparisons, their lengths in tokens, and what a bag of words says of them."""
-    whole = {key: [render.conversation(bench.tokenizer, row, key) for row in rows] for key in ("chosen", "rejected")}
-    name = rewards.adapter_name(reward)
-    known, asked = ([(said(row["chosen"]), said(row["rejected"])) for row in some] for some in (train, rows))
-    return {
-        **{key: bench.actors.scores(name, ids, AT_ONCE) for key, ids in whole.items()},
-        **{f"{key}_length": [len(ids) for ids in sequences] for key, sequences in whole.items()},
-        "guideline": [row.get("guideline") for row in rows],
-        "bag_of_words": word_margins(known, asked) or [0.0] * len(rows),
-    }
+OF_A_POLICY: tuple[type[Measure], ...] = (CorpusLoss, DialogueLoss, Preferences, Questions, Choices, Labels, Answers)
+"""Those whose numbers stand beside each other, policy by policy."""
+MEASURES: tuple[type[Measure], ...] = (*OF_A_POLICY, FewShot, Pairs, AnswersOnTheWay, BestOfN)
+
+
+def proxy_of(answers: Json) -> str | None:
+    """The judge that stands for the reward: the first source by which answers were scored."""
+    return next(iter(answers["scores"]), None)
+
+
+def plain(rows: Sequence[Row]) -> list[Row]:
+    """Rows without where they stood."""
+    return [{key: value for key, value in row.items() if key != "_place"} for row in rows]

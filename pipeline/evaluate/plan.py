@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pipeline.data.contracts import Row
 from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, digest, sha256_of_file
 from pipeline.errors import UserError
-from pipeline.evaluate.benchmarks import PREFIX, label
+from pipeline.evaluate.benchmarks import Benchmark
+from pipeline.evaluate.measures import BASE, MEASURES, Measure
 from pipeline.measure.matching import NEW_TOKENS
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.rows import load_rows
@@ -21,37 +21,40 @@ from pipeline.runs.states import states
 from pipeline.stages.reward_file import read_by
 from pipeline.stages.stage import Rows
 
-METHOD = 3
-"""Counts up when a measure is taken differently, so that older results are taken again."""
-BASE = "base"
 PROMPTS = 20
 """Held-out prompts answered by sampling, evenly spaced among those there are."""
-COPIES = 4
-SNAPSHOT_COPIES = 1
-BEST_OF = 64
 SHOTS = 4
 
 
 @dataclass(frozen=True)
-class Measure:
-    """One measure of one policy or reward model, not yet taken."""
+class Finished:
+    """What the finished stages of a run have: policies to measure, and held-out rows to measure them by."""
 
-    name: str
-    subject: str
-    rows: list[Row]
-    more: Json = field(default_factory=dict)
-    """Further arguments, which count for the fingerprint like everything else."""
-    adapters: dict[str, str] = field(default_factory=dict)
-    """sha256 of every adapter that takes part, by stage."""
-    model: Json = field(default_factory=dict)
-
-    @property
-    def file(self) -> str:
-        return f"{self.name}-{self.subject}.json"
-
-    @property
-    def fingerprint(self) -> str:
-        return digest([METHOD, self.name, self.subject, plain(self.rows), self.more, self.adapters, self.model])
+    policies: list[str]
+    """The base first."""
+    learners: list[str]
+    """The policies but the base and those that learnt from documents alone."""
+    corpus: Sequence[Row]
+    dialogues: Sequence[Row]
+    compared: Sequence[Row]
+    questions: list[Row]
+    closed: list[Row]
+    """Of these, those that have choices."""
+    labelled: list[Row]
+    """Those that have a label for an answer."""
+    examples: list[Row]
+    """Short dialogues of the training data."""
+    rewards: dict[str, Rows]
+    """The comparisons of every reward model."""
+    prompts: list[Row]
+    sampling: Json
+    """How prompts are answered, and by which judges the answers are scored."""
+    references: dict[str, str | None]
+    """The policies trained on preferences, and where each started from."""
+    snapshots: dict[str, list[int]]
+    """Steps at which such a policy was kept on its way."""
+    drawn_from: str | None
+    """The policy that best-of-n is drawn from."""
 
 
 def own_judges(recipe: Recipe, done: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -93,62 +96,58 @@ def plan(recipe: Recipe, runs: Path, benchmarks: Sequence[Row] = ()) -> list[Mea
         raise UserError(f"{why}. Run it first: what is measured must be what the recipe says.")
     if not done:
         raise UserError(f"no stage of {recipe.name} has finished below {runs / recipe.name}. Run it first.")
-    held_out = {name: _rendered(load_rows(recipe, name)[0], recipe.artifact(name, runs)) for name in done}
+    run = _finished(recipe, runs, done)
+    wanted = [measure for kind in MEASURES for measure in kind.wanted(run)]
+    wanted += [Benchmark(policy, [task]) for policy in run.policies for task in benchmarks]
     hashes = {name: recipe.artifact(name, runs).verify().files[WEIGHTS] for name in done}
-    policies = [BASE, *(name for name in done if recipe.kind(name).answers)]
-    of_kind = {
-        kind: [name for name in done if recipe.stages[name].kind == kind]
-        for kind in ("pretrain", "sft", "reward", "dpo", "ppo")
-    }
     model = recipe.parts()[done[0]]["model"]
-    found: list[Measure] = []
-
-    def add(name: str, subject: str, rows: Sequence[Row] | None, with_: list[str] | None = None, **more: Any) -> None:
-        if rows:
-            used = {stage: hashes[stage] for stage in [subject, *(with_ or [])] if stage in hashes}
-            found.append(Measure(name, subject, list(rows), more, used, model))
-
-    corpus = next((held_out[name].test for name in of_kind["pretrain"] if held_out[name].test), None)
-    dialogues = next((held_out[name].test for name in of_kind["sft"] if held_out[name].test), None)
-    compared = next(
-        (held_out[name].test for name in [*of_kind["dpo"], *of_kind["reward"]] if held_out[name].test), None
-    )
-    asked = _distinct([row for name in done for row in held_out[name].questions])
-    closed = [row for row in asked if len(row.get("choices", [])) > 1 and not row.get("labelled")]
-    labelled = [row for row in asked if row.get("labelled")]
-    examples = _examples(held_out[of_kind["sft"][0]].train) if of_kind["sft"] else []
-    for policy in policies:
-        add("corpus_loss", policy, corpus)
-        add("dialogue_loss", policy, dialogues)
-        if policy != BASE and recipe.stages[policy].kind != "pretrain":
-            add("preferences", policy, compared)
-        add("questions", policy, asked)
-        if policy == BASE and examples and all(isinstance(row["prompt"], list) for row in asked):
-            add("few_shot", policy, asked, examples=plain(examples))
-        add("choices", policy, closed)
-        add("labels", policy, labelled)
-        for task in benchmarks:
-            add(f"{PREFIX}-{label(task['task'])}", policy, [task])
-    for reward in of_kind["reward"]:
-        add("pairs", reward, held_out[reward].test, train=plain(held_out[reward].train))
-    prompts = _prompts(recipe, done, held_out)
-    sources = _sources(recipe, of_kind)
-    for policy in policies if prompts else []:
-        reference = recipe.stages[policy].from_ if policy in [*of_kind["dpo"], *of_kind["ppo"]] else None
-        more = _sampling(recipe, of_kind["ppo"], prompts, sources) | {"copies": COPIES, "reference": reference}
-        judges = [*sources, *([reference] if reference else [])]
-        add("answers", policy, prompts, judges, **more)
-        for step, adapter in recipe.artifact(policy, runs).snapshots().items() if reference else ():
-            hashes[at_step(policy, step)] = sha256_of_file(adapter / WEIGHTS)
-            add("answers", at_step(policy, step), prompts, judges, **{**more, "copies": SNAPSHOT_COPIES})
-    compared_with = reference_of(recipe, done)
-    if compared_with and prompts and sources:
-        more = _sampling(recipe, of_kind["ppo"], prompts, sources) | {"copies": BEST_OF, "reference": None}
-        add("best_of_n", compared_with, prompts, sources, **more)
+    found = []
+    for measure in (measure for measure in wanted if measure.rows):
+        folders = {name: recipe.artifact(name, runs).adapter for name in measure.others if name in done}
+        if measure.subject in done:
+            artifact = recipe.artifact(measure.subject, runs)
+            folders[measure.place] = artifact.adapter if measure.step is None else artifact.snapshot(measure.step)
+        used = {name: hashes.get(name) or sha256_of_file(folder / WEIGHTS) for name, folder in folders.items()}
+        found.append(replace(measure, adapters=used, folders=folders, model=model))
     twice = [file for file, count in Counter(measure.file for measure in found).items() if count > 1]
     if twice:
         raise UserError(f"two tasks of --lm-eval would both be kept as {twice[0]}: give them other names")
     return found
+
+
+def _finished(recipe: Recipe, runs: Path, done: list[str]) -> Finished:
+    """What the finished stages have for measures to choose from."""
+    held_out = {name: _rendered(load_rows(recipe, name)[0], recipe.artifact(name, runs)) for name in done}
+    of_kind: dict[str, list[str]] = {kind: [] for kind in ("pretrain", "sft", "reward", "dpo", "ppo")}
+    for name in done:
+        of_kind[recipe.stages[name].kind].append(name)
+
+    def first_test(*names: str) -> Sequence[Row]:
+        return next((rows for name in names if (rows := held_out[name].test)), ())
+
+    asked = _distinct([row for name in done for row in held_out[name].questions])
+    policies = [name for name in done if recipe.kind(name).answers]
+    compared = [row for name in done if name in of_kind["dpo"] + of_kind["reward"] for row in held_out[name].test or []]
+    prompts = _prompts([row for name in of_kind["ppo"] for row in held_out[name].test or []] or asked or compared)
+    references = {name: recipe.stages[name].from_ for name in policies if name in [*of_kind["dpo"], *of_kind["ppo"]]}
+    started = {name: parent for name, parent in references.items() if parent}
+    return Finished(
+        policies=[BASE, *policies],
+        learners=[name for name in policies if recipe.stages[name].kind != "pretrain"],
+        corpus=first_test(*of_kind["pretrain"]),
+        dialogues=first_test(*of_kind["sft"]),
+        compared=first_test(*of_kind["dpo"], *of_kind["reward"]),
+        questions=asked,
+        closed=[row for row in asked if len(row.get("choices", [])) > 1 and not row.get("labelled")],
+        labelled=[row for row in asked if row.get("labelled")],
+        examples=_examples(held_out[of_kind["sft"][0]].train) if of_kind["sft"] else [],
+        rewards={name: held_out[name] for name in of_kind["reward"]},
+        prompts=prompts,
+        sampling=_sampling(recipe, of_kind["ppo"], prompts, _sources(recipe, of_kind)),
+        references=references,
+        snapshots={name: list(recipe.artifact(name, runs).snapshots()) for name in started},
+        drawn_from=next(iter(started.values()), next(reversed(of_kind["sft"]), None)),
+    )
 
 
 def _rendered(rows: Rows, artifact: Artifact) -> Rows:
@@ -161,25 +160,6 @@ def _rendered(rows: Rows, artifact: Artifact) -> Rows:
         return [row for row in some if row["_place"] not in left_out]
 
     return replace(rows, train=kept(rows.train), test=None if rows.test is None else kept(rows.test))
-
-
-def at_step(policy: str, step: int) -> str:
-    """The name of a policy as it was part of the way."""
-    return f"{policy}@{step}"
-
-
-def adapter_of(recipe: Recipe, runs: Path, name: str) -> Path:
-    """Where the adapter of a stage, or of a policy part of the way, lies."""
-    stage, part, step = name.partition("@")
-    artifact = recipe.artifact(stage, runs)
-    return artifact.snapshot(int(step)) if part else artifact.adapter
-
-
-def reference_of(recipe: Recipe, done: list[str]) -> str | None:
-    """The policy that preference training started from: best-of-n is drawn from it."""
-    trained = [name for name in done if recipe.stages[name].kind in ("ppo", "dpo")]
-    parents = [recipe.stages[name].from_ for name in trained]
-    return next((p for p in parents if p), next((n for n in reversed(done) if recipe.stages[n].kind == "sft"), None))
 
 
 def _sampling(recipe: Recipe, ppo: list[str], prompts: list[Row], sources: list[str]) -> Json:
@@ -209,14 +189,9 @@ def _sources(recipe: Recipe, of_kind: dict[str, list[str]]) -> list[str]:
     return [term.source for term in terms if term.weight > 0][:1]
 
 
-def _prompts(recipe: Recipe, done: list[str], held_out: dict[str, Any]) -> list[Row]:
-    """Held-out prompts: PPO's where it has some, else the questions, else those of the comparisons."""
-    ppo = [row for name in done if recipe.stages[name].kind == "ppo" for row in held_out[name].test or []]
-    asked = [row for name in done for row in held_out[name].questions]
-    compared = [
-        row for name in done if recipe.stages[name].kind in ("dpo", "reward") for row in held_out[name].test or []
-    ]
-    rows = _distinct(ppo or asked or compared)
+def _prompts(held_out: list[Row]) -> list[Row]:
+    """Held-out prompts to be answered by sampling."""
+    rows = _distinct(held_out)
     columns = {key for row in rows for key in row}
     # Every row has every column, so that a reward function always sees the same ones; evenly spaced among all.
     every = [rows[int(place)] for place in _spread(len(rows), PROMPTS)]
@@ -240,8 +215,3 @@ def _examples(train: Sequence[Row]) -> list[Row]:
     ]
     short = [row for row in whole if [m["role"] for m in row["messages"]] == ["user", "assistant"]]
     return [short[int(place)] for place in _spread(len(short), SHOTS)]
-
-
-def plain(rows: Sequence[Row]) -> list[Row]:
-    """Rows without where they stood."""
-    return [{key: value for key, value in row.items() if key != "_place"} for row in rows]

@@ -60,6 +60,11 @@ def share(points: Values) -> Estimate:
     return _within(mean(points, span=1.0), 0.0, 1.0)
 
 
+def of_share(values: Any) -> Estimate:
+    """Of one value an item: Wilson's interval where each is right or wrong, else as of points."""
+    return (proportion if all(isinstance(one, bool) for one in values) else share)(values)
+
+
 def difference(after: Values, before: Values, span: float | None = None) -> Estimate:
     """Mean of after - before, prompt by prompt. span: of after and of before, as in `mean`."""
     change_P = numpy.asarray(after, dtype=float) - numpy.asarray(before, dtype=float)

@@ -45,10 +45,17 @@ def preferences(
     advantage (as in arXiv 2405.14734); `preference_margin`: mean difference of these, in nats a token."""
     if not pairs:
         return {}
+    return ranking(*token_means(model, tokenizer, pairs), "preference_accuracy", "preference_margin")
+
+
+def token_means(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[Reply, Reply]]
+) -> tuple[list[float], list[float]]:
+    """The mean log-likelihood of a token, in nats, of every chosen answer and of every rejected one."""
     answers = [answer for pair in pairs for answer in pair]
     totals = log_likelihoods(model, tokenizer, [answer.sequence() for answer in answers])
     means = [total / answer.supervised for total, answer in zip(totals, answers, strict=True)]
-    return ranking(means[0::2], means[1::2], "preference_accuracy", "preference_margin")
+    return means[0::2], means[1::2]
 
 
 def reward_model(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from pipeline.data.contracts import Row
     from pipeline.ppo.settings import PPOSettings
     from pipeline.ppo.trainer import PPOTrainer
     from pipeline.stages.stage import Context
@@ -57,7 +58,8 @@ def leave_out_unrenderable(
             "recipes/templates/chatml.jinja"
         )
     room = min(limit for limit in (settings.max_length, window, 1 << 62) if limit) - settings.response_length
-    kept, tallies = [], [Tally(ctx.out.name, skip), Tally(ctx.out.name, skip)]
+    kept: list[list[Row]] = []
+    tallies = [Tally(ctx.out.name, skip), Tally(ctx.out.name, skip)]
     for part, tally in zip((ctx.data.train, ctx.data.test or []), tallies, strict=True):
         kept.append([])
         long = []

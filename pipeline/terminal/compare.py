@@ -15,13 +15,12 @@ from pipeline.disk.artifact import Artifact
 from pipeline.disk.atomic import Json, read_json
 from pipeline.disk.manifest import Manifest
 from pipeline.errors import UserError
+from pipeline.evaluate.measures import OF_A_POLICY
 from pipeline.evaluate.plan import plan
 from pipeline.evaluate.stored import read_results
-from pipeline.measure.metric import METRICS, SHARE
+from pipeline.measure.metric import METRICS, SHARE, Estimate
 from pipeline.recipe import yaml
 from pipeline.recipe.recipe import read
-
-ITEMS = ("corpus_loss", "dialogue_loss", "preferences", "questions", "choices", "labels", "answers")
 
 
 def show(first: Path, second: Path, console: Console) -> None:
@@ -42,8 +41,6 @@ def show(first: Path, second: Path, console: Console) -> None:
 
 
 def _show_numbers(first: Path, second: Path, manifests: list[dict[str, Manifest | None]], console: Console) -> None:
-    from pipeline.evaluate import results
-
     evaluated = [read_results(folder / "evaluation") for folder in (first, second)]
     if None in evaluated:
         missing = [str(folder) for folder, found in zip((first, second), evaluated, strict=True) if found is None]
@@ -67,8 +64,7 @@ def _show_numbers(first: Path, second: Path, manifests: list[dict[str, Manifest 
     columns = ("stage", "number", "A (95 %)", "B (95 %)", "B less A, item by item (95 %)")
     table = Table(*columns, title="numbers", title_justify="left")
     for stage in [name for name in a["numbers"] if name in b["numbers"]]:
-        values, shared = _shared(first, second, stage)
-        paired = results.changes(values, "b", "a", a["proxy"]) if shared else {}
+        paired = _paired(first, second, stage)
         name = stage
         for metric in METRICS:
             before, after = a["numbers"][stage].get(metric.name), b["numbers"][stage].get(metric.name)
@@ -105,15 +101,14 @@ def older(folder: Path, results: Json) -> str:
     return next((m.file for m in wanted if results.get("made_of", {}).get(m.file) != m.fingerprint), "")
 
 
-def _shared(first: Path, second: Path, stage: str) -> tuple[dict[str, Json], bool]:
-    """The item by item measures of one stage in both runs, under the names a and b, where they were taken of the same
-    rows."""
-    values: dict[str, Json] = {}
-    for measure in ITEMS:
-        held = [read_json(folder / "evaluation" / f"{measure}-{stage}.json") for folder in (first, second)]
-        if held[0] and held[1] and held[0]["rows"] == held[1]["rows"]:
-            values |= {f"{measure}/a": held[0]["value"], f"{measure}/b": held[1]["value"]}
-    return values, bool(values)
+def _paired(first: Path, second: Path, stage: str) -> dict[str, Estimate]:
+    """What changed from the first run to the second in one stage's numbers, where both were asked the same rows."""
+    found: dict[str, Estimate] = {}
+    for kind in OF_A_POLICY:
+        a, b = (read_json(folder / "evaluation" / kind(stage, []).file) for folder in (first, second))
+        if a and b and a["rows"] == b["rows"]:
+            found |= kind.changes(b["value"], a["value"])
+    return found
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> dict[str, tuple[str, str]]:

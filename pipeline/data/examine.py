@@ -143,7 +143,7 @@ def read_sound(section: Section) -> tuple[Split | None, Sequence[Row], list[Sour
             part = Part(path=spec.test, format=spec.format, split=spec.split, encoding=spec.encoding)
             if not read_skipping(spec, contract, part):
                 skipping = skipping.model_copy(update={"test": None})
-        asked = read_skipping(DataSpec(path=file), QUESTION, Part(path=file)) if file else None
+        asked = read_skipping(DataSpec(path=file), QUESTION, Part(path=file, encoding=spec.encoding)) if file else None
         split = attempt(faults, read_split, skipping, contract, section.seed) if all(sources) else None
     questions = labels_as_answers(asked.rows) if asked else []
     return split, questions, [*split.sources, *([asked] if asked else [])] if split else [], faults or first

@@ -136,8 +136,9 @@ def _file_rows(file: Path, lines: bool, encoding: str) -> Iterator[Placed]:
                 yield from _documents(str(file), stream)
     except UserError:
         raise
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not in the encoding '{encoding}' that the recipe names: {error.reason}") from error
+    except UnicodeError as error:
+        why = getattr(error, "reason", error)
+        raise UserError(f"{file} is not in the encoding '{encoding}' that the recipe names: {why}") from error
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
 
@@ -193,7 +194,7 @@ def _parsed(line: bytes) -> Row | Unreadable:
 
 
 def _not_utf8(where: str) -> Unreadable:
-    return Unreadable(f"holds bytes that are no UTF-8 ({where}): name its encoding as data.encoding, say latin-1")
+    return Unreadable(f"holds bytes that are no UTF-8 ({where}): name their encoding as data.encoding, say latin-1")
 
 
 def _stray(text: str) -> int | None:

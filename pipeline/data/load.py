@@ -27,8 +27,8 @@ NAMED_AT_MOST = 20
 
 def _of_text(encoding: str) -> str:
     try:
-        "".encode(encoding)
-    except (LookupError, ValueError) as error:  # of ValueError: a null byte in the name
+        "a".encode(encoding).decode(encoding, "surrogateescape")
+    except (LookupError, ValueError) as error:  # of ValueError: a null byte in the name, or an encoding of no text
         raise ValueError("is no encoding of text that Python knows, such as latin-1, cp1252 or utf-16") from error
     return encoding
 
@@ -44,7 +44,8 @@ class Part(BaseModel):
     path: str
     format: Format = "auto"
     split: str = "train"
-    encoding: Encoding = "utf-8"
+    encoding: Encoding | None = None
+    """The section's own, unless this file has another."""
     limit: int | None = Field(default=None, gt=0)
     weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Share of the mixture's rows that come from here, relative to the other sources' weights."""
@@ -68,7 +69,7 @@ class DataSpec(BaseModel):
     split: str = "train"
     """Split of a Hub data set or of a folder of `datasets`."""
     encoding: Encoding = "utf-8"
-    """How the text of `path` and `test` is encoded, by Python's name for it (latin-1, cp1252, utf-16)."""
+    """How the text of the stage's files is encoded, by Python's name for it (latin-1, cp1252, utf-16)."""
     group: str | None = None
     """Column whose equal values stay on one side when prompts are held out; the prompt, unless one is named."""
     limit: int | None = Field(default=None, gt=0)
@@ -95,7 +96,7 @@ class DataSpec(BaseModel):
 
     def parts(self) -> list[Part]:
         if self.mix:
-            return self.mix
+            return [part.model_copy(update={"encoding": part.encoding or self.encoding}) for part in self.mix]
         words = ("format", "split", "limit", "encoding")
         return [Part(path=str(self.path), **{word: getattr(self, word) for word in words})]
 
@@ -187,7 +188,8 @@ def read_split(spec: DataSpec, contract: Contract, seed: int) -> Split:
         if not any(kept):
             names = " and ".join(source.path for source in sources)
             there = len({_digest(row, spec.group) for source in rows for row in source})
-            raise UserError(f"{names}: holding out {spec.test} of the {there} prompts leaves no row to train on")
+            what = f"values of '{spec.group}'" if spec.group else "prompts"
+            raise UserError(f"{names}: holding out {spec.test:g} of the {there} {what} leaves no row to train on")
     if spec.mix is None:
         return Split(Picked(rows, [0] * len(kept[0]), kept[0]), test, sources)
     which, index, passes = mixture.drawn(
@@ -196,8 +198,12 @@ def read_split(spec: DataSpec, contract: Contract, seed: int) -> Split:
     for number, part in enumerate(spec.mix):
         if not passes[number]:
             raise UserError(
-                f"data.mix: not one row of {part.path} ({len(kept[number])} rows after holding out) is drawn: "
-                "raise its weight or epochs, or leave it out"
+                f"data.mix: not one row of {part.path} is drawn: "
+                + (
+                    "raise its weight or epochs, or leave it out"
+                    if kept[number]
+                    else f"data.test ({spec.test:g}) holds all of them out; hold out fewer"
+                )
             )
     for number, source in enumerate(sources[: len(rows)]):
         source.drawn = int((which == number).sum())
@@ -255,7 +261,7 @@ def _turns(messages: list[dict[str, Any]]) -> str:
 def _items(source: Source, part: Part, contract: Contract) -> Iterator[tuple[str, Any, str | None]]:
     """Every row a file gives, with its place, and the reason where it is none."""
     labelled = _Labelled()
-    for place, row in files.placed_rows(part.path, part.split, part.format == "lines", part.encoding):
+    for place, row in files.placed_rows(part.path, part.split, part.format == "lines", part.encoding or "utf-8"):
         source.file_rows += 1
         if isinstance(row, Unreadable):
             yield place, None, str(row)

@@ -74,8 +74,11 @@ def pinned(spec: ModelSpec) -> ModelSpec:
 
 
 def _not_found(base: str) -> str:
-    hint = " The demo model is fetched by: python scripts/get_demo_model.py" if "SmolLM2-135M" in base else ""
-    return f"model.base: {base} is no local folder, no .gguf file and no Hub id.{hint}"
+    return f"model.base: {base} is no local folder, no .gguf file and no Hub id.{_hint(base)}"
+
+
+def _hint(base: str) -> str:
+    return " The demo model is fetched by: python scripts/get_demo_model.py" if "SmolLM2-135M" in base else ""
 
 
 def cached_config(base: str, revision: str | None) -> Path | None:
@@ -103,7 +106,10 @@ def _first_commit(base: str, revision: str | None) -> str:
         except Exception as error:  # the client raises a different class for each way a network can fail
             failure = type(error).__name__
     if failure:
-        raise UserError(f"{_not_found(base)} The Hub did not answer for it ({failure}).")
+        raise UserError(
+            f"model.base: {base} is no local folder and no .gguf file, and the Hub did not answer for it ({failure})."
+            + _hint(base)
+        )
     return Path(str(config)).parent.name
 
 

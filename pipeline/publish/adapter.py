@@ -98,7 +98,7 @@ def pad_that_ends_nothing(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def decoding_words(sealed: Sealed) -> Json:
-    """What the base's own generation config says beside its special tokens."""
+    """What the base's own generation config says of decoding, beside its special tokens."""
     from transformers.utils.hub import cached_file
 
     from pipeline.models.base import local_folder
@@ -112,7 +112,8 @@ def decoding_words(sealed: Sealed) -> Json:
     except (OSError, ValueError):
         return {}
     ours = ("eos_token_id", "pad_token_id", "bos_token_id", "transformers_version")
-    return {word: value for word, value in said.items() if word not in ours and not word.startswith("_")}
+    mute = (*ours, "use_cache", "return_dict_in_generate")
+    return {word: value for word, value in said.items() if word not in mute and not word.startswith(("_", "output_"))}
 
 
 def loading(sealed: Sealed, folder: Path) -> Json:

@@ -9,12 +9,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pipeline.disk.atomic import Json, file_hashes, temporary_beside, write_json, write_text, written_whole
 from pipeline.errors import UserError
@@ -24,28 +19,9 @@ from pipeline.models.record import RECORD, listed_files
 from pipeline.models.spec import cache_folder
 from pipeline.publish.sealed import Sealed, sealed
 from pipeline.recipe.recipe import RUNS, Recipe
+from pipeline.runs.environment import ended_in_order
 
 FORMS = ("adapter", "merged", "gguf")
-
-
-@contextlib.contextmanager
-def ended_in_order() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP end the process as an error does, so that no temporary folder is left."""
-    caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
-    if threading.current_thread() is not threading.main_thread():
-        caught = []  # no other thread may set a handler
-
-    def end(number: int, _: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)  # once: the second would cut the tidying short
-        raise SystemExit(128 + number)
-
-    for number in caught:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number in caught:
-            signal.signal(number, signal.SIG_DFL)
 
 
 @ended_in_order()

@@ -73,6 +73,11 @@ def sealed(recipe: Recipe, stage: str, runs: Path) -> Sealed:
             f"{artifact.folder} was trained under another model section than the recipe's: {', '.join(changed)} "
             f"differ. Publish from the run's own recipe ({artifact.folder.parent}), or run '{stage}' again."
         )
+    if manifest.data.measured_on != recipe.measured_on(stage):
+        print(
+            f"  warning: '{stage}' was measured on other held-out files than the recipe names now. The card tells the "
+            "numbers of then; onebase run measures it again."
+        )
     base_id = _public_id(recipe.spec.model)
     names = _hub_names(recipe.spec.model, base_id)
     lineage = [_told(entry, names) for entry in [*ancestors(artifact.folder.parent, manifest.parents), manifest]]

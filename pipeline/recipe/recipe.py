@@ -117,8 +117,14 @@ class Recipe:
         """The hashes of files that a stage is measured on and does not learn from. When one changes, the finished stage
         is measured again; it is not trained again."""
         section = self.stages[stage]
-        named = {"test": section.data.test, "questions": section.question_file()}
-        return {role: content_hash(file) for role, file in named.items() if isinstance(file, str)}
+        hashes = {}
+        for key, file in (("data.test", section.data.test), ("questions", section.question_file())):
+            if isinstance(file, str):
+                try:
+                    hashes[key.removeprefix("data.")] = content_hash(file)
+                except UserError as error:
+                    raise UserError(f"stages.{stage}.{key}: {error}") from error
+        return hashes
 
     def _hub_parent(self, from_: str) -> Json:
         if not from_.startswith(published.PREFIX):

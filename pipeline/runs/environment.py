@@ -6,8 +6,13 @@ started by hand completes its own.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ERROR_MARK = "onebase: error: "
 """What comes after it on stderr is for the person; the parent shows it as its own error."""
@@ -57,3 +62,24 @@ def complete_own(defaults: dict[str, str]) -> None:
 
 def _has_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
+
+
+@contextlib.contextmanager
+def ended_in_order() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP end the process as an error does, so that what was begun is ended and
+    nothing temporary is left."""
+    caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        caught = []  # no other thread may set a handler
+
+    def end(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once: the second would cut the tidying short
+        raise SystemExit(128 + number)
+
+    for number in caught:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)

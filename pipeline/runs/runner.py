@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import gates
 from pipeline.recipe.recipe import RUNS, Recipe
 from pipeline.runs import sharding
-from pipeline.runs.environment import ERROR_MARK, WATCH, make_environment
+from pipeline.runs.environment import ERROR_MARK, WATCH, ended_in_order, make_environment
 from pipeline.runs.recipe_file import write_recipe
 from pipeline.runs.rows import load_rows
 from pipeline.runs.states import State, states
@@ -42,7 +42,7 @@ def run(
     sharding.refuse(launch_config)
     chosen = _chosen(recipe, only, from_)
     refusal = f"the run '{recipe.name}' is already going on in process {{pid}} (lock {runs / recipe.name / '.lock'})."
-    with locked(runs / recipe.name / ".lock", refusal):
+    with ended_in_order(), locked(runs / recipe.name / ".lock", refusal):
         found = {state.name: state for state in states(recipe, runs)}
         planned = [state for state in found.values() if state.name in chosen]
         for state in planned:

@@ -106,7 +106,7 @@ class Chat:
         try:
             ids = render.prompt(tokenizer, {"prompt": history})
         except Unrenderable as error:
-            raise UserError(f"{error}. Ask otherwise, or begin anew with /reset") from error
+            raise UserError(f"{error}. Ask in other words, or begin anew with /reset") from error
         window = getattr(actors.config, "max_position_embeddings", None) or len(ids) + self.new_tokens
         room = min(self.new_tokens, window - len(ids))
         if room < 1:
@@ -131,6 +131,8 @@ class Chat:
         """Do what a line that begins with a slash asks; what to show for it."""
         word, _, rest = text.partition(" ")
         if word == "/system":
+            if spelt := self._marks(rest):
+                return f"not set: the text holds {spelt}"
             self.system = rest.strip()
             self.reset()
             return f"system prompt: {self.system or '(none)'}; a new conversation"
@@ -164,7 +166,7 @@ class Chat:
         right = {"role": "assistant", "content": correction or self.histories[first][-1]["content"]}
         # As prompt and completion only this answer carries loss: those before it may be wrong.
         row = {"prompt": asked[first], "completion": [right]}
-        reason = DEMONSTRATION.check(row)
+        reason = DEMONSTRATION.check(row) or self._marks(right["content"])
         if reason:
             return f"not kept: {reason}"
         again = self._write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -176,6 +178,13 @@ class Chat:
             "replaced" if again else "kept" if correction or len(self.policies) == 1 else f"kept, as {first} said it,"
         )
         return f"{what} in {self.corrections} ({rows} by now): name it, or add it, as data.path of an sft stage"
+
+    def _marks(self, text: str) -> str:
+        """What an sft stage would refuse of a text; empty where it is fit."""
+        from pipeline.data.tokens import marks
+
+        spelt = marks(self.bench.tokenizer, text)
+        return f"{spelt[0]!r}, a special token that would end or forge a turn: write it otherwise" if spelt else ""
 
     def _write(self, line: str) -> bool:
         """Append a row to the corrections. Whether it took the place of an earlier one for the same exchange."""

@@ -18,12 +18,14 @@ def show_rows(recipe: Recipe) -> None:
     """
     for name in recipe.order():
         data, sources = load_rows(recipe, name)
-        counts = sources[0].counts()
+        files = sources[: len(recipe.stages[name].data.parts())]
+        rows = sum(source.counts()["rows"] for source in files)
+        names = ", ".join(source.path for source in files)
         held_out = f", {len(data.test)} held out" if data.test is not None else ""
         asked = f", {len(data.questions)} questions" if data.questions else ""
         refused = sum(len(source.refused) for source in sources)
         unfit = f", {refused} refused" if refused else ""
-        print(f"{name}: {len(data.train)} of {counts['rows']} rows from {counts['path']}{held_out}{asked}{unfit}")
+        print(f"{name}: {len(data.train)} of {rows} rows from {names}{held_out}{asked}{unfit}")
 
 
 def show_states(states: list[State], console: Console) -> None:

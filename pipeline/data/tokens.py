@@ -28,7 +28,7 @@ def apply_template(tokenizer: Tokenizer, messages: Messages, row: Row | None = N
         raise Unrenderable(
             "the base has no chat template; set model.chat_template, for example recipes/templates/chatml.jinja"
         )
-    options = {"tokenize": False, "add_generation_prompt": ask, "tools": (row or {}).get("tools")}
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": ask, "tools": (row or {}).get("tools")}
     try:
         try:
             return str(tokenizer.apply_chat_template(messages, **options))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline.data.contracts import DEMONSTRATION, LANGUAGE_MODELING, PREFERENCE, PROMPT_ONLY, QUESTION
 from pipeline.data.load import DataSpec, Part, asked, prompt_key, read_source, read_split
@@ -304,5 +305,23 @@ def test_a_wrong_format_is_named(tmp_path: Path, form: str) -> None:
 
 def test_a_mixture_that_draws_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text(json.dumps({"text": "x"}))
-    with pytest.raises(UserError, match=r"not one row of .*one.jsonl \(1 rows"):
+    with pytest.raises(UserError, match=r"not one row of .*one.jsonl is drawn: raise its weight"):
         read_split(DataSpec(mix=[Part(path=str(tmp_path / "one.jsonl"), epochs=0.3)]), LANGUAGE_MODELING, seed=1)
+
+
+def test_an_encoding_that_is_not_the_files_is_said_and_one_of_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"text": "é"}\n'.encode("utf-16-le"))  # without the mark that utf-16 begins with
+    with pytest.raises(UserError, match="is not in the encoding 'utf-16' that the recipe names"):
+        read_source(str(path), LANGUAGE_MODELING, DataSpec(path=str(path), encoding="utf-16"))
+    for word in ("idna", "punycode", "base64"):
+        with pytest.raises(ValidationError, match="is no encoding of text"):
+            DataSpec(path=str(path), encoding=word)
+
+
+def test_an_encoding_beside_mix_is_that_of_its_entries_unless_they_name_their_own(tmp_path: Path) -> None:
+    for name, encoding in (("a", "latin-1"), ("b", "utf-8")):
+        (tmp_path / f"{name}.jsonl").write_bytes('{"text": "é"}\n'.encode(encoding))
+    mix = [{"path": str(tmp_path / "a.jsonl")}, {"path": str(tmp_path / "b.jsonl"), "encoding": "utf-8"}]
+    split = read_split(DataSpec.model_validate({"mix": mix, "encoding": "latin-1"}), LANGUAGE_MODELING, 0)
+    assert [row["text"] for row in split.train] == ["é", "é"]

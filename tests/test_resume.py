@@ -158,6 +158,19 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(
     assert states(chain, tmp_path)[0].word == "fresh"
 
 
+def test_sigterm_ends_the_worker_too_after_a_checkpoint(tiny_base: Path, tmp_path: Path) -> None:
+    """Else the worker would go on while the lock is free, and a second run would write beside it."""
+    process = start(recipe(tiny_base, tmp_path, epochs=300), tmp_path)
+    folder = tmp_path / "tiny" / "sft"
+    wait_for(folder / "checkpoints" / "checkpoint-2", process)
+    worker = int((Artifact(folder).claimed() or {})["pid"])
+    process.terminate()
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "a checkpoint was saved" in said
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+
+
 def test_a_checkpoint_is_trusted_whole_and_under_its_fingerprint_only(tmp_path: Path) -> None:
     stage = Artifact(tmp_path / "sft")
     for step in (2, 4, 6, 10):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pipeline.ppo.settings import PPOSettings
 
 Optimizers = dict[Role, torch.optim.AdamW]
+AT_ONCE = 1 << 24
+"""Numbers that travel between processes in one go; memory is taken for as many beside the gradients."""
 
 
 def make_optimizers(actors: Actors, settings: PPOSettings) -> Optimizers:
@@ -56,10 +58,11 @@ def take_step(
     for weight in weights:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
-        if PartialState().num_processes > 1:
-            torch.distributed.all_reduce(weight.grad)
-        if scale.moves:
-            weight.grad.div_(scale.value)
+    if PartialState().num_processes > 1:
+        _add_up([weight.grad for weight in weights if weight.grad is not None])
+    if scale.moves:
+        for weight in weights:
+            weight.grad.div_(scale.value)  # type: ignore[union-attr]
     norms = {
         role: torch.nn.utils.clip_grad_norm_(trained_weights({role: optimizer}), settings.max_grad_norm).item()
         for role, optimizer in optimizers.items()
@@ -85,3 +88,17 @@ def take_step(
     if skipped:
         return numbers
     return numbers | {"grad_norm": norms["policy"], "value_grad_norm": norms["value"]}
+
+
+def _add_up(gradients: list[torch.Tensor]) -> None:
+    """Replace each gradient by its sum over all processes; many small ones travel together."""
+    together: list[torch.Tensor] = []
+    for index, gradient in enumerate(gradients, 1):
+        together.append(gradient)
+        if index < len(gradients) and sum(map(torch.numel, together)) < AT_ONCE:
+            continue
+        flat = torch.cat([one.flatten() for one in together])
+        torch.distributed.all_reduce(flat)
+        for one, total in zip(together, flat.split([one.numel() for one in together]), strict=True):
+            one.copy_(total.view_as(one))
+        together = []

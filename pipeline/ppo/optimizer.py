@@ -99,6 +99,7 @@ def _add_up(gradients: list[torch.Tensor]) -> None:
             continue
         flat = torch.cat([one.flatten() for one in together])
         torch.distributed.all_reduce(flat)
-        for one, total in zip(together, flat.split([one.numel() for one in together]), strict=True):
+        totals = torch.split(flat, [one.numel() for one in together])
+        for one, total in zip(together, totals, strict=True):
             one.copy_(total.view_as(one))
         together = []

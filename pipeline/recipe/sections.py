@@ -160,7 +160,10 @@ def locate(error: ValidationError, path: str, lines: Json) -> str:
     """The first thing that is wrong, as file:line: dotted key: what. `lines` gives each key's line."""
     # A misspelt key is both unknown and missing; what was typed is what can be corrected.
     first = min(error.errors(), key=lambda one: one["type"] == "missing")
-    place = [str(step) for step in first["loc"] if step != "[key]"]
+    # Of a value that is text or a list, pydantic tells first that it is no text; what is wrong in the list comes after.
+    beside = [one for one in error.errors() if one["loc"][:-1][: len(first["loc"]) - 1] == first["loc"][:-1]]
+    first = max([first, *beside], key=lambda one: len(one["loc"])) if first["type"] == "string_type" else first
+    place = [str(step) for step in first["loc"] if step not in ("[key]", "str") and not str(step).startswith("list[")]
     if error.title == RecipeSpec.__name__ and place[:1] == ["stages"] and {*place[2:3]} & STAGES.keys():
         del place[2]  # pydantic says which section of the union it is
     key = known = ".".join(place)

@@ -160,9 +160,8 @@ for adapter in ("default", "sealed"):
 """
 
 PARENT = """
-import json
 from pipeline.recipe.recipe import read
-print(json.dumps(read({recipe!r}).parent_artifacts("dpo")["policy"].verify()))
+print(read({recipe!r}).parent_artifacts("dpo")["policy"].verify().model_dump_json())
 """
 
 

@@ -112,8 +112,9 @@ def decoding_words(sealed: Sealed) -> Json:
     except (OSError, ValueError):
         return {}
     ours = ("eos_token_id", "pad_token_id", "bos_token_id", "transformers_version")
-    mute = (*ours, "use_cache", "return_dict_in_generate")
-    return {word: value for word, value in said.items() if word not in mute and not word.startswith(("_", "output_"))}
+    words = {word: value for word, value in said.items() if word not in ours and not word.startswith("_")}
+    mute = {"use_cache": True, **dict.fromkeys(("output_attentions", "output_hidden_states"), False)}
+    return {word: value for word, value in words.items() if word not in mute or value is not mute[word]}
 
 
 def loading(sealed: Sealed, folder: Path) -> Json:

@@ -180,6 +180,8 @@ choose._this_machine = machine
 recipe, runs = read(sys.argv[1]), Path(sys.argv[2])
 section = choose.choose_section(recipe, "sft", runs, "f", everyone)
 (runs / f"{rank}.json").write_text(json.dumps([section.train, asked]))
+everyone.wait_for_everyone()
+everyone.destroy_process_group()  # else a process may die of threads that still talk to the other
 """
 
 

@@ -38,7 +38,7 @@ def finished(recipe: Recipe, runs: Path) -> None:
     for seed, name in enumerate(recipe.order()):
         reward = not recipe.kind(name).answers
         torch.manual_seed(seed)
-        model = adapters.fresh(bases.load_base(spec, tokenizer, reward=reward), spec.lora, reward=reward)
+        model = adapters.fresh(bases.load_base(spec, tokenizer, num_labels=int(reward)), spec.lora, head=reward)
         with torch.no_grad():
             for weight in adapters.trainable(model).values():
                 weight.copy_(torch.randn_like(weight) * 0.05)

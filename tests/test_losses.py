@@ -298,7 +298,7 @@ def test_first_reward_loss_equals_bradley_terry(tiny_base: Path, tmp_path: Path)
     theirs = first_loss(recipe, tmp_path)
     spec = recipe.spec.model
     tokenizer = bases.load_tokenizer(spec)
-    model = adapters.fresh(bases.load_base(spec, tokenizer, reward=True), spec.lora, reward=True).eval()
+    model = adapters.fresh(bases.load_base(spec, tokenizer, num_labels=1), spec.lora, head=True).eval()
     with torch.no_grad():
         for name, tensor in weights(recipe, tmp_path).items():
             part, _, last = name.rpartition(".")

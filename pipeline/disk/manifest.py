@@ -108,6 +108,8 @@ class Manifest(Cost):
     """Held-out numbers."""
     invariants: dict[str, Any]
     processes: int
+    labels: list[str] = []
+    """Of a classifier: what each output of its head stands for."""
     versions_changed: dict[str, dict[str, list[str]]]
     """Libraries of another version that made what it builds upon: {what: {library: [then, now]}}."""
     again: Cost | None = None

@@ -117,6 +117,7 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
                     base_digest=result.base_digest,
                     seed=recipe.spec.seed,
                     invariants=result.invariants,
+                    labels=result.labels,
                     processes=everyone.num_processes,
                     versions_changed=changed,
                     **numbers,

@@ -38,13 +38,13 @@ def run(spec: RewardSpec, ctx: Context) -> Result:
 
     # base
     set_seed(ctx.seed)
-    base = bases.load_base(ctx.model, tokenizer, reward=True)
+    base = bases.load_base(ctx.model, tokenizer, num_labels=1)
     result.base_digest = bases.frozen_digest(base)
 
     # adapter
     parent = ctx.parents.get("policy")
     if parent is None:
-        model = adapters.fresh(base, ctx.model.lora, reward=True)
+        model = adapters.fresh(base, ctx.model.lora, head=True)
     else:
         model = adapters.transplanted(base, parent.adapter)
     result.invariants |= invariants.same_base(ctx, result.base_digest)

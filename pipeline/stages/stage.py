@@ -174,3 +174,5 @@ class Result:
     refused: list[dict[str, Any]] = field(default_factory=list)
     """Rows left out for their length, each {place, reason}."""
     base_digest: str = ""
+    labels: list[str] = field(default_factory=list)
+    """Of a classifier: what each output of its head stands for."""

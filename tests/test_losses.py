@@ -154,8 +154,8 @@ def test_dpo_learns_only_what_the_assistant_says(tiny_base: Path, tmp_path: Path
     assistant's tokens, not over what the user or a tool says between them."""
     from trl import DPOConfig, DPOTrainer
 
-    from pipeline.data.examine_rows import encode_row
     from pipeline.measure import scoring
+    from pipeline.stages import dpo
     from pipeline.training import sequences
     from pipeline.training import trainer as shared
 
@@ -193,7 +193,7 @@ def test_dpo_learns_only_what_the_assistant_says(tiny_base: Path, tmp_path: Path
     held_out = scoring.preferences(model, tokenizer, some)
     assert held_out["preference_margin"] == pytest.approx(sum(w - v for w, v in means) / 2, abs=1e-4)
     for row, spoken in zip(TALKS, SPOKEN, strict=True):
-        for sequence, turns in zip(encode_row("dpo", tokenizer, row), spoken, strict=True):
+        for sequence, turns in zip(dpo.encode(tokenizer, row), spoken, strict=True):
             assert tokenizer.decode([label for label in sequence.labels if label != render.IGNORED]) == "".join(turns)
 
 

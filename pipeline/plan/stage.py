@@ -134,7 +134,7 @@ def _asked(section: StageSpec, longest: int) -> int:
 def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, lengths: Lengths | None) -> Work:
     """The most that a stage puts through the model at a time."""
     words = settings(kind, section)
-    if words.get("label_smoothing_factor"):
+    if words.get("label_smoothing_factor") and not kind.score_head:
         raise UserError(f"{section.kind}: label_smoothing_factor makes all logits at once, which is not planned")
     rows = int(words.get("per_device_train_batch_size", 1))
     checkpointed = checkpointed_layers(words, model.shapes.layers)

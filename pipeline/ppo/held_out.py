@@ -38,7 +38,7 @@ class Rewarded:
     ended: list[bool]
 
 
-def ask(trainer: PPOTrainer, prompts: list[Row]) -> Rewarded:
+def ask(trainer: PPOTrainer, prompts: Sequence[Row]) -> Rewarded:
     """The policy as it stands, sampled at the training temperature; the same random draws each time it is called.
     Several processes share the prompts."""
     parts = processes.gather(_ask(trainer, processes.share(prompts)))

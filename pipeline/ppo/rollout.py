@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ def _epoch(count: int, seed: int, epoch: int) -> list[int]:
 def roll_out(
     actors: Actors,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[Row],
+    rows: Sequence[Row],
     settings: PPOSettings,
     *,
     draw: str,

@@ -55,7 +55,7 @@ class PPOTrainer:
         self,
         actors: Actors,
         tokenizer: PreTrainedTokenizerBase,
-        rows: list[Row],
+        rows: Sequence[Row],
         sources: list[rewards.Source],
         settings: PPOSettings,
         seed: int,
@@ -125,7 +125,7 @@ class PPOTrainer:
         rows = [self.rows[place_of(len(self.rows), self.seed, place)] for place in range(first, first + count)]
         return self.answer(rows, f"{step}/{self.rank}")
 
-    def answer(self, rows: list[Row], name: str) -> Rollout:
+    def answer(self, rows: Sequence[Row], name: str) -> Rollout:
         """An answer to each row's prompt by the policy as it stands; equal under an equal name of the draw. No more are
         sampled at once than in training."""
         settings = self.settings

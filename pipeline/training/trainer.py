@@ -26,12 +26,12 @@ from pipeline.training.progress import Checkpoints, Progress, Stop, note_split
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
     from pipeline.stages.stage import Context, StageSpec
 
 
-def arguments(config_class: type, spec: StageSpec, ctx: Context, **house: Any) -> TrainingArguments:
+def arguments(config_class: type, spec: StageSpec, ctx: Context, **house: Any) -> Any:
     """The trainer's config: the house's defaults, then the recipe's words, then what only the runner may say.
 
     Raises UserError naming the stage if the config refuses a value.

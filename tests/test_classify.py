@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -19,8 +20,13 @@ from conftest import ROOT, tiny_tree, write_recipe
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 from torch.nn import functional
 
+from pipeline.data.examine import faults_in
+from pipeline.errors import UserError
 from pipeline.measure import classes
+from pipeline.recipe.recipe import read
+from pipeline.runs.rows import load_rows
 from pipeline.stages.classify import mean_loss, weigh_classes
+from pipeline.terminal.data import examine
 
 
 class Scored:
@@ -132,3 +138,62 @@ def test_from_rows_to_the_report(tiny_base: Path, tmp_path: Path) -> None:
     page = (tmp_path / "runs" / "tiny" / "report" / "report.md").read_text(encoding="utf-8")
     for shown in ("each class", "which class is taken for which", "is its confidence earned", "Better than before"):
         assert shown in page
+
+
+SOME = rows(30)
+
+
+@pytest.mark.parametrize(
+    ("changed", "section", "says"),
+    [
+        ([{**row, "label": "warm"} for row in SOME], {}, "every row has the label 'warm'; two are needed"),
+        ([{"text": " ", "label": "warm"}, *SOME], {}, "rows.jsonl:1: field 'text' is empty"),
+        ([{"text": "sun"}, *SOME], {}, "rows.jsonl:1: has no field 'label'"),
+        ([{"text": "sun", "label": None}, *SOME], {}, "field 'label' is None, expected a text, a number, or a list"),
+        (SOME, {"labels": ["warm", "cold", "wet", "dry"]}, "no training row has the label 'dry'"),
+        (SOME, {"labels": ["warm", "cold"]}, "the label 'wet' is not among those learnt (warm, cold)"),
+        ([{**row, "label": 7} for row in SOME], {"labels": ["warm", "cold"]}, "no label stands at place 7 of `labels`"),
+        (SOME, {"class_weights": {"warm": 1.0}}, "class_weights: give each of cold, warm, wet a weight"),
+    ],
+)
+def test_bad_rows_are_named_before_training(
+    tiny_base: Path, tmp_path: Path, changed: list[dict[str, Any]], section: dict[str, Any], says: str
+) -> None:
+    recipe = read(Path(recipe_of(tiny_base, tmp_path, write(tmp_path, changed), **section)))
+    with pytest.raises(UserError, match=re.escape(says)):
+        load_rows(recipe, "classify")
+    assert any(says in fault for fault in faults_in(examine(recipe, ["classify"])))
+
+
+def test_a_label_never_seen_in_training_is_named(tiny_base: Path, tmp_path: Path) -> None:
+    test = write(tmp_path, [*rows(6, seed=1), {"text": "a storm", "label": "windy"}], "test.jsonl")
+    recipe = read(Path(recipe_of(tiny_base, tmp_path, write(tmp_path, SOME), data={"test": test})))
+    with pytest.raises(UserError, match=r"test.jsonl:7: the label 'windy' is not among those learnt"):
+        load_rows(recipe, "classify")
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"labels": ["one"]}, "stages.classify.labels"),
+        ({"class_weights": "even"}, "stages.classify.class_weights"),
+        ({"instruction": "Say it"}, "must contain {text} and {labels}"),
+        ({"train": {"center_rewards_coefficient": 0.1}}, "is for pairs"),
+        ({"data": {"too_long": "keep_end"}}, "is for dialogues"),
+    ],
+)
+def test_a_wrong_section_is_named(tiny_base: Path, tmp_path: Path, section: dict[str, Any], says: str) -> None:
+    path = recipe_of(tiny_base, tmp_path, write(tmp_path, SOME), **section)
+    with pytest.raises(UserError, match=re.escape(says)):
+        read(Path(path))
+
+
+def test_a_classifier_is_no_policy_and_no_reward_model(tiny_base: Path, tmp_path: Path) -> None:
+    path = Path(recipe_of(tiny_base, tmp_path, write(tmp_path, SOME)))
+    tree = json.loads(path.read_text())
+    data = tiny_tree(tiny_base, tmp_path)["stages"]["sft"]["data"]
+    with pytest.raises(UserError, match="'classify' leaves a classifier, not a policy"):
+        read(write_recipe({**tree, "stages": {**tree["stages"], "sft": {"from": "classify", "data": data}}}, path))
+    ppo = {"reward": "classify", "data": data, "train": {"steps": 1}}
+    with pytest.raises(UserError, match="'classify' is a classify stage, not a reward model"):
+        read(write_recipe({**tree, "stages": {**tree["stages"], "ppo": ppo}}, path))

@@ -20,7 +20,8 @@ from pipeline.errors import UserError
 from pipeline.evaluate import benchmarks
 from pipeline.evaluate import judge as judges
 from pipeline.evaluate.judge import Judge
-from pipeline.evaluate.measures import METHOD, Answers, Measure, plain
+from pipeline.evaluate.measure import METHOD, Measure, plain
+from pipeline.evaluate.measures import Answers
 from pipeline.evaluate.plan import own_judges, plan
 from pipeline.evaluate.stored import RESULTS, as_read, as_written, folder, read_fresh, read_results, sealed
 from pipeline.recipe.recipe import Recipe

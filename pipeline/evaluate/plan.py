@@ -13,7 +13,8 @@ from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, digest, sha256_of_file
 from pipeline.errors import UserError
 from pipeline.evaluate.benchmarks import Benchmark
-from pipeline.evaluate.measures import BASE, MEASURES, Measure
+from pipeline.evaluate.measure import BASE, Measure
+from pipeline.evaluate.measures import MEASURES
 from pipeline.measure.matching import NEW_TOKENS
 from pipeline.measure.metric import CORPUS_LOSS, DIALOGUE_LOSS
 from pipeline.recipe.recipe import Recipe

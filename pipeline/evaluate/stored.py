@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, digest, read_json
 from pipeline.errors import UserError
-from pipeline.evaluate.measures import Measure
+from pipeline.evaluate.measure import Measure
 from pipeline.measure.metric import Estimate
 from pipeline.recipe.recipe import Recipe
 

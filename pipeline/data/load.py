@@ -266,12 +266,14 @@ def _items(source: Source, part: Part, contract: Contract) -> Iterator[tuple[str
         if isinstance(row, Unreadable):
             yield place, None, str(row)
             continue
-        source.layouts[(formats.layout(row) or "unknown") if part.format in ("auto", "lines") else part.format] += 1
-        if contract.wanted == "preference" and labelled.takes(place, row, part.format):
+        source.layouts[
+            (formats.find_format(row) or "unknown") if part.format in ("auto", "lines") else part.format
+        ] += 1
+        if contract.kind == "preference" and labelled.takes(place, row, part.format):
             continue
         made = 0
         try:
-            for made, shaped in enumerate(formats.read(row, part.format, contract.wanted), 1):
+            for made, shaped in enumerate(formats.read_rows(row, part.format, contract.kind), 1):
                 yield place if made == 1 else f"{place}#{made}", shaped, None
         except Unreadable as error:
             yield place if made == 0 else f"{place}#{made + 1}", row, str(error)
@@ -286,11 +288,11 @@ class _Labelled:
         self.by_prompt: dict[bytes, tuple[list[int], list[int]]] = {}
 
     def takes(self, place: str, row: Row, form: Format) -> bool:
-        if form != "kto" and not (form == "auto" and formats.layout(row) == "kto"):
+        if form != "kto" and not (form == "auto" and formats.find_format(row) == "kto"):
             return False
         try:
-            label = formats.label(row)
-            shaped = formats.labelled(row)
+            label = formats.read_label(row)
+            shaped = formats.read_labelled(row)
         except Unreadable as error:
             self.rows.append((place, row, str(error)))
             return True

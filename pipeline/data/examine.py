@@ -68,7 +68,7 @@ def examine(sections: list[Section], names: list[str], tokenizer: PreTrainedToke
         stage: Json = found["stages"][name]
         stage |= {
             "files": section.files,
-            "sources": [{**source.counts(), "formats": dict(source.layouts)} for source in sources],
+            "sources": [{**source.counts().as_json(), "formats": dict(source.layouts)} for source in sources],
             "train_rows": len(split.train),
             "test_rows": len(split.test) if split.test is not None else None,
             "too_long": section.data.too_long,

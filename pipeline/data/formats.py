@@ -144,7 +144,7 @@ def _openai(row: Row, kind: RowKind) -> Iterator[Row]:
 def _kto(row: Row, kind: RowKind) -> Iterator[Row]:
     if not read_label(row) and kind == "demonstration":
         raise Unreadable("is labelled as an undesirable answer, which is no demonstration")
-    rest = _without(row, "label", "kto_tag")
+    rest = drop_label(row)
     yield from READERS[find_format(rest) or "trl"](rest, kind)
 
 
@@ -156,17 +156,8 @@ def read_label(row: Row) -> bool:
     return label
 
 
-def read_labelled(row: Row) -> Row:
-    """A KTO row as prompt and completion, its label left out. Raises Unreadable."""
-    shaped = next(read_rows(_without(row, "label", "kto_tag"), "auto", "demonstration"))
-    messages = shaped.get("messages")
-    if messages is not None:
-        if not isinstance(messages, list) or len(messages) < 2 or not isinstance(messages[-1], dict):
-            raise Unreadable("field 'messages' does not end on an answer of the assistant")
-        shaped = {**_without(shaped, "messages"), "prompt": messages[:-1], "completion": messages[-1:]}
-    if "prompt" not in shaped or "completion" not in shaped:
-        raise Unreadable("has neither 'messages' nor 'prompt' and 'completion'")
-    return shaped
+def drop_label(row: Row) -> Row:
+    return _without(row, "label", "kto_tag")
 
 
 def _alpaca(row: Row, kind: RowKind) -> Iterator[Row]:

@@ -6,17 +6,11 @@ import json
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 IN_MEMORY = 1 << 22
 """Bytes kept in memory before the file is made."""
-
-
-def to_json(value: Any) -> bytes:
-    # A lone surrogate is no UTF-8, but it can stand in a refused row, which must be shown as it was.
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
-    return text.encode("utf-8", "surrogatepass")
 
 
 def strict_json(value: Any) -> bytes:
@@ -24,8 +18,9 @@ def strict_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str).encode("utf-8")
 
 
-def from_json(line: bytes) -> Any:
-    return json.loads(line.decode("utf-8", "surrogatepass"))
+def lenient_json(value: Any) -> bytes:
+    """The same, but a refused row is kept as it was: with half of a surrogate pair, say, which is no UTF-8."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str).encode("utf-8", "surrogatepass")
 
 
 class OneByOne(Sequence[T], Generic[T]):
@@ -34,20 +29,12 @@ class OneByOne(Sequence[T], Generic[T]):
     def item(self, index: int) -> T:
         raise NotImplementedError
 
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-
-    def __getitem__(self, index: int | slice) -> T | list[T]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self.item(index)
+    def __getitem__(self, index: Any) -> Any:
+        return [self[i] for i in range(*index.indices(len(self)))] if isinstance(index, slice) else self.item(index)
 
     def __iter__(self) -> Iterator[T]:
         for index in range(len(self)):
-            yield self[index]
+            yield self.item(index)
 
 
 class Shelf(OneByOne[T]):
@@ -57,7 +44,7 @@ class Shelf(OneByOne[T]):
     changes nothing. The file is gone with the process, however that ends.
     """
 
-    def __init__(self, dump: Callable[[T], bytes] = to_json) -> None:
+    def __init__(self, dump: Callable[[T], bytes] = lenient_json) -> None:
         self._dump = dump
         self._ends = array("Q", [0])
         self._file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115  closed with the process
@@ -76,7 +63,9 @@ class Shelf(OneByOne[T]):
         if not 0 <= place < len(self):
             raise IndexError(f"no item {index} among {len(self)}")
         self._file.seek(self._ends[place])
-        return from_json(self._file.read(self._ends[place + 1] - self._ends[place]))  # type: ignore[no-any-return]
+        line = self._file.read(self._ends[place + 1] - self._ends[place])
+        item: T = json.loads(line.decode("utf-8", "surrogatepass"))
+        return item
 
 
 class Picked(OneByOne[T]):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from pipeline.data import load
-from pipeline.data.files import content_hash
+from pipeline.data.files import hash_content
+from pipeline.data.load import DataSpec
 from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, digest, sha256_of_file
 from pipeline.errors import UserError, complaint
@@ -93,7 +93,8 @@ class Recipe:
             section = self.stages[name]
             data = section.data
             train = {word: value for word, value in section.train.items() if word not in RUNTIME_WORDS}
-            hashes = load.content_hashes(data.model_copy(update={"test": None}))
+            roles = [f"mix[{number}]" for number in range(len(data.mix))] if data.mix else ["path"]
+            hashes = {role: hash_content(part.path) for role, part in zip(roles, data.parts(), strict=True)}
             terms = section.reward_terms()
             for file in sorted({term.file for term in terms if term.file}):
                 read = {f"reward {file}: {name}": path for name, path in read_by(Path(file)).items()}
@@ -121,7 +122,7 @@ class Recipe:
         for key, file in (("data.test", section.data.test), ("questions", section.question_file())):
             if isinstance(file, str):
                 try:
-                    hashes[key.removeprefix("data.")] = content_hash(file)
+                    hashes[key.removeprefix("data.")] = hash_content(file)
                 except UserError as error:
                     raise UserError(f"stages.{stage}.{key}: {error}") from error
         return hashes
@@ -180,7 +181,7 @@ def build(
     return recipe
 
 
-def _settings(data: load.DataSpec) -> Json:
+def _settings(data: DataSpec) -> Json:
     """How the rows are read, without where they lie: a file moved is still the same file. A share to hold out is taken
     from the rows that are trained on; a file of held-out rows takes nothing from them."""
     shown = data.model_dump(exclude={"path": True, "mix": {"__all__": {"path"}}})

@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.disk import versions
 from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, digest, locked, write_text
-from pipeline.disk.manifest import Cost, Data, Manifest, Parent, Parts, SourceCounts
+from pipeline.disk.manifest import Cost, Data, Manifest, Parent, Parts
 from pipeline.errors import UserError
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs import sharding
@@ -94,7 +94,7 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
                 write_text(out.refused, (_json_line(entry) for entry in itertools.chain(*refused, result.refused)))
             cost = _cost(started, meter)
             found = Data(
-                sources=[SourceCounts(**source.counts()) for source in sources],
+                sources=[source.counts() for source in sources],
                 held_out=None if data.test is None else len(data.test),
                 questions=len(data.questions),
                 counts=former.data.counts if former else result.counts,

@@ -159,36 +159,38 @@ def _check_truth(spec: RecipeSpec) -> None:
 def locate(error: ValidationError, path: str, lines: Json) -> str:
     """The first thing that is wrong, as file:line: dotted key: what. `lines` gives each key's line."""
     # A misspelt key is both unknown and missing; what was typed is what can be corrected.
-    first = min(error.errors(), key=lambda one: one["type"] == "missing")
-    # Of a value that is text or a list, pydantic tells first that it is no text; what is wrong in the list comes after.
-    beside = [one for one in error.errors() if one["loc"][:-1][: len(first["loc"]) - 1] == first["loc"][:-1]]
-    first = max([first, *beside], key=lambda one: len(one["loc"])) if first["type"] == "string_type" else first
+    first = min(error.errors(), key=lambda each: each["type"] == "missing")
+    if first["type"] == "string_type":
+        # Of a value that is text or a list, pydantic says first that it is no text; then what is wrong in the list.
+        section = first["loc"][:-1]
+        beside = [each for each in error.errors() if each["loc"][:-1][: len(section)] == section]
+        first = max([first, *beside], key=lambda each: len(each["loc"]))
     place = [str(step) for step in first["loc"] if step not in ("[key]", "str") and not str(step).startswith("list[")]
     if error.title == RecipeSpec.__name__ and place[:1] == ["stages"] and {*place[2:3]} & STAGES.keys():
         del place[2]  # pydantic says which section of the union it is
     key = known = ".".join(place)
     while known and known not in lines:
         known = known.rpartition(".")[0]
-    told = first["msg"].removeprefix("Value error, ")
+    problem = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        told = _unknown(first["loc"])
+        problem = _explain_unknown(first["loc"])
     elif first["type"] == "missing":
-        told = "is missing"
+        problem = "is missing"
     elif first["type"] != "complaint":
-        told = f"{told[0].lower()}{told[1:]} (found {first['input']!r})"
-    return f"{path}:{lines[known]}: {key}: {told}" if known else f"{path}: {key or 'recipe'}: {told}"
+        problem = f"{problem[0].lower()}{problem[1:]} (found {first['input']!r})"
+    return f"{path}:{lines[known]}: {key}: {problem}" if known else f"{path}: {key or 'recipe'}: {problem}"
 
 
-def _unknown(loc: tuple[int | str, ...]) -> str:
+def _explain_unknown(loc: tuple[int | str, ...]) -> str:
     """Of a key that its section does not take: what was meant, or whose it is."""
     section: type[BaseModel] = RecipeSpec
-    word = str(loc[-1])
+    key = str(loc[-1])
     if loc[0] == "model":
         section = ModelSpec
     elif loc[0] == "stages":
         of = STAGES[str(loc[2])]
         section = DataSpec if loc[3] == "data" and len(loc) > 4 else of.section
-        others = [name for name, other in STAGES.items() if word in other.section.model_fields]
+        others = [name for name, other in STAGES.items() if key in other.section.model_fields]
         if section is of.section and others:
-            return f"a {of.name} stage takes no {word}; only {', '.join(others)} may"
-    return f"unknown key{suggest(word, [field.alias or name for name, field in section.model_fields.items()])}"
+            return f"a {of.name} stage takes no {key}; only {', '.join(others)} may"
+    return f"unknown key{suggest(key, [field.alias or name for name, field in section.model_fields.items()])}"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 
-def choose_section(recipe: Recipe, stage: str, runs: Path, fingerprint: str, everyone: PartialState) -> StageSpec:
+def choose_section(recipe: Recipe, stage: str, runs: Path, fingerprint: str, processes: PartialState) -> StageSpec:
     """The stage's section with a number for every auto: those an earlier start of this stage chose, or those that fit
     this machine best. The first process chooses and notes it, also in comments of the run's recipe.yaml, for the word
     itself is what counts; the others, whose memory may differ, are told."""
@@ -28,7 +28,7 @@ def choose_section(recipe: Recipe, stage: str, runs: Path, fingerprint: str, eve
     section = recipe.stages[stage]
     if not auto.asked(section):
         return section
-    known = _choose(recipe, stage, runs, fingerprint) if everyone.is_main_process else {}
+    known = _choose(recipe, stage, runs, fingerprint) if processes.is_main_process else {}
     known = broadcast_object_list([known])[0]
     return auto.taken(section, known["chosen"])
 

@@ -56,10 +56,10 @@ def _state(out: Artifact, parts: Json, measured_on: Json, parents: dict[str, Art
             if not waiting and (noted and noted.adapter) != (theirs and theirs.files.get(WEIGHTS)):
                 return State(out.name, "stale", f"'{parent.name}' has been trained again, with another result")
         changed = _differences({"data": manifest.data.measured_on}, {"data": measured_on})
-        other = versions.others(manifest.versions, versions.installed())
+        other = versions.compare(manifest.versions, versions.installed())
         if changed:
             return State(out.name, "unmeasured", "; ".join(changed))
-        return State(out.name, "fresh", f"made with {versions.said(other)}" if other else "")
+        return State(out.name, "fresh", f"made with {versions.describe(other)}" if other else "")
     checkpoint = out.last_checkpoint(fingerprint)
     if checkpoint is not None:
         several = (out.claimed() or {}).get("processes", 1)

@@ -66,11 +66,9 @@ def check_messages(row: Row, key: str, last: str | None = None) -> str | None:
         if reason:
             return f"{place} {reason}"
     reason = _check_calls(messages, key)
-    if reason:
-        return reason
-    if last and messages[-1]["role"] != last:
+    if reason is None and last and messages[-1]["role"] != last:
         return f"field '{key}' ends on the role '{messages[-1]['role']}', expected '{last}'"
-    return None
+    return reason
 
 
 def _check_calls(messages: list[dict[str, Any]], key: str) -> str | None:
@@ -146,7 +144,7 @@ def check_question(row: Row) -> str | None:
 
 
 def is_labelled(row: Row) -> bool:
-    """A row of a classification: its label, one of those in the file, is the answer."""
+    """Whether it is a row of a classification: its label, one of those in the file, is the answer."""
     return "label" in row and "answer" not in row
 
 

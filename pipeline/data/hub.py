@@ -37,10 +37,7 @@ def read_hub(path: str, split: str) -> Iterator[Row]:
     try:
         loaded = datasets.load_dataset(path, split=split, revision=revision)
     except Exception as error:  # the client raises a different class for each way a network can fail
-        raise UserError(
-            f"{path}: no such local file, and it could not be loaded from the Hub ({type(error).__name__}: {error}). "
-            "Point data.path at a local file to go on without the Hub."
-        ) from error
+        raise _unreachable(path, f"it could not be loaded from the Hub ({type(error).__name__}: {error})") from error
     yield from loaded
 
 
@@ -52,7 +49,9 @@ def find_commit(path: str) -> str:
     try:
         return str(HfApi().dataset_info(path, timeout=10).sha)
     except Exception as error:  # the client raises a different class for each way a network can fail
-        raise UserError(
-            f"{path}: no such local file, and the Hub did not answer for it ({type(error).__name__}). "
-            "Point data.path at a local file to go on without the Hub."
-        ) from error
+        raise _unreachable(path, f"the Hub did not answer for it ({type(error).__name__})") from error
+
+
+def _unreachable(path: str, problem: str) -> UserError:
+    instead = "Point data.path at a local file to go on without the Hub."
+    return UserError(f"{path}: no such local file, and {problem}. {instead}")

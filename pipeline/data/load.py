@@ -20,7 +20,7 @@ from pipeline.data.contracts import Contract, Row, is_labelled
 from pipeline.data.dialogues import Unreadable
 from pipeline.data.formats import Format
 from pipeline.data.labelled import LabelledRows
-from pipeline.data.shelf import Picked, Shelf, strict_json
+from pipeline.data.shelf import Picked, Shelf
 from pipeline.disk.manifest import SourceCounts
 from pipeline.errors import UserError
 
@@ -90,10 +90,8 @@ class DataSpec(BaseModel):
         if self.mix and len({part.weight is None for part in self.mix}) > 1:
             raise ValueError("gives a weight to some entries of 'mix' and none to others; give one to all or to none")
         if isinstance(self.test, int | float) and not (0 < self.test < 1 or (self.test > 1 and self.test % 1 == 0)):
-            raise ValueError(
-                f"test is {self.test}; it is a file, a share between 0 and 1, for example 0.1, or a whole number of "
-                "prompts from 2 up"
-            )
+            expected = "a file, a share between 0 and 1, for example 0.1, or a whole number of prompts from 2 up"
+            raise ValueError(f"test is {self.test}; it is {expected}")
         return self
 
     def parts(self) -> list[Part]:
@@ -151,29 +149,33 @@ def read_source(path: str, contract: Contract, spec: DataSpec, part: Part | None
     Raises UserError naming file and line for anything unfit, unless the spec says to skip unfit rows.
     """
     part = part or spec.part(path)
-    rows: Shelf[Row] = Shelf(dump=strict_json)
+    rows: Shelf[Row] = Shelf(strict=True)
     source = Source(path, rows)
     stop = spec.on_bad_row == "stop"
     for place, row, reason in _read_items(source, part, contract):
-        if reason is None and (reason := contract.check(row)) is None:
-            try:
-                rows.append({**row, "_place": place})
-            except UnicodeEncodeError:
-                reason = "holds half of a surrogate pair, which is no character"
-            except (ValueError, RecursionError) as error:
-                reason = f"holds what is no JSON: {error}"
-            else:
-                if part.limit and len(rows) >= part.limit:
-                    break
-                continue
-        source.reasons[reason] += 1
-        if not stop or len(source.refused) < NAMED_AT_MOST:
-            source.refused.append({"place": place, "reason": reason, "row": row})
+        reason = reason or contract.check(row) or _keep(rows, {**row, "_place": place})
+        if reason:
+            source.reasons[reason] += 1
+            if not stop or len(source.refused) < NAMED_AT_MOST:
+                source.refused.append({"place": place, "reason": reason, "row": row})
+        elif part.limit and len(rows) >= part.limit:
+            break
     if not rows and not source.reasons:
         raise UserError(f"{path} is empty. Expected rows like {contract.example}")
     if source.reasons and (stop or not rows):
         raise UserError(refusal(source, contract, none_left=not rows))
     return source
+
+
+def _keep(rows: Shelf[Row], row: Row) -> str | None:
+    """Puts a row among the others, or gives the reason why it cannot be kept."""
+    try:
+        rows.append(row)
+    except UnicodeEncodeError:
+        return "holds half of a surrogate pair, which is no character"
+    except (ValueError, RecursionError) as error:
+        return f"holds what is no JSON: {error}"
+    return None
 
 
 def read_split(spec: DataSpec, contract: Contract, seed: int) -> Split:
@@ -278,11 +280,11 @@ def _hold_out(
     return kept, [(s, i) for s, of_source in enumerate(keys) for i, key in enumerate(of_source) if key in chosen]
 
 
-def _digest(row: Row, group: str | None) -> int:
+def _digest(row: Row, group: str | None) -> bytes:
     if group is not None and group not in row:
         raise UserError(f"{row['_place']}: has no column '{group}', by which data.group splits")
     key = prompt_key(row) if group is None else json.dumps(row[group], sort_keys=True)
-    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def refusal(source: Source, contract: Contract, none_left: bool = False) -> str:
@@ -292,8 +294,5 @@ def refusal(source: Source, contract: Contract, none_left: bool = False) -> str:
     lines += [f"{total} unfit row{'s' if total > 1 else ''} in {source.path}:"]
     lines += [f"  {entry['place']}: {entry['reason']}" for entry in first]
     lines += [f"  ... and {total - len(first)} more"] if total > len(first) else []
-    lines += [
-        f"Expected rows like {contract.example}",
-        "Correct the rows, or set on_bad_row: skip in the stage's data section to go on without them.",
-    ]
-    return "\n".join(lines)
+    advice = "Correct the rows, or set on_bad_row: skip in the stage's data section to go on without them."
+    return "\n".join([*lines, f"Expected rows like {contract.example}", advice])

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from pipeline.runs.rows import load_rows
 from pipeline.stages.stage import Context
 
 ORPHAN_PATIENCE = 15.0
-"""Seconds that a worker whose runner was killed has to be gone."""
+"""Seconds that a worker has to be gone whose runner was killed: one process at a time writes a stage."""
 
 
 def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
@@ -59,7 +58,8 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
 
     processes = PartialState(cpu=not torch.cuda.is_available())
     is_main = processes.is_main_process
-    with _lock(out) if is_main else contextlib.nullcontext():
+    refusal = f"{out.folder} is being written by process {{pid}}. Wait for it, or end it."
+    with locked(out.folder / ".lock", refusal, ORPHAN_PATIENCE) if is_main else contextlib.nullcontext():
         started, meter = time.time(), Meter()
         writer = {"processes": processes.num_processes, "versions": versions.installed()}
         begun = _find_checkpoint_claim(out, fingerprint, processes.num_processes)
@@ -177,23 +177,6 @@ def _note_parent(parent: Artifact) -> Parent:
         hub=manifest.hub,
         lineage=manifest.lineage,
     )
-
-
-@contextlib.contextmanager
-def _lock(out: Artifact) -> Iterator[None]:
-    """One process writes a stage. One whose runner was killed is dying; it is given a moment to be gone."""
-    deadline = time.monotonic() + ORPHAN_PATIENCE
-    refusal = f"{out.folder} is being written by process {{pid}}. Wait for it, or end it."
-    with contextlib.ExitStack() as held:
-        while True:
-            try:
-                held.enter_context(locked(out.folder / ".lock", refusal))
-                break
-            except UserError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
-        yield
 
 
 def _measure_cost(started: float, meter: Meter) -> Cost:

@@ -119,10 +119,10 @@ def _cut_last_answer(messages: Any) -> list[Any]:
         raise Unreadable("field 'messages' is no list of messages")
     answers = [index for index, each in enumerate(messages) if each.get("role") == "assistant"]
     ends_on_answer = bool(messages) and messages[-1].get("role") == "assistant"
-    asked = messages[: answers[-1]] if ends_on_answer else messages
-    if not asked:
+    prompt = messages[: answers[-1]] if ends_on_answer else messages
+    if not prompt:
         raise Unreadable("field 'messages' asks nothing before the assistant speaks")
-    return asked
+    return prompt
 
 
 def _trl(row: Row, kind: RowKind) -> Iterator[Row]:

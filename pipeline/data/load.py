@@ -223,9 +223,9 @@ def find_prompts(row: Row) -> list[str]:
     """
     if "prompt" in row:
         prompt = row["prompt"]
-        return [_turns(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}])]
+        return [_write_turns(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}])]
     if "messages" in row:
-        return [_turns(row["messages"][:i]) for i, m in enumerate(row["messages"]) if m["role"] == "assistant"]
+        return [_write_turns(row["messages"][:i]) for i, m in enumerate(row["messages"]) if m["role"] == "assistant"]
     return [str(row["text"])]
 
 
@@ -234,9 +234,9 @@ def prompt_key(row: Row) -> str:
     return find_prompts(row)[-1]
 
 
-def _turns(messages: list[dict[str, Any]]) -> str:
-    said = [(m["role"], m.get("content") or "", m.get("tool_calls")) for m in messages if m["role"] != "system"]
-    return json.dumps(said, sort_keys=True, ensure_ascii=False)
+def _write_turns(messages: list[dict[str, Any]]) -> str:
+    turns = [(m["role"], m.get("content") or "", m.get("tool_calls")) for m in messages if m["role"] != "system"]
+    return json.dumps(turns, sort_keys=True, ensure_ascii=False)
 
 
 def _read_items(source: Source, part: Part, contract: Contract) -> Iterator[tuple[str, Any, str | None]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.contracts import DEMONSTRATION, LANGUAGE_MODELING
-from pipeline.data.files import content_hash
+from pipeline.data.files import hash_content
 from pipeline.data.load import DataSpec, read_split
 
 WORDS = [f"word{number}" for number in range(5000)]
@@ -33,7 +33,7 @@ def main() -> None:
         path = Path(folder) / "rows.jsonl"
         write(path, given.rows, given.kind)
         print(f"{given.rows} rows, {path.stat().st_size / 2**20:.0f} MiB, {os.cpu_count()} cores")
-        timed("fingerprint", given.rows, lambda: content_hash(str(path)))
+        timed("fingerprint", given.rows, lambda: hash_content(str(path)))
         contract = DEMONSTRATION if given.kind == "chat" else LANGUAGE_MODELING
         split = timed("contract check", given.rows, lambda: read_split(DataSpec(path=str(path)), contract, seed=1))
         assert len(split.train) == given.rows

@@ -76,7 +76,7 @@ def test_twenty_are_named_and_the_rest_counted(tmp_path: Path) -> None:
 def test_skipping_counts_every_row(tmp_path: Path) -> None:
     path = rows_file(tmp_path, [{"text": "x"}, {"text": ""}, "{", {"text": "y"}, b"\xff".decode("latin1")])
     source = read_source(path, LANGUAGE_MODELING, DataSpec(path=path, on_bad_row="skip"))
-    counts = source.counts()
+    counts = source.counts().as_json()
     assert counts["rows"] == 5 == counts["used"] + sum(counts["refused"].values())
     assert [entry["place"].rsplit(":", 1)[1] for entry in source.refused] == ["2", "3", "5"]
 
@@ -122,7 +122,7 @@ def test_dialogues_are_split_by_what_is_asked_not_by_their_system_prompt(tmp_pat
     rows = [{"messages": [system, {"role": "user", "content": f"q{i % 50}"}, SAYS]} for i in range(100)]
     path = rows_file(tmp_path, rows)
     split = read_split(DataSpec(path=path, test=0.1), DEMONSTRATION, seed=1)
-    counts = split.sources[0].counts()
+    counts = split.sources[0].counts().as_json()
     assert split.test is not None and len(split.test) == 10
     assert counts["rows"] == 100 == counts["used"] + counts["held_out"] and counts["held_out"] == 10
 

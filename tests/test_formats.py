@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.data.contracts import DEMONSTRATION, LANGUAGE_MODELING, PREFERENCE, PROMPT_ONLY, QUESTION
-from pipeline.data.load import DataSpec, Part, asked, prompt_key, read_source, read_split
+from pipeline.data.load import DataSpec, Part, find_prompts, prompt_key, read_source, read_split
 from pipeline.errors import UserError
 
 
@@ -180,7 +180,7 @@ def test_a_mixture_has_the_shares_asked_for_and_follows_from_its_seed(tmp_path: 
     of_second = Counter(row["text"] for row in split.train if row["text"].startswith("1/"))
     assert len(of_second) == 100 and set(of_second.values()) == {1, 2}  # every row once before any is seen twice
     for source in split.sources:
-        counts = source.counts()
+        counts = source.counts().as_json()
         assert counts["rows"] == counts["used"] + counts.get("left_out", 0)
     texts = [row["text"] for row in split.train]
     assert texts == [row["text"] for row in read_split(DataSpec(mix=parts), LANGUAGE_MODELING, seed=5).train]
@@ -212,7 +212,7 @@ def test_one_question_is_one_key_however_it_is_written() -> None:
     assert len({prompt_key(row) for row in same}) == 1
     talk = [user("hi"), says("hello"), user("q")]
     assert prompt_key({"messages": [*talk, says("a")]}) == prompt_key({"prompt": talk}) != prompt_key(same[0])
-    assert prompt_key({"prompt": "hi"}) in asked({"messages": [*talk, says("a")]})
+    assert prompt_key({"prompt": "hi"}) in find_prompts({"messages": [*talk, says("a")]})
 
 
 def test_tables_with_torn_quotes_splits_and_nested_cells(tmp_path: Path) -> None:

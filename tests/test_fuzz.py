@@ -97,7 +97,7 @@ def test_no_mutated_row_is_lost(tmp_path: Path, contract: Any) -> None:
     made = lines(random.Random(contract.name))
     path.write_bytes(b"\n".join(made))
     source = read_source(str(path), contract, DataSpec(path=str(path), on_bad_row="skip"))
-    counts = source.counts()
+    counts = source.counts().as_json()
     assert source.file_rows == len(made)
     assert counts["rows"] == counts["used"] + sum(counts["refused"].values()) >= len(made)
     # Every line of the file is among what was used or refused, under its number.

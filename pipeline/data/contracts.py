@@ -1,7 +1,8 @@
-"""The row shapes a stage eats, in TRL's vocabulary, and what makes a row unfit.
+"""The row shapes that stages take, in TRL's vocabulary, and what makes a row unfit.
 
 A check returns the reason a row is refused, in words that say what to change, or None. Columns beyond the shape are
-carried along untouched (an id, a guideline, a reference answer) and never trained on.
+carried along untouched (an id, a guideline, a reference answer) and never trained on. A stage that needs another shape
+defines its Contract in its own file, out of the checks here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Row = dict[str, Any]
+RowKind = Literal["text", "demonstration", "preference", "prompt", "question"]
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -18,17 +20,17 @@ ROLES = ("system", "user", "assistant", "tool")
 class Contract:
     """What the rows of one kind must look like.
 
-    name: TRL's name of the shape.  wanted: what readers of other formats are to make.  example: shown in error
-    messages.  check: row -> reason it is refused, or None.
+    name: TRL's name of the shape.  kind: what the readers of data/formats.py make of other formats.  example: shown in
+    error messages.  check: row -> reason it is refused, or None.
     """
 
     name: str
-    wanted: Literal["text", "demonstration", "preference", "prompt", "question"]
+    kind: RowKind
     example: str
     check: Callable[[Row], str | None]
 
 
-def _text(row: Row, key: str) -> str | None:
+def check_text(row: Row, key: str) -> str | None:
     if key not in row:
         return f"has no field '{key}'"
     value = row[key]
@@ -36,10 +38,6 @@ def _text(row: Row, key: str) -> str | None:
         return f"field '{key}' is {_kind(value)}, expected text"
     if not value.strip():
         return f"field '{key}' is empty"
-    return _encodable(value, key)
-
-
-def _encodable(value: str, key: str) -> str | None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -47,7 +45,7 @@ def _encodable(value: str, key: str) -> str | None:
     return None
 
 
-def _messages(row: Row, key: str, last: str | None = None) -> str | None:
+def check_messages(row: Row, key: str, last: str | None = None) -> str | None:
     """Messages with known roles and text; `last` is the role the list must end on."""
     if key not in row:
         return f"has no field '{key}'"
@@ -64,18 +62,16 @@ def _messages(row: Row, key: str, last: str | None = None) -> str | None:
             return f"{place}.role is {message.get('role')!r}, expected one of {', '.join(ROLES)}"
         if message["role"] == "assistant" and message.get("tool_calls") and not message.get("content"):
             continue
-        reason = _text(message, "content")
+        reason = check_text(message, "content")
         if reason:
             return f"{place} {reason}"
-    reason = _calls_answered(messages, key)
-    if reason:
-        return reason
-    if last and messages[-1]["role"] != last:
+    reason = _check_calls(messages, key)
+    if reason is None and last and messages[-1]["role"] != last:
         return f"field '{key}' ends on the role '{messages[-1]['role']}', expected '{last}'"
-    return None
+    return reason
 
 
-def _calls_answered(messages: list[dict[str, Any]], key: str) -> str | None:
+def _check_calls(messages: list[dict[str, Any]], key: str) -> str | None:
     """Results of tools come after a call, and after a call comes its result, unless the dialogue ends on it."""
     called = False
     for index, message in enumerate(messages):
@@ -93,13 +89,9 @@ def _kind(value: Any) -> str:
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
-def _language_modeling(row: Row) -> str | None:
-    return _text(row, "text")
-
-
-def _demonstration(row: Row) -> str | None:
+def check_demonstration(row: Row) -> str | None:
     if "messages" in row:
-        reason = _messages(row, "messages", last="assistant")
+        reason = check_messages(row, "messages", last="assistant")
         if reason is None and not any(message["role"] == "user" for message in row["messages"]):
             return "field 'messages' has no user message"
         if reason is None and row["messages"][0]["role"] == "assistant":
@@ -107,42 +99,42 @@ def _demonstration(row: Row) -> str | None:
         return reason
     if "prompt" not in row and "completion" not in row:
         return "has neither 'messages' nor 'prompt' and 'completion'"
-    return _prompt(row) or _reply(row, "completion")
+    return check_prompt(row) or check_reply(row, "completion")
 
 
-def _prompt(row: Row) -> str | None:
+def check_prompt(row: Row) -> str | None:
     if isinstance(row.get("prompt"), list):
-        reason = _messages(row, "prompt")
+        reason = check_messages(row, "prompt")
         if reason is None and row["prompt"][-1]["role"] == "assistant":
             return "field 'prompt' ends on the role 'assistant', expected 'user'"
         return reason
-    return _text(row, "prompt")
+    return check_text(row, "prompt")
 
 
-def _reply(row: Row, key: str) -> str | None:
+def check_reply(row: Row, key: str) -> str | None:
     """An answer to `prompt`: messages where the prompt is messages, text where it is text."""
     conversational = isinstance(row["prompt"], list)
     if key in row and isinstance(row[key], str if conversational else list):
         return f"field '{key}' is {_kind(row[key])}, but 'prompt' is {_kind(row['prompt'])}: both must be of one kind"
     if not conversational:
-        return _text(row, key)
-    reason = _messages(row, key, last="assistant")
+        return check_text(row, key)
+    reason = check_messages(row, key, last="assistant")
     if reason is None and row[key][0]["role"] != "assistant":
         return f"field '{key}' begins with the role '{row[key][0]['role']}', expected 'assistant'"
     return reason
 
 
-def _preference(row: Row) -> str | None:
+def check_preference(row: Row) -> str | None:
     if "prompt" not in row and isinstance(row.get("chosen"), list):
         return "has no field 'prompt' (the shared start of both answers must be given apart from them)"
-    reason = _prompt(row) or _reply(row, "chosen") or _reply(row, "rejected")
+    reason = check_prompt(row) or check_reply(row, "chosen") or check_reply(row, "rejected")
     if reason is None and row["chosen"] == row["rejected"]:
         return "fields 'chosen' and 'rejected' are equal: the pair says nothing"
     return reason
 
 
-def _question(row: Row) -> str | None:
-    reason = _prompt(row) or _text(row, "label" if is_labelled(row) else "answer")
+def check_question(row: Row) -> str | None:
+    reason = check_prompt(row) or check_text(row, "label" if is_labelled(row) else "answer")
     if reason is None and "choices" in row:
         if not isinstance(row["choices"], list) or not all(isinstance(choice, str) for choice in row["choices"]):
             return "field 'choices' is not a list of texts"
@@ -152,28 +144,28 @@ def _question(row: Row) -> str | None:
 
 
 def is_labelled(row: Row) -> bool:
-    """A row of a classification: its label, one of those in the file, is the answer."""
+    """Whether it is a row of a classification: its label, one of those in the file, is the answer."""
     return "label" in row and "answer" not in row
 
 
-LANGUAGE_MODELING = Contract("language modeling", "text", '{"text": "..."}', _language_modeling)
+LANGUAGE_MODELING = Contract("language modeling", "text", '{"text": "..."}', lambda row: check_text(row, "text"))
 DEMONSTRATION = Contract(
     "prompt-completion or messages",
     "demonstration",
     '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
-    _demonstration,
+    check_demonstration,
 )
 PREFERENCE = Contract(
     "preference",
     "preference",
     '{"prompt": [{"role": "user", "content": "..."}], "chosen": [{"role": "assistant", "content": "..."}], '
     '"rejected": [{"role": "assistant", "content": "..."}]}',
-    _preference,
+    check_preference,
 )
-PROMPT_ONLY = Contract("prompt-only", "prompt", '{"prompt": [{"role": "user", "content": "..."}]}', _prompt)
+PROMPT_ONLY = Contract("prompt-only", "prompt", '{"prompt": [{"role": "user", "content": "..."}]}', check_prompt)
 QUESTION = Contract(
     "question with its answer",
     "question",
     '{"prompt": [{"role": "user", "content": "..."}], "answer": "..."}',
-    _question,
+    check_question,
 )

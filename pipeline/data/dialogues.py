@@ -15,6 +15,7 @@ SPEAKERS = {
     "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "function_call": "assistant",
     "observation": "tool", "tool": "tool", "function_response": "tool",
 }  # fmt: skip
+TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -26,85 +27,72 @@ def message(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def messages_of(row: Row, key: str) -> Messages:
-    """Messages under a key, each content one text: parts are joined, a call told as a part becomes `tool_calls`.
+def parse_json(text: str, subject: str) -> Any:
+    """Raises Unreadable with the subject, "field 'tools' is" for example."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"{subject} broken JSON: {error}") from error
+
+
+def read_messages(row: Row, key: str) -> Messages:
+    """Messages under a key, each content one text: parts are joined, and a part that is a call becomes `tool_calls`.
 
     What is not a message at all is left as it is, for the contract to name.
     """
-    value = row.get(key)
-    if not isinstance(value, list):
+    messages = row.get(key)
+    if not isinstance(messages, list):
         raise Unreadable(f"field '{key}' is no list of messages")
-    return [_plain(said) if isinstance(said, dict) else said for said in value]
+    return [_normalize(each) if isinstance(each, dict) else each for each in messages]
 
 
-def _plain(said: dict[str, Any]) -> dict[str, Any]:
-    known: dict[str, Any] = {
-        key: said[key] for key in ("role", "content", "tool_calls", "tool_call_id", "name") if key in said
+def _normalize(given: dict[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        key: given[key] for key in ("role", "content", "tool_calls", "tool_call_id", "name") if key in given
     }
-    role = known.get("role")
+    role, content = result.get("role"), result.get("content")
     if isinstance(role, str):
-        known["role"] = ROLES.get(role, role)
-    content = known.get("content")
+        result["role"] = ROLES.get(role, role)
     if isinstance(content, list):
-        known |= _joined(content)
-    if known.get("tool_calls"):
-        known["tool_calls"] = _calls(known["tool_calls"])
-        known["content"] = known.get("content") or ""
-    elif "tool_calls" in known:
-        del known["tool_calls"]
-    return known
+        result |= _join_parts(content)
+    calls = result.pop("tool_calls", None)
+    if not calls:
+        return result
+    if not isinstance(calls, list):
+        raise Unreadable("field 'tool_calls' is no list")
+    return {**result, "content": result.get("content") or "", "tool_calls": [_normalize_call(call) for call in calls]}
 
 
-def _joined(parts: list[Any]) -> dict[str, Any]:
+def _join_parts(parts: list[Any]) -> dict[str, Any]:
     """A content of parts {type, text|value}: texts joined, reasoning between think marks, calls as `tool_calls`."""
     texts: list[str] = []
     calls: list[Any] = []
     for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        told = part.get("text", part.get("value")) if isinstance(part, dict) else None
-        if not isinstance(told, str):
-            raise Unreadable(f"holds a part of type '{kind}', which is no text: only text is trained on here")
-        if kind in ("tool_call", "function_call"):
-            calls.append(_decoded_call(told))
-        elif kind == "reasoning":
-            texts.append(f"<think>\n{told}\n</think>\n\n")
-        elif kind in ("text", "tools", "tool_result", None):
-            texts.append(told)
+        kind, text = (part.get("type"), part.get("text", part.get("value"))) if isinstance(part, dict) else (None, None)
+        if isinstance(text, str) and kind in ("tool_call", "function_call"):
+            calls.append(parse_json(text, "a tool call is"))
+        elif isinstance(text, str) and kind == "reasoning":
+            texts.append(f"<think>\n{text}\n</think>\n\n")
+        elif isinstance(text, str) and kind in ("text", "tools", "tool_result", None):
+            texts.append(text)
         else:
             raise Unreadable(f"holds a part of type '{kind}', which is no text: only text is trained on here")
     return {"content": "".join(texts)} | ({"tool_calls": calls} if calls else {})
 
 
-def _calls(calls: Any) -> list[dict[str, Any]]:
-    """Tool calls in the shape chat templates read: {type, function: {name, arguments as an object}}."""
-    if not isinstance(calls, list):
-        raise Unreadable("field 'tool_calls' is no list")
-    return [_call(call) for call in calls]
-
-
-def _call(call: Any) -> dict[str, Any]:
+def _normalize_call(call: Any) -> dict[str, Any]:
+    """A tool call in the shape chat templates read: {type, function: {name, arguments as an object}}."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise Unreadable("a tool call names no function")
     arguments = function.get("arguments", function.get("parameters", {}))
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
-            raise Unreadable(f"the arguments of the call of '{function['name']}' are broken JSON") from None
+        subject = f"the arguments of the call of '{function['name']}' are"
+        arguments = parse_json(arguments, subject) if arguments.strip() else {}
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
-def _decoded_call(text: str) -> dict[str, Any]:
-    try:
-        return _call(json.loads(text))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, Unreadable):
-            raise
-        raise Unreadable(f"a tool call is broken JSON: {error}") from error
-
-
-def sharegpt_messages(row: Row) -> Messages:
+def read_sharegpt(row: Row) -> Messages:
     """`conversations` of {from, value}, with `system` beside them."""
     turns = row.get("conversations", row.get("conversation"))
     if not isinstance(turns, list):
@@ -113,55 +101,47 @@ def sharegpt_messages(row: Row) -> Messages:
     for index, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise Unreadable(f"conversations[{index}] is no object with 'from' and 'value'")
-        speaker, said = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             raise Unreadable(f"conversations[{index}].from is {speaker!r:.40}, expected one of {', '.join(SPEAKERS)}")
-        if not isinstance(said, str):
+        if not isinstance(text, str):
             raise Unreadable(f"conversations[{index}].value is no text")
         if speaker == "function_call":
-            calls = _parsed_calls(said, index)
+            calls = parse_json(text, f"conversations[{index}] is a call in")
+            calls = [_normalize_call(call) for call in (calls if isinstance(calls, list) else [calls])]
             messages.append({"role": "assistant", "content": "", "tool_calls": calls})
         else:
-            messages.append(message(role, said))
+            messages.append(message(role, text))
     return messages
 
 
-def _parsed_calls(said: str, index: int) -> list[dict[str, Any]]:
-    try:
-        calls = json.loads(said)
-    except (ValueError, RecursionError) as error:
-        raise Unreadable(f"conversations[{index}] is a call in broken JSON: {error}") from error
-    return [_call(call) for call in (calls if isinstance(calls, list) else [calls])]
-
-
-def history(row: Row) -> Messages:
+def read_history(row: Row) -> Messages:
     """What was said before: `system`, and `history` as pairs of a question and its answer."""
     messages = []
     if row.get("system"):
         if not isinstance(row["system"], str):
             raise Unreadable("field 'system' is no text")
         messages.append(message("system", row["system"]))
-    before = row.get("history") or []
-    if not isinstance(before, list):
+    pairs = row.get("history") or []
+    if not isinstance(pairs, list):
         raise Unreadable("field 'history' is no list of pairs")
-    for index, pair in enumerate(before):
+    for index, pair in enumerate(pairs):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(s, str) and s.strip() for s in pair)):
             raise Unreadable(f"history[{index}] is no pair of a question and its answer")
         messages += [message("user", pair[0]), message("assistant", pair[1])]
     return messages
 
 
-def transcript(row: Row, key: str) -> Messages:
+def read_transcript(row: Row, key: str) -> Messages:
     """A text "\\n\\nHuman: ... \\n\\nAssistant: ..." as messages."""
-    value = row.get(key)
-    if not isinstance(value, str) or not value.strip():
+    text = row.get(key)
+    if not isinstance(text, str) or not text.strip():
         raise Unreadable(f"field '{key}' is missing or empty")
-    parts = TURN.split(value)
+    parts = TURN.split(text)
     if parts[0].strip() or len(parts) < 3:
         raise Unreadable(f"field '{key}' is not a Human/Assistant transcript")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [message(roles[who], said.strip()) for who, said in zip(parts[1::2], parts[2::2], strict=True)]
+    turns = [message(TRANSCRIPT_ROLES[who], words.strip()) for who, words in zip(parts[1::2], parts[2::2], strict=True)]
     if turns[-1]["role"] != "assistant":
         raise Unreadable(f"field '{key}' does not end on an Assistant turn")
     if any(first["role"] == second["role"] for first, second in zip(turns, turns[1:], strict=False)):
@@ -169,7 +149,7 @@ def transcript(row: Row, key: str) -> Messages:
     return turns
 
 
-def common_start(chosen: Messages, rejected: Messages) -> Row:
+def split_pair(chosen: Messages, rejected: Messages) -> Row:
     """Two dialogues that differ in their last turn, as prompt, chosen and rejected."""
     if not chosen or not rejected:
         raise Unreadable("one of the two dialogues is empty")

@@ -73,8 +73,8 @@ def examine(sections: list[Section], names: list[str], tokenizer: PreTrainedToke
         stage |= {
             "files": section.files,
             "learnt": section.learnt,
-            "long_rows": {"text": "are split", "prompt": "stop the run"}.get(section.contract.wanted),
-            "sources": [{**source.counts(), "formats": dict(source.layouts)} for source in sources],
+            "long_rows": {"text": "are split", "prompt": "stop the run"}.get(section.contract.kind),
+            "sources": [{**source.counts().as_json(), "formats": dict(source.layouts)} for source in sources],
             "train_rows": len(split.train),
             "test_rows": len(split.test) if split.test is not None else None,
             "too_long": section.data.too_long,
@@ -87,7 +87,7 @@ def examine(sections: list[Section], names: list[str], tokenizer: PreTrainedToke
                     section.encode, section.learnt, tokenizer, rows, section.max_length, section.data.too_long
                 )
             faults += render.unaskable(tokenizer, questions)
-        if section.contract.wanted == "preference":
+        if section.contract.kind == "preference":
             stage["comparisons"] = examine_rows.weigh_comparisons(split.train, section.seed)
     found["overlaps"] = _find_overlaps(asked, names)
     for name, stage in found["stages"].items():

@@ -136,7 +136,7 @@ def digest_prompts(rows: Iterable[Row]) -> dict[bytes, str]:
     """What rows ask (or the text of documents), as digests, each with the place of its first row."""
     found: dict[bytes, str] = {}
     for row in rows:
-        for text in load.asked(row):
+        for text in load.find_prompts(row):
             found.setdefault(_digest(_plain(text)), row["_place"])
     return found
 

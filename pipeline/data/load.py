@@ -19,7 +19,9 @@ from pipeline.data import files, formats, mixture
 from pipeline.data.contracts import Contract, Row, is_labelled
 from pipeline.data.dialogues import Unreadable
 from pipeline.data.formats import Format
-from pipeline.data.shelf import Picked, Shelf, strict_json
+from pipeline.data.labelled import LabelledRows
+from pipeline.data.shelf import Picked, Shelf
+from pipeline.disk.manifest import SourceCounts
 from pipeline.errors import UserError
 
 NAMED_AT_MOST = 20
@@ -88,17 +90,18 @@ class DataSpec(BaseModel):
         if self.mix and len({part.weight is None for part in self.mix}) > 1:
             raise ValueError("gives a weight to some entries of 'mix' and none to others; give one to all or to none")
         if isinstance(self.test, int | float) and not (0 < self.test < 1 or (self.test > 1 and self.test % 1 == 0)):
-            raise ValueError(
-                f"test is {self.test}; it is a file, a share between 0 and 1, for example 0.1, or a whole number of "
-                "prompts from 2 up"
-            )
+            expected = "a file, a share between 0 and 1, for example 0.1, or a whole number of prompts from 2 up"
+            raise ValueError(f"test is {self.test}; it is {expected}")
         return self
 
     def parts(self) -> list[Part]:
         if self.mix:
             return [part.model_copy(update={"encoding": part.encoding or self.encoding}) for part in self.mix]
-        words = ("format", "split", "limit", "encoding")
-        return [Part(path=str(self.path), **{word: getattr(self, word) for word in words})]
+        return [self.part(str(self.path)).model_copy(update={"limit": self.limit})]
+
+    def part(self, path: str) -> Part:
+        """A file that is read as the section says."""
+        return Part(path=path, format=self.format, split=self.split, encoding=self.encoding)
 
 
 @dataclass
@@ -119,18 +122,18 @@ class Source:
     drawn: int | None = None
     """Rows a mixture drew, repetitions counted."""
 
-    def counts(self) -> dict[str, Any]:
-        """Where every row went: rows = used + refused + held_out + left_out."""
-        refused = sum(self.reasons.values())
-        counts: dict[str, Any] = {
-            "path": self.path,
-            "rows": len(self.rows) + refused,
-            "used": len(self.rows) - self.held_out - self.left_out,
-            "refused": dict(self.reasons),
-        }
-        extra = {"held_out": self.held_out, "left_out": self.left_out, "drawn": self.drawn}
-        counts |= {key: value for key, value in extra.items() if value}
-        return counts if self.file_rows == counts["rows"] else {**counts, "file_rows": self.file_rows}
+    def counts(self) -> SourceCounts:
+        rows = len(self.rows) + self.reasons.total()
+        return SourceCounts(
+            path=self.path,
+            rows=rows,
+            used=len(self.rows) - self.held_out - self.left_out,
+            refused=dict(self.reasons),
+            held_out=self.held_out,
+            left_out=self.left_out,
+            drawn=self.drawn,
+            file_rows=None if self.file_rows == rows else self.file_rows,
+        )
 
 
 @dataclass
@@ -145,25 +148,18 @@ def read_source(path: str, contract: Contract, spec: DataSpec, part: Part | None
 
     Raises UserError naming file and line for anything unfit, unless the spec says to skip unfit rows.
     """
-    part = part or Part(path=path, format=spec.format, split=spec.split, encoding=spec.encoding)
-    rows: Shelf[Row] = Shelf(dump=strict_json)
+    part = part or spec.part(path)
+    rows: Shelf[Row] = Shelf(strict=True)
     source = Source(path, rows)
     stop = spec.on_bad_row == "stop"
-    for place, row, reason in _items(source, part, contract):
-        if reason is None and (reason := contract.check(row)) is None:
-            try:
-                rows.append({**row, "_place": place})
-            except UnicodeEncodeError:
-                reason = "holds half of a surrogate pair, which is no character"
-            except (ValueError, RecursionError) as error:
-                reason = f"holds what is no JSON: {error}"
-            else:
-                if part.limit and len(rows) >= part.limit:
-                    break
-                continue
-        source.reasons[reason] += 1
-        if not stop or len(source.refused) < NAMED_AT_MOST:
-            source.refused.append({"place": place, "reason": reason, "row": row})
+    for place, row, reason in _read_items(source, part, contract):
+        reason = reason or contract.check(row) or _keep(rows, {**row, "_place": place})
+        if reason:
+            source.reasons[reason] += 1
+            if not stop or len(source.refused) < NAMED_AT_MOST:
+                source.refused.append({"place": place, "reason": reason, "row": row})
+        elif part.limit and len(rows) >= part.limit:
+            break
     if not rows and not source.reasons:
         raise UserError(f"{path} is empty. Expected rows like {contract.example}")
     if source.reasons and (stop or not rows):
@@ -171,43 +167,41 @@ def read_source(path: str, contract: Contract, spec: DataSpec, part: Part | None
     return source
 
 
+def _keep(rows: Shelf[Row], row: Row) -> str | None:
+    """Puts a row among the others, or gives the reason why it cannot be kept."""
+    try:
+        rows.append(row)
+    except UnicodeEncodeError:
+        return "holds half of a surrogate pair, which is no character"
+    except (ValueError, RecursionError) as error:
+        return f"holds what is no JSON: {error}"
+    return None
+
+
 def read_split(spec: DataSpec, contract: Contract, seed: int) -> Split:
     """Training and held-out rows. These are held out by prompt or group, so none stands on both sides."""
     sources = [read_source(part.path, contract, spec, part) for part in spec.parts()]
     rows = [source.rows for source in sources]
-    kept = [list(range(len(r))) for r in rows]
+    kept = [list(range(len(of_source))) for of_source in rows]
     test: Sequence[Row] | None = None
     if isinstance(spec.test, str):
         sources.append(read_source(spec.test, contract, spec))
         test = sources[-1].rows
     elif spec.test is not None:
-        kept, held = _held_out(rows, spec.test, spec.group, seed)
-        test = Picked(rows, [s for s, index in held], [index for s, index in held])
-        for number, source in enumerate(sources):
-            source.held_out = sum(s == number for s, _ in held)
-        if not any(kept):
-            names = " and ".join(source.path for source in sources)
-            there = len({_digest(row, spec.group) for source in rows for row in source})
-            what = f"values of '{spec.group}'" if spec.group else "prompts"
-            raise UserError(f"{names}: holding out {spec.test:g} of the {there} {what} leaves no row to train on")
+        kept, held_out = _hold_out(sources, spec.test, spec.group, seed)
+        test = Picked(rows, [number for number, _ in held_out], [index for _, index in held_out])
     if spec.mix is None:
         return Split(Picked(rows, [0] * len(kept[0]), kept[0]), test, sources)
-    which, index, passes = mixture.drawn(
-        [len(k) for k in kept], [part.weight for part in spec.mix], [part.epochs for part in spec.mix], seed
-    )
-    for number, part in enumerate(spec.mix):
-        if not passes[number]:
-            raise UserError(
-                f"data.mix: not one row of {part.path} is drawn: "
-                + (
-                    "raise its weight or epochs, or leave it out"
-                    if kept[number]
-                    else f"data.test ({spec.test:g}) holds all of them out; hold out fewer"
-                )
-            )
-    for number, source in enumerate(sources[: len(rows)]):
+    weights, epochs = [part.weight for part in spec.mix], [part.epochs for part in spec.mix]
+    which, index = mixture.draw([len(of_source) for of_source in kept], weights, epochs, seed)
+    for number, (source, of_source) in enumerate(zip(sources, kept, strict=False)):
         source.drawn = int((which == number).sum())
-        source.left_out = max(0, len(kept[number]) - source.drawn) if passes[number] < 1 else 0
+        source.left_out = max(0, len(of_source) - source.drawn)
+        if not source.drawn:
+            why = "raise its weight or epochs, or leave it out"
+            if not of_source:
+                why = f"data.test ({spec.test:g}) holds all of them out; hold out fewer"
+            raise UserError(f"data.mix: not one row of {source.path} is drawn: {why}")
     places = [kept[s][i] for s, i in zip(which.tolist(), index.tolist(), strict=True)]
     return Split(Picked(rows, which.tolist(), places), test, sources)
 
@@ -217,23 +211,11 @@ def labels_as_answers(rows: Sequence[Row]) -> Sequence[Row]:
     labels = sorted({row["label"] for row in rows if is_labelled(row)})
     if not labels:
         return rows
-    return [
-        {**row, "answer": row["label"], "choices": labels, "labelled": True} if is_labelled(row) else row
-        for row in rows
-    ]
+    shared = {"choices": labels, "labelled": True}
+    return [{**row, "answer": row["label"], **shared} if is_labelled(row) else row for row in rows]
 
 
-def content_hashes(spec: DataSpec) -> dict[str, str]:
-    """What the files of a section hold, for fingerprints."""
-    hashes = {"path": files.content_hash(spec.path)} if spec.path else {}
-    for number, part in enumerate(spec.mix or []):
-        hashes[f"mix[{number}]"] = files.content_hash(part.path)
-    if isinstance(spec.test, str):
-        hashes["test"] = files.content_hash(spec.test)
-    return hashes
-
-
-def asked(row: Row) -> list[str]:
+def find_prompts(row: Row) -> list[str]:
     """What a row asks, as texts: one for each answer the assistant gives in it, each with all that led to it.
 
     The same question is the same text whether it is given as text, as messages, or inside a longer dialogue; system
@@ -241,117 +223,76 @@ def asked(row: Row) -> list[str]:
     """
     if "prompt" in row:
         prompt = row["prompt"]
-        return [_turns(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}])]
+        return [_write_turns(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}])]
     if "messages" in row:
-        messages = row["messages"]
-        return [_turns(messages[:i]) for i, message in enumerate(messages) if message["role"] == "assistant"]
+        return [_write_turns(row["messages"][:i]) for i, m in enumerate(row["messages"]) if m["role"] == "assistant"]
     return [str(row["text"])]
 
 
 def prompt_key(row: Row) -> str:
     """What a row asks last: rows with an equal one are about the same thing."""
-    return asked(row)[-1]
+    return find_prompts(row)[-1]
 
 
-def _turns(messages: list[dict[str, Any]]) -> str:
-    said = [(m["role"], m.get("content") or "", m.get("tool_calls")) for m in messages if m["role"] != "system"]
-    return json.dumps(said, sort_keys=True, ensure_ascii=False)
+def _write_turns(messages: list[dict[str, Any]]) -> str:
+    turns = [(m["role"], m.get("content") or "", m.get("tool_calls")) for m in messages if m["role"] != "system"]
+    return json.dumps(turns, sort_keys=True, ensure_ascii=False)
 
 
-def _items(source: Source, part: Part, contract: Contract) -> Iterator[tuple[str, Any, str | None]]:
+def _read_items(source: Source, part: Part, contract: Contract) -> Iterator[tuple[str, Any, str | None]]:
     """Every row a file gives, with its place, and the reason where it is none."""
-    labelled = _Labelled()
-    for place, row in files.placed_rows(part.path, part.split, part.format == "lines", part.encoding or "utf-8"):
+    labelled = LabelledRows()
+    for place, row in files.read_placed(part.path, part.split, part.format == "lines", part.encoding or "utf-8"):
         source.file_rows += 1
         if isinstance(row, Unreadable):
             yield place, None, str(row)
             continue
-        source.layouts[(formats.layout(row) or "unknown") if part.format in ("auto", "lines") else part.format] += 1
-        if contract.wanted == "preference" and labelled.takes(place, row, part.format):
+        of_keys = formats.find_format(row)
+        source.layouts[(of_keys or "unknown") if part.format in ("auto", "lines") else part.format] += 1
+        if contract.kind == "preference" and "kto" in (part.format, of_keys if part.format == "auto" else None):
+            labelled.add(place, row)
             continue
-        made = 0
+        count = 0
         try:
-            for made, shaped in enumerate(formats.read(row, part.format, contract.wanted), 1):
-                yield place if made == 1 else f"{place}#{made}", shaped, None
+            for count, shaped in enumerate(formats.read_rows(row, part.format, contract.kind), 1):
+                yield place if count == 1 else f"{place}#{count}", shaped, None
         except Unreadable as error:
-            yield place if made == 0 else f"{place}#{made + 1}", row, str(error)
-    yield from labelled.pairs()
+            yield place if count == 0 else f"{place}#{count + 1}", row, str(error)
+    yield from labelled.pair()
 
 
-class _Labelled:
-    """KTO rows of one file: an answer labelled good and one labelled bad, to the same prompt, are a comparison."""
-
-    def __init__(self) -> None:
-        self.rows: Shelf[tuple[str, Row, str | None]] = Shelf()
-        self.by_prompt: dict[bytes, tuple[list[int], list[int]]] = {}
-
-    def takes(self, place: str, row: Row, form: Format) -> bool:
-        if form != "kto" and not (form == "auto" and formats.layout(row) == "kto"):
-            return False
-        try:
-            label = formats.label(row)
-            shaped = formats.labelled(row)
-        except Unreadable as error:
-            self.rows.append((place, row, str(error)))
-            return True
-        asked = hashlib.blake2b(json.dumps(shaped["prompt"], sort_keys=True).encode(), digest_size=12).digest()
-        self.by_prompt.setdefault(asked, ([], []))[0 if label else 1].append(len(self.rows))
-        self.rows.append((place, shaped, None))
-        return True
-
-    def pairs(self) -> Iterator[tuple[str, Any, str | None]]:
-        paired: set[int] = set()
-        for good, bad in self.by_prompt.values():
-            if good and bad:
-                paired.update(good, bad)
-            for better in good:
-                for worse in bad:
-                    (place, chosen, _), (_, rejected, _) = self.rows[better], self.rows[worse]
-                    rest = {key: value for key, value in chosen.items() if key != "completion"}
-                    yield place, {**rest, "chosen": chosen["completion"], "rejected": rejected["completion"]}, None
-        for index, (place, row, reason) in enumerate(self.rows):
-            if index not in paired:
-                yield (
-                    place,
-                    row,
-                    reason
-                    or (
-                        "is one answer with a label (KTO): no comparison, as no other row answers its prompt with the "
-                        "other label"
-                    ),
-                )
-
-
-def _held_out(
-    rows: list[Sequence[Row]], wanted: float, group: str | None, seed: int
+def _hold_out(
+    sources: list[Source], test: float, group: str | None, seed: int
 ) -> tuple[list[list[int]], list[tuple[int, int]]]:
     """Indices kept of each source, and (source, index) of those held out: of the distinct prompts or groups the share
-    `wanted`, or that many where it is above 1."""
-    keys = [[_digest(row, group) for row in source] for source in rows]
+    `test`, or that many where it is above 1. Raises UserError if none is kept."""
+    keys = [[_digest(row, group) for row in source.rows] for source in sources]
     distinct = sorted(set().union(*keys))
     random.Random(seed).shuffle(distinct)
-    chosen = set(distinct[: int(wanted) if wanted > 1 else max(1, round(len(distinct) * wanted))])
+    chosen = set(distinct[: int(test) if test > 1 else max(1, round(len(distinct) * test))])
     kept = [[i for i, key in enumerate(of_source) if key not in chosen] for of_source in keys]
+    if not any(kept):
+        names = " and ".join(source.path for source in sources)
+        what = f"values of '{group}'" if group else "prompts"
+        raise UserError(f"{names}: holding out {test:g} of the {len(distinct)} {what} leaves no row to train on")
+    for source, of_source in zip(sources, kept, strict=True):
+        source.held_out = len(source.rows) - len(of_source)
     return kept, [(s, i) for s, of_source in enumerate(keys) for i, key in enumerate(of_source) if key in chosen]
 
 
-def _digest(row: Row, group: str | None) -> int:
+def _digest(row: Row, group: str | None) -> bytes:
     if group is not None and group not in row:
         raise UserError(f"{row['_place']}: has no column '{group}', by which data.group splits")
     key = prompt_key(row) if group is None else json.dumps(row[group], sort_keys=True)
-    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def refusal(source: Source, contract: Contract, none_left: bool = False) -> str:
     """What is wrong with a file's unfit rows, the first of them by name."""
-    named = [f"  {entry['place']}: {entry['reason']}" for entry in source.refused[:NAMED_AT_MOST]]
-    total = sum(source.reasons.values())
-    more = total - len(named)
-    lines = [f"{total} unfit row{'s' if total > 1 else ''} in {source.path}:", *named]
-    if none_left:
-        lines.insert(0, f"{source.path}: not one row is fit for use.")
-    if more > 0:
-        lines.append(f"  ... and {more} more")
-    lines.append(f"Expected rows like {contract.example}")
-    lines.append("Correct the rows, or set on_bad_row: skip in the stage's data section to go on without them.")
-    return "\n".join(lines)
+    total, first = source.reasons.total(), source.refused[:NAMED_AT_MOST]
+    lines = [f"{source.path}: not one row is fit for use."] if none_left else []
+    lines += [f"{total} unfit row{'s' if total > 1 else ''} in {source.path}:"]
+    lines += [f"  {entry['place']}: {entry['reason']}" for entry in first]
+    lines += [f"  ... and {total - len(first)} more"] if total > len(first) else []
+    advice = "Correct the rows, or set on_bad_row: skip in the stage's data section to go on without them."
+    return "\n".join([*lines, f"Expected rows like {contract.example}", advice])

@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 
-def drawn(
+def draw(
     sizes: Sequence[int], weights: Sequence[float | None], epochs: Sequence[float], seed: int
-) -> tuple[ndarray, ndarray, list[float]]:
-    """Which source each row of the mixture comes from, its index there, and how often each source is passed over.
+) -> tuple[ndarray, ndarray]:
+    """Which source each row of the mixture comes from, and its index there.
 
     sizes: rows of each source.  weights: share of the mixture's rows (as in table 2.2 of GPT-3, arXiv 2005.14165:
     the fraction of examples drawn from a source), or None for all: then each source is passed over `epochs` times.
@@ -22,22 +22,17 @@ def drawn(
     """
     import numpy
 
+    at_most = [size * passes for size, passes in zip(sizes, epochs, strict=True)]
     if weights[0] is None:
-        counts = [round(size * passes) for size, passes in zip(sizes, epochs, strict=True)]
+        counts = [round(rows) for rows in at_most]
     else:
         shares = [float(weight or 0) for weight in weights]
-        longest = min(
-            size * passes / (share / sum(shares)) for size, passes, share in zip(sizes, epochs, shares, strict=True)
-        )
-        counts = [round(longest * share / sum(shares)) for share in shares]
-    which, index = [], []
+        length = min(rows / (share / sum(shares)) for rows, share in zip(at_most, shares, strict=True))
+        counts = [round(length * share / sum(shares)) for share in shares]
+    index = [numpy.empty(0, dtype=numpy.int64)]
     for number, (size, count) in enumerate(zip(sizes, counts, strict=True)):
         generator = numpy.random.default_rng([seed, number])
-        passes = -(-count // size) if size else 0
-        order = [generator.permutation(size) for _ in range(passes)]
-        index.append(numpy.concatenate(order)[:count] if order else numpy.empty(0, dtype=numpy.int64))
-        which.append(numpy.full(len(index[-1]), number))
-    all_which, all_index = numpy.concatenate(which), numpy.concatenate(index)
-    shuffled = numpy.random.default_rng([seed, len(sizes)]).permutation(len(all_which))
-    passed = [count / size if size else 0.0 for size, count in zip(sizes, counts, strict=True)]
-    return all_which[shuffled], all_index[shuffled], passed
+        index += [generator.permutation(size)[: count - start] for start in range(0, count, max(1, size))]
+    which = numpy.repeat(numpy.arange(len(sizes)), counts)
+    order = numpy.random.default_rng([seed, len(sizes)]).permutation(len(which))
+    return which[order], numpy.concatenate(index)[order]

@@ -149,15 +149,15 @@ def prompt(tokenizer: Tokenizer, row: Row) -> list[int]:
 
 def unaskable(tokenizer: Tokenizer, questions: Iterable[Row]) -> list[str]:
     """Questions, their choices included, that cannot be put to the model: place and reason of each."""
-    found = []
+    problems = []
     for row in questions:
         try:
             prompt(tokenizer, row)
             for choice in row.get("choices", []) if isinstance(row["prompt"], list) else []:
                 refuse_forged(tokenizer, [{"role": "assistant", "content": choice}], {})
         except Unrenderable as error:
-            found.append(f"{row['_place']}: {error}")
-    return found
+            problems.append(f"{row['_place']}: {error}")
+    return problems
 
 
 def reply(tokenizer: Tokenizer, row: Row, key: str) -> Reply:
@@ -167,8 +167,8 @@ def reply(tokenizer: Tokenizer, row: Row, key: str) -> Reply:
         return _plain(tokenizer, row["prompt"], row[key])
     rest = {name: value for name, value in row.items() if name != "messages"}
     whole = demonstration(tokenizer, {**rest, "completion": row[key]})
-    learnt = [place for place, label in enumerate(whole.labels) if label != IGNORED]
-    start, stop = learnt[0], learnt[-1] + 1
+    with_loss = [place for place, label in enumerate(whole.labels) if label != IGNORED]
+    start, stop = with_loss[0], with_loss[-1] + 1
     if whole.ids[stop - 1] not in stop_ids(tokenizer):
         raise Unrenderable(f"the chat template ends '{key}' with no token that the model could stop at")
     return Reply(whole.ids[:start], whole.ids[start:stop], whole.labels[start:stop])

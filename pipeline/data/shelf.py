@@ -5,27 +5,12 @@ from __future__ import annotations
 import json
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, TypeVar, overload
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 IN_MEMORY = 1 << 22
 """Bytes kept in memory before the file is made."""
-
-
-def to_json(value: Any) -> bytes:
-    # A lone surrogate is no UTF-8, but it can stand in a refused row, which must be shown as it was.
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
-    return text.encode("utf-8", "surrogatepass")
-
-
-def strict_json(value: Any) -> bytes:
-    """JSON that every reader takes: UTF-8, no NaN; what JSON has no word for (dates, bytes) is written as text."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str).encode("utf-8")
-
-
-def from_json(line: bytes) -> Any:
-    return json.loads(line.decode("utf-8", "surrogatepass"))
 
 
 class OneByOne(Sequence[T], Generic[T]):
@@ -34,20 +19,12 @@ class OneByOne(Sequence[T], Generic[T]):
     def item(self, index: int) -> T:
         raise NotImplementedError
 
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-
-    def __getitem__(self, index: int | slice) -> T | list[T]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self.item(index)
+    def __getitem__(self, index: Any) -> Any:
+        return [self[i] for i in range(*index.indices(len(self)))] if isinstance(index, slice) else self.item(index)
 
     def __iter__(self) -> Iterator[T]:
         for index in range(len(self)):
-            yield self[index]
+            yield self.item(index)
 
 
 class Shelf(OneByOne[T]):
@@ -55,15 +32,19 @@ class Shelf(OneByOne[T]):
 
     Only where each item lies is kept in memory, 8 bytes an item. An item read is a new object each time: changing it
     changes nothing. The file is gone with the process, however that ends.
+
+    Items are kept as JSON, and what JSON has no word for (dates, bytes) as text. `strict`: raise ValueError at what not
+    every reader of JSON takes: NaN, and half of a surrogate pair, which is no UTF-8. A refused row may hold both.
     """
 
-    def __init__(self, dump: Callable[[T], bytes] = to_json) -> None:
-        self._dump = dump
+    def __init__(self, strict: bool = False) -> None:
+        self._strict = strict
         self._ends = array("Q", [0])
         self._file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115  closed with the process
 
     def append(self, item: T) -> None:
-        line = self._dump(item)
+        text = json.dumps(item, ensure_ascii=False, separators=(",", ":"), allow_nan=not self._strict, default=str)
+        line = text.encode("utf-8", "strict" if self._strict else "surrogatepass")
         self._file.seek(self._ends[-1])
         self._file.write(line)
         self._ends.append(self._ends[-1] + len(line))
@@ -76,7 +57,9 @@ class Shelf(OneByOne[T]):
         if not 0 <= place < len(self):
             raise IndexError(f"no item {index} among {len(self)}")
         self._file.seek(self._ends[place])
-        return from_json(self._file.read(self._ends[place + 1] - self._ends[place]))  # type: ignore[no-any-return]
+        line = self._file.read(self._ends[place + 1] - self._ends[place])
+        item: T = json.loads(line.decode("utf-8", "surrogatepass"))
+        return item
 
 
 class Picked(OneByOne[T]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import re
@@ -33,20 +34,17 @@ def apply_template(tokenizer: Tokenizer, messages: Messages, row: Row | None = N
         try:
             return str(tokenizer.apply_chat_template(messages, **options))
         except TypeError:
-            # Some templates write a call's arguments as an object, others expect them written already.
-            return str(tokenizer.apply_chat_template(_written_calls(messages), **options))
+            # Some templates write a call's arguments as an object, others expect them as JSON.
+            return str(tokenizer.apply_chat_template(_dump_arguments(messages), **options))
     except Exception as error:  # a template is a program: it can fail in any way
         raise Unrenderable(f"the chat template refuses the row: {type(error).__name__}: {error}") from error
 
 
-def _written_calls(messages: Messages) -> Messages:
-    def written(call: dict[str, Any]) -> dict[str, Any]:
-        function = call["function"]
-        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
-
-    return [
-        {**m, "tool_calls": [written(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages
-    ]
+def _dump_arguments(messages: Messages) -> Messages:
+    messages = copy.deepcopy(messages)
+    for call in (call for message in messages for call in message.get("tool_calls") or []):
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return messages
 
 
 def tokenize(tokenizer: Tokenizer, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
@@ -101,28 +99,28 @@ def stop_ids(tokenizer: Tokenizer) -> list[int]:
 
 def closes_turns(tokenizer: Tokenizer) -> bool:
     """Whether the chat template ends a dialogue with a token that the model can stop at."""
-    told = [{"role": "user", "content": "q"}, {"role": "assistant", "content": STAND_IN}]
-    return not {*_closing(tokenizer, told)}.isdisjoint(stop_ids(tokenizer))
+    dialogue = [{"role": "user", "content": "q"}, {"role": "assistant", "content": STAND_IN}]
+    return not {*_closing(tokenizer, dialogue)}.isdisjoint(stop_ids(tokenizer))
 
 
 def _closing(tokenizer: Tokenizer, messages: Messages) -> list[int]:
-    """The token after what is said in STAND_IN's turn, if any."""
+    """The token after the content of STAND_IN's turn, if any."""
     return tokenize(tokenizer, apply_template(tokenizer, messages).partition(STAND_IN)[2].lstrip())[0][:1]
 
 
 @functools.lru_cache(maxsize=8)
 def _turn_ends(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
-    asked = [{"role": "user", "content": "q"}]
-    told = [*asked, {"role": "assistant", "content": STAND_IN}]
+    question = [{"role": "user", "content": "q"}]
+    dialogue = [*question, {"role": "assistant", "content": STAND_IN}]
     # Some templates close the last turn with another token than those before it.
-    found = [_closing(tokenizer, messages) for messages in (told, [*told, *asked])]
+    ends = _closing(tokenizer, dialogue) + _closing(tokenizer, [*dialogue, *question])
     with contextlib.suppress(Unrenderable):  # and a turn that calls a tool with yet another, where they know tools
         call = {"type": "function", "function": {"name": "f", "arguments": {"x": STAND_IN}}}
-        called = apply_template(tokenizer, [*asked, {"role": "assistant", "content": "", "tool_calls": [call]}])
+        called = apply_template(tokenizer, [*question, {"role": "assistant", "content": "", "tool_calls": [call]}])
         if STAND_IN in called:
-            found.append(tokenize(tokenizer, called.rstrip())[0][-1:])
+            ends += tokenize(tokenizer, called.rstrip())[0][-1:]
     special = special_ids(tokenizer) | {tokenizer.eos_token_id}
-    return tuple(dict.fromkeys(token for ids in found for token in ids if token in special))
+    return tuple(dict.fromkeys(token for token in ends if token in special))
 
 
 def closing_marks(tokenizer: Tokenizer) -> list[str]:

@@ -1,6 +1,6 @@
 """Where in a rendered dialogue each turn of the assistant's lies, and what a dialogue may not hold.
 
-Told by rendering the turns before it, which needs no generation markers in the template.
+A turn is found by rendering the turns before it, which needs no generation markers in the template.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def find_turn(tokenizer: Tokenizer, messages: Messages, index: int, text: str, r
 def _find_by_change(tokenizer: Tokenizer, messages: Messages, index: int, text: str, row: Row) -> tuple[int, int]:
     """The same where later turns change how the template renders earlier ones (thoughts that are left out of the
     history, say): what differs once the turn says something else is the turn."""
-    other = apply_template(tokenizer, _saying(messages, index, "assistant"), row)
-    said = other.find(STAND_IN)
-    rest = other[said + len(STAND_IN) :]
-    start = _find_opening(tokenizer, messages[:index], row, text, said) if said >= 0 and text.endswith(rest) else None
+    changed = apply_template(tokenizer, _replace_content(messages, index, "assistant"), row)
+    place = changed.find(STAND_IN)
+    rest = changed[place + len(STAND_IN) :]
+    start = _find_opening(tokenizer, messages[:index], row, text, place) if place >= 0 and text.endswith(rest) else None
     if start is None:
         raise Unrenderable(
             f"the chat template renders turn {index} differently once more turns follow, so its place cannot be told"
@@ -61,37 +61,37 @@ def _find_by_change(tokenizer: Tokenizer, messages: Messages, index: int, text: 
     return start, end + len(rest) - len(closing) + len(mark) if mark else end
 
 
-def _find_opening(tokenizer: Tokenizer, before: Messages, row: Row, text: str, said: int) -> int | None:
-    """Where a turn that speaks at `said` begins: after the words that ask the assistant to speak, or as many of them
-    as this turn was opened with (some templates ask for a thought that they leave out of the history)."""
-    asked = apply_template(tokenizer, before, row, ask=True)
-    shared = len(os.path.commonprefix([asked, apply_template(tokenizer, before, row)]))
-    tokens = [
-        (token, begin, end) for token, (begin, end) in zip(*tokenize(tokenizer, asked), strict=True) if end > shared
-    ]
+def _find_opening(tokenizer: Tokenizer, before: Messages, row: Row, text: str, content: int) -> int | None:
+    """Where a turn whose content stands at `content` begins: after the generation prompt, or after as much of it as
+    this turn was opened with (some templates ask for a thought that they leave out of the history)."""
+    prompt = apply_template(tokenizer, before, row, ask=True)
+    shared = len(os.path.commonprefix([prompt, apply_template(tokenizer, before, row)]))
+    tokens = [(token, *span) for token, span in zip(*tokenize(tokenizer, prompt), strict=True) if span[1] > shared]
     special = special_ids(tokenizer)
-    marks = [end for token, _, end in tokens if token in special]
+    first_mark = next((end for token, _, end in tokens if token in special), None)
     for _, _, end in reversed(tokens):
-        opening = asked[tokens[0][1] : end]
         # Without a special token in it, the opening could be anybody's words.
-        place = text.rfind(opening, 0, said) if marks and end >= marks[0] else -1
+        if first_mark is None or end < first_mark:
+            return None
+        opening = prompt[tokens[0][1] : end]
+        place = text.rfind(opening, 0, content)
         if place >= 0:
             return place + len(opening)
     return None
 
 
-def _saying(messages: Messages, index: int, role: str) -> Messages:
-    """The dialogue with one message's words exchanged."""
+def _replace_content(messages: Messages, index: int, role: str) -> Messages:
+    """The dialogue with the stand-in as one message's content."""
     kept = {key: value for key, value in messages[index].items() if key in ("tool_call_id", "name")}
     return [*messages[:index], {**kept, "role": role, "content": STAND_IN}, *messages[index + 1 :]]
 
 
 def _refuse_lost(messages: Messages, index: int, turn: str) -> None:
-    """A template that has no words for what an assistant says must not teach it to say nothing."""
+    """A template that leaves out what an assistant says must not teach it to say nothing."""
     thought, closed, answer = str(messages[index].get("content") or "").rpartition("</think>")
     # A thought may be left out of the history, but not an answer, nor all there is.
-    said = answer.strip() or thought.replace("<think>", "").strip() if closed else answer.strip()
-    if said and said not in turn:
+    content = answer.strip() or thought.replace("<think>", "").strip() if closed else answer.strip()
+    if content and content not in turn:
         raise Unrenderable(f"the chat template leaves out what the assistant says in turn {index}")
     for call in messages[index].get("tool_calls") or []:
         if call["function"]["name"] not in turn:
@@ -100,23 +100,22 @@ def _refuse_lost(messages: Messages, index: int, turn: str) -> None:
 
 def refuse_forged(tokenizer: Tokenizer, messages: Messages, row: Row) -> None:
     """Nobody speaks a special token: in what is said it would end the turn, or begin one in another's name."""
-    told = [(f"message {index}", message) for index, message in enumerate(messages)]
-    for where, value in (*told, ("'tools'", row.get("tools"))):
-        for text in _texts(value):
-            if found := marks(tokenizer, text):
+    places = [(f"message {index}", message) for index, message in enumerate(messages)]
+    for place, value in (*places, ("'tools'", row.get("tools"))):
+        for text in _find_texts(value):
+            if spelled := marks(tokenizer, text):
                 raise Unrenderable(
-                    f"{where} holds '{found[0]}', which is a special token of this base: it would end or forge a turn. "
-                    "Take it out, or write it otherwise"
+                    f"{place} holds '{spelled[0]}', which is a special token of this base: it would end or forge a "
+                    "turn. Take it out, or write it otherwise"
                 )
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _find_texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
-        for key, below in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _texts(key)
-            yield from _texts(below)
+        for below in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _find_texts(below)
 
 
 def refuse_learnt_results(
@@ -125,9 +124,9 @@ def refuse_learnt_results(
     """What a tool answered stands in no turn of the assistant's."""
     for index, message in enumerate(messages):
         if message["role"] == "tool":
-            other = apply_template(tokenizer, _saying(messages, index, "tool"), row)
-            if STAND_IN not in other:
+            changed = apply_template(tokenizer, _replace_content(messages, index, "tool"), row)
+            if STAND_IN not in changed:
                 raise Unrenderable(f"the chat template leaves out the tool's result of turn {index}: it knows no tools")
-            place = len(os.path.commonprefix([text, other]))
+            place = len(os.path.commonprefix([text, changed]))
             if any(start <= place < stop for start, stop in spans):
                 raise Unrenderable(f"the chat template puts the tool's result, turn {index}, into the assistant's turn")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -30,65 +29,41 @@ WEIGHTS = "adapter_model.safetensors"
 ANEW = "Delete its folder to have the stage trained anew."
 
 
-@dataclass(frozen=True)
 class Artifact:
     """The folder of one stage of one run."""
 
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
-    def adapter(self) -> Path:
-        return self.folder / "adapter"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = folder.name
+        self.adapter = folder / "adapter"
+        self.checkpoints = folder / "checkpoints"
+        self.metrics = folder / "metrics.jsonl"
+        self.samples = folder / "samples.jsonl"
+        self.refused = folder / "refused.jsonl"
+        self.log = folder / "log.txt"
+        self.chosen = folder / "chosen.json"
+        self._snapshots = folder / "snapshots"
+        self._claim = folder / "claim.json"
+        self._manifest = folder / "manifest.json"
 
     def snapshots(self) -> dict[int, Path]:
         """Adapters of the policy as it was after some of its steps, by step."""
-        found = (self.folder / "snapshots").glob("step-*[0-9]")
-        return dict(sorted((int(folder.name.removeprefix("step-")), folder) for folder in found))
+        return _by_step(self._snapshots, "step-")
 
     def snapshot(self, step: int) -> Path:
-        return self.folder / "snapshots" / f"step-{step}"
-
-    @property
-    def metrics(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        return self.folder / "samples.jsonl"
-
-    @property
-    def refused(self) -> Path:
-        return self.folder / "refused.jsonl"
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "log.txt"
-
-    @property
-    def chosen(self) -> Path:
-        """What auto stood for."""
-        return self.folder / "chosen.json"
+        return self._snapshots / f"step-{step}"
 
     def manifest(self) -> Manifest | None:
         """The manifest of a finished stage, or None where there is none.
 
         Raises UserError if the file is there but is not what this version of the program writes.
         """
-        file = self.folder / "manifest.json"
-        found = read_json(file)
+        content = read_json(self._manifest)
         try:
-            return None if found is None else Manifest.model_validate(found)
+            return None if content is None else Manifest.model_validate(content)
         except ValidationError as error:
             place = ".".join(str(step) for step in error.errors()[0]["loc"])
-            why = f"{file} is damaged, or another version of OneBase wrote it (see '{place}'). {ANEW}"
+            why = f"{self._manifest} is damaged, or another version of OneBase wrote it (see '{place}'). {ANEW}"
             raise UserError(why) from None
 
     def finished(self) -> Manifest:
@@ -102,32 +77,24 @@ class Artifact:
         """Make the folder this fingerprint's own: whatever another fingerprint left is removed before anything new is
         written, so that no later run can trust a mixture of two. `by`: what else to note of who writes."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "manifest.json").unlink(missing_ok=True)
-        held = self.claimed()
-        if held is None or held.get("fingerprint") != fingerprint:
-            for leftover in (self.adapter, self.checkpoints, self.folder / "snapshots"):
+        self._manifest.unlink(missing_ok=True)
+        former = self.claimed()
+        if former is None or former.get("fingerprint") != fingerprint:
+            for leftover in (self.adapter, self.checkpoints, self._snapshots):
                 shutil.rmtree(leftover, ignore_errors=True)
             for leftover in (self.metrics, self.samples, self.refused):
                 leftover.unlink(missing_ok=True)
         claim = {"fingerprint": fingerprint, "pid": os.getpid(), "parts": parts, **(by or {})}
-        write_json(self.folder / "claim.json", claim)
+        write_json(self._claim, claim)
 
     def claimed(self) -> Json | None:
         """The claim under which unfinished work lies here; a claim that cannot be read claims nothing."""
-        try:
-            return read_json(self.folder / "claim.json")
-        except UserError:
-            return None
+        return _read_or_none(self._claim)
 
     def last_checkpoint(self, fingerprint: str) -> Path | None:
         """The newest checkpoint that was written whole under this fingerprint."""
-        found = [
-            (int(folder.name.rsplit("-", 1)[1]), folder)
-            for folder in self.checkpoints.glob("checkpoint-*")
-            if folder.name.rsplit("-", 1)[1].isdigit()
-        ]
-        for _, folder in sorted(found, reverse=True):
-            marker = _marker(folder)
+        for folder in reversed(_by_step(self.checkpoints, "checkpoint-").values()):
+            marker = _read_or_none(folder / "onebase.json") or {}
             if marker.get("fingerprint") == fingerprint and marker.get("files") == _checkpoint_files(folder):
                 return folder
         return None
@@ -135,21 +102,21 @@ class Artifact:
     def seal(self, manifest: Manifest) -> None:
         """Finish the stage: hash the adapter's files into the manifest and write it, last of all."""
         whole = Manifest.model_validate({**manifest.as_json(), "files": file_hashes(self.adapter)})
-        write_json(self.folder / "manifest.json", whole.as_json())
+        write_json(self._manifest, whole.as_json())
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-        (self.folder / "claim.json").unlink(missing_ok=True)
+        self._claim.unlink(missing_ok=True)
 
     def verify(self) -> Manifest:
         """The manifest, after every file of the adapter has been found to be the one that was sealed.
 
         Raises UserError naming the first file that is missing, truncated or altered.
         """
-        manifest, found = self.finished(), file_hashes(self.adapter)
+        manifest, hashes = self.finished(), file_hashes(self.adapter)
         if WEIGHTS not in manifest.files:
-            raise UserError(f"{self.folder / 'manifest.json'} names no {WEIGHTS}. {ANEW}")
+            raise UserError(f"{self._manifest} names no {WEIGHTS}. {ANEW}")
         for name, sha256 in manifest.files.items():
-            if found.get(name) != sha256:
-                state = "is missing" if name not in found else "is corrupted or truncated (its sha256 has changed)"
+            if hashes.get(name) != sha256:
+                state = "is missing" if name not in hashes else "is corrupted or truncated (its sha256 has changed)"
                 raise UserError(
                     f"{self.adapter / name} {state}. The stage '{self.name}' cannot be built upon: "
                     f"delete {self.folder} and run again to train it anew."
@@ -166,8 +133,14 @@ def _checkpoint_files(folder: Path) -> dict[str, str]:
     return {name: sha256 for name, sha256 in file_hashes(folder).items() if name != "onebase.json"}
 
 
-def _marker(folder: Path) -> Json:
+def _by_step(folder: Path, prefix: str) -> dict[int, Path]:
+    """The folders below that are named by a step, in its order."""
+    steps = {below.name.removeprefix(prefix): below for below in folder.glob(f"{prefix}*")}
+    return dict(sorted((int(step), below) for step, below in steps.items() if step.isdigit()))
+
+
+def _read_or_none(file: Path) -> Json | None:
     try:
-        return read_json(folder / "onebase.json") or {}
+        return read_json(file)
     except UserError:
-        return {}
+        return None

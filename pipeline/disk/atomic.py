@@ -113,18 +113,23 @@ def _temporary(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path, refusal: str) -> Iterator[None]:
-    """Hold a file lock, or raise UserError(refusal) if another living process holds it.
+def locked(path: Path, refusal: str, patience: float = 0.0) -> Iterator[None]:
+    """Hold a file lock, or raise UserError(refusal) if another living process still holds it after `patience` seconds.
 
     The lock is the kernel's (flock), so a process that crashes or is killed lets go of it and leaves nothing stale.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience
     with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(refusal.format(pid=file.read().strip() or "unknown")) from None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    file.seek(0)
+                    raise UserError(refusal.format(pid=file.read().strip() or "unknown")) from None
+                time.sleep(0.2)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -1,4 +1,4 @@
-"""manifest.json: what a finished stage tells of itself. Nothing in it is converted, and no other word is known."""
+"""manifest.json: what a finished stage notes of itself. Nothing in it is converted, and no other word is known."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.disk.atomic import Json
 
 
-class Told(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     def as_json(self) -> Json:
@@ -17,7 +17,7 @@ class Told(BaseModel):
         return self.model_dump(exclude_defaults=True, warnings=False)
 
 
-class Cost(Told):
+class Cost(Strict):
     started: str
     """When, in ISO 8601 and UTC."""
     seconds: float
@@ -32,7 +32,7 @@ class Cost(Told):
     """Of the libraries that compute."""
 
 
-class Parts(Told):
+class Parts(Strict):
     """All that an adapter depends on: its fingerprint is the digest of this."""
 
     stage: Json
@@ -44,7 +44,7 @@ class Parts(Told):
     """By role: a fingerprint."""
 
 
-class SourceCounts(Told):
+class SourceCounts(Strict):
     """Where every row of a file went: rows = used + refused + held_out + left_out."""
 
     path: str
@@ -59,7 +59,7 @@ class SourceCounts(Told):
     """Rows of the file itself, where some of them give several or none."""
 
 
-class Data(Told):
+class Data(Strict):
     sources: list[SourceCounts]
     held_out: int | None
     questions: int
@@ -69,7 +69,7 @@ class Data(Told):
     """The hashes of files that the stage is measured on and does not learn from, by role."""
 
 
-class Parent(Told):
+class Parent(Strict):
     """The stage that this one goes on from, down to the bytes of its adapter."""
 
     stage: str
@@ -88,7 +88,7 @@ class Gone(Parent):
     gone: Literal[True]
 
 
-class Table(Told):
+class Table(Strict):
     """A table that a stage tells of its held-out rows, for the report and the card; all of it is text."""
 
     title: str
@@ -140,5 +140,5 @@ class Manifest(Cost):
 
     def as_json(self) -> Json:
         """What it is first, then what it cost."""
-        told = super().as_json()
-        return {key: told[key] for key in sorted(told, key=lambda key: key in Cost.model_fields)}
+        content = super().as_json()
+        return {key: content[key] for key in sorted(content, key=lambda key: key in Cost.model_fields)}

@@ -12,10 +12,10 @@ def installed() -> dict[str, str]:
     return {library: version(library) for library in LIBRARIES}
 
 
-def others(then: dict[str, Any], now: dict[str, str]) -> dict[str, list[str]]:
+def compare(then: dict[str, Any], now: dict[str, str]) -> dict[str, list[str]]:
     """The libraries that were of another version then: {name: [then, now]}."""
     return {name: [then[name], now[name]] for name in now if name in then and then[name] != now[name]}
 
 
-def said(found: dict[str, list[str]]) -> str:
-    return ", ".join(f"{name} {then} (here {now})" for name, (then, now) in found.items())
+def describe(changed: dict[str, list[str]]) -> str:
+    return ", ".join(f"{name} {then} (here {now})" for name, (then, now) in changed.items())

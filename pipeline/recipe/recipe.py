@@ -13,8 +13,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from pipeline.data import load
-from pipeline.data.files import content_hash
+from pipeline.data.files import hash_content
+from pipeline.data.load import DataSpec
 from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, digest, sha256_of_file
 from pipeline.errors import UserError, complaint
@@ -58,10 +58,9 @@ class Recipe:
     def parents(self, stage: str) -> dict[str, str]:
         """The stages this one is handed something by, by the role they play for it."""
         section = self.stages[stage]
+        policy = {"policy": section.from_} if section.from_ and not section.from_.startswith(published.PREFIX) else {}
         rewards = [term.source for term in section.reward_terms() if term.file is None]
-        roles = {"reward" if len(rewards) == 1 else f"reward {name}": name for name in rewards}
-        grown = section.from_ is not None and not section.from_.startswith(published.PREFIX)
-        return {**({"policy": section.from_} if grown and section.from_ else {}), **roles}
+        return policy | {"reward" if len(rewards) == 1 else f"reward {name}": name for name in rewards}
 
     def parent_artifacts(self, stage: str, runs: Path = RUNS) -> dict[str, Artifact]:
         """What those stages left, by role; a parent on the Hub is pulled."""
@@ -98,23 +97,25 @@ class Recipe:
         parts: dict[str, Json] = {}
         for name in self.order():
             section = self.stages[name]
-            data = section.data
-            train = {word: value for word, value in section.train.items() if word not in RUNTIME_WORDS}
-            hashes = load.content_hashes(data.model_copy(update={"test": None}))
+            data, from_ = section.data, section.from_ or ""
+            train = {key: value for key, value in section.train.items() if key not in RUNTIME_WORDS}
+            roles = [f"mix[{number}]" for number in range(len(data.mix))] if data.mix else ["path"]
+            hashes = {role: hash_content(part.path) for role, part in zip(roles, data.parts(), strict=True)}
             terms = section.reward_terms()
             for file in sorted({term.file for term in terms if term.file}):
-                read = {f"reward {file}: {name}": path for name, path in read_by(Path(file)).items()}
-                hashes |= {name: sha256_of_file(path) for name, path in read.items()}
-            counts = {"kind": section.kind, "arithmetic": self.kind(name).arithmetic}
+                for read, path in read_by(Path(file)).items():
+                    hashes[f"reward {file}: {read}"] = sha256_of_file(path)
+            parents = {role: digest(parts[parent]) for role, parent in self.parents(name).items()}
+            if from_.startswith(published.PREFIX):
+                parents["policy"] = f"sha256:{published.pulled(from_).verify().files[WEIGHTS]}"
+            stage = {"kind": section.kind, "arithmetic": self.kind(name).arithmetic, "train": train}
+            stage |= {"data": _settings(data), **section.further_parts()}
             parts[name] = {
-                "stage": {**counts, "train": train, "data": _settings(data), **section.further_parts()},
+                "stage": stage,
                 "model": model,
                 "seed": self.spec.seed,
                 "data": hashes,
-                "parents": {
-                    **{role: digest(parts[parent]) for role, parent in self.parents(name).items()},
-                    **self._hub_parent(section.from_ or ""),
-                },
+                "parents": parents,
             }
         return parts
 
@@ -126,15 +127,10 @@ class Recipe:
         for key, file in (("data.test", section.data.test), ("questions", section.question_file())):
             if isinstance(file, str):
                 try:
-                    hashes[key.removeprefix("data.")] = content_hash(file)
+                    hashes[key.removeprefix("data.")] = hash_content(file)
                 except UserError as error:
                     raise UserError(f"stages.{stage}.{key}: {error}") from error
         return hashes
-
-    def _hub_parent(self, from_: str) -> Json:
-        if not from_.startswith(published.PREFIX):
-            return {}
-        return {"policy": f"sha256:{published.pulled(from_).verify().files[WEIGHTS]}"}
 
     def pinned_tree(self) -> Json:
         """The tree with a commit for whatever it names on the Hub, so that the processes of a run read the same bytes
@@ -171,8 +167,8 @@ def build(
     tree: Json, overrides: Iterable[str] = (), path: str = "recipe", lines: dict[str, int] | None = None
 ) -> Recipe:
     """A recipe from plain data. `lines` maps dotted keys to line numbers, for messages."""
-    for wanted in overrides:
-        tree = yaml.override(tree, wanted)
+    for text in overrides:
+        tree = yaml.override(tree, text)
     try:
         recipe = Recipe(sections.check(tree), tree)
         try:
@@ -185,7 +181,7 @@ def build(
     return recipe
 
 
-def _settings(data: load.DataSpec) -> Json:
+def _settings(data: DataSpec) -> Json:
     """How the rows are read, without where they lie: a file moved is still the same file. A share to hold out is taken
     from the rows that are trained on; a file of held-out rows takes nothing from them."""
     shown = data.model_dump(exclude={"path": True, "mix": {"__all__": {"path"}}})

@@ -69,17 +69,19 @@ class RecipeSpec(BaseModel):
                 limits = "a stage's name has letters, digits, - and _ only, at most 100: it becomes a folder"
                 raise complaint(limits, "stages", name)
             stages[name] = section
-            if isinstance(section, dict):
-                kind = section.get("kind", name)
-                if not isinstance(kind, str) or kind not in STAGES:
-                    place, ask = (["kind"], "") if "kind" in section else ([], "; name its stage with kind:")
-                    told = f"there is no stage '{kind}'{suggest(kind, STAGES)}{ask}"
-                    raise complaint(told, "stages", name, *place)
-                own, train = words(STAGES[kind].config_class), section.get("train", {})
-                known |= own
-                if isinstance(train, dict):
-                    train = {**{word: value for word, value in shared.items() if word in own}, **train}
-                stages[name] = {"kind": kind, **section, "train": train}
+            if not isinstance(section, dict):
+                continue
+            kind = section.get("kind", name)
+            if not isinstance(kind, str) or kind not in STAGES:
+                problem = f"there is no stage '{kind}'{suggest(kind, STAGES)}"
+                if "kind" in section:
+                    raise complaint(problem, "stages", name, "kind")
+                raise complaint(f"{problem}; name its stage with kind:", "stages", name)
+            own, train = words(STAGES[kind].config_class), section.get("train", {})
+            known |= own
+            if isinstance(train, dict):
+                train = {**{key: value for key, value in shared.items() if key in own}, **train}
+            stages[name] = {"kind": kind, **section, "train": train}
         check_words(shared, known, "train")
         return {**tree, "stages": stages}
 
@@ -111,8 +113,8 @@ def _on_published(spec: RecipeSpec) -> RecipeSpec:
     load = published.load_words(spec.model.base)
     quantize = (load["quantization"] or {}).get("bnb_4bit_quant_type", "none")
     if quantize != spec.model.quantize:
-        told = f"is {spec.model.quantize}; {spec.model.base} was trained under {quantize}"
-        raise complaint(told, "model", "quantize")
+        problem = f"is {spec.model.quantize}; {spec.model.base} was trained under {quantize}"
+        raise complaint(problem, "model", "quantize")
     stages = {
         name: section if section.from_ else section.model_copy(update={"from_": spec.model.base})
         for name, section in spec.stages.items()
@@ -129,8 +131,8 @@ def _check_from(from_: str | None, kinds: dict[str, Stage], *place: str) -> None
     if from_.startswith(published.PREFIX):
         manifest = published.pulled(from_).finished()
         lineage = [entry.kind for entry in manifest.lineage if isinstance(entry, Manifest)]
-        if strange := [name for name in lineage if name not in STAGES]:
-            raise complaint(f"{from_} grew from a {strange[0]} stage, which this version does not have", *place)
+        if unknown := [kind for kind in lineage if kind not in STAGES]:
+            raise complaint(f"{from_} grew from a {unknown[0]} stage, which this version does not have", *place)
         kind, named = STAGES[manifest.kind], f"{from_} is"
     elif from_ in kinds:
         kind, named = kinds[from_], f"'{from_}' leaves"
@@ -144,53 +146,52 @@ def _check_from(from_: str | None, kinds: dict[str, Stage], *place: str) -> None
 
 def _check_truth(spec: RecipeSpec) -> None:
     """All stages are measured by one truth, a function."""
-    found: str | None = None
+    first: str | None = None
     for name, section in spec.stages.items():
-        for term in section.reward_terms():
-            if not term.truth:
-                continue
-            key = ("stages", name, "reward")
+        for term in (term for term in section.reward_terms() if term.truth):
             if term.file is None:
-                told = f"'{term.source}' is a reward model; truth: true is for a function that gives 0 or 1"
-                raise complaint(told, *key)
-            if found not in (None, term.source):
-                raise complaint(f"a second truth, {term.source}; {found} is it already", *key)
-            found = term.source
+                problem = f"'{term.source}' is a reward model; truth: true is for a function that gives 0 or 1"
+                raise complaint(problem, "stages", name, "reward")
+            first = first or term.source
+            if term.source != first:
+                raise complaint(f"a second truth, {term.source}; {first} is it already", "stages", name, "reward")
 
 
 def locate(error: ValidationError, path: str, lines: Json) -> str:
     """The first thing that is wrong, as file:line: dotted key: what. `lines` gives each key's line."""
     # A misspelt key is both unknown and missing; what was typed is what can be corrected.
-    first = min(error.errors(), key=lambda one: one["type"] == "missing")
-    # Of a value that is text or a list, pydantic tells first that it is no text; what is wrong in the list comes after.
-    beside = [one for one in error.errors() if one["loc"][:-1][: len(first["loc"]) - 1] == first["loc"][:-1]]
-    first = max([first, *beside], key=lambda one: len(one["loc"])) if first["type"] == "string_type" else first
+    first = min(error.errors(), key=lambda each: each["type"] == "missing")
+    if first["type"] == "string_type":
+        # Of a value that is text or a list, pydantic says first that it is no text; then what is wrong in the list.
+        section = first["loc"][:-1]
+        beside = [each for each in error.errors() if each["loc"][:-1][: len(section)] == section]
+        first = max([first, *beside], key=lambda each: len(each["loc"]))
     place = [str(step) for step in first["loc"] if step not in ("[key]", "str") and not str(step).startswith("list[")]
     if error.title == RecipeSpec.__name__ and place[:1] == ["stages"] and {*place[2:3]} & STAGES.keys():
         del place[2]  # pydantic says which section of the union it is
     key = known = ".".join(place)
     while known and known not in lines:
         known = known.rpartition(".")[0]
-    told = first["msg"].removeprefix("Value error, ")
+    problem = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        told = _unknown(first["loc"])
+        problem = _explain_unknown(first["loc"])
     elif first["type"] == "missing":
-        told = "is missing"
+        problem = "is missing"
     elif first["type"] != "complaint":
-        told = f"{told[0].lower()}{told[1:]} (found {first['input']!r})"
-    return f"{path}:{lines[known]}: {key}: {told}" if known else f"{path}: {key or 'recipe'}: {told}"
+        problem = f"{problem[0].lower()}{problem[1:]} (found {first['input']!r})"
+    return f"{path}:{lines[known]}: {key}: {problem}" if known else f"{path}: {key or 'recipe'}: {problem}"
 
 
-def _unknown(loc: tuple[int | str, ...]) -> str:
+def _explain_unknown(loc: tuple[int | str, ...]) -> str:
     """Of a key that its section does not take: what was meant, or whose it is."""
     section: type[BaseModel] = RecipeSpec
-    word = str(loc[-1])
+    key = str(loc[-1])
     if loc[0] == "model":
         section = ModelSpec
     elif loc[0] == "stages":
         of = STAGES[str(loc[2])]
         section = DataSpec if loc[3] == "data" and len(loc) > 4 else of.section
-        others = [name for name, other in STAGES.items() if word in other.section.model_fields]
+        others = [name for name, other in STAGES.items() if key in other.section.model_fields]
         if section is of.section and others:
-            return f"a {of.name} stage takes no {word}; only {', '.join(others)} may"
-    return f"unknown key{suggest(word, [field.alias or name for name, field in section.model_fields.items()])}"
+            return f"a {of.name} stage takes no {key}; only {', '.join(others)} may"
+    return f"unknown key{suggest(key, [field.alias or name for name, field in section.model_fields.items()])}"

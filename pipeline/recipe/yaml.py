@@ -23,33 +23,19 @@ def load(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise UserError(f"{path}: cannot be read ({error})") from error
     try:
         loader = _Loader(text)
-        try:
-            node = loader.get_single_node()
-            tree = loader.construct_document(node) if node else None
-        finally:
-            loader.dispose()
+        node = loader.get_single_node()
+        tree = loader.construct_document(node) if node else None
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{place}: is not YAML: {getattr(error, 'problem', None) or error}") from error
     if node is None or not isinstance(tree, dict):
         raise UserError(f"{path}: expected the sections name, model and stages")
-    lines = dict(_lines(node))
-    stranger = _not_plain(tree)
-    if stranger:
-        raise UserError(f"{path}:{lines.get(stranger[0], 1)}: {stranger[0]}: {stranger[1]}")
+    lines = dict(_find_lines(node))
+    if not_plain := _find_not_plain(tree):
+        key, problem = not_plain
+        raise UserError(f"{path}:{lines.get(key, 1)}: {key}: {problem}")
     return tree, lines
-
-
-def value(text: str) -> Any:
-    """A value as it would stand in a file. Raises ValueError."""
-    try:
-        found = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
-    if _not_plain(found):
-        raise ValueError(f"{text!r} is neither text, number, list nor mapping")
-    return found
 
 
 def dump(tree: dict[str, Any]) -> str:
@@ -57,44 +43,43 @@ def dump(tree: dict[str, Any]) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def override(tree: dict[str, Any], wanted: str) -> dict[str, Any]:
+def override(tree: dict[str, Any], text: str) -> dict[str, Any]:
     """The tree with one value exchanged, as "stages.dpo.train.beta=0.05" says. Raises UserError."""
-    key, equals, text = wanted.partition("=")
+    key, equals, given = text.partition("=")
     path = key.strip().split(".")
     if not equals or not all(path):
-        raise UserError(f"-o {wanted}: expected dotted.key=value, for example stages.dpo.train.beta=0.05")
+        raise UserError(f"-o {text}: expected dotted.key=value, for example stages.dpo.train.beta=0.05")
     try:
-        found = value(text)
-    except ValueError as error:
-        raise UserError(f"-o {wanted}: {text!r} is not a YAML value") from error
+        value = yaml.load(given, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"-o {text}: {given!r} is not a YAML value") from error
+    if _find_not_plain(value):
+        raise UserError(f"-o {text}: {given!r} is not a YAML value")
     stages = tree.get("stages") or {}
     if path[0] == "stages" and len(path) > 2 and isinstance(stages, dict) and path[1] not in stages:
-        raise UserError(f"-o {wanted}: no stage '{path[1]}' in this recipe{suggest(path[1], stages)}")
-    return _with(tree, path, found, wanted)
+        raise UserError(f"-o {text}: no stage '{path[1]}' in this recipe{suggest(path[1], stages)}")
+    changed = section = dict(tree)
+    for step in path[:-1]:
+        below = section.get(step) or {}
+        if not isinstance(below, dict):
+            raise UserError(f"-o {text}: '{step}' is a value, not a section")
+        section[step] = dict(below)
+        section = section[step]
+    section[path[-1]] = value
+    return changed
 
 
-def _with(tree: dict[str, Any], path: list[str], found: Any, wanted: str) -> dict[str, Any]:
-    if len(path) == 1:
-        return {**tree, path[0]: found}
-    below = tree.get(path[0]) or {}
-    if not isinstance(below, dict):
-        raise UserError(f"-o {wanted}: '{path[0]}' is a value, not a section")
-    return {**tree, path[0]: _with(below, path[1:], found, wanted)}
-
-
-def _not_plain(found: Any, place: str = "") -> tuple[str, str] | None:
+def _find_not_plain(value: Any, place: str = "") -> tuple[str, str] | None:
     """The first place that holds what JSON could not (a date, a set, a key that is no text), and what is wrong."""
-    if isinstance(found, dict):
-        for key, below in found.items():
-            if not isinstance(key, str):
-                return place, f"the key {key!r} is not text"
-            stranger = _not_plain(below, f"{place}.{key}".lstrip("."))
-            if stranger:
-                return stranger
-    elif isinstance(found, list):
-        return next(filter(None, (_not_plain(below, place) for below in found)), None)
-    elif found is not None and not isinstance(found, str | int | float):
-        return place, f"{found} is read as {type(found).__name__}; quote it to have text"
+    if isinstance(value, dict):
+        if not_text := [key for key in value if not isinstance(key, str)]:
+            return place, f"the key {not_text[0]!r} is not text"
+        below = [_find_not_plain(each, f"{place}.{key}".lstrip(".")) for key, each in value.items()]
+        return next(filter(None, below), None)
+    if isinstance(value, list):
+        return next(filter(None, (_find_not_plain(each, place) for each in value)), None)
+    if value is not None and not isinstance(value, str | int | float):
+        return place, f"{value} is read as {type(value).__name__}; quote it to have text"
     return None
 
 
@@ -134,10 +119,10 @@ for _side in (_Loader, _Dumper):
     )
 
 
-def _lines(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
+def _find_lines(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
     """Dotted keys with their line numbers, counted from 1."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             dotted = f"{prefix}{key.value}"
             yield dotted, key.start_mark.line + 1
-            yield from _lines(value, f"{dotted}.")
+            yield from _find_lines(value, f"{dotted}.")

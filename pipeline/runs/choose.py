@@ -19,36 +19,35 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 
-def choose_section(recipe: Recipe, stage: str, runs: Path, fingerprint: str, everyone: PartialState) -> StageSpec:
+def choose_section(recipe: Recipe, stage: str, runs: Path, fingerprint: str, processes: PartialState) -> StageSpec:
     """The stage's section with a number for every auto: those an earlier start of this stage chose, or those that fit
     this machine best. The first process chooses and notes it, also in comments of the run's recipe.yaml, for the word
-    itself is what counts; the others, whose memory may differ, are told."""
+    itself is what counts; the others, whose memory may differ, take what it has chosen."""
     from accelerate.utils import broadcast_object_list
 
     section = recipe.stages[stage]
     if not auto.asked(section):
         return section
-    known = _choose(recipe, stage, runs, fingerprint) if everyone.is_main_process else {}
-    known = broadcast_object_list([known])[0]
-    return auto.taken(section, known["chosen"])
+    chosen = _choose(recipe, stage, runs, fingerprint) if processes.is_main_process else {}
+    return auto.taken(section, broadcast_object_list([chosen])[0])
 
 
 def _choose(recipe: Recipe, stage: str, runs: Path, fingerprint: str) -> Json:
     section, file = recipe.stages[stage], recipe.artifact(stage, runs).chosen
-    known = read_json(file) or {}
-    if known.get("fingerprint") != fingerprint:
+    noted = read_json(file) or {}
+    if noted.get("fingerprint") != fingerprint:
         kind, spec, card = recipe.kind(stage), recipe.spec.model, _this_machine()
         lengths = lengths_of(section, kind.contract, recipe.spec.seed)
         model = planned_model(spec, read_shapes(spec))
         chosen = auto.choices(kind, section, model, spec, lengths, card)
-        known = {"fingerprint": fingerprint, "for": f"{card.name}, {card.memory / 2**30:.3g} GiB", "chosen": chosen}
-        write_json(file, known)
+        noted = {"fingerprint": fingerprint, "for": f"{card.name}, {card.memory / 2**30:.3g} GiB", "chosen": chosen}
+        write_json(file, noted)
         resolved = runs / recipe.name / "recipe.yaml"
         if resolved.is_file():
             write_recipe(recipe, resolved, runs)
-    settings = ", ".join(f"{word} {value}" for word, value in known["chosen"].items())
-    print(f"  auto, on {known['for']}: {settings}", flush=True)
-    return known
+    settings = ", ".join(f"{key} {value}" for key, value in noted["chosen"].items())
+    print(f"  auto, on {noted['for']}: {settings}", flush=True)
+    return dict(noted["chosen"])
 
 
 def _this_machine() -> Card:

@@ -19,8 +19,8 @@ def write_recipe(recipe: Recipe, file: Path, runs: Path) -> None:
 
 def describe_choices(out: Artifact, fingerprint: str) -> str:
     """What auto stood for in a stage, as comments of the resolved recipe."""
-    known = read_json(out.chosen) or {}
-    if known.get("fingerprint") != fingerprint:
+    noted = read_json(out.chosen) or {}
+    if noted.get("fingerprint") != fingerprint:
         return ""
-    told = (f"# stages.{out.name}.train.{word}: {json.dumps(value)}\n" for word, value in known["chosen"].items())
-    return f"# auto, on {known['for']}:\n" + "".join(told)
+    lines = (f"# stages.{out.name}.train.{key}: {json.dumps(value)}\n" for key, value in noted["chosen"].items())
+    return f"# auto, on {noted['for']}:\n" + "".join(lines)

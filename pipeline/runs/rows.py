@@ -14,7 +14,8 @@ def load_rows(recipe: Recipe, stage: str) -> tuple[Rows, list[Source]]:
     split = read_split(section.data, recipe.kind(stage).contract, recipe.spec.seed)
     section.check_rows(split.train, split.test)
     file = section.question_file()
-    asked = read_source(file, QUESTION, DataSpec(path=file, encoding=section.data.encoding)) if file else None
-    rows = Rows(split.train, split.test, labels_as_answers(asked.rows) if asked else [])
     # A held-out share has no file of its own: its rows are counted with the file they were taken from.
-    return rows, [*split.sources, *([asked] if asked else [])]
+    if not file:
+        return Rows(split.train, split.test), split.sources
+    questions = read_source(file, QUESTION, DataSpec(path=file, encoding=section.data.encoding))
+    return Rows(split.train, split.test, labels_as_answers(questions.rows)), [*split.sources, questions]

@@ -40,21 +40,19 @@ def run(
     """
     runs = Path(runs)
     sharding.refuse(launch_config)
-    chosen = _chosen(recipe, only, from_)
+    chosen = _choose_stages(recipe, only, from_)
     refusal = f"the run '{recipe.name}' is already going on in process {{pid}} (lock {runs / recipe.name / '.lock'})."
     with ended_in_order(), locked(runs / recipe.name / ".lock", refusal):
-        found = {state.name: state for state in states(recipe, runs)}
-        planned = [state for state in found.values() if state.name in chosen]
+        by_name = {state.name: state for state in states(recipe, runs)}
+        planned = [state for state in by_name.values() if state.name in chosen]
         for state in planned:
-            _check_before(recipe, state, found, chosen)
+            _check_before(recipe, state, by_name, chosen)
         resolved = runs / recipe.name / "recipe.yaml"
         write_recipe(recipe, resolved, runs)
         done = []
         for index, state in enumerate(planned, 1):
-            print(
-                f"[{index}/{len(planned)}] {state.name}: {state.word}{', ' + state.why if state.why else ''}",
-                flush=True,
-            )
+            why = f", {state.why}" if state.why else ""
+            print(f"[{index}/{len(planned)}] {state.name}: {state.word}{why}", flush=True)
             if state.due:
                 for parent in sorted(set(recipe.parents(state.name).values()) - chosen):  # held below otherwise
                     gates.hold(recipe.spec.expect, recipe.artifact(parent, runs), force)
@@ -64,29 +62,26 @@ def run(
         return done
 
 
-def _check_before(recipe: Recipe, state: State, found: dict[str, State], chosen: set[str]) -> None:
+def _check_before(recipe: Recipe, state: State, by_name: dict[str, State], chosen: set[str]) -> None:
     """Whatever would stop a stage and can be known without a model is said before the first stage is launched."""
     if state.word == "damaged":
         raise UserError(state.why)
     if not state.due:
         return
-    for parent in recipe.parents(state.name).values():
-        if parent not in chosen and not found[parent].fresh:
-            why = found[parent].why
+    for parent in (by_name[name] for name in recipe.parents(state.name).values() if name not in chosen):
+        if parent.word == "damaged":
+            raise UserError(parent.why)
+        if not parent.fresh:
             raise UserError(
-                why
-                if found[parent].word == "damaged"
-                else f"'{state.name}' goes on from '{parent}', which is {found[parent].word} ({why}). "
-                f"Run it too: --only {parent} --only {state.name}, or leave --only and --from away."
+                f"'{state.name}' goes on from '{parent.name}', which is {parent.word} ({parent.why}). "
+                f"Run it too: --only {parent.name} --only {state.name}, or leave --only and --from away."
             )
     load_rows(recipe, state.name)
     check_base(recipe.spec.model, {state.name: recipe.stages[state.name]})
 
 
-def _chosen(recipe: Recipe, only: Sequence[str], from_: str | None) -> set[str]:
-    for name in [*only, *([from_] if from_ else [])]:
-        if name not in recipe.stages:
-            raise UserError(f"no stage '{name}' in the recipe {recipe.name} (there is: {', '.join(recipe.stages)})")
+def _choose_stages(recipe: Recipe, only: Sequence[str], from_: str | None) -> set[str]:
+    recipe.named([*only, *([from_] if from_ else [])])
     if only:
         return set(only)
     if from_ is None:
@@ -99,16 +94,19 @@ def _chosen(recipe: Recipe, only: Sequence[str], from_: str | None) -> set[str]:
 
 
 def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path | None) -> None:
+    import psutil
+
     out = recipe.artifact(stage, runs)
     out.folder.mkdir(parents=True, exist_ok=True)
-    # Left to itself accelerate gives a process one CPU thread.
-    single = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    single += ["--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS", str(_cores()))]
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch"),
-        *(["--config_file", str(config)] if config else single),
-        *("-m", "pipeline.runs.worker", str(resolved), stage, "--runs", str(runs)),
-    ]
+    if config:
+        arguments = ["--config_file", str(config)]
+    else:
+        arguments = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        # Left to itself accelerate gives a process one CPU thread.
+        cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
+        arguments += ["--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS", str(cores))]
+    worker = ["-m", "pipeline.runs.worker", str(resolved), stage, "--runs", str(runs)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, *worker]
     variables = {**make_environment(), WATCH: "1", "PYTHONUNBUFFERED": "1"}
     if config is None:
         # TRL's trainers refuse a process that sees several GPUs; one is what a run without a config is about.
@@ -127,27 +125,17 @@ def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path
         if manifest and manifest.fingerprint == digest(recipe.parts()[stage]):
             return
         raise UserError(f"stage '{stage}' ended early, without an error and without a result. Its log is {out.log}")
-    said = out.log.read_bytes()[begun:].decode("utf-8", "replace")
-    if ERROR_MARK in said:
-        raise UserError(_message(said))
-    if "\nKeyboardInterrupt" in said or status in (130, -signal.SIGINT):
+    logged = out.log.read_bytes()[begun:].decode("utf-8", "replace")
+    if ERROR_MARK in logged:
+        # The worker's own words, without what the launcher prints after them.
+        raise UserError(logged.rsplit(ERROR_MARK, 1)[1].split("\nTraceback (most recent call last)")[0].strip())
+    if "\nKeyboardInterrupt" in logged or status in (130, -signal.SIGINT):
         raise KeyboardInterrupt
-    tail = "\n  ".join(said.strip().splitlines()[-8:])
+    tail = "\n  ".join(logged.strip().splitlines()[-8:])
     raise UserError(
         f"stage '{stage}' ended without a word (status {status}): killed from outside, or out of memory.\n  {tail}\n"
         f"Its log is {out.log}. Run again to go on from the last checkpoint."
     )
-
-
-def _cores() -> int:
-    import psutil
-
-    return min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
-
-
-def _message(said: str) -> str:
-    """The worker's own words, without what the launcher prints after them."""
-    return said.rsplit(ERROR_MARK, 1)[1].split("\nTraceback (most recent call last)")[0].strip()
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

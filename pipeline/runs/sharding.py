@@ -24,24 +24,26 @@ def refuse(launch_config: Path | None = None) -> None:
 
     Without a file it is accelerate's own, which `accelerate config` has written, that the launcher reads.
     """
-    for word, name in SHARDS.items():
-        variable = f"ACCELERATE_USE_{word}"
+    for shard, name in SHARDS.items():
+        variable = f"ACCELERATE_USE_{shard}"
         if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on", "y", "t"):
             raise UserError(f"{variable} is set in the environment and asks for {name}. {INSTEAD}")
-    file = launch_config or _accelerates_own()
+    file = launch_config or _find_default_config()
     if not file.is_file():
         return
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{file}: is no accelerate config: {error}") from error
-    asked = found if isinstance(found, dict) else {}
-    for word, name in SHARDS.items():
-        for key in ("distributed_type", f"{word.lower()}_config"):
-            if asked.get(key) if key.endswith("_config") else str(asked.get(key)).upper() == word:
-                raise UserError(f"{file}: {key} asks for {name}. {INSTEAD}")
+    if not isinstance(config, dict):
+        return
+    for shard, name in SHARDS.items():
+        if str(config.get("distributed_type")).upper() == shard:
+            raise UserError(f"{file}: distributed_type asks for {name}. {INSTEAD}")
+        if config.get(f"{shard.lower()}_config"):
+            raise UserError(f"{file}: {shard.lower()}_config asks for {name}. {INSTEAD}")
 
 
-def _accelerates_own() -> Path:
+def _find_default_config() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("HF_HOME") or cache / "huggingface") / "accelerate" / "default_config.yaml"

@@ -6,14 +6,13 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.disk import versions
 from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, digest, locked, write_text
-from pipeline.disk.manifest import Cost, Data, Manifest, Parent, Parts, SourceCounts
+from pipeline.disk.manifest import Cost, Data, Manifest, Parent, Parts
 from pipeline.errors import UserError
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs import sharding
@@ -23,21 +22,20 @@ from pipeline.runs.rows import load_rows
 from pipeline.stages.stage import Context
 
 ORPHAN_PATIENCE = 15.0
-"""Seconds that a worker whose runner was killed has to be gone."""
+"""Seconds that a worker has to be gone whose runner was killed: one process at a time writes a stage."""
 
 
 def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
     """Run one stage of a recipe whose parents are fresh, and seal it. One that is trained, and whose held-out files are
     not those it was measured on, is measured again."""
-    if stage not in recipe.stages:
-        raise UserError(f"no stage '{stage}' in the recipe {recipe.name} (there is: {', '.join(recipe.stages)})")
+    recipe.named([stage])
     sharding.refuse()
     parts = recipe.parts()
     fingerprint = digest(parts[stage])
     out = recipe.artifact(stage, runs)
     named = recipe.parents(stage)
     parents = {
-        role: _sound_parent(parent, digest(parts[named[role]]), parts[stage]["model"]["base"])
+        role: _verify_parent(parent, digest(parts[named[role]]), parts[stage]["model"]["base"])
         if role in named
         else parent  # from the Hub: proven when pulled, and its base by the digest of the base in memory
         for role, parent in recipe.parent_artifacts(stage, runs).items()
@@ -52,33 +50,38 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
     if former is not None:
         out.verify()
         print(f"  {stage} is measured again; nothing is trained", flush=True)
-    data, sources = load_rows(recipe, stage)
-    refused = [source.refused for source in sources if len(source.refused)]
+    rows, sources = load_rows(recipe, stage)
 
     import torch
     from accelerate import PartialState
 
-    everyone = PartialState(cpu=not torch.cuda.is_available())
-    with _alone(out) if everyone.is_main_process else contextlib.nullcontext():
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    is_main = processes.is_main_process
+    refusal = f"{out.folder} is being written by process {{pid}}. Wait for it, or end it."
+    with locked(out.folder / ".lock", refusal, ORPHAN_PATIENCE) if is_main else contextlib.nullcontext():
         started, meter = time.time(), Meter()
-        by = {"processes": everyone.num_processes, "versions": versions.installed()}
-        begun = _to_go_on_with(out, fingerprint, everyone.num_processes)
-        changed = _versions_changed(by["versions"], begun, parents)
-        for what, other in changed.items() if everyone.is_main_process else ():
-            print(f"  warning: {what} was made with {versions.said(other)}", flush=True)
+        writer = {"processes": processes.num_processes, "versions": versions.installed()}
+        begun = _find_checkpoint_claim(out, fingerprint, processes.num_processes)
+        changed = _compare_versions(writer["versions"], begun, parents)
+        for what, others in changed.items() if is_main else ():
+            print(f"  warning: {what} was made with {versions.describe(others)}", flush=True)
+
+        def note_refused(more: list[Json]) -> None:
+            refused = [*(source.refused for source in sources), more]
+            if any(map(len, refused)):
+                write_text(out.refused, map(_json_line, itertools.chain(*refused)))
 
         def claim() -> Path | None:
-            if everyone.is_main_process:
-                out.claim(fingerprint, parts[stage], by)
-                if refused:
-                    write_text(out.refused, (_json_line(entry) for entry in itertools.chain(*refused)))
-            everyone.wait_for_everyone()
+            if is_main:
+                out.claim(fingerprint, parts[stage], writer)
+                note_refused([])
+            processes.wait_for_everyone()
             return out.last_checkpoint(fingerprint)
 
-        section = choose_section(recipe, stage, runs, fingerprint, everyone)
+        section = choose_section(recipe, stage, runs, fingerprint, processes)
         context = Context(
             model=recipe.spec.model,
-            data=data,
+            data=rows,
             parents=parents,
             out=out,
             seed=recipe.spec.seed,
@@ -88,47 +91,48 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
             trained=out.adapter if former else None,
         )
         result = recipe.kind(stage).run(section, context)
-        if everyone.is_main_process:
-            write_text(out.samples, "".join(_json_line(sample) for sample in result.samples))
-            if result.refused:
-                write_text(out.refused, (_json_line(entry) for entry in itertools.chain(*refused, result.refused)))
-            cost = _cost(started, meter)
-            found = Data(
-                sources=[SourceCounts(**source.counts()) for source in sources],
-                held_out=None if data.test is None else len(data.test),
-                questions=len(data.questions),
-                counts=former.data.counts if former else result.counts,
-                measured_on=measured_on,
+        if not is_main:
+            return
+        write_text(out.samples, map(_json_line, result.samples))
+        if result.refused:
+            note_refused(result.refused)
+        cost = _measure_cost(started, meter)
+        data = Data(
+            sources=[source.counts() for source in sources],
+            held_out=None if rows.test is None else len(rows.test),
+            questions=len(rows.questions),
+            counts=former.data.counts if former else result.counts,
+            measured_on=measured_on,
+        )
+        chosen = section.model_dump(by_alias=True)
+        measured: Json = {"section": chosen, "data": data, "before": result.before, "after": result.after}
+        measured["tables"] = result.tables
+        if former:
+            out.seal(former.model_copy(update={**measured, "again": cost}))
+            return
+        out.seal(
+            Manifest(
+                stage=stage,
+                kind=section.kind,
+                fingerprint=fingerprint,
+                parts=Parts(**parts[stage]),
+                parents={role: _note_parent(parent) for role, parent in parents.items()},
+                base=recipe.spec.model.base,
+                base_hash=parts[stage]["model"]["base"],
+                base_digest=result.base_digest,
+                seed=recipe.spec.seed,
+                invariants=result.invariants,
+                labels=result.labels,
+                several_labels=result.several_labels,
+                processes=processes.num_processes,
+                versions_changed=changed,
+                **measured,
+                **cost.model_dump(),
             )
-            chosen = section.model_dump(by_alias=True)
-            numbers: Json = {"section": chosen, "data": found, "before": result.before, "after": result.after}
-            numbers["tables"] = result.tables
-            if former:
-                out.seal(former.model_copy(update={**numbers, "again": cost}))
-                return
-            out.seal(
-                Manifest(
-                    stage=stage,
-                    kind=section.kind,
-                    fingerprint=fingerprint,
-                    parts=Parts(**parts[stage]),
-                    parents={role: _note_parent(parent) for role, parent in parents.items()},
-                    base=recipe.spec.model.base,
-                    base_hash=parts[stage]["model"]["base"],
-                    base_digest=result.base_digest,
-                    seed=recipe.spec.seed,
-                    invariants=result.invariants,
-                    labels=result.labels,
-                    several_labels=result.several_labels,
-                    processes=everyone.num_processes,
-                    versions_changed=changed,
-                    **numbers,
-                    **cost.model_dump(),
-                )
-            )
+        )
 
 
-def _to_go_on_with(out: Artifact, fingerprint: str, processes: int) -> Json:
+def _find_checkpoint_claim(out: Artifact, fingerprint: str, processes: int) -> Json:
     """The claim under which a checkpoint of this stage lies here, empty if there is none.
 
     Raises UserError if it was made by another number of processes: a step would learn from other rows than before.
@@ -145,15 +149,15 @@ def _to_go_on_with(out: Artifact, fingerprint: str, processes: int) -> Json:
     return claim
 
 
-def _versions_changed(now: Json, begun: Json, parents: dict[str, Artifact]) -> Json:
+def _compare_versions(now: Json, begun: Json, parents: dict[str, Artifact]) -> Json:
     """Where other versions of the libraries made what this stage builds upon: {what: {library: [then, now]}}."""
     noted = {"its checkpoint": begun.get("versions") or {}}
     noted |= {f"'{parent.name}'": parent.finished().versions for parent in parents.values()}
-    found = {what: versions.others(then, now) for what, then in noted.items()}
-    return {what: other for what, other in found.items() if other}
+    changed = {what: versions.compare(then, now) for what, then in noted.items()}
+    return {what: others for what, others in changed.items() if others}
 
 
-def _sound_parent(parent: Artifact, fingerprint: str, base: str) -> Artifact:
+def _verify_parent(parent: Artifact, fingerprint: str, base: str) -> Artifact:
     manifest = parent.verify()
     if manifest.base_hash != base:
         raise UserError(
@@ -177,24 +181,7 @@ def _note_parent(parent: Artifact) -> Parent:
     )
 
 
-@contextlib.contextmanager
-def _alone(out: Artifact) -> Iterator[None]:
-    """One process writes a stage. One whose runner was killed is dying; it is given a moment to be gone."""
-    deadline = time.monotonic() + ORPHAN_PATIENCE
-    refusal = f"{out.folder} is being written by process {{pid}}. Wait for it, or end it."
-    with contextlib.ExitStack() as held:
-        while True:
-            try:
-                held.enter_context(locked(out.folder / ".lock", refusal))
-                break
-            except UserError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
-        yield
-
-
-def _cost(started: float, meter: Meter) -> Cost:
+def _measure_cost(started: float, meter: Meter) -> Cost:
     import resource
 
     import torch

@@ -35,15 +35,18 @@ class State:
 def states(recipe: Recipe, runs: Path = RUNS) -> list[State]:
     """Every stage in order with what the next run would do about it."""
     parts = recipe.parts()
-    found: dict[str, State] = {}
+    by_name: dict[str, State] = {}
     for name in recipe.order():
-        waiting = [parent for parent in recipe.parents(name).values() if not found[parent].fresh]
+        waiting = [parent for parent in recipe.parents(name).values() if not by_name[parent].fresh]
         parents = recipe.parent_artifacts(name, runs)
-        found[name] = _state(recipe.artifact(name, runs), parts[name], recipe.measured_on(name), parents, waiting)
-    return list(found.values())
+        out = recipe.artifact(name, runs)
+        by_name[name] = _find_state(out, parts[name], recipe.measured_on(name), parents, waiting)
+    return list(by_name.values())
 
 
-def _state(out: Artifact, parts: Json, measured_on: Json, parents: dict[str, Artifact], waiting: list[str]) -> State:
+def _find_state(
+    out: Artifact, parts: Json, measured_on: Json, parents: dict[str, Artifact], waiting: list[str]
+) -> State:
     manifest = out.manifest()
     fingerprint = digest(parts)
     if manifest is not None and manifest.fingerprint == fingerprint:
@@ -55,11 +58,11 @@ def _state(out: Artifact, parts: Json, measured_on: Json, parents: dict[str, Art
             noted, theirs = manifest.parents.get(role), parent.manifest()
             if not waiting and (noted and noted.adapter) != (theirs and theirs.files.get(WEIGHTS)):
                 return State(out.name, "stale", f"'{parent.name}' has been trained again, with another result")
-        changed = _differences({"data": manifest.data.measured_on}, {"data": measured_on})
-        other = versions.others(manifest.versions, versions.installed())
+        changed = _list_differences({"data": manifest.data.measured_on}, {"data": measured_on})
         if changed:
             return State(out.name, "unmeasured", "; ".join(changed))
-        return State(out.name, "fresh", f"made with {versions.said(other)}" if other else "")
+        others = versions.compare(manifest.versions, versions.installed())
+        return State(out.name, "fresh", f"made with {versions.describe(others)}" if others else "")
     checkpoint = out.last_checkpoint(fingerprint)
     if checkpoint is not None:
         several = (out.claimed() or {}).get("processes", 1)
@@ -68,33 +71,33 @@ def _state(out: Artifact, parts: Json, measured_on: Json, parents: dict[str, Art
     before = manifest.parts.model_dump() if manifest else (out.claimed() or {}).get("parts")
     if before is None:
         return State(out.name, "new", f"after {waiting[0]}" if waiting else "never run")
-    changed = _differences(before, parts) if isinstance(before, dict) else []
+    changed = _list_differences(before, parts) if isinstance(before, dict) else []
     return State(out.name, "stale", "; ".join(changed) or "it was cut short")
 
 
-def _differences(before: Json, now: Json, prefix: str = "") -> list[str]:
+def _list_differences(before: Json, now: Json, prefix: str = "") -> list[str]:
     """What has changed between two sets of parts, in words."""
-    found = []
+    differences = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if old == new:
             continue
         place = f"{prefix}{key}"
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{place}.".removeprefix("stage."))
+            differences += _list_differences(old, new, f"{place}.".removeprefix("stage."))
         elif prefix == "parents.":
-            found.append(f"its parent ({key}) has changed")
+            differences.append(f"its parent ({key}) has changed")
         elif place in ("data.path", "data.test", "data.questions"):
             what = "changed" if old and new else "been named" if new else "been taken away"
-            found.append(f"the file of {place.removeprefix('data.') if key == 'questions' else place} has {what}")
+            differences.append(f"the file of {place.removeprefix('data.') if key == 'questions' else place} has {what}")
         elif place.startswith("data.reward "):
             what = "changed" if old and new else "come into use" if new else "gone out of use"
-            found.append(f"{place.rpartition(': ')[2]}, which the reward reads, has {what}")
+            differences.append(f"{place.rpartition(': ')[2]}, which the reward reads, has {what}")
         elif place == "arithmetic":
-            found.append(f"this version of OneBase trains it in another way ({_short(old)}, now {_short(new)})")
+            differences.append(f"this version of OneBase trains it in another way ({_short(old)}, now {_short(new)})")
         else:
-            found.append(f"{place} was {_short(old)}, is {_short(new)}")
-    return found
+            differences.append(f"{place} was {_short(old)}, is {_short(new)}")
+    return differences
 
 
 def _short(value: Any) -> str:

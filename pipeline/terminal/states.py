@@ -19,7 +19,7 @@ def show_rows(recipe: Recipe) -> None:
     for name in recipe.order():
         data, sources = load_rows(recipe, name)
         files = sources[: len(recipe.stages[name].data.parts())]
-        rows = sum(source.counts()["rows"] for source in files)
+        rows = sum(source.counts().rows for source in files)
         names = ", ".join(source.path for source in files)
         held_out = f", {len(data.test)} held out" if data.test is not None else ""
         asked = f", {len(data.questions)} questions" if data.questions else ""

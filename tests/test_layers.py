@@ -8,11 +8,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 LAYERS = [
-    ["errors", "disk"]
-    + ["data.contracts", "data.formats", "data.dialogues", "data.trees", "data.shelf"],
+    ["errors", "disk"] + ["data.contracts", "data.formats", "data.dialogues", "data.trees", "data.shelf"],
     ["models", "data"],
+    ["plan"],
     ["measure"],
-    ["training", "ppo", "stages", "plan"],
+    ["training"],
+    ["ppo"],
+    ["stages"],
     ["recipe"],
     ["runs"],
     ["evaluate"],

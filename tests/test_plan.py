@@ -22,8 +22,8 @@ from plan_oracle import MODELS, Variant, against_plan
 
 from pipeline.errors import UserError
 from pipeline.plan.cards import CARDS, card
-from pipeline.plan.memory import CONTEXT, Adapter, Model, Work, memory
-from pipeline.plan.shapes import KNOWN, Shapes, shapes_of, shipped
+from pipeline.plan.memory import CONTEXT, Model, Work, memory
+from pipeline.plan.shapes import KNOWN, Adapter, Shapes, shapes_of, shipped
 from pipeline.plan.time import step_seconds, training_operations
 from pipeline.recipe import yaml
 from pipeline.recipe.recipe import build

@@ -108,6 +108,11 @@ class Shapes:
         return self.layers * sum(linear.inputs * linear.outputs for linear in self.linears())
 
     @property
+    def largest_linear(self) -> int:
+        """Parameters of the largest linear layer."""
+        return max(linear.inputs * linear.outputs for linear in self.linears())
+
+    @property
     def other_parameters(self) -> int:
         """What stays in the compute dtype: embeddings, LM head unless tied, norms, biases."""
         per_layer = self.norms * self.hidden + 2 * self.head_dim * self.qk_norm
@@ -121,6 +126,22 @@ class Shapes:
     @property
     def parameters(self) -> int:
         return self.linear_parameters + self.other_parameters
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What PEFT's LoraConfig says of an adapter's size."""
+
+    r: int = 16
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None
+    """Names of the linear layers it is put on; all of them if None."""
+
+    def on(self, shapes: Shapes) -> list[Linear]:
+        return [linear for linear in shapes.linears() if self.targets is None or linear.name in self.targets]
+
+    def parameters(self, shapes: Shapes) -> int:
+        return shapes.layers * self.r * sum(linear.inputs + linear.outputs for linear in self.on(shapes))
 
 
 def shapes_of(config: dict[str, Any], where: str = "config.json") -> Shapes:

@@ -21,6 +21,7 @@ from pipeline.data.render import padded
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel, score_states
 from pipeline.models.out_of_memory import EPISODE, run_in_parts
+from pipeline.plan.sizes import PPO_LOGITS
 from pipeline.ppo.algorithm import log_probs, log_probs_with_slope
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 POLICY, REFERENCE, VALUE = "default", "reference", "value"
 Role = Literal["policy", "value"]
-LOGITS_AT_ONCE = 1 << 23
-"""Logits computed at once; more tokens go in parts."""
 
 
 class Actors(LanguageModel):
@@ -148,7 +147,7 @@ class _HeadLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states_NH: Tensor, ids_N: Tensor, actors: Actors) -> tuple[Tensor, Tensor]:
-        size = max(1, LOGITS_AT_ONCE // actors.config.vocab_size)
+        size = max(1, PPO_LOGITS // actors.config.vocab_size)
         logp, entropy, gradients = [], [], list[Tensor]()
         for states_nH, ids_n in zip(torch.split(states_NH, size), torch.split(ids_N, size), strict=True):
             if not ctx.needs_input_grad[0]:

@@ -26,11 +26,11 @@ def choose_section(recipe: Recipe, stage: str, runs: Path, fingerprint: str, eve
     from accelerate.utils import broadcast_object_list
 
     section = recipe.stages[stage]
-    if not auto.asked(section):
+    if not auto.find_autos(section):
         return section
     known = _choose(recipe, stage, runs, fingerprint) if everyone.is_main_process else {}
     known = broadcast_object_list([known])[0]
-    return auto.taken(section, known["chosen"])
+    return auto.fill_in(section, known["chosen"])
 
 
 def _choose(recipe: Recipe, stage: str, runs: Path, fingerprint: str) -> Json:
@@ -40,7 +40,7 @@ def _choose(recipe: Recipe, stage: str, runs: Path, fingerprint: str) -> Json:
         kind, spec, card = recipe.kind(stage), recipe.spec.model, _this_machine()
         lengths = lengths_of(section, kind.contract, recipe.spec.seed)
         model = planned_model(spec, read_shapes(spec))
-        chosen = auto.choices(kind, section, model, spec, lengths, card)
+        chosen = auto.choose(kind, section, model, spec, lengths, card)
         known = {"fingerprint": fingerprint, "for": f"{card.name}, {card.memory / 2**30:.3g} GiB", "chosen": chosen}
         write_json(file, known)
         resolved = runs / recipe.name / "recipe.yaml"

@@ -15,7 +15,7 @@ from pipeline.disk.artifact import Artifact
 from pipeline.measure.metric import Metric
 from pipeline.models.spec import ModelSpec
 from pipeline.ppo.settings import PPOSettings
-from pipeline.stages.arguments import ConfigClass, check_train
+from pipeline.stages.arguments import ConfigClass, check_train, defaults
 
 
 class RewardTerm(BaseModel):
@@ -132,6 +132,10 @@ class Stage:
     @property
     def config_class(self) -> ConfigClass:
         return self.section.config_class
+
+    def arguments(self, section: StageSpec) -> dict[str, Any]:
+        """The trainer's arguments: what the section says, then what this stage takes otherwise, then the defaults."""
+        return {**defaults(self.config_class), **self.house, **section.train}
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from pipeline.data.render import Encoded
 from pipeline.data.tokens import stop_ids
 from pipeline.disk import versions
 from pipeline.errors import BrokenInvariant
@@ -20,7 +18,6 @@ from pipeline.measure import scoring
 from pipeline.models import adapters
 from pipeline.models.base import computing, frozen_digest
 from pipeline.models.out_of_memory import ROW, run_in_parts
-from pipeline.stages.stage import Context
 from pipeline.training import micro_batches
 
 if TYPE_CHECKING:
@@ -28,8 +25,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedTokenizerBase
 
+    from pipeline.data.render import Encoded
     from pipeline.stages.stage import Context
 
 Found = dict[str, Any]

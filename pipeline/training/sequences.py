@@ -20,13 +20,12 @@ from pipeline.data.render import IGNORED, Encoded, Reply, TooLong, fit, unaskabl
 from pipeline.data.shelf import OneByOne
 from pipeline.data.tokens import Unrenderable
 from pipeline.errors import UserError
-from pipeline.stages.stage import Context, StageSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pipeline.data.contracts import Row
-    from pipeline.stages.stage import Context
+    from pipeline.stages.stage import Context, StageSpec
 
 T = TypeVar("T")
 Refused = list[dict[str, Any]]

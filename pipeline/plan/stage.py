@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,7 +99,7 @@ def optimizer_bytes(optim: Any) -> float:
     return OPTIMIZER_BYTES.get(str(getattr(optim, "value", optim)), 8.0)
 
 
-def checkpointed_layers(arguments: dict[str, Any], layers: int) -> int:
+def checkpointed_layers(arguments: Mapping[str, Any], layers: int) -> int:
     """How many layers a trainer checkpoints: `activation_checkpointing` (true, false, a number), or its older name."""
     value = arguments.get("activation_checkpointing")
     value = arguments.get("gradient_checkpointing", False) if value is None else value

@@ -112,10 +112,13 @@ class ScoreScale:
     moments_3: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
     """What algorithm.mean_and_std reads; over all processes."""
 
-    def note(self, scores_R: torch.Tensor, step: int) -> None:
-        """Take a step's scores into account; every process calls this."""
+    def normalize(self, scores: list[float], step: int) -> torch.Tensor:
+        """The scores (R,) of a step's R answers, shifted and scaled; every process calls this."""
+        scores_R = torch.tensor(scores, dtype=torch.float64)
         if self.how == "running" or (self.how == "start" and step == 0):
             self.moments_3 += processes.add_up(algorithm.moments(scores_R, torch.ones_like(scores_R)))
+        mean, std = self.mean_and_std()
+        return (scores_R - mean) / std
 
     def mean_and_std(self) -> tuple[float, float]:
         """Where all scores were alike there is no scale to learn, and theirs is kept."""

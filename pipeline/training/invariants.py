@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from pipeline.data.tokens import stop_ids
 from pipeline.disk import versions
 from pipeline.errors import BrokenInvariant
 from pipeline.measure import scoring
-from pipeline.models import adapters
+from pipeline.models import adapters, processes
 from pipeline.models.base import computing, frozen_digest
 from pipeline.models.out_of_memory import ROW, run_in_parts
 from pipeline.training import micro_batches
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 Found = dict[str, Any]
 RELOAD_TOLERANCE = 1e-5
 STEP_0_TOLERANCE = 1e-4
-TAKEN_TOLERANCE = 0.02
+PRECOMPUTED_TOLERANCE = 0.02
 """Nats a token by which a reference's log-probabilities may differ in a batch of another padding, in half precision."""
 
 
@@ -106,18 +105,19 @@ def ends_are_learnt(sequences: Sequence[Encoded], counts: Found, tokenizer: PreT
     return {"rows_with_supervised_end": ends, "rows_not_cut": whole}
 
 
-def reference_is_the_start(trainer: Trainer) -> Found:
+def reference_is_the_start(trainer: Any) -> Found:
     """Before the first step policy and reference are one: each answer of the first batch is as likely under both.
 
     Log-ratios (nats, of an answer) say so under every loss. Where the loss is the plain sigmoid it is ln 2 as well.
-    Reference log-probabilities taken beforehand were taken in other batches, so they are equal up to rounding only.
+    Reference log-probabilities computed beforehand come from other batches, so they are equal up to rounding only.
     """
     model = trainer.model.eval()
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     seen = trainer._metrics["eval"]
 
-    def of(pairs: Sequence[int]) -> list[tuple[float, float, float]]:
-        found = []
+    def measure(pairs: Sequence[int]) -> list[tuple[float, float, float]]:
+        """Loss, margin and the largest log-ratio of each pair."""
+        measured = []
         for pair in pairs:
             part = micro_batches.part(batch, pair, pair + 1)
             with torch.no_grad(), computing(model):
@@ -125,18 +125,18 @@ def reference_is_the_start(trainer: Trainer) -> Found:
             rewards = [abs(seen[f"rewards/{side}"][-1]) for side in ("chosen", "rejected")]
             tokens = part["completion_mask"].sum(1).tolist() if trainer.precompute_ref_logps else [1, 1]
             ratios = [reward / (trainer.beta or 1) / n for reward, n in zip(rewards, tokens, strict=True)]
-            found.append((loss, seen["rewards/margins"][-1], math.nan if math.nan in ratios else max(ratios)))
-        return found
+            measured.append((loss, seen["rewards/margins"][-1], math.nan if math.nan in ratios else max(ratios)))
+        return measured
 
     length, pairs = batch["input_ids"].shape[1], range(micro_batches.rows(batch))
-    found = run_in_parts(of, pairs, lambda _: length, ROW)
+    parts = run_in_parts(measure, pairs, lambda _: length, ROW)
     seen.clear()
-    losses, margins, ratios = zip(*itertools.chain.from_iterable(found), strict=True)
+    losses, margins, ratios = zip(*itertools.chain.from_iterable(parts), strict=True)
     loss, margin, ratio = sum(losses) / len(pairs), sum(margins) / len(pairs), max(ratios)
-    taken = trainer.precompute_ref_logps
+    beforehand = trainer.precompute_ref_logps
     plain = trainer.loss_types == ["sigmoid"] and trainer.loss_weights == [1.0]
-    plain = plain and not (taken or trainer.use_weighting or trainer.aux_loss_enabled)
-    tolerance, unit = (TAKEN_TOLERANCE, "a token") if taken else (STEP_0_TOLERANCE, "an answer")
+    plain = plain and not (beforehand or trainer.use_weighting or trainer.aux_loss_enabled)
+    tolerance, unit = (PRECOMPUTED_TOLERANCE, "a token") if beforehand else (STEP_0_TOLERANCE, "an answer")
     if not ratio <= tolerance or (plain and not abs(loss - math.log(2)) <= STEP_0_TOLERANCE):
         raise BrokenInvariant(
             f"every answer as likely under the policy as under its reference before the first DPO step, within "
@@ -206,17 +206,14 @@ def probe(model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tupl
 
 def processes_agree(trained: dict[str, torch.nn.Parameter]) -> Found:
     """Every process ends with the same bytes in what was trained."""
-    everyone = PartialState()
-    if everyone.num_processes == 1:
+    count = PartialState().num_processes
+    if count == 1:
         return {}
     total = hashlib.sha256()
     for name, weight in sorted(trained.items()):
         total.update(name.encode() + weight.detach().cpu().numpy().tobytes())
-    digests = gather_object([total.hexdigest()])
-    if len(set(digests)) > 1:
+    if len(set(processes.gather(total.hexdigest()))) > 1:
         raise BrokenInvariant(
-            f"one adapter in all {everyone.num_processes} processes",
-            "different ones",
-            "a gradient that was not reduced",
+            f"one adapter in all {count} processes", "different ones", "a gradient that was not reduced"
         )
-    return {"processes": everyone.num_processes, "adapters_equal_on_all_processes": True}
+    return {"processes": count, "adapters_equal_on_all_processes": True}

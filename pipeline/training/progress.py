@@ -123,12 +123,14 @@ class Snapshots(TrainerCallback):
                 adapters.save(self.model, folder)
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
 def keep_newest(newest: Path, keep: int) -> None:
     """Remove the checkpoints before `newest`, of which `keep` may stay in all."""
-    older = sorted(
-        (other for other in newest.parent.glob("checkpoint-*") if other != newest),
-        key=lambda other: int(other.name.rsplit("-", 1)[1]),
-    )
+    older = sorted((other for other in newest.parent.glob("checkpoint-*") if other != newest), key=step_of)
     for other in older[: max(0, len(older) + 1 - keep)]:
         shutil.rmtree(other, ignore_errors=True)
 

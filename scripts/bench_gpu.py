@@ -240,7 +240,9 @@ def ppo(given: argparse.Namespace, config: dict[str, Any], folder: Path) -> Meas
 
 
 def _card(device: torch.device) -> cards.Card:
-    return cards.named(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory)
+    return cards.describe_card(
+        torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    )
 
 
 def _wait(device: torch.device) -> None:

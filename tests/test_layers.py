@@ -68,6 +68,15 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
     assert list(graphlib.TopologicalSorter(graph).static_order())
 
 
+def test_no_folder_imports_itself_by_way_of_others() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*/*.py"):
+        folder = path.relative_to(PACKAGE).parts[0]
+        others = {module.partition(".")[0] for module in imports(path)}
+        graph.setdefault(folder, set()).update(others - {folder})
+    assert list(graphlib.TopologicalSorter(graph).static_order())
+
+
 def test_light_modules_do_not_import_torch() -> None:
     import subprocess
     import sys

@@ -12,9 +12,12 @@ checkpointing the forward pass is repeated then, under whichever adapter is acti
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
+from peft import PeftModel
+from torch import Tensor
 from torch.nn.functional import linear
 
 from pipeline.data.render import padded
@@ -23,15 +26,8 @@ from pipeline.models.forward import LanguageModel, score_states
 from pipeline.models.out_of_memory import EPISODE, run_in_parts
 from pipeline.plan.sizes import PPO_LOGITS
 from pipeline.ppo.algorithm import log_probs, log_probs_with_slope
+from pipeline.ppo.batch import Pack
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from peft import PeftModel
-
-    from pipeline.ppo.batch import Pack
-
-Tensor = torch.Tensor
 POLICY, REFERENCE, VALUE = "default", "reference", "value"
 Role = Literal["policy", "value"]
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.models import adapters
 from pipeline.ppo.actors import POLICY
-
-if TYPE_CHECKING:
-    from pipeline.ppo.trainer import PPOTrainer
+from pipeline.ppo.trainer import PPOTrainer
 
 
 def save(trainer: PPOTrainer, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
@@ -14,9 +14,7 @@ from pipeline.models import processes
 from pipeline.ppo import rewards
 from pipeline.ppo.actors import POLICY, REFERENCE, Actors
 from pipeline.ppo.batch import Pack, pack_episodes, run_forward
-
-if TYPE_CHECKING:
-    from pipeline.ppo.trainer import PPOTrainer
+from pipeline.ppo.trainer import PPOTrainer
 
 ANSWERS = 4
 """Sampled to each prompt: most of what one answer's reward tells of a policy is the luck of the draw."""

@@ -5,23 +5,19 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pipeline.disk.artifact import Artifact
 from pipeline.errors import BrokenInvariant, UserError
 from pipeline.models.base import computing
-from pipeline.ppo.actors import REFERENCE
+from pipeline.ppo.actors import REFERENCE, Actors
 from pipeline.ppo.batch import pack_episodes
 from pipeline.ppo.scoring import as_updates_see
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
-
-    from pipeline.disk.artifact import Artifact
-    from pipeline.ppo.actors import Actors
-    from pipeline.ppo.trainer import PPOTrainer
+from pipeline.ppo.trainer import PPOTrainer
 
 Found = dict[str, Any]
 BORROWED_TOLERANCE = {"float32": 1e-5}
@@ -49,8 +45,6 @@ def scores_as_it_did(actors: Actors, adapter: str, parent: Artifact, dtype: str)
 
 def same_tokenizer(tokenizer: PreTrainedTokenizerBase, parent: Artifact) -> None:
     """A reward model was trained on the tokens and the chat template that the policy speaks."""
-    from transformers import AutoTokenizer
-
     theirs = AutoTokenizer.from_pretrained(parent.adapter)
     for what, ours_is, theirs_is in (
         ("vocabulary", tokenizer.get_vocab(), theirs.get_vocab()),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from transformers import TrainerState
+from peft import PeftModel
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainerState
 
 from pipeline.data import render
+from pipeline.data.contracts import Row
 from pipeline.data.load import NAMED_AT_MOST
 from pipeline.data.tokens import closes_turns
 from pipeline.disk import metrics
@@ -24,25 +27,13 @@ from pipeline.ppo import checkpoint as checkpoints
 from pipeline.ppo import held_out
 from pipeline.ppo.actors import POLICY, REFERENCE, VALUE
 from pipeline.ppo.rewards import adapter_name
-from pipeline.ppo.trainer import WHOLE_AGAIN
+from pipeline.ppo.settings import CHECKPOINTS_KEPT, PPOSettings
+from pipeline.ppo.trainer import WHOLE_AGAIN, PPOTrainer
 from pipeline.training.progress import Progress, Snapshots, Stop, keep_newest, note_split, step_of
-from pipeline.training.sequences import Tally, encode_rows
+from pipeline.training.sequences import Refused, Tally, encode_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from peft import PeftModel
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-    from pipeline.data.contracts import Row
-    from pipeline.ppo.settings import PPOSettings
-    from pipeline.ppo.trainer import PPOTrainer
     from pipeline.stages.stage import Context
-    from pipeline.training.sequences import Refused
-
-
-KEPT = 2
-"""Checkpoints: the newest may hold an update that only the next rollout shows to be bad."""
 
 
 def leave_out_unrenderable(
@@ -173,7 +164,7 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
             progress.on_step_end(None, state, None)
             trainer.actors.act_as(POLICY)
             snapshots.on_step_end(None, state, None)
-            stopped = any_process(stop.asked)
+            stopped = any_process(stop.requested)
             due = settings.save_steps and trainer.step % settings.save_steps == 0
             if due or stopped or trainer.step == settings.steps:
                 save(trainer, ctx)  # the last one too: what is measured after training may be interrupted
@@ -192,7 +183,7 @@ def save(trainer: PPOTrainer, ctx: Context) -> None:
         folder.mkdir(parents=True)
         checkpoints.save(trainer, folder)
         mark_checkpoint(folder, ctx.fingerprint)
-        keep_newest(folder, trainer.settings.save_total_limit or KEPT)
+        keep_newest(folder, trainer.settings.save_total_limit or CHECKPOINTS_KEPT)
     process.wait_for_everyone()
 
 

@@ -12,9 +12,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+CHECKPOINTS_KEPT = 2
+"""Unless save_total_limit says otherwise: the newest may hold an update that only the next rollout shows to be bad."""
+
 
 class PPOSettings(BaseModel):
-    """Raises ValidationError naming the word whose value makes no sense."""
+    """Raises ValidationError naming the argument whose value makes no sense."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 

@@ -14,12 +14,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.data import render
+from pipeline.data.contracts import Row
 from pipeline.data.tokens import stop_ids
 from pipeline.errors import UserError
 from pipeline.models import processes
@@ -35,12 +38,6 @@ from pipeline.ppo.optimizer import make_optimizers, take_step, trained_weights
 from pipeline.ppo.scoring import score, take_advantages
 from pipeline.ppo.settings import PPOSettings
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from pipeline.data.contracts import Row
-
-Tensor = torch.Tensor
 Numbers = dict[str, float]
 WHOLE_AGAIN = 20
 """Steps after which what memory did not hold is tried at its full size again: other programs come and go."""

@@ -58,5 +58,5 @@ def _this_machine() -> Card:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         # what is not free is held by others, and by the context that this process has just opened
-        return cards.named(torch.cuda.get_device_name(), min(total, free + CONTEXT), usable=1.0)
+        return cards.describe_card(torch.cuda.get_device_name(), min(total, free + CONTEXT), usable=1.0)
     return cards.half_of_ram()

@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
+from pipeline.data.render import Encoded
 from pipeline.data.tokens import stop_ids
 from pipeline.disk import versions
 from pipeline.errors import BrokenInvariant
@@ -20,13 +25,6 @@ from pipeline.models.out_of_memory import ROW, run_in_parts
 from pipeline.training import micro_batches
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
-
-    from pipeline.data.render import Encoded
     from pipeline.stages.stage import Context
 
 Found = dict[str, Any]

@@ -11,11 +11,12 @@ import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import pyarrow.compute
 import torch
+from datasets import Dataset
 
 from pipeline.errors import UserError
 from pipeline.models.forward import checkpoint_first
@@ -24,9 +25,6 @@ from pipeline.plan.auto import STEP, find_longest
 from pipeline.plan.memory import Model, Work
 from pipeline.plan.shapes import Adapter, shapes_of
 from pipeline.plan.stage import checkpointed_layers, optimizer_bytes
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 Batch = dict[str, Any]
 Trainer: Any = object

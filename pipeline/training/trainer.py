@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PrinterCallback, set_seed
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl.kernels.chunked_logprob import _use_triton
 from trl.trainer import utils as trl_utils
@@ -24,9 +25,6 @@ from pipeline.training.micro_batches import SplitsWhenFull, Trainer
 from pipeline.training.progress import Checkpoints, Progress, Stop, note_split, step_of
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from pipeline.stages.stage import Context, StageSpec
 
 
@@ -188,7 +186,7 @@ def train(trainer: Any, ctx: Context, spec: StageSpec) -> dict[str, Any]:
             "Set optim: adamw_8bit, lower model.lora.r or per_device_train_batch_size, or end what else uses the GPU. "
             "Run again to go on from the last checkpoint."
         ) from error
-    if stop.asked:
+    if stop.requested:
         raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
     if trainer.state.global_step == 0:
         raise UserError(f"stages.{ctx.out.name}.train asks for no step at all: raise num_train_epochs or max_steps")

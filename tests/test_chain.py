@@ -164,7 +164,7 @@ def test_other_held_out_files_are_measured_on_and_nothing_is_trained(
         plain = scoring.preferences(model, tokenizer, replies)
         assert {key: getattr(after["dpo"], when)[key] for key in plain} == pytest.approx(plain, abs=1e-6)
     talks = [[render.conversation(tokenizer, row, side) for side in ("chosen", "rejected")] for row in rows]
-    base = bases.load_base(spec, tokenizer, reward=True)
+    base = bases.load_base(spec, tokenizer, num_labels=1)
     plain = scoring.reward_model(adapters.as_trained(base, recipe.artifact("reward", runs).adapter), tokenizer, talks)
     assert {key: after["reward"].after[key] for key in plain} == pytest.approx(plain, abs=1e-6)
 

@@ -38,7 +38,7 @@ def finished(recipe: Recipe, runs: Path) -> None:
     for seed, name in enumerate(recipe.order()):
         reward = not recipe.kind(name).answers
         torch.manual_seed(seed)
-        model = adapters.fresh(bases.load_base(spec, tokenizer, reward=reward), spec.lora, reward=reward)
+        model = adapters.fresh(bases.load_base(spec, tokenizer, num_labels=int(reward)), spec.lora, head=reward)
         with torch.no_grad():
             for weight in adapters.trainable(model).values():
                 weight.copy_(torch.randn_like(weight) * 0.05)
@@ -263,7 +263,7 @@ def test_a_reward_function_is_the_truth_only_where_the_recipe_says_so(
     # Answers that stand in the rows are the truth whatever else pays.
     prompts = runs.parent / "prompts.jsonl"
     rows = [{**json.loads(line), "answer": "1"} for line in prompts.read_text().splitlines()]
-    monkeypatch.setattr("pipeline.evaluate.plan._prompts", lambda *_: rows)
+    monkeypatch.setattr("pipeline.evaluate.plan._choose_prompts", lambda *_: rows)
     assert _truths(recipes[0], runs) == {"answer"}
     rows[0]["answer"] = None
     assert _truths(recipes[0], runs) == {None}

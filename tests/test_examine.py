@@ -19,6 +19,7 @@ from pipeline.data import examine_rows, render
 from pipeline.data.baselines import bag_of_words, longer_wins
 from pipeline.data.examine import faults_in
 from pipeline.recipe.recipe import build, read
+from pipeline.stages import sft
 from pipeline.terminal import data as terminal
 
 
@@ -44,7 +45,7 @@ def tokenizer(tiny_base: Path) -> Any:
 
 def test_token_figures_equal_a_plain_count(tokenizer: Any) -> None:
     rows = [{"_place": f"f:{n}", "messages": [user("w " * n), says("a " * (n % 7 + 1))]} for n in (1, 5, 40, 90, 200)]
-    figures = examine_rows.count_tokens("sft", tokenizer, rows, 64)
+    figures = examine_rows.count_tokens(sft.encode, "answers", tokenizer, rows, 64)
     whole = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in whole]
     over = [length for length in lengths if length > 64]

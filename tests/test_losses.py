@@ -154,8 +154,8 @@ def test_dpo_learns_only_what_the_assistant_says(tiny_base: Path, tmp_path: Path
     assistant's tokens, not over what the user or a tool says between them."""
     from trl import DPOConfig, DPOTrainer
 
-    from pipeline.data.examine_rows import encode_row
     from pipeline.measure import scoring
+    from pipeline.stages import dpo
     from pipeline.training import sequences
     from pipeline.training import trainer as shared
 
@@ -193,7 +193,7 @@ def test_dpo_learns_only_what_the_assistant_says(tiny_base: Path, tmp_path: Path
     held_out = scoring.preferences(model, tokenizer, some)
     assert held_out["preference_margin"] == pytest.approx(sum(w - v for w, v in means) / 2, abs=1e-4)
     for row, spoken in zip(TALKS, SPOKEN, strict=True):
-        for sequence, turns in zip(encode_row("dpo", tokenizer, row), spoken, strict=True):
+        for sequence, turns in zip(dpo.encode(tokenizer, row), spoken, strict=True):
             assert tokenizer.decode([label for label in sequence.labels if label != render.IGNORED]) == "".join(turns)
 
 
@@ -298,7 +298,7 @@ def test_first_reward_loss_equals_bradley_terry(tiny_base: Path, tmp_path: Path)
     theirs = first_loss(recipe, tmp_path)
     spec = recipe.spec.model
     tokenizer = bases.load_tokenizer(spec)
-    model = adapters.fresh(bases.load_base(spec, tokenizer, reward=True), spec.lora, reward=True).eval()
+    model = adapters.fresh(bases.load_base(spec, tokenizer, num_labels=1), spec.lora, head=True).eval()
     with torch.no_grad():
         for name, tensor in weights(recipe, tmp_path).items():
             part, _, last = name.rpartition(".")

@@ -116,7 +116,9 @@ def a_trainer(base: Path, folder: Path, stage: str, **train: Any) -> Any:
     spec, path = recipe.spec.model, recipe.stages[stage].data.path
     tokenizer = bases.load_tokenizer(spec)
     torch.manual_seed(0)
-    model = adapters.fresh(bases.load_base(spec, tokenizer, reward=stage == "reward"), spec.lora, stage == "reward")
+    model = adapters.fresh(
+        bases.load_base(spec, tokenizer, num_labels=int(stage == "reward")), spec.lora, stage == "reward"
+    )
     with torch.no_grad():
         for weight in adapters.trainable(model).values():
             weight.add_(torch.randn_like(weight) * 0.02)

@@ -21,7 +21,7 @@ from pipeline.disk.atomic import digest, write_json
 from pipeline.disk.manifest import Data, SourceCounts
 from pipeline.errors import UserError
 from pipeline.evaluate import arena, measures, results
-from pipeline.evaluate.measures import Measure
+from pipeline.evaluate.measure import Measure
 from pipeline.evaluate.plan import plan
 from pipeline.evaluate.stored import as_read, as_written, sealed
 from pipeline.publish import measured

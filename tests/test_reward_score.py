@@ -56,7 +56,7 @@ def reward_model(model_spec: ModelSpec) -> tuple[Any, Any]:
     torch.manual_seed(0)
     tokenizer = bases.load_tokenizer(model_spec)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id, "the trap"
-    model = adapters.fresh(bases.load_base(model_spec, tokenizer, reward=True), LORA, reward=True)
+    model = adapters.fresh(bases.load_base(model_spec, tokenizer, num_labels=1), LORA, head=True)
     with torch.no_grad():
         for name, weight in adapters.trainable(model).items():
             if "lora_B" in name:

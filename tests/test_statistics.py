@@ -8,9 +8,9 @@ import math
 import numpy
 import pytest
 
-from pipeline.evaluate import arena, best_of_n, calibration, reward_check
+from pipeline.evaluate import arena, best_of_n, reward_check
 from pipeline.evaluate.results import over_optimised
-from pipeline.measure import intervals, matching
+from pipeline.measure import calibration, intervals, matching
 from pipeline.measure.metric import Estimate
 
 SIMULATIONS = 800
@@ -96,7 +96,7 @@ def test_calibration_error_equals_a_hand_computation() -> None:
         return math.log(p / (1 - p))
 
     margins = [margin(0.6), -margin(0.6), margin(0.9), margin(0.9), -margin(0.95)]
-    curve = calibration.reliability(margins, bins=2)
+    curve = calibration.reliability_of_ranking(margins, bins=2)
     assert [found.n for found in curve] == [2, 3]
     assert curve[1].confidence == pytest.approx((0.9 + 0.9 + 0.95) / 3)
     by_hand = 2 / 5 * abs(0.5 - 0.6) + 3 / 5 * abs(2 / 3 - 2.75 / 3)
@@ -108,7 +108,7 @@ def test_a_calibrated_model_has_next_to_no_error() -> None:
     confidence = random.uniform(0.5, 1, 20_000)
     sign = numpy.where(random.random(20_000) < confidence, 1, -1)
     margins = sign * numpy.log(confidence / (1 - confidence))
-    assert calibration.expected_error(calibration.reliability(margins.tolist(), bins=10)) < 0.02
+    assert calibration.expected_error(calibration.reliability_of_ranking(margins.tolist(), bins=10)) < 0.02
 
 
 def test_best_of_n_equals_all_subsets() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,16 @@ def test_a_stage_is_one_file_and_one_line(with_toy: Path, tiny_base: Path, tmp_p
     assert manifest["kind"] == "toy" and manifest["after"]["loss"] < manifest["before"]["loss"]
     shown = onebase(with_toy, "status", recipe)
     assert "fresh, skipped" in shown and "dialogue loss" in shown
+    rows = onebase(with_toy, "data", recipe)
+    assert "toy (toy)" in rows and "end of turn learnt" in rows
+    assert "loss" in onebase(with_toy, "data", recipe, "toy", "--show", "1")
+    assert "dialogue loss" in onebase(with_toy, "eval", recipe)
+    onebase(with_toy, "report", recipe)
+    page = (with_toy / "runs" / "tiny" / "report" / "report.md").read_text(encoding="utf-8")
+    assert re.search(r"\*\*toy\*\* \((better|worse|no clear change)\)", page), page[:2000]
+    onebase(with_toy, "publish", recipe, "toy", "--as", "merged", "--to", str(tmp_path / "published"))
+    card = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
+    assert "| toy | dialogue loss |" in card
     for wrong, says in (
         ("stages.toy.train.max_step=3", "unknown key; did you mean 'max_steps'"),
         ("stages.toy.train.max_steps=0", "greater than or equal to 1"),

@@ -1,18 +1,17 @@
 """A toy stage: gradient descent on one dialogue after another. tests/test_toy_stage.py puts it among the others."""
 
-from __future__ import annotations
-
+from dataclasses import replace
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
+from pipeline.data import render
 from pipeline.data.contracts import DEMONSTRATION
-from pipeline.measure.metric import Metric
+from pipeline.measure.metric import DIALOGUE_LOSS
 from pipeline.stages.stage import Context, PolicySpec, Result, Stage
 
 
-class ToySettings(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class ToySettings(BaseModel, extra="forbid", strict=True):
     max_steps: int = Field(default=4, ge=1)
 
 
@@ -24,7 +23,6 @@ class ToySpec(PolicySpec):
 def run(spec: ToySpec, ctx: Context) -> Result:
     import torch
 
-    from pipeline.data import render
     from pipeline.measure import scoring
     from pipeline.models import adapters
     from pipeline.models import base as bases
@@ -45,7 +43,6 @@ def run(spec: ToySpec, ctx: Context) -> Result:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    result.counts = {"steps": settings.max_steps}
     result.after = scoring.language_model(model, tokenizer, test)
     shared.save(model, tokenizer, ctx)
     return result
@@ -54,7 +51,9 @@ def run(spec: ToySpec, ctx: Context) -> Result:
 STAGE = Stage(
     section=ToySpec,
     contract=DEMONSTRATION,
-    headlines=(Metric("loss", "dialogue loss", "lower"),),
+    headlines=(replace(DIALOGUE_LOSS, name="loss"),),
     numbers=("loss", "loss_low", "loss_high", "perplexity"),
+    held_out_loss=DIALOGUE_LOSS,
+    encode=lambda tokenizer, row: [render.demonstration(tokenizer, row)],
     run=run,
 )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from pipeline.data import examine_rows, render
 from pipeline.data.contracts import QUESTION, Contract, Row
+from pipeline.data.examine_rows import Encode, Learnt
 from pipeline.data.load import DataSpec, Part, Source, Split, labels_as_answers, read_source, read_split, refusal
 from pipeline.disk.atomic import write_json
 from pipeline.errors import UserError
@@ -36,6 +37,9 @@ class Section:
     name: str
     kind: str
     contract: Contract
+    encode: Encode
+    learnt: Learnt
+    check_rows: Callable[[Sequence[Row], Sequence[Row] | None], None]
     data: DataSpec
     questions: str | None
     seed: int
@@ -68,6 +72,8 @@ def examine(sections: list[Section], names: list[str], tokenizer: PreTrainedToke
         stage: Json = found["stages"][name]
         stage |= {
             "files": section.files,
+            "learnt": section.learnt,
+            "long_rows": {"text": "are split", "prompt": "stop the run"}.get(section.contract.wanted),
             "sources": [{**source.counts(), "formats": dict(source.layouts)} for source in sources],
             "train_rows": len(split.train),
             "test_rows": len(split.test) if split.test is not None else None,
@@ -78,10 +84,10 @@ def examine(sections: list[Section], names: list[str], tokenizer: PreTrainedToke
         if tokenizer is not None:
             for key, rows in (("tokens", split.train), ("test_tokens", split.test or [])):
                 stage[key] = examine_rows.count_tokens(
-                    section.kind, tokenizer, rows, section.max_length, section.data.too_long
+                    section.encode, section.learnt, tokenizer, rows, section.max_length, section.data.too_long
                 )
             faults += render.unaskable(tokenizer, questions)
-        if section.kind in ("reward", "dpo"):
+        if section.contract.wanted == "preference":
             stage["comparisons"] = examine_rows.weigh_comparisons(split.train, section.seed)
     found["overlaps"] = _find_overlaps(asked, names)
     for name, stage in found["stages"].items():
@@ -145,6 +151,8 @@ def read_sound(section: Section) -> tuple[Split | None, Sequence[Row], list[Sour
                 skipping = skipping.model_copy(update={"test": None})
         asked = read_skipping(DataSpec(path=file), QUESTION, Part(path=file, encoding=spec.encoding)) if file else None
         split = attempt(faults, read_split, skipping, contract, section.seed) if all(sources) else None
+    if split:
+        attempt(faults if first else first, section.check_rows, split.train, split.test)
     questions = labels_as_answers(asked.rows) if asked else []
     return split, questions, [*split.sources, *([asked] if asked else [])] if split else [], faults or first
 
@@ -184,12 +192,12 @@ def _object(stage: Json) -> Iterator[tuple[str, bool]]:
         yield f"{bare} rows have no token with loss within max_length {tokens['max_length']}{fate}", stops
     if over := tokens["longer_than_max_length"] - bare:
         left_out = tokens.get("rows_left_out", over)
-        what = {"pretrain": "are split", "ppo": "stop the run"}.get(
-            stage["kind"], f"are left out: {left_out}, cut: {over - left_out}"
-        )
+        what = stage["long_rows"] or f"are left out: {left_out}, cut: {over - left_out}"
         share = f"{over} rows ({over / _count_rendered(tokens):.1%})"
-        yield f"{share} are longer than max_length {tokens['max_length']} and {what}", stage["kind"] == "ppo"
-    if stage["kind"] == "sft" and (missing := tokens["rows_kept"] - tokens["rows_whose_end_of_turn_is_supervised"]):
+        yield f"{share} are longer than max_length {tokens['max_length']} and {what}", what == "stop the run"
+    if stage["learnt"] == "answers" and (
+        missing := tokens["rows_kept"] - tokens["rows_whose_end_of_turn_is_supervised"]
+    ):
         yield f"in {missing} rows the end of the turn carries no loss: the model would not learn to stop", True
 
 

@@ -11,7 +11,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 Figures = dict[str, Any]
+Encode = Callable[[Any, Row], list[render.Encoded]]
+"""(tokenizer, row): a row as the model will see it: one sequence, or two of a comparison."""
+Learnt = Literal["", "answers", "everything"]
+"""Which tokens of a row carry loss; "" where none do."""
 NEAR_AT_MOST = 10_000
 """Rows compared for near duplicates."""
 SIMILAR = 0.8
@@ -36,7 +40,12 @@ WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")
 
 
 def count_tokens(
-    kind: str, tokenizer: Tokenizer, rows: Iterable[Row], max_length: int | None, too_long: render.TooLong = "drop"
+    encode: Encode,
+    learnt: Learnt,
+    tokenizer: Tokenizer,
+    rows: Iterable[Row],
+    max_length: int | None,
+    too_long: render.TooLong = "drop",
 ) -> Figures:
     """Lengths in tokens, what max_length costs, and where the loss falls in the rows that a stage would keep.
 
@@ -50,13 +59,13 @@ def count_tokens(
     stops = set(stop_ids(tokenizer))
     for row in rows:
         try:
-            made = encode_row(kind, tokenizer, row)
+            made = encode(tokenizer, row)
         except Unrenderable as error:
             unrenderable += 1
             if len(named) < NAMED_AT_MOST:
                 named.append({"place": row["_place"], "reason": str(error)})
             continue
-        text = row["text"] if kind == "pretrain" else row.get("prompt")
+        text = row.get("text" if learnt == "everything" or "prompt" not in row else "prompt")
         marked += isinstance(text, str) and bool(marks(tokenizer, text))
         longest = max(len(sequence.ids) for sequence in made)
         lengths.append(longest)
@@ -65,18 +74,18 @@ def count_tokens(
         if max_length is not None and longest > max_length:
             over += 1
             tokens_lost += longest - max_length
-        if kind in ("sft", "pretrain"):
-            learnt = made[0]
-            if kind == "sft":
-                learnt, lost, _ = render.fit(learnt, max_length, too_long)
+        if learnt:
+            whole = made[0]
+            if learnt == "answers":
+                whole, lost, _ = render.fit(whole, max_length, too_long)
                 bare += lost == "rows_bare"
                 left_out += lost == "rows_too_long"
                 if lost:
                     continue
             dialogues += 1
-            supervised.append(learnt.supervised)
-            bare += learnt.supervised == 0
-            ends += next((label for label in reversed(learnt.labels) if label != render.IGNORED), None) in stops
+            supervised.append(whole.supervised)
+            bare += whole.supervised == 0
+            ends += next((label for label in reversed(whole.labels) if label != render.IGNORED), None) in stops
     figures: Figures = {
         "rows": len(lengths) + unrenderable,
         "unrenderable": unrenderable,
@@ -90,7 +99,7 @@ def count_tokens(
         "texts_with_special_tokens": marked,
         "bos_at_the_start": {str(count): rows for count, rows in sorted(bos.items())},
     }
-    if kind in ("sft", "pretrain"):
+    if learnt:
         figures |= {
             "rows_kept": dialogues,
             "rows_left_out": left_out,
@@ -172,22 +181,6 @@ def count_lengths(lengths: list[int]) -> list[tuple[int, int]]:
     edges = [1 << power for power in range(3, max(lengths).bit_length() + 1)] or [8]
     counts, _ = numpy.histogram(lengths, [0, *(edge + 1 for edge in edges)])
     return [(edge, int(count)) for edge, count in zip(edges, counts, strict=True)]
-
-
-def encode_row(kind: str, tokenizer: Tokenizer, row: Row) -> list[render.Encoded]:
-    """A row as the model will see it: one sequence, or two for a comparison."""
-
-    def bare(ids: list[int]) -> render.Encoded:
-        return render.Encoded(ids, [render.IGNORED] * len(ids))
-
-    makers: dict[str, Callable[[], list[render.Encoded]]] = {
-        "pretrain": lambda: [render.document(tokenizer, row["text"])],
-        "sft": lambda: [render.demonstration(tokenizer, row)],
-        "reward": lambda: [bare(render.conversation(tokenizer, row, key)) for key in ("chosen", "rejected")],
-        "dpo": lambda: [answer.sequence() for answer in render.pair(tokenizer, row)],
-        "ppo": lambda: [bare(render.prompt(tokenizer, row))],
-    }
-    return makers[kind]()
 
 
 def _near(rows: Sequence[Row], drawn: Sequence[int]) -> list[tuple[int, int]]:

@@ -33,6 +33,10 @@ class Encoded:
     ids: list[int]
     labels: list[int]
 
+    @classmethod
+    def without_loss(cls, ids: list[int]) -> Encoded:
+        return cls(ids, [IGNORED] * len(ids))
+
     @property
     def supervised(self) -> int:
         return sum(label != IGNORED for label in self.labels)

@@ -88,6 +88,15 @@ class Gone(Parent):
     gone: Literal[True]
 
 
+class Table(Told):
+    """A table that a stage tells of its held-out rows, for the report and the card; all of it is text."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
 class Manifest(Cost):
     stage: str
     kind: str
@@ -107,7 +116,10 @@ class Manifest(Cost):
     after: dict[str, float]
     """Held-out numbers."""
     invariants: dict[str, Any]
+    tables: list[Table] = []
     processes: int
+    labels: list[str] = []
+    """Of a classifier: what each output of its head stands for."""
     versions_changed: dict[str, dict[str, list[str]]]
     """Libraries of another version that made what it builds upon: {what: {library: [then, now]}}."""
     again: Cost | None = None

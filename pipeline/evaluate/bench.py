@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.evaluate.measures import BASE
+from pipeline.evaluate.measure import BASE
 from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.models.forward import plain_layers

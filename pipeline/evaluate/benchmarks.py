@@ -20,7 +20,7 @@ import yaml
 from pipeline.data.contracts import Row
 from pipeline.disk.atomic import Json, sha256_of_file
 from pipeline.errors import UserError
-from pipeline.evaluate.measures import Measure
+from pipeline.evaluate.measure import Measure
 from pipeline.measure import intervals
 from pipeline.measure.metric import Estimate, Metric
 

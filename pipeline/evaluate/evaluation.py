@@ -20,7 +20,8 @@ from pipeline.errors import UserError
 from pipeline.evaluate import benchmarks
 from pipeline.evaluate import judge as judges
 from pipeline.evaluate.judge import Judge
-from pipeline.evaluate.measures import METHOD, Answers, Measure, plain
+from pipeline.evaluate.measure import METHOD, Measure, plain
+from pipeline.evaluate.measures import Answers
 from pipeline.evaluate.plan import own_judges, plan
 from pipeline.evaluate.stored import RESULTS, as_read, as_written, folder, read_fresh, read_results, sealed
 from pipeline.recipe.recipe import Recipe
@@ -208,19 +209,22 @@ def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None, tasks: Sequ
 
 
 def _chain(recipe: Recipe, runs: Path) -> list[Json]:
-    """The finished stages in order: name, kind, the stage whose policy each goes on from, its adapter, how it is paid
-    and which judges it was trained on."""
+    """The finished stages in order: name, kind, its own numbers before and after training, the stage whose policy it
+    goes on from, its adapter, how it is paid and which judges it was trained on."""
     done = [state.name for state in states(recipe, runs) if state.fresh]
     own = own_judges(recipe, done)
+    manifests = {name: recipe.artifact(name, runs).finished() for name in done}
     return [
         {
             "name": name,
             "kind": recipe.stages[name].kind,
+            "before": manifests[name].before,
+            "after": manifests[name].after,
             "from": recipe.stages[name].from_,
             "answers": recipe.kind(name).answers,
             "rewards": [term.source for term in recipe.stages[name].reward_terms()],
             "own_judges": own[name],
-            "adapter": recipe.artifact(name, runs).finished().files[WEIGHTS],
+            "adapter": manifests[name].files[WEIGHTS],
         }
         for name in done
     ]

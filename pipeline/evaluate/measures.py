@@ -1,4 +1,4 @@
-"""What is measured of a policy or a reward model: a class each, with what it needs, how it is taken, what it says.
+"""The measures of policies and reward models, a class each.
 
 Taking a measure leaves plain lists, item by item, that go to disk; from these come numbers with intervals.
 """
@@ -6,15 +6,13 @@ Taking a measure leaves plain lists, item by item, that go to disk; from these c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from pipeline.data.contracts import Row
-from pipeline.disk.atomic import Json, digest
+from pipeline.disk.atomic import Json
+from pipeline.evaluate.measure import BASE, Measure, plain
 from pipeline.measure import intervals, matching
 from pipeline.measure.metric import CORPUS_LOSS, DIALOGUE_LOSS, PREFERENCE_ACCURACY, QUESTION_ACCURACY, Estimate
 
@@ -22,88 +20,9 @@ if TYPE_CHECKING:
     from pipeline.evaluate.bench import Bench
     from pipeline.evaluate.plan import Finished
 
-METHOD = 3
-"""Counts up when a measure is taken differently, so that older results are taken again."""
-BASE = "base"
-"""The policy that has no adapter."""
 COPIES = 4
 SNAPSHOT_COPIES = 1
 BEST_OF = 64
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One measure of one policy or reward model, not yet taken."""
-
-    subject: str
-    rows: list[Row]
-    more: Json = field(default_factory=dict)
-    """Further arguments, which count for the fingerprint like everything else."""
-    others: tuple[str | None, ...] = ()
-    """Stages whose adapters take part besides the subject's."""
-    step: int | None = None
-    """Of a policy part of the way."""
-    adapters: dict[str, str] = field(default_factory=dict)
-    """sha256 of every adapter that takes part, by stage."""
-    folders: dict[str, Path] = field(default_factory=dict)
-    """Where they lie."""
-    model: Json = field(default_factory=dict)
-
-    called: ClassVar[str]
-    needs: ClassVar[str]
-    """The field of Finished with the rows it is taken of; where there are none it is left out."""
-    says: ClassVar[dict[str, str]] = {}
-    """By the name of a number, what was taken of each item to make it of."""
-    unbounded: ClassVar[tuple[str, ...]] = ()
-    """Numbers that are no share: their values can lie any distance apart."""
-
-    @property
-    def name(self) -> str:
-        return self.called
-
-    @property
-    def place(self) -> str:
-        """The policy or reward model that is measured; "ppo@20" for a policy as it was at a step."""
-        return self.subject if self.step is None else f"{self.subject}@{self.step}"
-
-    @property
-    def file(self) -> str:
-        return f"{self.name}-{self.place}.json"
-
-    @property
-    def fingerprint(self) -> str:
-        return digest([METHOD, self.name, self.place, plain(self.rows), self.more, self.adapters, self.model])
-
-    @classmethod
-    def wanted(cls, run: Finished) -> Iterator[Measure]:
-        """Every measure of this kind that the finished stages allow."""
-        return (cls(policy, list(getattr(run, cls.needs))) for policy in run.policies)
-
-    def take(self, bench: Bench) -> Json:
-        raise NotImplementedError
-
-    @classmethod
-    def items(cls, value: Json, like: Json) -> dict[str, Any]:
-        """One value an item for each number, all shares but the `unbounded`. `like`: what it is compared with."""
-        return {name: value[key] for name, key in cls.says.items()}
-
-    @classmethod
-    def numbers(cls, value: Json) -> dict[str, Estimate]:
-        """What was taken says, by the name of the number."""
-        return {
-            name: intervals.mean(values) if name in cls.unbounded else intervals.of_share(values)
-            for name, values in cls.items(value, value).items()
-        }
-
-    @classmethod
-    def changes(cls, after: Json, before: Json) -> dict[str, Estimate]:
-        """Each number less that of another policy, item by item."""
-        ends, starts = (cls.items(value, before) for value in (after, before))
-        return {
-            name: intervals.difference(ends[name], starts[name], None if name in cls.unbounded else 1.0)
-            for name in ends
-            if name in starts
-        }
 
 
 class CorpusLoss(Measure):
@@ -315,8 +234,3 @@ MEASURES: tuple[type[Measure], ...] = (*OF_A_POLICY, FewShot, Pairs, AnswersOnTh
 def proxy_of(answers: Json) -> str | None:
     """The judge that stands for the reward: the first source by which answers were scored."""
     return next(iter(answers["scores"]), None)
-
-
-def plain(rows: Sequence[Row]) -> list[Row]:
-    """Rows without where they stood."""
-    return [{key: value for key, value in row.items() if key != "_place"} for row in rows]

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.data.contracts import Row
+from pipeline.data.contracts import DEMONSTRATION, LANGUAGE_MODELING, PREFERENCE, Row
 from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, digest, sha256_of_file
 from pipeline.errors import UserError
 from pipeline.evaluate.benchmarks import Benchmark
-from pipeline.evaluate.measures import BASE, MEASURES, Measure
+from pipeline.evaluate.measure import BASE, Measure
+from pipeline.evaluate.measures import MEASURES
 from pipeline.measure.matching import NEW_TOKENS
+from pipeline.measure.metric import CORPUS_LOSS, DIALOGUE_LOSS
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.rows import load_rows
 from pipeline.runs.states import states
 from pipeline.stages.reward_file import read_by
-from pipeline.stages.stage import Rows
+from pipeline.stages.stage import Rows, Stage
 
 PROMPTS = 20
 """Held-out prompts answered by sampling, evenly spaced among those there are."""
@@ -60,14 +62,15 @@ class Finished:
 def own_judges(recipe: Recipe, done: Sequence[str]) -> dict[str, dict[str, str]]:
     """For every stage the judges it was trained on, each with how: what ppo was paid by, and the reward models that
     learnt from pairs which dpo, or what ppo was paid by, learnt from as well."""
-    kinds = {name: recipe.stages[name].kind for name in done}
-    models = [name for name in done if kinds[name] == "reward"]
-    pairs = {name: _pairs(recipe, name) for name in done if models and kinds[name] in ("reward", "dpo")}
+    models = [name for name in done if recipe.kind(name).ranks]
+    pairs = {name: _pairs(recipe, name) for name in done if models and recipe.kind(name).contract is PREFERENCE}
     found: dict[str, dict[str, str]] = {}
     for name in done:
         paid = [term.source for term in recipe.stages[name].reward_terms() if term.weight]
         found[name] = dict.fromkeys(paid, "which it was paid by")
-        for taught in [name] if kinds[name] == "dpo" else [source for source in paid if source in pairs]:
+        # A reward model is not judged by answers.
+        own = [name] if name in pairs and name not in models else []
+        for taught in own or [source for source in paid if source in pairs]:
             for model in [model for model in models if model not in found[name]]:
                 if both := len(pairs[taught] & pairs[model]):
                     whose = "its" if taught == name else f"{taught}'s"
@@ -118,35 +121,42 @@ def plan(recipe: Recipe, runs: Path, benchmarks: Sequence[Row] = ()) -> list[Mea
 def _finished(recipe: Recipe, runs: Path, done: list[str]) -> Finished:
     """What the finished stages have for measures to choose from."""
     held_out = {name: _rendered(load_rows(recipe, name)[0], recipe.artifact(name, runs)) for name in done}
-    of_kind: dict[str, list[str]] = {kind: [] for kind in ("pretrain", "sft", "reward", "dpo", "ppo")}
-    for name in done:
-        of_kind[recipe.stages[name].kind].append(name)
+    kinds = {name: recipe.kind(name) for name in done}
 
-    def first_test(*names: str) -> Sequence[Row]:
+    def those(fits: Callable[[Stage], bool]) -> list[str]:
+        return [name for name in done if fits(kinds[name])]
+
+    def held_out_of(names: list[str]) -> list[Row]:
+        return [row for name in names for row in held_out[name].test or []]
+
+    def first_test(names: list[str]) -> Sequence[Row]:
         return next((rows for name in names if (rows := held_out[name].test)), ())
 
     asked = _distinct([row for name in done for row in held_out[name].questions])
-    policies = [name for name in done if recipe.kind(name).answers]
-    compared = [row for name in done if name in of_kind["dpo"] + of_kind["reward"] for row in held_out[name].test or []]
-    prompts = _prompts([row for name in of_kind["ppo"] for row in held_out[name].test or []] or asked or compared)
-    references = {name: recipe.stages[name].from_ for name in policies if name in [*of_kind["dpo"], *of_kind["ppo"]]}
+    policies = those(lambda kind: kind.answers)
+    models = those(lambda kind: kind.ranks)
+    compare = those(lambda kind: kind.contract is PREFERENCE)
+    demonstrated = those(lambda kind: kind.contract is DEMONSTRATION)
+    samplers = [name for name in done if recipe.stages[name].sampling()]
+    references = {name: recipe.stages[name].from_ for name in policies if kinds[name].raises}
     started = {name: parent for name, parent in references.items() if parent}
+    prompts = _choose_prompts(held_out_of(samplers) or asked or held_out_of(compare))
     return Finished(
         policies=[BASE, *policies],
-        learners=[name for name in policies if recipe.stages[name].kind != "pretrain"],
-        corpus=first_test(*of_kind["pretrain"]),
-        dialogues=first_test(*of_kind["sft"]),
-        compared=first_test(*of_kind["dpo"], *of_kind["reward"]),
+        learners=[name for name in policies if kinds[name].contract is not LANGUAGE_MODELING],
+        corpus=first_test(those(lambda kind: kind.held_out_loss is CORPUS_LOSS)),
+        dialogues=first_test(those(lambda kind: kind.held_out_loss is DIALOGUE_LOSS)),
+        compared=first_test(sorted(compare, key=lambda name: name in models)),
         questions=asked,
         closed=[row for row in asked if len(row.get("choices", [])) > 1 and not row.get("labelled")],
         labelled=[row for row in asked if row.get("labelled")],
-        examples=_examples(held_out[of_kind["sft"][0]].train) if of_kind["sft"] else [],
-        rewards={name: held_out[name] for name in of_kind["reward"]},
+        examples=_examples(held_out[demonstrated[0]].train) if demonstrated else [],
+        rewards={name: held_out[name] for name in models},
         prompts=prompts,
-        sampling=_sampling(recipe, of_kind["ppo"], prompts, _sources(recipe, of_kind)),
+        sampling=_sampling(recipe, samplers, prompts, models),
         references=references,
         snapshots={name: list(recipe.artifact(name, runs).snapshots()) for name in started},
-        drawn_from=next(iter(started.values()), next(reversed(of_kind["sft"]), None)),
+        drawn_from=next(iter(started.values()), next(reversed(demonstrated), None)),
     )
 
 
@@ -162,18 +172,21 @@ def _rendered(rows: Rows, artifact: Artifact) -> Rows:
     return replace(rows, train=kept(rows.train), test=None if rows.test is None else kept(rows.test))
 
 
-def _sampling(recipe: Recipe, ppo: list[str], prompts: list[Row], sources: list[str]) -> Json:
-    """How held-out prompts are answered: as PPO samples, where there is a ppo stage."""
-    words = recipe.stages[ppo[0]].train if ppo else {}
-    declared = [term.source for name in ppo for term in recipe.stages[name].reward_terms() if term.truth]
+def _sampling(recipe: Recipe, samplers: list[str], prompts: list[Row], models: list[str]) -> Json:
+    """How held-out prompts are answered: as the first stage that samples does it, where there is one. The answers are
+    judged by the reward models, or where there are none by the first function that a stage is paid by."""
+    settings = recipe.stages[samplers[0]].train if samplers else {}
+    terms = [term for name in samplers for term in recipe.stages[name].reward_terms()]
+    declared = [term.source for term in terms if term.truth]
     answered = all(row.get("answer") is not None for row in prompts)
     truth = declared[0] if declared else "answer" if answered else None
-    named = [source for source in (*sources, truth or "") if ".py:" in source]
-    read = {source: read_by(Path(source.rpartition(":")[0])) for source in named}
-    files = {source: {name: sha256_of_file(path) for name, path in found.items()} for source, found in read.items()}
+    sources = models or [term.source for term in terms if term.weight > 0][:1]
+    functions = [source for source in (*sources, truth or "") if ".py:" in source]
+    read = {source: read_by(Path(source.rpartition(":")[0])) for source in functions}
+    files = {source: {name: sha256_of_file(path) for name, path in known.items()} for source, known in read.items()}
     return {
-        "new_tokens": int(words.get("response_length", NEW_TOKENS)),
-        "temperature": float(words.get("temperature", 1.0)),
+        "new_tokens": int(settings.get("response_length", NEW_TOKENS)),
+        "temperature": float(settings.get("temperature", 1.0)),
         "seed": recipe.spec.seed,
         "sources": sources,
         "truth": truth,
@@ -181,15 +194,7 @@ def _sampling(recipe: Recipe, ppo: list[str], prompts: list[Row], sources: list[
     }
 
 
-def _sources(recipe: Recipe, of_kind: dict[str, list[str]]) -> list[str]:
-    """Judges of sampled answers: the reward models there are, or else the first function that PPO is paid by."""
-    if of_kind["reward"]:
-        return of_kind["reward"]
-    terms = [term for name in of_kind["ppo"] for term in recipe.stages[name].reward_terms()]
-    return [term.source for term in terms if term.weight > 0][:1]
-
-
-def _prompts(held_out: list[Row]) -> list[Row]:
+def _choose_prompts(held_out: list[Row]) -> list[Row]:
     """Held-out prompts to be answered by sampling."""
     rows = _distinct(held_out)
     columns = {key for row in rows for key in row}

@@ -8,7 +8,8 @@ import numpy
 
 from pipeline.disk.atomic import Json
 from pipeline.evaluate import arena, benchmarks, best_of_n, reward_check, verdicts
-from pipeline.evaluate.measures import BASE, OF_A_POLICY, Answers, BestOfN, FewShot, Measure, Pairs, Questions, proxy_of
+from pipeline.evaluate.measure import BASE, Measure
+from pipeline.evaluate.measures import OF_A_POLICY, Answers, BestOfN, FewShot, Pairs, Questions, proxy_of
 from pipeline.measure import intervals
 from pipeline.measure.metric import Estimate
 

@@ -6,8 +6,7 @@ import numpy
 from scipy import stats
 
 from pipeline.disk.atomic import Json
-from pipeline.evaluate import calibration
-from pipeline.measure import intervals
+from pipeline.measure import calibration, intervals
 from pipeline.measure.metric import Estimate
 from pipeline.measure.ranking import longer_wins, ranked_right
 
@@ -24,7 +23,7 @@ def checked(pairs: Json) -> Json:
     right_P = ranked_right(margins_P)
     words_P = ranked_right(pairs["bag_of_words"])
     rule_P = longer_wins(pairs["chosen_length"], pairs["rejected_length"])
-    curve = calibration.reliability(margins_P.tolist())
+    curve = calibration.reliability_of_ranking(margins_P.tolist())
     groups = {"chosen longer": longer_P > 0, "same length": longer_P == 0, "chosen shorter": longer_P < 0}
     uneven = longer_P != 0
     prefers_longer_P = ranked_right(margins_P[uneven] * longer_P[uneven])

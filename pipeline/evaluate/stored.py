@@ -9,11 +9,11 @@ from typing import Any
 from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, digest, read_json
 from pipeline.errors import UserError
-from pipeline.evaluate.measures import Measure
+from pipeline.evaluate.measure import Measure
 from pipeline.measure.metric import Estimate
 from pipeline.recipe.recipe import Recipe
 
-RESULTS = 5
+RESULTS = 6
 """Counts up when results.json says something else or in another way."""
 FIELDS = {field.name for field in fields(Estimate)}
 

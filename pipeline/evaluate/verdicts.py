@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from pipeline.disk.atomic import Json
 from pipeline.measure.metric import (
-    CORPUS_LOSS,
-    DIALOGUE_LOSS,
     KL,
     PREFERENCE_ACCURACY,
     QUESTION_ACCURACY,
@@ -16,7 +16,8 @@ from pipeline.measure.metric import (
     Metric,
     perplexity,
 )
-from pipeline.stages.stage import StageSpec
+from pipeline.stages import STAGES
+from pipeline.stages.stage import Stage, StageSpec
 
 BETTER, WORSE, UNCLEAR, WARNING = "better", "worse", "unclear", "warning"
 UNSHOWN = "unshown"
@@ -29,15 +30,17 @@ def spoken(results: Json) -> Json:
     """For each stage {"word": better | worse | unclear | unshown | warning, "text": the sentence}."""
     found = {}
     for stage in results["chain"]:
-        name, kind = stage["name"], stage["kind"]
-        if kind == "reward":
+        name, kind = stage["name"], STAGES[stage["kind"]]
+        if kind.ranks:
             found[name] = _reward(results["reward_models"].get(name))
-        elif kind == "pretrain":
-            found[name] = _loss(results, name, CORPUS_LOSS, "corpus")
-        elif kind == "sft":
-            found[name] = _sft(results, name)
-        else:
+        elif kind.raises:
             found[name] = _preference_trained(results, name)
+        elif kind.learnt == "answers" and QUESTION_ACCURACY.name in results["changes"][name]:
+            found[name] = _questions(results, name)
+        elif kind.held_out_loss:
+            found[name] = _loss(results, name, kind.held_out_loss)
+        else:
+            found[name] = _of_its_headline(stage, kind)
     return found
 
 
@@ -45,7 +48,7 @@ def _verdict(word: str, text: str) -> Json:
     return {"word": word, "text": text}
 
 
-def _loss(results: Json, name: str, metric: Metric, what: str) -> Json:
+def _loss(results: Json, name: str, metric: Metric) -> Json:
     parent, change = results["parents"][name], results["changes"][name].get(metric.name)
     if change is None:
         return _verdict(UNCLEAR, f"Nothing held out to judge it by: give {name} a data.test.")
@@ -53,17 +56,15 @@ def _loss(results: Json, name: str, metric: Metric, what: str) -> Json:
     word = metric.word(change) or UNCLEAR
     return _verdict(
         word,
-        f"{COMPARED[word]} {parent} on held-out {what} text: {metric.number(before)} to {metric.number(after)} "
-        f"{metric.unit} ({metric.change(change)}), perplexity {perplexity(before):.1f} to {perplexity(after):.1f}.",
+        f"{COMPARED[word]} {parent} on held-out rows, {metric.label}: {metric.number(before)} to "
+        f"{metric.number(after)} {metric.unit} "
+        f"({metric.change(change)}), perplexity {perplexity(before):.1f} to {perplexity(after):.1f}.",
     )
 
 
-def _sft(results: Json, name: str) -> Json:
-    asked = QUESTION_ACCURACY
-    change = results["changes"][name].get(asked.name)
-    if change is None:
-        return _loss(results, name, DIALOGUE_LOSS, "dialogue")
-    parent = results["parents"][name]
+def _questions(results: Json, name: str) -> Json:
+    asked, parent = QUESTION_ACCURACY, results["parents"][name]
+    change = results["changes"][name][asked.name]
     before, after = (results["numbers"][policy][asked.name] for policy in (parent, name))
     word = asked.word(change) or UNCLEAR
     return _verdict(
@@ -71,6 +72,20 @@ def _sft(results: Json, name: str) -> Json:
         f"{COMPARED[word]} {parent}: {asked.written(before.value)} to {asked.written(after.value)} of {after.n} "
         f"{asked.label} ({asked.change(change)}).",
     )
+
+
+def _of_its_headline(stage: Json, kind: Stage) -> Json:
+    """By the first of the numbers that the stage takes of itself, before and after."""
+    before, after = stage["before"], stage["after"]
+    metric = next((metric for metric in kind.headlines if metric.name in before and metric.name in after), None)
+    if metric is None:
+        return _verdict(UNCLEAR, "Nothing held out to judge it by: give it a data.test.")
+    told = f"{metric.label} {metric.written(before[metric.name])} to {metric.written(after[metric.name])}"
+    gain = Estimate.among(after, f"{metric.name}_gain")
+    if gain is None or gain.low is None:
+        return _verdict(UNCLEAR, f"{told[0].upper()}{told[1:]}; how far chance reaches is not known.")
+    word = metric.word(gain) or UNCLEAR
+    return _verdict(word, f"{COMPARED[word]} before: {told} ({metric.change(gain)}).")
 
 
 def _reward(found: Json | None) -> Json:
@@ -116,8 +131,8 @@ def _preference_trained(results: Json, name: str) -> Json:
         asked[PREFERENCE_ACCURACY] = f"the {PREFERENCE_ACCURACY.label}"
     for metric, label in asked.items():
         if metric.name in changes:
-            change, own = changes[metric.name], metric is PREFERENCE_ACCURACY and stage["kind"] == "dpo"
-            why = ", which is what dpo trains" if own else ""
+            change, own = changes[metric.name], metric.name == STAGES[stage["kind"]].raises
+            why = f", which is what {stage['kind']} trains" if own else ""
             tell(metric.word(change) or UNCLEAR, f"{label} {metric.change(change)}{why}", own)
     flagged = results["over_optimised"].get(name)
     if flagged and not learnt:  # the mean has risen where the win rate has not
@@ -148,12 +163,12 @@ def _preference_trained(results: Json, name: str) -> Json:
 def of_itself(section: StageSpec, before: Json, after: Json) -> str | None:
     """What a stage's own numbers show where it has risen in what it was trained on; None where it has not. Of the other
     numbers only what is right among sampled answers has an interval (ppo/held_out.py)."""
-    own, what, why = {
-        "ppo": ("reward", "Higher reward", "that is what it was paid by"),
-        "dpo": (PREFERENCE_ACCURACY.name, f"The {PREFERENCE_ACCURACY.label}", "that is what dpo trains"),
-    }.get(section.kind, ("", "", ""))
-    if own not in before or own not in after or after[own] <= before[own]:
+    raised = STAGES[section.kind].raised
+    if raised is None or raised.name not in before or not after.get(raised.name, -math.inf) > before[raised.name]:
         return None
+    paid = bool(section.reward_terms())
+    what = "Higher reward" if paid else f"The {raised.label}"
+    why = "that is what it was paid by" if paid else f"that is what {section.kind} trains"
     asked, answered = QUESTION_ACCURACY, ""
     if asked.name in before and asked.name in after:
         change = after[asked.name] - before[asked.name]

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.data import render
 from pipeline.data.contracts import Row
-from pipeline.data.tokens import Unrenderable
+from pipeline.data.tokens import Unrenderable, stop_ids
 from pipeline.measure.matching import NEW_TOKENS
 from pipeline.measure.scoring import batches
 from pipeline.models import processes, sampling
@@ -128,13 +128,13 @@ def generate(
                 [prompts[i] for i in batch],
                 new_tokens=new_tokens,
                 temperature=0,
-                stops=render.stop_ids(tokenizer),
+                stops=stop_ids(tokenizer),
                 generator=torch.Generator(model.device),
                 shared=shared,
             )
             for index, episode in zip(batch, episodes, strict=True):
                 said = episode.answer_ids[:-1] if episode.ended else episode.answer_ids
-                text = tokenizer.decode(said, skip_special_tokens=True).strip()
+                text = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
                 answers[index] = Answer(text, stopped=episode.ended)
     found = {index: answer for part in processes.gather(answers) for index, answer in part.items()}
     return [found[index] for index in range(len(rows))]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def language_model(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[Encoded]) -> dict[str, float]:
+def language_model(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]) -> dict[str, float]:
     """`loss`: mean negative log-likelihood of a supervised token, in nats, with its 95 % interval over rows where there
     are several (`loss_low`, `loss_high`); `perplexity`: its exponential."""
     if not rows:
@@ -35,7 +35,7 @@ def language_model(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: l
 
 
 def preferences(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[Reply, Reply]]
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[Reply, Reply]]
 ) -> dict[str, float]:
     """`preference_accuracy`: share of pairs whose chosen answer is likelier than the rejected one (ranking accuracy,
     arXiv 2405.19534), a tie counting half, by the mean log-likelihood of a token, so that the shorter answer has no
@@ -46,7 +46,7 @@ def preferences(
 
 
 def token_means(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[Reply, Reply]]
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[Reply, Reply]]
 ) -> tuple[list[float], list[float]]:
     """The mean log-likelihood of a token, in nats, of every chosen answer and of every rejected one."""
     answers = [answer for pair in pairs for answer in pair]
@@ -56,7 +56,7 @@ def token_means(
 
 
 def reward_model(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[list[int], list[int]]]
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[list[int], list[int]]]
 ) -> dict[str, float]:
     """`accuracy`: share of pairs whose chosen answer scores higher, a tie counting half; `margin`: mean difference of
     the scores;
@@ -77,7 +77,7 @@ def ranking(chosen: list[float], rejected: list[float], accuracy: str, margin: s
 
 
 @torch.no_grad()
-def log_likelihoods(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[Encoded]) -> list[float]:
+def log_likelihoods(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]) -> list[float]:
     """For each sequence, the sum of log p(token | before) over its supervised tokens, in nats."""
     model.eval()
     language_model = LanguageModel(model, tokenizer.pad_token_id)
@@ -102,7 +102,7 @@ def token_log_likelihoods(language_model: LanguageModel, states_NH: torch.Tensor
     """log p of each token given the hidden state before it, (N,) in float32; EVALUATION_LOGITS at a time."""
     size = max(1, EVALUATION_LOGITS // language_model.config.vocab_size)
     parts = []
-    for states_nH, ids_n in zip(states_NH.split(size), ids_N.split(size), strict=True):
+    for states_nH, ids_n in zip(torch.split(states_NH, size), torch.split(ids_N, size), strict=True):
         with computing(language_model.model):
             logits_nV = language_model.logits(states_nH)
         parts.append(-torch.nn.functional.cross_entropy(logits_nV.float(), ids_n, reduction="none"))
@@ -110,7 +110,7 @@ def token_log_likelihoods(language_model: LanguageModel, states_NH: torch.Tensor
 
 
 @torch.no_grad()
-def scores(model: PeftModel, tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]]) -> list[float]:
+def scores(model: PeftModel, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[list[int]]) -> list[float]:
     """The reward model's score of each sequence, read at its last token, its head in float32."""
     model.eval()
 

@@ -2,7 +2,7 @@
 
 fresh(base, lora)                the first stage: a new adapter that starts as the identity
 carried(base, parent)            sft, dpo: the parent's adapter, trained on from where it stands
-transplanted(base, parent, ...)  reward: the parent's trunk under a one-label head; only the head is new
+transplanted(base, parent, ...)  reward: the parent's trunk under a score head; only the head is new
 twin(model, name)                ppo: the policy's adapter once more, as reference
 as_trained(base, folder)       publish: a finished adapter, frozen, with its score head in float32 if it has one
 borrowed(model, name, folder)    ppo: a further stage's adapter on the policy's base; gives back a reward model's head
@@ -32,10 +32,10 @@ HEAD = "score"
 save_and_load.check_file_exists_on_hf_hub = lambda *_, **__: False
 
 
-def fresh(base: PreTrainedModel, lora: dict[str, Any], reward: bool = False) -> PeftModel:
+def fresh(base: PreTrainedModel, lora: dict[str, Any], head: bool = False) -> PeftModel:
     """A new adapter. Raises UserError if PEFT refuses its description."""
     try:
-        return _ready(get_peft_model(base, LoraConfig(**lora, **_task(reward))))
+        return _ready(get_peft_model(base, LoraConfig(**lora, **_task(head))))
     except (TypeError, ValueError) as error:
         raise UserError(f"model.lora: PEFT refuses it: {error}") from error
 
@@ -192,8 +192,8 @@ def _without_cast(model: PeftModel) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def _task(reward: bool) -> dict[str, Any]:
-    return {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]} if reward else {"task_type": "CAUSAL_LM"}
+def _task(head: bool) -> dict[str, Any]:
+    return {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]} if head else {"task_type": "CAUSAL_LM"}
 
 
 def _plain_name(name: str, adapter: str) -> str:

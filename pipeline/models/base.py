@@ -80,8 +80,8 @@ def _knows_the_marks(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> Non
         )
 
 
-def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, reward: bool = False) -> PreTrainedModel:
-    """The base with every weight frozen; with `reward`, under a one-label score head in place of the LM head.
+def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, num_labels: int = 0) -> PreTrainedModel:
+    """The base with every weight frozen; with `num_labels`, under a score head of so many in place of the LM head.
 
     The new score head is drawn from torch's generator: seed before the call. Scores are read by length, in float32.
     """
@@ -116,9 +116,9 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, reward: bool 
             llm_int8_skip_modules=["lm_head", "score"],
         )
     try:
-        if reward:
+        if num_labels:
             model, found = AutoModelForSequenceClassification.from_pretrained(
-                local_folder(spec), num_labels=1, **options
+                local_folder(spec), num_labels=num_labels, **options
             )
         else:
             # In place of the base's own, whose penalties and suppressed tokens no stage is trained or measured with.
@@ -144,7 +144,7 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, reward: bool 
         )
     model.config.pad_token_id = tokenizer.pad_token_id
     keep_gradients_on_cpu(model)
-    if reward:
+    if num_labels:
         score_by_length(model)
     return model.requires_grad_(False)
 

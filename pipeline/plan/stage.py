@@ -129,7 +129,7 @@ def _question_tokens(section: StageSpec, longest: int) -> int:
 def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, lengths: Lengths | None) -> Work:
     """The most that a stage puts through the model at a time."""
     arguments = kind.arguments(section)
-    if arguments.get("label_smoothing_factor"):
+    if arguments.get("label_smoothing_factor") and not kind.score_head:
         raise UserError(f"{section.kind}: label_smoothing_factor makes all logits at once, which is not planned")
     rows = int(arguments.get("per_device_train_batch_size", 1))
     checkpointed = checkpointed_layers(arguments, model.shapes.layers)

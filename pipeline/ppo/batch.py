@@ -6,7 +6,7 @@ answers, row after row. Values on (B, G) are 0 where an answer has no token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from pipeline.models.sampling import Episode
 class Rollout:
     """A process's share of a step's prompts, answered by the policy."""
 
-    rows: list[Row]
+    rows: Sequence[Row]
     """The prompts, one for each episode."""
     episodes: list[Episode]
     texts: list[str]

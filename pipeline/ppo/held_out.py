@@ -29,7 +29,7 @@ ended            whether it ended by itself
 """
 
 
-def ask(trainer: PPOTrainer, prompts: list[Row]) -> Answers:
+def ask(trainer: PPOTrainer, prompts: Sequence[Row]) -> Answers:
     """The policy as it stands, sampled at the training temperature; the same random draws each time it is called.
     Several processes share the prompts."""
     parts = processes.gather(_ask(trainer, processes.share(prompts)))

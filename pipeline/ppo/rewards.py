@@ -7,7 +7,7 @@ import importlib.util
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -76,7 +76,7 @@ def scores(
     sources: list[Source],
     actors: Actors,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[Row],
+    rows: Sequence[Row],
     answers: list[str],
     at_once: int,
 ) -> dict[str, list[float]]:
@@ -132,7 +132,7 @@ def _conversation(tokenizer: PreTrainedTokenizerBase, row: Row, text: str) -> li
     return render.conversation(tokenizer, {**row, "answer": answer}, "answer")
 
 
-def _call(source: Source, rows: list[Row], answers: list[str]) -> list[float]:
+def _call(source: Source, rows: Sequence[Row], answers: list[str]) -> list[float]:
     """A function is called as TRL's GRPO calls it: lists by keyword, one for each column of the rows."""
     assert source.function is not None
     rows = copy.deepcopy(rows)  # what it does to its arguments must not reach the data

@@ -53,7 +53,7 @@ class PPOTrainer:
         self,
         actors: Actors,
         tokenizer: PreTrainedTokenizerBase,
-        rows: list[Row],
+        rows: Sequence[Row],
         sources: list[rewards.Source],
         settings: PPOSettings,
         seed: int,
@@ -125,7 +125,7 @@ class PPOTrainer:
         return self.answer(rows, f"{step}/{self.rank}")
 
     @torch.no_grad()
-    def answer(self, rows: list[Row], name: str) -> Rollout:
+    def answer(self, rows: Sequence[Row], name: str) -> Rollout:
         """An answer to each row's prompt by the policy as it stands; equal under an equal name of the draw. No more are
         sampled at once than in training."""
         settings, actors = self.settings, self.actors

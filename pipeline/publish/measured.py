@@ -62,7 +62,8 @@ def _interval(entry: Manifest, metric: Metric, evaluated: Json) -> str:
     if metric.name == "loss":
         loss = Estimate.among(after, "loss")
         if loss is None or loss.low is None:  # as the evaluation measured it, if of the same value
-            loss = evaluated.get(entry.stage, {}).get(STAGES[entry.kind].held_out_loss)
+            taken = STAGES[entry.kind].held_out_loss
+            loss = evaluated.get(entry.stage, {}).get(taken.name) if taken else None
             if loss is None or not math.isclose(loss.value, after["loss"], rel_tol=1e-6):
                 return "`onebase eval` gives it" if held_out > 1 else ""
         return f"{metric.range(loss, fine=True)} ({intervals.OVER_ROWS}, n = {held_out})"

@@ -32,7 +32,7 @@ def write(sealed: Sealed, folder: Path, dtype: str | None = None, shard_bytes: i
     from pipeline.models import adapters, base
 
     tokenizer = adapter.write_tokenizer(sealed, folder)
-    frozen = base.load_base(sealed.model, tokenizer, reward=sealed.reward)
+    frozen = base.load_base(sealed.model, tokenizer, num_labels=int(sealed.reward))
     model = adapters.as_trained(frozen, sealed.artifact.adapter)
     target: torch.dtype = getattr(torch, dtype or ("float16" if sealed.model.dtype == "float16" else "bfloat16"))
     weights = list(summed(model))

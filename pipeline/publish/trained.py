@@ -30,7 +30,7 @@ def main() -> None:
     spec = ModelSpec(**job["model"])
     tokenizer = base.load_tokenizer(spec)
     torch.manual_seed(0)
-    frozen = base.load_base(spec, tokenizer, reward=job["reward"])
+    frozen = base.load_base(spec, tokenizer, num_labels=int(job["reward"]))
     digest = base.frozen_digest(frozen)
     if job["base_digest"] not in (None, digest):
         sys.exit(

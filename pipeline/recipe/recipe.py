@@ -98,11 +98,9 @@ class Recipe:
             for file in sorted({term.file for term in terms if term.file}):
                 read = {f"reward {file}: {name}": path for name, path in read_by(Path(file)).items()}
                 hashes |= {name: sha256_of_file(path) for name, path in read.items()}
-            # What is only measured by a term, its truth, changes no training.
-            reward = {"reward": [term.model_dump(exclude={"truth"}) for term in terms]} if terms else {}
             counts = {"kind": section.kind, "arithmetic": self.kind(name).arithmetic}
             parts[name] = {
-                "stage": {**counts, "train": train, "data": _settings(data), **reward},
+                "stage": {**counts, "train": train, "data": _settings(data), **section.further_parts()},
                 "model": model,
                 "seed": self.spec.seed,
                 "data": hashes,

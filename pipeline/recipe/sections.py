@@ -137,7 +137,9 @@ def _check_from(from_: str | None, kinds: dict[str, Stage], *place: str) -> None
     else:
         raise complaint(f"no stage '{from_}' in this recipe{suggest(from_, kinds)}", *place)
     if not kind.answers:
-        raise complaint(f"{named} a reward model, not a policy to go on with", *place)
+        raise complaint(
+            f"{named} a {'reward model' if kind.ranks else 'classifier'}, not a policy to go on with", *place
+        )
 
 
 def _check_truth(spec: RecipeSpec) -> None:

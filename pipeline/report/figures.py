@@ -35,52 +35,43 @@ STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
-COLOURS = {
-    "base": "#8b929c",
-    "pretrain": "#4c7fc4",
-    "sft": "#21867a",
-    "reward": "#9a7a1c",
-    "dpo": "#d9822b",
-    "ppo": "#c43d54",
-    "best": "#7757a8",
-}
+BASE, BEST = "#8b929c", "#7757a8"
+"""The colours of the base and of the best of n answers; a stage has its own."""
 WIDTH, HEIGHT = 4.5, 2.9
 
 
-def colour(name: str, kinds: dict[str, str]) -> str:
-    """Of a policy, by what kind of stage made it."""
-    return COLOURS["best"] if name.startswith("best of") else COLOURS.get(kinds.get(name, "base"), COLOURS["base"])
+def colour(name: str, colours: dict[str, str]) -> str:
+    """Of a policy."""
+    return BEST if name.startswith("best of") else colours.get(name, BASE)
 
 
-def training(name: str, kind: str, rows: list[Json]) -> str | None:
-    """What a stage's trainer logged: the loss, or for PPO the score of its answers, with KL below."""
-    keys = [("score", "mean score of a step's answers"), ("kl", "KL, nats an answer")] if kind == "ppo" else []
-    keys = [pair for pair in keys or [("loss", "training loss")] if any(pair[0] in row for row in rows)]
+def training(name: str, rows: list[Json], shade: str) -> str | None:
+    """What a stage's trainer logged: the loss, or where it samples the score of its answers, with KL below."""
+    sampled = [("score", "mean score of a step's answers"), ("kl", "KL, nats an answer")]
+    keys = [pair for pair in sampled if any(pair[0] in row for row in rows)]
+    keys = keys or [pair for pair in [("loss", "training loss")] if any("loss" in row for row in rows)]
     if not keys:
         return None
     figure = _figure(height=HEIGHT)
     for place, (key, label) in enumerate(keys):
         axes = figure.add_subplot(len(keys), 1, place + 1)
         points = [(row["step"], row[key]) for row in rows if key in row]
-        axes.plot(
-            *zip(*points, strict=True), color=COLOURS.get(kind, "#333"), marker="o", markersize=2.5, linewidth=1.4
-        )
+        axes.plot(*zip(*points, strict=True), color=shade, marker="o", markersize=2.5, linewidth=1.4)
         axes.set_ylabel(key)
         axes.set_title(f"{name}: {label}" if not place else label)
-        if place == len(keys) - 1:
-            axes.set_xlabel("optimizer step" if kind != "ppo" else "PPO step")
+    axes.set_xlabel("step")
     return _svg(figure)
 
 
-def path(name: str, rows: list[Json]) -> str | None:
-    """The way a PPO policy took in training: the mean score of each step's answers against their KL."""
+def path(name: str, rows: list[Json], shade: str) -> str | None:
+    """The way a policy that samples took in training: the mean score of each step's answers against their KL."""
     points = [(row["kl"], row["score"], row["step"]) for row in rows if "kl" in row and "score" in row]
     if len(points) < 2:
         return None
     figure = _figure()
     axes = figure.add_subplot()
     kl, score, _ = zip(*points, strict=True)
-    axes.plot(kl, score, color=COLOURS["ppo"], marker="o", markersize=3, linewidth=1)
+    axes.plot(kl, score, color=shade, marker="o", markersize=3, linewidth=1)
     for at, value, step in (points[0], points[-1]):
         axes.annotate(f"step {step}", (at, value), xytext=(4, 5), textcoords="offset points", fontsize=8.5)
     axes.set_xlabel("KL from the reference, nats an answer")
@@ -89,13 +80,13 @@ def path(name: str, rows: list[Json]) -> str | None:
     return _svg(figure)
 
 
-def reliability(curve: list[Json], ece: float) -> str:
+def reliability(curve: list[Json], ece: float, shade: str) -> str:
     """How often a reward model is right against how sure it is."""
     figure = _figure()
     axes = figure.add_subplot()
     axes.plot([0.5, 1], [0.5, 1], color="#b3b9c2", linestyle="--", linewidth=1, label="perfectly calibrated")
     confidence, accuracy = [b["confidence"] for b in curve], [b["accuracy"] for b in curve]
-    axes.plot(confidence, accuracy, color=COLOURS["reward"], marker="o", label="held-out pairs")
+    axes.plot(confidence, accuracy, color=shade, marker="o", label="held-out pairs")
     for found in curve:
         place = (found["confidence"], found["accuracy"])
         axes.annotate(f"{found['n']}", place, xytext=(5, -11), textcoords="offset points", fontsize=8.5)
@@ -124,7 +115,7 @@ def scores(chosen: list[float], rejected: list[float]) -> str:
 
 
 def overoptimisation(
-    curve: Json, policies: dict[str, Json], steps: dict[str, Json], measure: str, label: str, kinds: dict[str, str]
+    curve: Json, policies: dict[str, Json], steps: dict[str, Json], measure: str, label: str, colours: dict[str, str]
 ) -> str:
     """A measure against the distance from the policy that preference training started from. `policies`: for each its
     numbers, of which those with a KL are drawn. `steps`: for some of them their numbers part of the way, by step."""
@@ -133,10 +124,8 @@ def overoptimisation(
     key = "proxy" if measure == "reward" else "gold"
     points = [point for point in curve["points"] if point[key]]
     kl = [point["kl"] for point in points]
-    axes.plot(kl, [p[key].value for p in points], color=COLOURS["best"], marker="o", markersize=3.5, label="best of n")
-    axes.fill_between(
-        kl, [p[key].low for p in points], [p[key].high for p in points], color=COLOURS["best"], alpha=0.14, lw=0
-    )
+    axes.plot(kl, [p[key].value for p in points], color=BEST, marker="o", markersize=3.5, label="best of n")
+    axes.fill_between(kl, [p[key].low for p in points], [p[key].high for p in points], color=BEST, alpha=0.14, lw=0)
     for point in points[:: max(1, len(points) - 1)]:
         place = (point["kl"], point[key].value)
         axes.annotate(f"n={point['n']}", place, xytext=(4, -12), textcoords="offset points", fontsize=8.5)
@@ -144,7 +133,7 @@ def overoptimisation(
         if "kl" in numbers and measure in numbers:
             found, at = numbers[measure], max(numbers["kl"].value, 0.0)
             error = [[found.value - found.low], [found.high - found.value]]
-            shade = colour(name, kinds)
+            shade = colour(name, colours)
             axes.errorbar([at], [found.value], yerr=error, fmt="D", capsize=3, color=shade, label=name)
             way = [(max(part["kl"].value, 0.0), part[measure].value) for part in steps.get(name, {}).values()]
             if way:
@@ -168,7 +157,7 @@ def samples_needed(curve: Json) -> str | None:
     n = [point["n"] for point in points]
     for key, label, shade in (
         ("coverage", "at least one of n is right", "#4c7fc4"),
-        ("gold", "the one the reward chooses is right", COLOURS["best"]),
+        ("gold", "the one the reward chooses is right", BEST),
     ):
         axes.plot(n, [100 * p[key].value for p in points], marker="o", markersize=3.5, color=shade, label=label)
         low, high = ([100 * getattr(p[key], end) for p in points] for end in ("low", "high"))
@@ -183,7 +172,7 @@ def samples_needed(curve: Json) -> str | None:
     return _svg(figure)
 
 
-def lengths(by_policy: dict[str, list[int]], kinds: dict[str, str]) -> str:
+def lengths(by_policy: dict[str, list[int]], colours: dict[str, str]) -> str:
     """How long sampled answers are, one histogram a policy on a shared axis."""
     figure = _figure(height=0.8 + 0.5 * len(by_policy))
     longest = max(max(values) for values in by_policy.values())
@@ -193,7 +182,7 @@ def lengths(by_policy: dict[str, list[int]], kinds: dict[str, str]) -> str:
     for place, (name, values) in enumerate(by_policy.items()):
         axes = figure.add_subplot(len(by_policy), 1, place + 1, sharex=first)
         first = first or axes
-        axes.hist(values, bins=edges, color=colour(name, kinds), alpha=0.8)
+        axes.hist(values, bins=edges, color=colour(name, colours), alpha=0.8)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.set_ylabel(name, rotation=0, ha="right", va="center")
@@ -203,7 +192,7 @@ def lengths(by_policy: dict[str, list[int]], kinds: dict[str, str]) -> str:
     return _svg(figure)
 
 
-def row_lengths(stages: Json, kinds: dict[str, str]) -> str:
+def row_lengths(stages: Json, colours: dict[str, str]) -> str:
     """How many tokens training rows have, one histogram a stage in powers of two; a line where max_length cuts."""
     shown = {name: stage["tokens"] for name, stage in stages.items() if stage["tokens"]["histogram"]}
     figure = _figure(height=0.7 + 0.55 * len(shown))
@@ -212,7 +201,7 @@ def row_lengths(stages: Json, kinds: dict[str, str]) -> str:
         axes = figure.add_subplot(len(shown), 1, place + 1, sharex=first)
         first = first or axes
         powers = [math.log2(edge) - 0.5 for edge, _ in tokens["histogram"]]
-        axes.bar(powers, [count for _, count in tokens["histogram"]], 0.9, color=colour(name, kinds), alpha=0.8)
+        axes.bar(powers, [count for _, count in tokens["histogram"]], 0.9, color=colour(name, colours), alpha=0.8)
         if tokens["max_length"]:
             axes.axvline(math.log2(tokens["max_length"]), color="grey", linestyle="--", linewidth=1)
         axes.set_yticks([])
@@ -225,7 +214,7 @@ def row_lengths(stages: Json, kinds: dict[str, str]) -> str:
     return _svg(figure)
 
 
-def elo(arena: Json, title: str, kinds: dict[str, str]) -> str:
+def elo(arena: Json, title: str, colours: dict[str, str]) -> str:
     """Strengths with their intervals, the strongest on top."""
     order = sorted(arena["elo"], key=lambda name: arena["elo"][name].value)
     figure = _figure(height=0.9 + 0.3 * len(order))
@@ -233,7 +222,7 @@ def elo(arena: Json, title: str, kinds: dict[str, str]) -> str:
     for place, name in enumerate(order):
         found = arena["elo"][name]
         error = [[found.value - found.low], [found.high - found.value]]
-        axes.errorbar([found.value], [place], xerr=error, fmt="o", capsize=3, color=colour(name, kinds))
+        axes.errorbar([found.value], [place], xerr=error, fmt="o", capsize=3, color=colour(name, colours))
     axes.set_yticks(range(len(order)), order)
     axes.set_ylim(-0.6, len(order) - 0.4)
     axes.set_xlabel("Elo (mean 1000), 95 % interval")

@@ -5,14 +5,15 @@ from __future__ import annotations
 from html import escape
 
 from pipeline.disk.atomic import Json
-from pipeline.report.figures import COLOURS
+from pipeline.report.figures import BASE
 
 BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 150, 50, 14, 34
 LONGEST = 25
 
 
-def drawn(chain: list[Json], notes: dict[str, str], base: str) -> str:
-    """An SVG. `chain`: stages in order with name, kind, from and rewards. `notes`: a short line under each name."""
+def drawn(chain: list[Json], notes: dict[str, str], base: str, colours: dict[str, str]) -> str:
+    """An SVG. `chain`: stages in order with name, kind, from and rewards. `notes`: a short line under each name.
+    `colours`: of each stage."""
     rows: list[list[str]] = [["base"]]
     depth = {"base": 0}
     parents: dict[str, list[tuple[str, bool]]] = {"base": []}
@@ -46,7 +47,7 @@ def drawn(chain: list[Json], notes: dict[str, str], base: str) -> str:
                 f'fill="none" stroke="#9aa1ab" stroke-width="1.5"{dash}/>'
             )
     for name, (x, y) in place.items():
-        shade = COLOURS.get(kinds[name], COLOURS["base"])
+        shade = colours.get(name, BASE)
         note = base if name == "base" else notes.get(name, "")
         note = note if len(note) <= LONGEST else f"{note[: LONGEST - 1]}…"
         title = name if kinds[name] in (name, "base") else f"{name} ({kinds[name]})"

@@ -23,6 +23,7 @@ from pipeline.measure.metric import BY_NAME, CORPUS_LOSS, DIALOGUE_LOSS, ELO, ME
 from pipeline.recipe import yaml
 from pipeline.recipe.recipe import Recipe
 from pipeline.report import figures, lineage
+from pipeline.stages import STAGES
 from pipeline.terminal.results import as_typed, clock
 
 SHOWN_AT_ONCE = 6
@@ -57,15 +58,17 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
         raise UserError(f"no stage of {recipe.name} has finished below {runs / recipe.name}. Run it first.")
     results = _evaluated(recipe, typed, runs)
     kinds = {name: recipe.stages[name].kind for name in finished}
+    base = Path(recipe.spec.model.base).name
+    colours = {name: recipe.kind(name).colour for name in finished}
     examined = _examined(recipe, runs, finished)
-    pictures = _pictures(recipe, runs, results, kinds)
+    pictures = _pictures(recipe, runs, results, colours)
     if examined:
-        pictures["row-lengths"] = figures.row_lengths(examined, kinds)
+        pictures["row-lengths"] = figures.row_lengths(examined, colours)
     costs = [_cost(name, manifest, recipe, runs) for name, manifest in finished.items()]
     chain = results["chain"] if results else _chain(recipe, list(finished))
     return {
         "recipe": recipe,
-        "base": Path(recipe.spec.model.base).name,
+        "base": base,
         "stages": list(finished),
         "kinds": kinds,
         "missing": [name for name, manifest in manifests.items() if manifest is None],
@@ -75,11 +78,12 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
         "by_name": BY_NAME,
         "share": SHARE,
         "elo": ELO,
-        "pictures": {"lineage": lineage.drawn(chain, _notes(results), Path(recipe.spec.model.base).name)} | pictures,
+        "pictures": {"lineage": lineage.drawn(chain, _notes(results), base, colours)} | pictures,
         "training": [name for name in pictures if name.startswith(("training-", "path-"))],
         "before_after": _before_after(recipe, finished),
         "of_itself": _of_itself(recipe, finished),
         "costs": costs,
+        "tables": [(name, table) for name, manifest in finished.items() for table in manifest.tables],
         "energy": next((row["energy_of"] for row in costs if row["energy"] is not None), None),
         "data": [
             {"stage": name, **source.as_json()}
@@ -136,30 +140,27 @@ def _chain(recipe: Recipe, names: list[str]) -> list[Json]:
     ]
 
 
-def _pictures(recipe: Recipe, runs: Path, results: Json | None, kinds: dict[str, str]) -> dict[str, str]:
-    found: dict[str, str | None] = {
-        f"training-{name}": figures.training(name, kinds[name], metrics.read(recipe.artifact(name, runs).metrics))
-        for name in kinds
-    }
-    for name in [name for name, kind in kinds.items() if kind == "ppo"]:
-        found[f"path-{name}"] = figures.path(name, metrics.read(recipe.artifact(name, runs).metrics))
+def _pictures(recipe: Recipe, runs: Path, results: Json | None, colours: dict[str, str]) -> dict[str, str]:
+    logged = {name: metrics.read(recipe.artifact(name, runs).metrics) for name in colours}
+    found = {f"training-{name}": figures.training(name, rows, colours[name]) for name, rows in logged.items()}
+    found |= {f"path-{name}": figures.path(name, rows, colours[name]) for name, rows in logged.items()}
     if results:
         for name, model in results["reward_models"].items():
-            found[f"calibration-{name}"] = figures.reliability(model["reliability"], model["ece"])
+            found[f"calibration-{name}"] = figures.reliability(model["reliability"], model["ece"], colours[name])
             found[f"scores-{name}"] = figures.scores(**model["scores"])
         for judge, arena in results["arenas"].items():
-            found[f"elo-{judge}"] = figures.elo(arena, f"By {judge_name(judge)}", kinds)
+            found[f"elo-{judge}"] = figures.elo(arena, f"By {judge_name(judge)}", colours)
         if curve := results["best_of_n"]:
             steps = results["steps"]
             # On one axis with it only what went from where it is drawn
             started = [name for name, parent in results["parents"].items() if parent == curve["policy"]]
             trained = {name: results["numbers"][name] for name in started if "kl" in results["numbers"][name]}
-            found["reward-kl"] = figures.overoptimisation(curve, trained, steps, "reward", "reward", kinds)
+            found["reward-kl"] = figures.overoptimisation(curve, trained, steps, "reward", "reward", colours)
             if any(point["gold"] for point in curve["points"]):
-                found["truth-kl"] = figures.overoptimisation(curve, trained, steps, "truth", "share right", kinds)
+                found["truth-kl"] = figures.overoptimisation(curve, trained, steps, "truth", "share right", colours)
             found["samples-needed"] = figures.samples_needed(curve)
         if results["lengths"]:
-            found["lengths"] = figures.lengths(results["lengths"], kinds)
+            found["lengths"] = figures.lengths(results["lengths"], colours)
     return {name: picture for name, picture in found.items() if picture}
 
 
@@ -176,15 +177,16 @@ def _notes(results: Json | None) -> dict[str, str]:
     """A number under each stage of the lineage."""
     notes: dict[str, str] = {}
     for stage in results["chain"] if results else []:
-        name = stage["name"]
-        if stage["kind"] == "reward":
-            model = results["reward_models"].get(name) if results else None
-            notes[name] = f"{SHARE.written(model['accuracy'].value)} ranked right" if model else ""
+        name, kind = stage["name"], STAGES[stage["kind"]]
+        if not kind.answers:
+            headline = kind.headlines[0]
+            if headline.name in stage["after"]:
+                notes[name] = f"{headline.name.replace('_', ' ')} {headline.written(stage['after'][headline.name])}"
             continue
         numbers = results["numbers"][name] if results else {}
         # The same for every policy that is asked things, or they would seem to differ.
         asked = [QUESTION_ACCURACY, TRUTH, DIALOGUE_LOSS]
-        asked = [CORPUS_LOSS, *asked] if stage["kind"] == "pretrain" else asked
+        asked = [CORPUS_LOSS, *asked] if kind.every_token else asked
         metric = next((metric for metric in asked if metric.name in numbers), None)
         if metric:
             value = metric.written(numbers[metric.name].value)

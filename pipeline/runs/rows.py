@@ -12,6 +12,7 @@ def load_rows(recipe: Recipe, stage: str) -> tuple[Rows, list[Source]]:
     """A stage's rows, checked; and the files they came from, which know what was refused."""
     section = recipe.stages[stage]
     split = read_split(section.data, recipe.kind(stage).contract, recipe.spec.seed)
+    section.check_rows(split.train, split.test)
     file = section.question_file()
     asked = read_source(file, QUESTION, DataSpec(path=file, encoding=section.data.encoding)) if file else None
     rows = Rows(split.train, split.test, labels_as_answers(asked.rows) if asked else [])

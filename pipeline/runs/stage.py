@@ -102,6 +102,7 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
             )
             chosen = section.model_dump(by_alias=True)
             numbers: Json = {"section": chosen, "data": found, "before": result.before, "after": result.after}
+            numbers["tables"] = result.tables
             if former:
                 out.seal(former.model_copy(update={**numbers, "again": cost}))
                 return
@@ -117,6 +118,7 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
                     base_digest=result.base_digest,
                     seed=recipe.spec.seed,
                     invariants=result.invariants,
+                    labels=result.labels,
                     processes=everyone.num_processes,
                     versions_changed=changed,
                     **numbers,

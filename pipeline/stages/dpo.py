@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
-from pipeline.data.contracts import PREFERENCE
+from pipeline.data import render
+from pipeline.data.contracts import PREFERENCE, Row
 from pipeline.measure.metric import PREFERENCE_ACCURACY, QUESTION_ACCURACY
 from pipeline.stages.stage import Context, PolicySpec, Result, Stage
 
@@ -15,11 +16,14 @@ class DPOSpec(PolicySpec):
     config_class = "DPOConfig"
 
 
+def encode(tokenizer: Any, row: Row) -> list[render.Encoded]:
+    return [answer.sequence() for answer in render.pair(tokenizer, row)]
+
+
 def run(spec: DPOSpec, ctx: Context) -> Result:
     from transformers import set_seed
     from trl import DPOConfig, DPOTrainer
 
-    from pipeline.data import render
     from pipeline.measure import answers, scoring
     from pipeline.models import adapters
     from pipeline.models import base as bases
@@ -27,13 +31,11 @@ def run(spec: DPOSpec, ctx: Context) -> Result:
     from pipeline.training import trainer as shared
     from pipeline.training.progress import Snapshots
 
-    def pair(row: dict) -> tuple[render.Reply, render.Reply]:
-        return render.pair(tokenizer, row)
-
     result = Result()
     args = shared.arguments(DPOConfig, spec, ctx)
     tokenizer = bases.load_tokenizer(ctx.model)
     sequences.askable(ctx, tokenizer)
+    pair = partial(render.pair, tokenizer)
     fit = partial(sequences.fit_pairs, max_length=args.max_length)
     train_set, test_set = sequences.store_both(ctx, spec, pair, sequences.REPLY_PAIRS, fit)
     result.counts, result.refused = train_set.tally.counts, [*train_set.tally.refused, *test_set.tally.refused]
@@ -83,5 +85,7 @@ STAGE = Stage(
     raises="preference_accuracy",
     headlines=(PREFERENCE_ACCURACY, QUESTION_ACCURACY),
     numbers=("preference_accuracy", "preference_margin", "question_accuracy", "stopped"),
+    encode=encode,
     run=run,
+    colour="#d9822b",
 )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from pipeline.data.contracts import PROMPT_ONLY
+from pipeline.data import render
+from pipeline.data.contracts import PROMPT_ONLY, Row
 from pipeline.errors import complaint, suggest
 from pipeline.measure.metric import QUESTION_ACCURACY, Metric
 from pipeline.ppo.settings import CHECKPOINTS_KEPT, PPOSettings
@@ -37,6 +38,10 @@ class PPOSpec(PolicySpec):
     def reward_terms(self) -> list[RewardTerm]:
         return _terms(self.reward or [])
 
+    def further_parts(self) -> dict[str, Any]:
+        # What is only measured by a term, its truth, changes no training.
+        return {"reward": [term.model_dump(exclude={"truth"}) for term in self.reward_terms()]}
+
     def sampling(self) -> PPOSettings:
         return PPOSettings(**without_auto(self.train))
 
@@ -51,13 +56,17 @@ class PPOSpec(PolicySpec):
             elif term.source not in stages:
                 meant = suggest(term.source, stages)
                 raise complaint(f"no stage '{term.source}' in this recipe{meant}; path.py:function", *place, "reward")
-            elif not stages[term.source].score_head:
+            elif not stages[term.source].ranks:
                 kind = stages[term.source].name
                 raise complaint(f"'{term.source}' is a {kind} stage, not a reward model", *place, "reward")
 
 
 def _terms(reward: str | list[RewardTerm]) -> list[RewardTerm]:
     return [RewardTerm(source=reward)] if isinstance(reward, str) else reward
+
+
+def encode(tokenizer: Any, row: Row) -> list[render.Encoded]:
+    return [render.Encoded.without_loss(render.prompt(tokenizer, row))]
 
 
 def run(spec: PPOSpec, ctx: Context) -> Result:
@@ -140,5 +149,7 @@ STAGE = Stage(
         *("reward", "reward_gain", "reward_gain_low", "reward_gain_high"),
         *("kl", "answer_length", "ended", "question_accuracy", "stopped"),
     ),
+    encode=encode,
     run=run,
+    colour="#c43d54",
 )

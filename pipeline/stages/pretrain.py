@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
-from pipeline.data.contracts import LANGUAGE_MODELING
+from pipeline.data import render
+from pipeline.data.contracts import LANGUAGE_MODELING, Row
 from pipeline.measure.metric import CORPUS_LOSS, QUESTION_ACCURACY
 from pipeline.stages.stage import Context, PolicySpec, Result, Stage
 
@@ -19,19 +20,19 @@ class PretrainSpec(PolicySpec):
     config_class = "SFTConfig"
 
 
+def encode(tokenizer: Any, row: Row) -> list[render.Encoded]:
+    return [render.document(tokenizer, row["text"])]
+
+
 def run(spec: PretrainSpec, ctx: Context) -> Result:
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
-    from pipeline.data import render
     from pipeline.measure import answers, scoring
     from pipeline.models import adapters
     from pipeline.models import base as bases
     from pipeline.training import invariants, sequences
     from pipeline.training import trainer as shared
-
-    def encode(row: dict) -> render.Encoded:
-        return render.document(tokenizer, row["text"])
 
     result = Result()
     args = shared.arguments(SFTConfig, spec, ctx, **HOUSE)
@@ -40,7 +41,7 @@ def run(spec: PretrainSpec, ctx: Context) -> Result:
     fit = sequences.keep_whole
     if not args.packing:
         fit = partial(sequences.fit_texts, max_length=args.max_length, too_long="cut")
-    train_set, test_set = sequences.store_both(ctx, spec, encode, sequences.TEXTS, fit)
+    train_set, test_set = sequences.store_both(ctx, spec, lambda row: encode(tokenizer, row)[0], sequences.TEXTS, fit)
     result.counts, result.refused = train_set.tally.counts, [*train_set.tally.refused, *test_set.tally.refused]
 
     # base
@@ -77,8 +78,10 @@ STAGE = Stage(
     contract=LANGUAGE_MODELING,
     house=HOUSE,
     every_token=True,
-    held_out_loss="corpus_loss",
+    held_out_loss=CORPUS_LOSS,
     headlines=(replace(CORPUS_LOSS, name="loss"), QUESTION_ACCURACY),
     numbers=("loss", "loss_low", "loss_high", "perplexity", "question_accuracy", "stopped"),
+    encode=encode,
     run=run,
+    colour="#4c7fc4",
 )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
-from pipeline.data.contracts import PREFERENCE
+from pipeline.data import render
+from pipeline.data.contracts import PREFERENCE, Row
 from pipeline.measure.metric import Metric
 from pipeline.stages.stage import Context, Result, Stage, StageSpec
 
@@ -15,19 +16,23 @@ class RewardSpec(StageSpec):
     config_class = "RewardConfig"
 
 
+def encode(tokenizer: Any, row: Row) -> list[render.Encoded]:
+    return [render.Encoded.without_loss(render.conversation(tokenizer, row, key)) for key in ("chosen", "rejected")]
+
+
 def run(spec: RewardSpec, ctx: Context) -> Result:
     from transformers import set_seed
     from trl import RewardConfig, RewardTrainer
 
-    from pipeline.data import render
     from pipeline.measure import scoring
     from pipeline.models import adapters
     from pipeline.models import base as bases
     from pipeline.training import invariants, sequences
     from pipeline.training import trainer as shared
 
-    def pair(row: dict) -> tuple[list[int], list[int]]:
-        return render.conversation(tokenizer, row, "chosen"), render.conversation(tokenizer, row, "rejected")
+    def pair(row: Row) -> tuple[list[int], list[int]]:
+        chosen, rejected = encode(tokenizer, row)
+        return chosen.ids, rejected.ids
 
     result = Result()
     args = shared.arguments(RewardConfig, spec, ctx)
@@ -38,13 +43,13 @@ def run(spec: RewardSpec, ctx: Context) -> Result:
 
     # base
     set_seed(ctx.seed)
-    base = bases.load_base(ctx.model, tokenizer, reward=True)
+    base = bases.load_base(ctx.model, tokenizer, num_labels=1)
     result.base_digest = bases.frozen_digest(base)
 
     # adapter
     parent = ctx.parents.get("policy")
     if parent is None:
-        model = adapters.fresh(base, ctx.model.lora, reward=True)
+        model = adapters.fresh(base, ctx.model.lora, head=True)
     else:
         model = adapters.transplanted(base, parent.adapter)
     result.invariants |= invariants.same_base(ctx, result.base_digest)
@@ -76,5 +81,7 @@ STAGE = Stage(
     sequences=2,
     headlines=(Metric("accuracy", "comparisons ranked right", unit="%"),),
     numbers=("accuracy", "margin", "over_longer", "over_longer_low", "over_longer_high"),
+    encode=encode,
     run=run,
+    colour="#9a7a1c",
 )

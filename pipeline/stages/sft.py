@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
-from pipeline.data.contracts import DEMONSTRATION
+from pipeline.data import render
+from pipeline.data.contracts import DEMONSTRATION, Row
 from pipeline.measure.metric import DIALOGUE_LOSS, QUESTION_ACCURACY
 from pipeline.stages.stage import Context, PolicySpec, Result, Stage
 
@@ -16,26 +17,26 @@ class SFTSpec(PolicySpec):
     config_class = "SFTConfig"
 
 
+def encode(tokenizer: Any, row: Row) -> list[render.Encoded]:
+    return [render.demonstration(tokenizer, row)]
+
+
 def run(spec: SFTSpec, ctx: Context) -> Result:
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
-    from pipeline.data import render
     from pipeline.measure import answers, scoring
     from pipeline.models import adapters
     from pipeline.models import base as bases
     from pipeline.training import invariants, sequences
     from pipeline.training import trainer as shared
 
-    def encode(row: dict) -> render.Encoded:
-        return render.demonstration(tokenizer, row)
-
     result = Result()
     args = shared.arguments(SFTConfig, spec, ctx)
     tokenizer = bases.load_tokenizer(ctx.model)
     sequences.askable(ctx, tokenizer)
     fit = partial(sequences.fit_texts, max_length=args.max_length, too_long=spec.data.too_long)
-    train_set, test_set = sequences.store_both(ctx, spec, encode, sequences.TEXTS, fit)
+    train_set, test_set = sequences.store_both(ctx, spec, lambda row: encode(tokenizer, row)[0], sequences.TEXTS, fit)
     result.counts, result.refused = train_set.tally.counts, [*train_set.tally.refused, *test_set.tally.refused]
     result.invariants |= invariants.ends_are_learnt(train_set, result.counts, tokenizer)
 
@@ -71,8 +72,10 @@ def run(spec: SFTSpec, ctx: Context) -> Result:
 STAGE = Stage(
     section=SFTSpec,
     contract=DEMONSTRATION,
-    held_out_loss="dialogue_loss",
+    held_out_loss=DIALOGUE_LOSS,
     headlines=(QUESTION_ACCURACY, replace(DIALOGUE_LOSS, name="loss")),
     numbers=("loss", "loss_low", "loss_high", "perplexity", "question_accuracy", "stopped"),
+    encode=encode,
     run=run,
+    colour="#21867a",
 )

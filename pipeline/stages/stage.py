@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pipeline.data.contracts import Contract, Row
+from pipeline.data.contracts import PREFERENCE, Contract, Row
 from pipeline.data.load import DataSpec
+from pipeline.data.render import Encoded
 from pipeline.disk.artifact import Artifact
+from pipeline.disk.manifest import Table
 from pipeline.measure.metric import Metric
 from pipeline.models.spec import ModelSpec
 from pipeline.ppo.settings import PPOSettings
@@ -61,6 +63,9 @@ class StageSpec(BaseModel):
     def check_among(self, stages: dict[str, Stage], *place: str) -> None:
         """Raises a complaint about what it says of files, or of the recipe's stages. `place` is its own."""
 
+    def check_rows(self, train: Sequence[Row], test: Sequence[Row] | None) -> None:
+        """Raises UserError for rows that are fit each by itself and not together."""
+
     def question_file(self) -> str | None:
         """Of those that are asked before and after the stage."""
         return None
@@ -72,6 +77,10 @@ class StageSpec(BaseModel):
     def reward_terms(self) -> list[RewardTerm]:
         """What it is paid by."""
         return []
+
+    def further_parts(self) -> dict[str, Any]:
+        """What its adapter depends on, of the words that only its kind of section has."""
+        return self.model_dump(exclude=set(PolicySpec.model_fields))
 
     def source_numbers(self) -> list[str]:
         """The held-out numbers of each source of its reward."""
@@ -99,8 +108,13 @@ class Stage:
     numbers: tuple[str, ...]
     """Every held-out number it can leave in its manifest, which a recipe may make demands of; a source of a reward adds
     some (StageSpec.source_numbers)."""
+    encode: Callable[[Any, Row], list[Encoded]]
+    """(tokenizer, row): the row as the model sees it, one sequence, or of a comparison the chosen and the rejected one.
+    Raises Unrenderable."""
     run: Callable[[Any, Context], Result]
     """(its section, context)"""
+    colour: str = "#5b6470"
+    """In the report's pictures."""
     house: dict[str, Any] = field(default_factory=dict)
     """The trainer's words that this stage takes otherwise than its config does, where a recipe does not say them."""
     score_head: bool = False
@@ -113,8 +127,8 @@ class Stage:
     """Whether each batch goes through the adapter as it was at the start as well."""
     checkpoints: int = 1
     """Kept where a recipe does not say how many."""
-    held_out_loss: str = ""
-    """What an evaluation calls the loss on rows like its own."""
+    held_out_loss: Metric | None = None
+    """The loss on rows like its own, as an evaluation takes it; None where its rows carry no loss of tokens."""
     raises: str = ""
     """The held-out number that it is trained to raise, which therefore does not show that it is better."""
     arithmetic: int = 1
@@ -123,6 +137,21 @@ class Stage:
     @property
     def name(self) -> str:
         return str(self.section.model_fields["kind"].default)
+
+    @property
+    def learnt(self) -> Literal["", "answers", "everything"]:
+        """Which tokens of a row carry loss."""
+        return "" if self.held_out_loss is None else "everything" if self.every_token else "answers"
+
+    @property
+    def ranks(self) -> bool:
+        """Whether it leaves a reward model, whose score ranks answers."""
+        return self.score_head and self.contract is PREFERENCE
+
+    @property
+    def raised(self) -> Metric | None:
+        """The headline of that number."""
+        return next((metric for metric in self.headlines if metric.name == self.raises), None)
 
     @property
     def answers(self) -> bool:
@@ -178,3 +207,7 @@ class Result:
     refused: list[dict[str, Any]] = field(default_factory=list)
     """Rows left out for their length, each {place, reason}."""
     base_digest: str = ""
+    tables: list[Table] = field(default_factory=list)
+    """What it tells of its held-out rows besides its numbers."""
+    labels: list[str] = field(default_factory=list)
+    """Of a classifier: what each output of its head stands for."""

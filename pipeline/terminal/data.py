@@ -11,7 +11,6 @@ from pipeline.data import examine as examination
 from pipeline.data import render
 from pipeline.data.contracts import Row
 from pipeline.data.examine import Section, attempt
-from pipeline.data.examine_rows import encode_row
 from pipeline.data.tokens import Unrenderable, special_ids, stop_ids
 from pipeline.errors import UserError
 from pipeline.plan.auto import AUTO
@@ -54,6 +53,9 @@ def _section(recipe: Recipe, name: str, files: dict[str, str]) -> Section:
         name=name,
         kind=section.kind,
         contract=kind.contract,
+        encode=kind.encode,
+        learnt=kind.learnt,
+        check_rows=section.check_rows,
         data=section.data,
         questions=section.question_file(),
         seed=recipe.spec.seed,
@@ -108,7 +110,7 @@ def show_rows(recipe: Recipe, name: str, count: int, console: Console) -> list[s
     for row in split.train[:count] if split else []:
         console.print(Text(f"── {row['_place']}", style="green"), soft_wrap=True)  # a rule would cut a long place off
         try:
-            sequences = encode_row(recipe.stages[name].kind, tokenizer, row)
+            sequences = recipe.kind(name).encode(tokenizer, row)
         except Unrenderable as error:
             console.print(Text(f"refused: {error}", style="red"))
             continue

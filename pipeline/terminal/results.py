@@ -19,6 +19,7 @@ from pipeline.evaluate.benchmarks import metric_of
 from pipeline.evaluate.stored import columns, read_verdicts
 from pipeline.measure.metric import METRICS, TRUTH, Estimate, Metric
 from pipeline.recipe.recipe import Recipe
+from pipeline.stages import STAGES
 from pipeline.stages.stage import StageSpec
 
 
@@ -103,14 +104,13 @@ def show_next(recipe: Recipe, path: str, runs: Path, console: Console) -> None:
     """Where things are and what to type next."""
     console.print(f"\nAdapters, manifests, logs: {runs / recipe.name}/<stage>/", highlight=False, markup=False)
     last = recipe.order()[-1]
-    change = {"dpo": "beta=0.3", "ppo": "kl_coef=0.2"}.get(recipe.stages[last].kind, "learning_rate=1e-5")
     console.print("What to type next:", highlight=False)
     for command, what in (
         (f"onebase status {path}", "where every stage stands"),
         (f"onebase eval {path}", "every stage against the one before, with intervals"),
         (f"onebase report {path}", "a page of it"),
         (f"onebase run {path}", "again: fresh stages are skipped"),
-        (f"onebase run {path} -o stages.{last}.train.{change}", f"only {last} runs again"),
+        (f"onebase run {path} -o stages.{last}.train.learning_rate=1e-5", f"only {last} runs again"),
         ("onebase ls", "the other recipes; onebase cp NAME my.yaml to start your own"),
     ):
         console.print(f"  {command:<72} {what}", highlight=False, soft_wrap=True, markup=False)
@@ -131,8 +131,9 @@ def _sources(recipe: Recipe, name: str) -> list[Metric]:
 
 def _trained_on(section: StageSpec) -> list[str]:
     """The numbers that a stage was trained to raise, which therefore do not show that it is better."""
+    raised = STAGES[section.kind].raised
     paid = [f"reward/{term.source}" for term in section.reward_terms() if term.weight and not term.truth]
-    return {"ppo": ["reward", *paid], "dpo": ["preference_accuracy"]}.get(section.kind, [])
+    return [raised.name, *paid] if raised else []
 
 
 def _numbers(metric: Metric, manifest: Manifest, own: bool) -> list[str]:

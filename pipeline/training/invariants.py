@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from accelerate import PartialState
 from peft import PeftModel
@@ -176,17 +177,17 @@ def head_was_trained(model: PeftModel, at_start: torch.Tensor) -> Found:
 
 
 def reloads_alike(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, pairs: list[tuple[list[int], list[int]]]
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, groups: Sequence[tuple[list[int], ...]]
 ) -> Found:
-    """The reward model read back from disk gives the scores of the one in memory."""
-    sequences = [ids for pair in pairs for ids in pair]
+    """The model read back from disk gives the scores of the one in memory. `groups`: token ids of what is scored."""
+    sequences = [ids for group in groups for ids in group]
     ours = scoring.scores(model, tokenizer, sequences)
     adapters.reloaded(model, folder, "reloaded")
     model.set_adapter("reloaded")
     theirs = scoring.scores(model, tokenizer, sequences)
     model.set_adapter("default")
     model.delete_adapter("reloaded")
-    difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    difference = float(numpy.abs(numpy.subtract(ours, theirs)).max())
     if difference > RELOAD_TOLERANCE:
         raise BrokenInvariant(
             f"scores equal within {RELOAD_TOLERANCE} after a reload",
@@ -196,7 +197,7 @@ def reloads_alike(
     return {"reload_score_difference": difference}
 
 
-def probe(model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[list[int], list[int]]]) -> Found:
+def probe(model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[list[int], list[int]]]) -> Found:
     """A reward model's own scores of a few sequences, each alone, for the stages that borrow it to compare with."""
     sequences = [ids for pair in pairs for ids in pair]
     return {"probe": [{"ids": ids, "score": scoring.scores(model, tokenizer, [ids])[0]} for ids in sequences]}

@@ -79,7 +79,7 @@ def build(trainer_class: type, model: PeftModel, **options: Any) -> Any:
     """
     # On a CPU, TRL 1.16 puts every position through the LM head and throws away those without a label. It does so for
     # accelerators that compile anew for each shape, which a CPU does not; on CUDA it leaves them out.
-    trl_utils._use_triton = lambda device: device.type == "cpu" or _use_triton(device)  # type: ignore[attr-defined]
+    trl_utils._use_triton = lambda device: device.type == "cpu" or _use_triton(device)
     args = options["args"]
     if args.push_to_hub and args.base_on_hub:  # what TRL pushes names its base, and nobody else has this folder
         model.peft_config["default"].base_model_name_or_path = args.base_on_hub

@@ -5,8 +5,8 @@ per_device_train_batch_size: auto   gradient_accumulation_steps then says the ro
 activation_checkpointing: auto      as few layers as there is room for, from none to all
 max_length: auto                    the longest rows that fit one at a time, no longer than the rows are
 
-What is chosen depends on the card, so it is no part of a stage's fingerprint: the word is. A choice is kept with the
-stage (chosen.json) and taken again by a run that goes on, wherever it does.
+What is chosen depends on the card, so it is no part of a stage's fingerprint: `auto` itself is. A choice is kept with
+the stage (chosen.json), and a run that goes on uses it again, wherever it does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 BATCH, CHECKPOINTING, LENGTH = "per_device_train_batch_size", "activation_checkpointing", "max_length"
-AUTO_WORDS = (BATCH, CHECKPOINTING, LENGTH)
+AUTO_ARGUMENTS = (BATCH, CHECKPOINTING, LENGTH)
 """The arguments whose value may be left to the planner."""
 KEPT_FREE = 0.05
 """Of the card, for what the planner does not see."""
@@ -38,7 +38,7 @@ UNKNOWN_LENGTH = 4096
 
 def find_autos(section: StageSpec) -> list[str]:
     """The arguments that a stage leaves to the planner."""
-    return [word for word in AUTO_WORDS if section.train.get(word) == AUTO]
+    return [name for name in AUTO_ARGUMENTS if section.train.get(name) == AUTO]
 
 
 def resolve(
@@ -59,11 +59,11 @@ def choose(
 
     Raises UserError if nothing fits.
     """
-    words, sampling = find_autos(section), section.sampling()
-    if not words:
+    autos, sampling = find_autos(section), section.sampling()
+    if not autos:
         return {}
     room, layers = card.room * (1 - KEPT_FREE), model.shapes.layers
-    least = {word: value for word, value in ((BATCH, 1), (CHECKPOINTING, True)) if word in words}
+    least = {name: value for name, value in ((BATCH, 1), (CHECKPOINTING, True)) if name in autos}
     chosen: dict[str, Any] = {}
 
     def work_with(numbers: dict[str, Any]) -> Work:
@@ -78,7 +78,7 @@ def choose(
             "r, a lower max_length, or optim: adamw_8bit."
         )
 
-    if LENGTH in words:
+    if LENGTH in autos:
         answer = sampling.response_length if sampling else 0
         longest = min(lengths.longest + answer if lengths else UNKNOWN_LENGTH, model.shapes.window)
         shortest = answer + 1 if answer else min(STEP, longest)
@@ -88,15 +88,15 @@ def choose(
         chosen[LENGTH] = length
     work = work_with(chosen)
     batches, rows = [work], 0
-    if BATCH in words:
+    if BATCH in autos:
         rows = sampling.mini if sampling else int(section.train["gradient_accumulation_steps"])
         sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
         batches = [replace(work, rows=work.rows * size) for size in sizes]  # work.rows: of one row; two for a pair
-    levels = range(layers + 1) if CHECKPOINTING in words else [work.checkpointed]
+    levels = range(layers + 1) if CHECKPOINTING in autos else [work.checkpointed]
     fitting = []
     for batch in batches:
         tries = (replace(batch, checkpointed=level) for level in levels)
-        if fits := next((work for work in tries if memory(model, work).total <= room), None):
+        if fits := next((one for one in tries if memory(model, one).total <= room), None):
             fitting.append(fits)
     if not fitting:
         raise refusal(replace(batches[-1], checkpointed=max(levels)))
@@ -106,7 +106,7 @@ def choose(
         chosen[BATCH] = best.rows // work.rows
         if not sampling:
             chosen["gradient_accumulation_steps"] = rows // chosen[BATCH]
-    if CHECKPOINTING in words:
+    if CHECKPOINTING in autos:
         chosen[CHECKPOINTING] = {0: False, layers: True}.get(best.checkpointed, best.checkpointed)
     return chosen
 

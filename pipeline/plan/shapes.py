@@ -149,7 +149,7 @@ def shapes_of(config: dict[str, Any], where: str = "config.json") -> Shapes:
     family = config.get("model_type")
     if family == "gemma3" and isinstance(config.get("text_config"), dict):
         raise UserError(f"{where}: a vision-language model (gemma3); its text-only form is gemma3_text")
-    if any(config.get(word) for word in ("num_experts", "num_local_experts", "n_routed_experts")):
+    if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise UserError(f"{where}: a mixture of experts ({family}); what it needs depends on routing: not planned")
     if not isinstance(family, str) or family not in FAMILIES:
         reason = f" ({WHY_NOT[family]})" if family in WHY_NOT else ""
@@ -218,8 +218,8 @@ def shipped(base: str) -> Shapes | None:
     known = json.loads(KNOWN.read_text(encoding="utf-8"))
     for entry in known["models"]:
         if window := entry["windows"].get(base):
-            found = shapes_of({**entry["config"], "max_position_embeddings": window}, f"{KNOWN}: {base}")
-            return replace(found, noted=known["noted"])
+            shapes = shapes_of({**entry["config"], "max_position_embeddings": window}, f"{KNOWN}: {base}")
+            return replace(shapes, noted=known["noted"])
     return None
 
 

@@ -76,9 +76,9 @@ class Planned:
 def planned_model(spec: ModelSpec, shapes: Shapes) -> Model:
     """Raises UserError for an adapter whose memory is not known."""
     lora = spec.lora
-    for word in NOT_KNOWN_OF_LORA:
-        if lora.get(word) not in (None, False, "none"):
-            raise UserError(f"model.lora.{word}: what it needs is not known here")
+    for argument in NOT_KNOWN_OF_LORA:
+        if lora.get(argument) not in (None, False, "none"):
+            raise UserError(f"model.lora.{argument}: what it needs is not known here")
     targets = lora.get("target_modules", "all-linear")
     names = {linear.name for linear in shapes.linears()}
     if targets != "all-linear" and not (isinstance(targets, list) and targets and names >= set(targets)):

@@ -110,10 +110,10 @@ class Actors(LanguageModel):
     def trained(self, role: Role) -> dict[str, torch.nn.Parameter]:
         """The float32 parameters of a role, by name."""
         adapter = POLICY if role == "policy" else VALUE
-        found = {name: weight for name, weight in self.model.named_parameters() if f".{adapter}." in name}
+        weights = {name: weight for name, weight in self.model.named_parameters() if f".{adapter}." in name}
         if role == "value":
-            found |= {f"value_head.{name}": weight for name, weight in self.value_head.named_parameters()}
-        return found
+            weights |= {f"value_head.{name}": weight for name, weight in self.value_head.named_parameters()}
+        return weights
 
     def _states(self, pack: Pack) -> Tensor:
         """Hidden states (N, hidden) before the answers' tokens, row after row."""

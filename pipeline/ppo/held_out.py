@@ -78,9 +78,9 @@ def numbers(answers: Answers) -> dict[str, float]:
 def gain(before: Answers, after: Answers) -> dict[str, float]:
     """The mean rise of a prompt's reward, and of what each source says, with 95 % intervals as an evaluation has
     them."""
-    found: dict[str, float] = {}
+    gains: dict[str, float] = {}
     for name in before:
         if name.startswith("reward"):
             rise = intervals.difference(after[name].mean(1), before[name].mean(1))
-            found |= rise.numbers(f"{name}_gain")
-    return found
+            gains |= rise.numbers(f"{name}_gain")
+    return gains

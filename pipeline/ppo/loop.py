@@ -93,11 +93,11 @@ def warn_of_length(models: dict[str, Artifact]) -> None:
     """Say so before a policy is trained on a reward model that ranks held-out pairs no better than their lengths do:
     PPO would learn to write long answers."""
     for name, artifact in models.items():
-        found = artifact.finished().after
-        rule = Estimate.among(found, "over_longer")
+        numbers = artifact.finished().after
+        rule = Estimate.among(numbers, "over_longer")
         if rule and not rule.above:
             print(
-                f"  warning: the reward model '{name}' ranks {SHARE.written(found['accuracy'])} of held-out pairs "
+                f"  warning: the reward model '{name}' ranks {SHARE.written(numbers['accuracy'])} of held-out pairs "
                 f"right, {SHARE.written(rule.value, sign=True)} from choosing the longer answer (95 %: "
                 f"{SHARE.range(rule, sign=True)}): no better than length, as far as these pairs can tell",
                 flush=True,

@@ -8,6 +8,7 @@ Sources: [S] arXiv 1707.06347 (PPO), [Z] arXiv 1909.08593 (Ziegler et al.), [I] 
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -148,8 +149,6 @@ class PPOSettings(BaseModel):
 
     def learning_rate_factor(self, step: int) -> float:
         """The share of learning_rate at a step counted from 0: warm-up, then decay."""
-        import math
-
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * self.steps
         if step < warmup:
             return (step + 1) / (warmup + 1)

@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 from pydantic import BaseModel
 
 from pipeline.errors import complaint, suggest
-from pipeline.plan.auto import AUTO, AUTO_WORDS, BATCH
+from pipeline.plan.auto import AUTO, AUTO_ARGUMENTS, BATCH
 
 ConfigClass = str | type[BaseModel]
 """A class of TRL's or PEFT's by its name, or one of ours."""
@@ -93,7 +93,7 @@ def check_words(given: dict[str, Any], known: Collection[str], *place: str) -> N
             raise complaint(f"unknown key{suggest(word, known)}", *place, word)
         if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", value):
             raise complaint(f"is the text {value!r}; write the number without quotes", *place, word)
-        if value == AUTO and word in AUTO_WORDS:
+        if value == AUTO and word in AUTO_ARGUMENTS:
             continue
         if word in NUMBERS and not _in_range(value, *NUMBERS[word]):
             kind, least = NUMBERS[word]

@@ -81,10 +81,10 @@ def only_adapter_trains(model: PeftModel, head: bool = False) -> Found:
     rounded = [name for name, weight in weights.items() if weight.dtype is not torch.float32]
     headless = head and not any(adapters.HEAD in name for name in weights)
     if strangers or rounded or headless or not weights:
-        found = f"{strangers[:2]} trainable beside it, {rounded[:2]} not in float32"
+        faults = f"{strangers[:2]} trainable beside it, {rounded[:2]} not in float32"
         raise BrokenInvariant(
             "exactly the adapter 'default' to be trainable" + (", with its score head" if head else ""),
-            "no score head" if headless else "nothing trainable" if not weights else found,
+            "no score head" if headless else "nothing trainable" if not weights else faults,
             "modules_to_save in model.lora, or a library that changed what it makes trainable",
         )
     return {"trainable_parameters": sum(weight.numel() for weight in weights.values()), "trainable_dtype": "float32"}

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from pipeline.stages.stage import Context, StageSpec
 
 
-def arguments(config_class: Any, spec: StageSpec, ctx: Context, **house: Any) -> Any:
-    """The trainer's config: the house's defaults, then the recipe's arguments, then what only the runner may say.
+def arguments(config_class: Any, spec: StageSpec, ctx: Context, **stage_defaults: Any) -> Any:
+    """The trainer's config: our defaults and the stage's, then the recipe's arguments, then what only we may say.
 
     `checkpointed_layers` is added to it: in how many layers activations are checkpointed, None if in all or none.
     Raises UserError naming the stage if the config refuses a value.
@@ -47,7 +47,7 @@ def arguments(config_class: Any, spec: StageSpec, ctx: Context, **house: Any) ->
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
         "save_steps": 100,
-        **house,
+        **stage_defaults,
     }
     fixed = {
         "output_dir": str(ctx.out.checkpoints),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from pipeline.recipe.recipe import Recipe
+
 app = typer.Typer(
-    help="One recipe takes a 4-bit base model through pretraining, SFT, reward model and DPO.",
+    help="One recipe takes a 4-bit base through pretraining, SFT, reward model, PPO and DPO.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -41,7 +43,7 @@ def cp(name: str, to: Path) -> None:
 
 
 @app.command()
-def check(recipe: RecipePath, override: Overrides = []) -> None:  # noqa: B006
+def check(recipe: RecipePath, override: Overrides = []) -> None:
     """Read a recipe, its data and every trainer argument; train nothing."""
     from pipeline.stages.check import check_arguments, check_base
     from pipeline.terminal.states import show_rows
@@ -58,7 +60,7 @@ def check(recipe: RecipePath, override: Overrides = []) -> None:  # noqa: B006
 def data(
     recipe: RecipePath,
     stage: Annotated[list[str] | None, typer.Argument(metavar="[STAGE]...", help="All, unless some are named.")] = None,
-    override: Overrides = [],  # noqa: B006
+    override: Overrides = [],
     show: Annotated[int, typer.Option(metavar="N", min=0, help="Print N rows as the model will see them.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures for machines.")] = False,
     runs: Runs = Path("runs"),
@@ -69,25 +71,15 @@ def data(
     """
     from rich.console import Console
 
-    from pipeline.data.examine import faults_in, keep
     from pipeline.errors import UserError
-    from pipeline.terminal import data as terminal
+    from pipeline.terminal.data import show_examination, show_rows
 
     chain = _read(recipe, override)
-    names = stage or chain.order()
-    for name in names:
-        if name not in chain.stages:
-            raise UserError(f"no stage '{name}' in the recipe {chain.name} (there is: {', '.join(chain.stages)})")
+    names = chain.named(stage or chain.order())
     if show:
-        faults = [fault for name in names for fault in terminal.show_rows(chain, name, show, Console())]
+        faults = [fault for name in names for fault in show_rows(chain, name, show, Console())]
     else:
-        found = terminal.examine(chain, names)
-        keep(found, runs / chain.name)
-        faults = faults_in(found)
-        if as_json:
-            print(json.dumps(found, ensure_ascii=False, indent=1))
-        else:
-            terminal.show(found, Console())
+        faults = show_examination(chain, names, runs, as_json, Console())
     if faults:
         what = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise UserError(f"{what} in the data, as told above: a run would stop there")
@@ -96,7 +88,7 @@ def data(
 @app.command()
 def plan(
     recipe: RecipePath,
-    override: Overrides = [],  # noqa: B006
+    override: Overrides = [],
     runs: Runs = Path("runs"),
     gpu: Annotated[
         str, typer.Option(metavar="CARD", help="Plan for this card (rtx3060, a100-40gb) or memory (12GB).")
@@ -114,8 +106,8 @@ def plan(
 @app.command()
 def run(
     recipe: RecipePath,
-    override: Overrides = [],  # noqa: B006
-    only: Annotated[list[str], typer.Option(metavar="STAGE", help="This stage alone (may be repeated).")] = [],  # noqa: B006
+    override: Overrides = [],
+    only: Annotated[list[str], typer.Option(metavar="STAGE", help="This stage alone (may be repeated).")] = [],
     from_: Annotated[
         str, typer.Option("--from", metavar="STAGE", help="This stage and those that go on from it.")
     ] = "",
@@ -153,7 +145,7 @@ def run(
 
 
 @app.command()
-def status(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs")) -> None:  # noqa: B006
+def status(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs")) -> None:
     """Show where every stage stands and what the finished ones gained."""
     from rich.console import Console
 
@@ -171,7 +163,7 @@ def status(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs
 @app.command("eval")
 def evaluate(
     recipe: RecipePath,
-    override: Overrides = [],  # noqa: B006
+    override: Overrides = [],
     runs: Runs = Path("runs"),
     judge: Annotated[
         tuple[str, str] | None,
@@ -198,7 +190,7 @@ def evaluate(
 
 
 @app.command()
-def report(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs")) -> None:  # noqa: B006
+def report(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs")) -> None:
     """Make one self-contained page (HTML, and Markdown) of a run: verdicts, numbers, curves, samples, cost."""
     from pipeline.report.page import write
 
@@ -252,7 +244,7 @@ def publish(
     private: Annotated[bool, typer.Option(help="Create the Hub repository as a private one.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write and check, but show only files and sizes.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Also replace what this did not write.")] = False,
-    override: Overrides = [],  # noqa: B006
+    override: Overrides = [],
     runs: Runs = Path("runs"),
 ) -> None:
     """Publish a finished stage, once it is proven to answer as what was trained."""
@@ -271,7 +263,7 @@ def serve(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A recipe, or the folder of a run.")],
     stages: Annotated[list[str], typer.Argument(metavar="STAGE...", help="Each becomes a model of that name.")],
     port: int = 8000,
-    override: Overrides = [],  # noqa: B006
+    override: Overrides = [],
     runs: Runs = Path("runs"),
 ) -> None:
     """Serve finished stages to OpenAI clients, on this machine only."""
@@ -297,7 +289,7 @@ def main() -> None:
         raise SystemExit(2) from None
 
 
-def _read(path: str, overrides: list[str]):  # type: ignore[no-untyped-def]
+def _read(path: str, overrides: list[str]) -> Recipe:
     from pipeline.terminal.recipes import read_recipe
 
     return read_recipe(path, overrides)

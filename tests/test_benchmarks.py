@@ -45,21 +45,21 @@ def test_a_local_task_equals_a_plain_loop_and_is_kept_while_nothing_changes(
     task.write_text(TASK.format(data=data))
 
     evaluation.evaluate(recipe, runs, tasks=[str(task)])
-    (row,) = evaluation.results_of(recipe, runs)["benchmarks"]
-    assert (row["task"], row["metric"], row["n"]) == ("parity", "acc", 12)
+    (row,) = evaluation.results_of(recipe, runs).benchmarks
+    assert (row.task, row.metric, row.n) == ("parity", "acc", 12)
     bench = Bench(recipe.spec.model, {"sft": recipe.artifact("sft", runs).adapter}, {}, 1.0)
     for policy in ("base", "sft"):
-        right = sum(likeliest(bench, policy, row["question"]) == row["label"] for row in asked)
+        right = sum(likeliest(bench, policy, row.question) == row.label for row in asked)
         # bfloat16 rounds differently in batches, which may turn one close call
-        assert abs(row["numbers"][policy].value - right / 12) <= 1 / 12 + 1e-9, policy
+        assert abs(row.numbers[policy].value - right / 12) <= 1 / 12 + 1e-9, policy
 
     taken: list[str] = []
     monkeypatch.setattr(evaluation, "take", lambda recipe, runs, missing: taken.extend(m.file for m in missing))
     evaluation.evaluate(recipe, runs)
-    assert taken == [] and evaluation.results_of(recipe, runs)["benchmarks"] == [row]
+    assert taken == [] and evaluation.results_of(recipe, runs).benchmarks == [row]
     data.write_text(data.read_text() + json.dumps(asked[0]) + "\n")
     evaluation.evaluate(recipe, runs)
-    assert evaluation.results_of(recipe, runs)["benchmarks"] == [] and "left out" in capfd.readouterr().out
+    assert evaluation.results_of(recipe, runs).benchmarks == [] and "left out" in capfd.readouterr().out
 
 
 def likeliest(bench: Bench, policy: str, question: str) -> int:
@@ -102,7 +102,7 @@ def test_numbers_of_a_benchmark() -> None:
         ("base", {"c": metric(3.0, None, None)}),
     ]
     a, b, c = benchmarks.compared(values, {"sft": "base"})
-    assert a["percent"] and a["numbers"]["sft"].value == 0.75 and a["changes"]["sft"].value == 0.25
-    assert a["numbers"]["base"].low == pytest.approx(0.3519, abs=1e-3)  # Wilson, 20 of 40
-    assert (b["numbers"]["base"].low, b["numbers"]["base"].high) == pytest.approx((8.08, 15.92))
-    assert c["numbers"]["base"].low is None and not b["percent"]
+    assert a.percent and a.numbers["sft"].value == 0.75 and a.changes["sft"].value == 0.25
+    assert a.numbers["base"].low == pytest.approx(0.3519, abs=1e-3)  # Wilson, 20 of 40
+    assert (b.numbers["base"].low, b.numbers["base"].high) == pytest.approx((8.08, 15.92))
+    assert c.numbers["base"].low is None and not b.percent

@@ -148,12 +148,12 @@ def test_what_is_fresh_is_not_taken_again(
     monkeypatch.setattr("pipeline.evaluate.measures.BEST_OF", 16)
     evaluation.evaluate(recipe, runs)
     found = evaluation.results_of(recipe, runs)
-    assert set(found["verdicts"]) == {"pretrain", "sft", "reward", "dpo"}
-    assert {"question_accuracy", "corpus_loss", "reward"} <= found["numbers"]["dpo"].keys()
-    assert found["numbers"]["dpo"]["kl"].value != 0 and "kl" not in found["numbers"]["sft"]
-    assert found["best_of_n"]["policy"] == "sft" and len(found["best_of_n"]["points"]) == 5
-    assert {"base", "sft", "dpo", "best of 16"} & set(found["arenas"]["reward"]["names"])
-    assert {name: verdict for (name, _), verdict in read_verdicts(runs / "tiny").items()} == found["verdicts"]
+    assert set(found.verdicts) == {"pretrain", "sft", "reward", "dpo"}
+    assert {"question_accuracy", "corpus_loss", "reward"} <= found.numbers["dpo"].keys()
+    assert found.numbers["dpo"]["kl"].value != 0 and "kl" not in found.numbers["sft"]
+    assert found.best_of_n.policy == "sft" and len(found.best_of_n.points) == 5
+    assert {"base", "sft", "dpo", "best of 16"} & set(found.arenas["reward"].names)
+    assert {name: verdict for (name, _), verdict in read_verdicts(runs / "tiny").items()} == found.verdicts
 
     taken: list[str] = []
     monkeypatch.setattr(evaluation, "take", lambda recipe, runs, missing: taken.extend(m.file for m in missing))

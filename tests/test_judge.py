@@ -128,7 +128,7 @@ def test_every_verdict_is_kept_with_who_stood_where(url: str, tmp_path: Path) ->
         {**second, "reply": "A", "verdict": "A"},
         {**alike, "reply": None, "verdict": "tie"},  # nobody was asked
     ]
-    assert found is not None and found["wins"]["dpo"]["sft"].value == 0.75
+    assert found is not None and found.wins["dpo"]["sft"].value == 0.75
     assert evaluation.judged(taken, tmp_path, None) == found
     (tmp_path / "judge.jsonl").write_text("")
     assert evaluation.judged(taken, tmp_path, None) is None
@@ -142,7 +142,7 @@ def test_verdicts_are_kept_and_a_file_changed_by_hand_is_not_believed(
 
     taken = {"sft": answers("a", "a"), "dpo": answers("aaa", "aa")}
     found = evaluation.judged(taken, tmp_path, Judge(url, "longer"))
-    assert found is not None and found["wins"]["dpo"]["sft"].value == 1 and found["model"] == "longer"
+    assert found is not None and found.wins["dpo"]["sft"].value == 1 and found.model == "longer"
     assert evaluation.judged(taken, tmp_path, None) == found
     file = tmp_path / "judge.json"
     file.write_text(file.read_text(encoding="utf-8").replace('"value": 1.0', '"value": 0.5'), encoding="utf-8")

@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate import arena, measures, results
 from pipeline.evaluate.measure import Measure
 from pipeline.evaluate.plan import plan
-from pipeline.evaluate.stored import as_read, as_written, sealed
+from pipeline.evaluate.stored import Link, Results, Verdict, read_results
 from pipeline.publish import measured
 from pipeline.recipe import yaml
 from pipeline.recipe.recipe import Recipe, build
@@ -95,28 +95,28 @@ def answers(random: numpy.random.Generator, right: Any, reward: float, kl: float
 
 
 CHAIN = [
-    {"name": "pretrain", "kind": "pretrain", "from": None, "answers": True, "rewards": []},
-    {"name": "sft", "kind": "sft", "from": "pretrain", "answers": True, "rewards": []},
-    {"name": "reward", "kind": "reward", "from": "sft", "answers": False, "rewards": []},
-    {"name": "dpo", "kind": "dpo", "from": "sft", "answers": True, "rewards": [], "own_judges": {}},
-    {
-        "name": "ppo",
-        "kind": "ppo",
-        "from": "sft",
-        "answers": True,
-        "rewards": ["reward"],
-        "own_judges": {"reward": "which it was paid by"},
-    },
+    Link(name="pretrain", kind="pretrain", parent=None, answers=True),
+    Link(name="sft", kind="sft", parent="pretrain", answers=True),
+    Link(name="reward", kind="reward", parent="sft", answers=False, after={"accuracy": 0.9}),
+    Link(name="dpo", kind="dpo", parent="sft", answers=True),
+    Link(
+        name="ppo",
+        kind="ppo",
+        parent="sft",
+        answers=True,
+        rewards=["reward"],
+        own_judges={"reward": "which it was paid by"},
+    ),
 ]
 
 
 @pytest.fixture(scope="module")
-def evaluated() -> dict[str, Any]:
+def evaluated() -> Results:
     return results.make(planted(numpy.random.default_rng(0)), CHAIN)
 
 
 @pytest.fixture
-def run(tiny_base: Path, tmp_path: Path, evaluated: dict[str, Any]) -> tuple[Recipe, Path]:
+def run(tiny_base: Path, tmp_path: Path, evaluated: Results) -> tuple[Recipe, Path]:
     """A run's folder as its stages leave it, without having trained: the page reads files, nothing else."""
     tree = tiny_tree(tiny_base, tmp_path)
     tree["stages"]["ppo"] = {
@@ -145,7 +145,7 @@ def run(tiny_base: Path, tmp_path: Path, evaluated: dict[str, Any]) -> tuple[Rec
     for measure in wanted:
         write_json(where / measure.file, {"fingerprint": measure.fingerprint, "value_digest": digest(None)})
     made_of = {measure.file: measure.fingerprint for measure in wanted}
-    write_json(where / "results.json", sealed({**evaluated, "tasks": [], "made_of": made_of}))
+    write_json(where / "results.json", evaluated.model_copy(update={"made_of": made_of}).sealed())
     return recipe, runs
 
 
@@ -215,16 +215,17 @@ def test_times_are_rounded_before_they_are_split() -> None:
 def test_an_external_judge_is_named_with_the_replies_that_were_none(run: tuple[Recipe, Path]) -> None:
     recipe, runs = run
     file = runs / recipe.name / "evaluation" / "results.json"
-    found = {key: value for key, value in json.loads(file.read_text()).items() if key != "digest"}
-    found["arenas"]["judge"] = found["arenas"]["reward"] | {"model": "<judge>", "unread": 7}
-    write_json(file, sealed(found))
+    found = read_results(file.parent)
+    assert found is not None
+    judge = found.arenas["reward"].model_copy(update={"model": "<judge>", "unread": 7})
+    write_json(file, found.model_copy(update={"arenas": {**found.arenas, "judge": judge}}).sealed())
     html, markdown = (path.read_text() for path in page.write(recipe, "my.yaml", runs))
     assert "The external judge is &lt;judge&gt;" in html and "The external judge is <judge>" in markdown
     assert "7 replies that were no verdict" in html and "7 replies that were no verdict" in markdown
     assert "evaluation/judge.jsonl" in html and "evaluation/judge.jsonl" in markdown
 
 
-def test_the_lineage_shows_the_same_number_under_every_policy_that_is_asked(evaluated: dict[str, Any]) -> None:
+def test_the_lineage_shows_the_same_number_under_every_policy_that_is_asked(evaluated: Results) -> None:
     notes = page._notes(evaluated)
     assert all(notes[name].endswith("% of questions right") for name in ("sft", "dpo", "ppo")), notes
 
@@ -238,13 +239,13 @@ def test_identical_inputs_give_identical_bytes_but_for_the_date(run: tuple[Recip
         assert len(differing) == 1 and "Made on 2026-01-01" in differing[0][0]
 
 
-def test_verdicts_follow_the_planted_truth(evaluated: dict[str, Any]) -> None:
-    words = {stage: verdict["word"] for stage, verdict in evaluated["verdicts"].items()}
+def test_verdicts_follow_the_planted_truth(evaluated: Results) -> None:
+    words = {stage: verdict.word for stage, verdict in evaluated.verdicts.items()}
     assert words["sft"] == "better" and words["ppo"] == "warning" and words["reward"] == "better"
-    assert evaluated["over_optimised"] == {"pretrain": False, "sft": False, "dpo": False, "ppo": True}
+    assert evaluated.over_optimised == {"pretrain": False, "sft": False, "dpo": False, "ppo": True}
     # 40 questions, of which luck gives the expected shares: by hand from the same draw
     luck = numpy.random.default_rng(0).random(QUESTIONS)
-    told = evaluated["verdicts"]["sft"]["text"]
+    told = evaluated.verdicts["sft"].text
     assert f"{100 * (luck < 0.1).mean():.0f} % to {100 * (luck < 0.6).mean():.0f} %" in told
 
 
@@ -255,7 +256,7 @@ PAID_BY = {"reward": "which it was paid by"}
 
 def compared(
     kind: str = "ppo", truth: int = -2, asked: int = -3, won: int = 59, own: dict[str, str] = PAID_BY, judged: int = 50
-) -> dict[str, Any]:
+) -> Verdict:
     """The verdict on a stage that wins `won` % of the prompts by reward's score and `judged` % by an external judge,
     whose share of right answers is `truth` points higher than its parent's, and `asked` points that of questions."""
     place = numpy.arange(JUDGED)
@@ -276,26 +277,29 @@ def compared(
         of |= {"text": ["so"] * JUDGED, "stopped": [True] * JUDGED}
         for measure, value in ((measures.Answers(policy, []), told), (measures.Questions(policy, []), of)):
             taken.append((measure, {"seconds": 1.0, "rows": [], "value": value}))
-    chain = [CHAIN[1] | {"from": None}, {**CHAIN[4], "name": kind, "kind": kind, "own_judges": own}]
+    chain = [
+        CHAIN[1].model_copy(update={"parent": None}),
+        CHAIN[4].model_copy(update={"name": kind, "kind": kind, "own_judges": own}),
+    ]
     points = place < 4 * judged
-    held = arena.Arena(["sft", kind], numpy.array([[[0.5, 1 - p], [p, 0.5]] for p in points.astype(float)]))
-    return results.make(taken, chain, results.described(held) | {"model": "m", "unread": 0})["verdicts"][kind]
+    held = arena.Played(["sft", kind], numpy.array([[[0.5, 1 - p], [p, 0.5]] for p in points.astype(float)]))
+    return results.make(taken, chain, held.described(model="m")).verdicts[kind]
 
 
 def test_a_stage_is_not_better_by_what_paid_it() -> None:
     """Its reward is higher 59 times of 100, truth 2 and questions 3 points lower: nothing shows it to be better."""
     found = compared()
-    assert found["word"] == "unshown" and found["text"].startswith("Higher reward; not shown to be better than sft: ")
+    assert found.word == "unshown" and found.text.startswith("Higher reward; not shown to be better than sft: ")
     for told in (
         "wins 59 % (",
         "by reward's score, which it was paid by",
         "wins 49 % (",
         "\u22123 points, 95 %: \u2212",
     ):
-        assert told in found["text"], told
-    assert "Better than" not in found["text"]
-    assert compared(own={})["word"] == "better"  # by a judge of other pairs, which did not pay it
-    assert compared(kind="dpo", own={"reward": "which saw 9 of its 9 pairs"})["word"] == "unshown"
+        assert told in found.text, told
+    assert "Better than" not in found.text
+    assert compared(own={}).word == "better"  # by a judge of other pairs, which did not pay it
+    assert compared(kind="dpo", own={"reward": "which saw 9 of its 9 pairs"}).word == "unshown"
 
 
 OWN = {"reward": 0.5}, {"reward": 1.1, "reward_gain": 0.6, "reward_gain_low": 0.4, "reward_gain_high": 0.8}
@@ -339,12 +343,15 @@ def test_terminal_page_and_card_do_not_call_what_was_paid_better(run: tuple[Reci
     sealed_ = SimpleNamespace(artifact=recipe.artifact("ppo", runs), known=[entry])
     assert f"**ppo**: {said}" in measured.table(sealed_)  # type: ignore[arg-type]
     # An evaluation of these adapters has the better word, one of others has none.
-    known = {key: value for key, value in json.loads(evaluated).items() if key != "digest"}
+    evaluation.write_text(evaluated)
+    known = read_results(evaluation.parent)
+    assert known is not None
     for other, by in (("", "ppo, by onebase eval: Over-optimised"), ("0", f"ppo: {said}")):
-        for stage in known["chain"]:
-            files = recipe.artifact(stage["name"], runs).finished().files
-            stage["adapter"] = f"{files['adapter_model.safetensors']}{other}"
-        write_json(evaluation, sealed(known))
+        chain = []
+        for stage in known.chain:
+            files = recipe.artifact(stage.name, runs).finished().files
+            chain.append(stage.model_copy(update={"adapter": f"{files['adapter_model.safetensors']}{other}"}))
+        write_json(evaluation, known.model_copy(update={"chain": chain}).sealed())
         assert by in shown(recipe, runs)
         assert ("**ppo**: Over-optimised" in measured.table(sealed_)) == (not other)  # type: ignore[arg-type]
 
@@ -374,29 +381,29 @@ def test_a_checked_truth_speaks_for_a_stage_or_against_it(run: tuple[Recipe, Pat
 
 def test_what_is_independent_decides() -> None:
     better = compared(truth=20)
-    assert better["word"] == "better" and better["text"].startswith("Better than sft: ")
-    assert "Higher reward too: wins 59 %" in better["text"]
-    assert compared(asked=20)["word"] == "better" and compared(judged=80)["word"] == "better"
+    assert better.word == "better" and better.text.startswith("Better than sft: ")
+    assert "Higher reward too: wins 59 %" in better.text
+    assert compared(asked=20).word == "better" and compared(judged=80).word == "better"
     for fallen in (compared(truth=-30), compared(asked=-25)):
-        assert fallen["word"] == "warning" and fallen["text"].startswith("Over-optimised: wins 59 %")
+        assert fallen.word == "warning" and fallen.text.startswith("Over-optimised: wins 59 %")
     worse = compared(judged=20)
-    assert worse["word"] == "worse" and worse["text"].startswith("Worse than sft: wins 2")
-    assert "Higher reward all the same: wins 59 %" in worse["text"]
+    assert worse.word == "worse" and worse.text.startswith("Worse than sft: wins 2")
+    assert "Higher reward all the same: wins 59 %" in worse.text
     mixed = compared(truth=30, asked=-25, won=50)
-    assert mixed["word"] == "warning" and mixed["text"].startswith("Better and worse than sft: ")
-    assert compared(won=30)["word"] == "worse"  # its own judge can speak against it
-    assert compared(won=50)["word"] == "unclear"
+    assert mixed.word == "warning" and mixed.text.startswith("Better and worse than sft: ")
+    assert compared(won=30).word == "worse"  # its own judge can speak against it
+    assert compared(won=50).word == "unclear"
 
 
-def test_best_of_n_takes_part_and_beats_what_it_is_drawn_from(evaluated: dict[str, Any]) -> None:
-    by_reward = evaluated["arenas"]["reward"]
-    assert by_reward["wins"]["best of 16"]["sft"].low > 0.8
-    assert by_reward["elo"]["ppo"].value > by_reward["elo"]["sft"].value
-    assert evaluated["arenas"]["truth"]["elo"]["sft"].value > evaluated["arenas"]["truth"]["elo"]["ppo"].value
-    assert [found["kl"].value for found in evaluated["steps"]["ppo"].values()] == pytest.approx([1, 2], abs=0.2)
-    rewards = [point["proxy"].value for point in evaluated["best_of_n"]["points"]]
+def test_best_of_n_takes_part_and_beats_what_it_is_drawn_from(evaluated: Results) -> None:
+    by_reward = evaluated.arenas["reward"]
+    assert by_reward.wins["best of 16"]["sft"].low > 0.8
+    assert by_reward.elo["ppo"].value > by_reward.elo["sft"].value
+    assert evaluated.arenas["truth"].elo["sft"].value > evaluated.arenas["truth"].elo["ppo"].value
+    assert [found["kl"].value for found in evaluated.steps["ppo"].values()] == pytest.approx([1, 2], abs=0.2)
+    rewards = [point.proxy.value for point in evaluated.best_of_n.points]
     assert rewards == sorted(rewards)
-    assert evaluated["best_of_n"]["points"][-1]["kl"] == pytest.approx(math.log(64) - 63 / 64)
+    assert evaluated.best_of_n.points[-1].kl == pytest.approx(math.log(64) - 63 / 64)
 
 
 def test_an_outdated_evaluation_is_refused_and_a_missing_one_is_said(run: tuple[Recipe, Path]) -> None:
@@ -413,11 +420,11 @@ def test_an_outdated_evaluation_is_refused_and_a_missing_one_is_said(run: tuple[
     assert "has not been evaluated" in page.write(recipe, "my.yaml", runs)[0].read_text()
 
 
-def test_the_terminal_shows_verdicts_and_intervals(evaluated: dict[str, Any]) -> None:
+def test_the_terminal_shows_verdicts_and_intervals(evaluated: Results) -> None:
     from rich.console import Console
 
     console = Console(width=300, record=True)
-    show_evaluation(as_read(json.loads(json.dumps(as_written(evaluated)))), console)
+    show_evaluation(Results.model_validate(json.loads(json.dumps(evaluated.model_dump()))), console)
     told = console.export_text()
     assert "Over-optimised" in told and re.search(r"questions answered right .*\d %.*\n +\d+ to \d+", told)
 
@@ -438,7 +445,7 @@ def test_compare_shows_what_differs_item_by_item(tmp_path: Path, tiny_base: Path
     for name, taken, written in (("a", first, tree), ("b", second, other)):
         for measure, record in taken:
             write_json(tmp_path / name / "evaluation" / measure.file, record)
-        write_json(tmp_path / name / "evaluation" / "results.json", sealed(results.make(taken, CHAIN)))
+        write_json(tmp_path / name / "evaluation" / "results.json", results.make(taken, CHAIN).sealed())
         (tmp_path / name / "recipe.yaml").write_text(yaml.dump(written))
     console = Console(width=300, record=True)
     compare.show(tmp_path / "a", tmp_path / "b", console)
@@ -459,7 +466,8 @@ def test_compare_knows_when_an_evaluation_is_older_than_its_run(run: tuple[Recip
     recipe, runs = run
     folder = runs / recipe.name
     (folder / "recipe.yaml").write_text(yaml.dump(recipe.tree))
-    found = json.loads((folder / "evaluation" / "results.json").read_text())
+    found = read_results(folder / "evaluation")
+    assert found is not None
     assert older(folder, found) == ""
-    found["made_of"]["questions-sft.json"] = "of before"
+    found.made_of["questions-sft.json"] = "of before"
     assert older(folder, found) == "questions-sft.json"

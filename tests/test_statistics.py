@@ -77,7 +77,7 @@ def test_bradley_terry_recovers_known_strengths() -> None:
     for a, b in itertools.combinations(range(4), 2):
         points[:, a, b] = random.random(400) < chance[a, b]
         points[:, b, a] = 1 - points[:, a, b]
-    elo = arena.Arena(list("wxyz"), points).elo()
+    elo = arena.Played(list("wxyz"), points).elo()
     for name, strength in zip("wxyz", known, strict=True):
         assert elo[name].low < 1000 + 400 / math.log(10) * strength < elo[name].high
         assert elo[name].value == pytest.approx(1000 + 400 / math.log(10) * strength, abs=25)
@@ -85,7 +85,7 @@ def test_bradley_terry_recovers_known_strengths() -> None:
 
 def test_a_policy_that_always_wins_has_a_finite_strength() -> None:
     points = numpy.array([[[0.5, 1.0], [0.0, 0.5]]] * 20)
-    elo = arena.Arena(["a", "b"], points).elo()
+    elo = arena.Played(["a", "b"], points).elo()
     assert math.isfinite(elo["a"].value) and elo["a"].low > elo["b"].high
 
 
@@ -161,10 +161,10 @@ def planted_pairs(score_by_length: float, seed: int = 7, n: int = 120) -> dict:
 
 
 def test_a_length_biased_reward_model_is_flagged_and_an_honest_one_is_not() -> None:
-    biased, honest = (reward_check.checked(planted_pairs(weight)) for weight in (1.0, 0.0))
-    assert len(biased["flags"]) == 2 and biased["over_longer"].value == 0
-    assert biased["lean"].value == pytest.approx(1) and biased["length_correlation"] > 0.9
-    assert honest["flags"] == [] and honest["over_longer"].low > 0 and abs(honest["length_correlation"]) < 0.3
+    biased, honest = (reward_check.check(planted_pairs(weight)) for weight in (1.0, 0.0))
+    assert len(biased.flags) == 2 and biased.over_longer.value == 0
+    assert biased.lean.value == pytest.approx(1) and biased.length_correlation > 0.9
+    assert honest.flags == [] and honest.over_longer.low > 0 and abs(honest.length_correlation) < 0.3
 
 
 def test_an_over_optimised_policy_is_flagged() -> None:

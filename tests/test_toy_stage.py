@@ -24,7 +24,7 @@ def with_toy(tmp_path: Path) -> Path:
     listed = tmp_path / "pipeline" / "stages" / "__init__.py"
     text = (
         listed.read_text()
-        .replace("import dpo, ", "import dpo, toy, ")
+        .replace("from pipeline.stages import ", "from pipeline.stages import toy, ")
         .replace("(pretrain.STAGE,", "(toy.STAGE, pretrain.STAGE,")
     )
     listed.write_text(text)

@@ -120,6 +120,8 @@ class Manifest(Cost):
     processes: int
     labels: list[str] = []
     """Of a classifier: what each output of its head stands for."""
+    several_labels: bool = False
+    """Whether a text may have several of them."""
     versions_changed: dict[str, dict[str, list[str]]]
     """Libraries of another version that made what it builds upon: {what: {library: [then, now]}}."""
     again: Cost | None = None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 from scipy.optimize import minimize
 from scipy.special import expit
 
+from pipeline.evaluate.stored import Arena
 from pipeline.measure import intervals
 from pipeline.measure.metric import Estimate
 
@@ -18,7 +20,7 @@ PRIOR = 0.5
 
 
 @dataclass(frozen=True)
-class Arena:
+class Played:
     """Every policy against every other by one judge. `points_PKK[p, a, b]`: a's points against b at prompt p, between 0
     and 1, a tie is one half."""
 
@@ -28,6 +30,12 @@ class Arena:
     def win_rate(self, policy: str, other: str) -> Estimate:
         a, b = self.names.index(policy), self.names.index(other)
         return intervals.share(self.points_PKK[:, a, b])
+
+    def described(self, **judge: Any) -> Arena:
+        """As it stands in results.json."""
+        names = self.names
+        wins = {a: {b: self.win_rate(a, b) for b in names if b != a} for a in names}
+        return Arena(names=names, elo=self.elo(), wins=wins, **judge)
 
     def elo(self) -> dict[str, Estimate]:
         """Bradley-Terry strengths on the Elo scale, their mean at 1000, with intervals over prompts."""
@@ -41,7 +49,7 @@ class Arena:
         }
 
 
-def by_score(scores: dict[str, numpy.ndarray], weights: dict[str, numpy.ndarray] | None = None) -> Arena:
+def by_score(scores: dict[str, numpy.ndarray], weights: dict[str, numpy.ndarray] | None = None) -> Played:
     """From scores (P, S) of each policy's answers to the same prompts: every answer of one against every answer of the
     other to the same prompt. `weights` (P, S): how often each answer of a policy is the one it gives, where they are
     not all as likely (best-of-n)."""
@@ -56,7 +64,7 @@ def by_score(scores: dict[str, numpy.ndarray], weights: dict[str, numpy.ndarray]
                 higher_PST = numpy.sign(scores[first][:, :, None] - scores[second][:, None, :])
                 points_P = numpy.einsum("pst,ps,pt->p", higher_PST, given[first], given[second])
                 points_PKK[:, a, b] = (points_P + 1) / 2
-    return Arena(names, points_PKK)
+    return Played(names, points_PKK)
 
 
 def strengths(points_KK: numpy.ndarray, prior: float = PRIOR) -> numpy.ndarray:

@@ -21,8 +21,9 @@ from pipeline.data.contracts import Row
 from pipeline.disk.atomic import Json, sha256_of_file
 from pipeline.errors import UserError
 from pipeline.evaluate.measure import Measure
+from pipeline.evaluate.stored import Compared
 from pipeline.measure import intervals
-from pipeline.measure.metric import Estimate, Metric
+from pipeline.measure.metric import Estimate
 
 if TYPE_CHECKING:
     from pipeline.evaluate.bench import Bench
@@ -164,7 +165,7 @@ def _leaves(name: str, parts: Json) -> list[str]:
     return [leaf for part in parts.get(name) or [] for leaf in _leaves(part, parts)] or [name]
 
 
-def compared(values: list[tuple[str, Json]], parents: dict[str, str]) -> list[Json]:
+def compared(values: list[tuple[str, Json]], parents: dict[str, str]) -> list[Compared]:
     """For each task and metric every policy's number with its interval, and each stage's change from its parent.
 
     values: the policy of each benchmark and what was taken.  parents: the policy that each stage goes on from.
@@ -181,27 +182,21 @@ def compared(values: list[tuple[str, Json]], parents: dict[str, str]) -> list[Js
             items = {policy: found["items"] for policy, found in of_each.items()}
             shares = all(of is not None and min(of) >= 0 and max(of) <= 1 for of in items.values())
             rows.append(
-                {
-                    "task": name,
-                    "metric": metric,
-                    "n": first["n"],
-                    "better": "higher" if known["higher"] else "lower",
-                    "percent": shares,
-                    "numbers": {policy: _estimate(found, first["n"], shares) for policy, found in of_each.items()},
-                    "changes": {
+                Compared(
+                    task=name,
+                    metric=metric,
+                    n=first["n"],
+                    better="higher" if known["higher"] else "lower",
+                    percent=shares,
+                    numbers={policy: _estimate(value, first["n"], shares) for policy, value in of_each.items()},
+                    changes={
                         stage: intervals.difference(items[stage], items[parent], 1.0 if shares else None)
                         for stage, parent in parents.items()
                         if items.get(stage) and items.get(parent)
                     },
-                }
+                )
             )
     return rows
-
-
-def metric_of(row: Json) -> Metric:
-    """How a number of lm-eval is called and written."""
-    label = f"{row['task']}: {row['metric']}, {row['n']} items"
-    return Metric(f"{row['task']}/{row['metric']}", label, row["better"], "%" if row["percent"] else "", digits=3)
 
 
 def _estimate(found: Json, n: int, shares: bool) -> Estimate:

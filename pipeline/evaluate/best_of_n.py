@@ -7,25 +7,12 @@ N answers (the unbiased estimator; as pass@k in arXiv 2107.03374).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy
 from scipy.special import gammaln
 
+from pipeline.evaluate.stored import Point
 from pipeline.measure import intervals
-from pipeline.measure.metric import Estimate
-
-
-@dataclass(frozen=True)
-class Point:
-    """Best of n: KL from the policy that was sampled (nats an answer), the reward chosen by, and the gold measure."""
-
-    n: int
-    kl: float
-    proxy: Estimate
-    gold: Estimate | None
-    coverage: Estimate | None
-    """Share of prompts for which at least one of the n answers is right (pass@n)."""
 
 
 def kl(n: int) -> float:
@@ -42,7 +29,8 @@ def curve(proxy_PN: numpy.ndarray, gold_PN: numpy.ndarray | None, ns: list[int])
         if gold_PN is not None:
             gold = intervals.share(chosen(proxy_PN, gold_PN, n))
             coverage = intervals.share(pass_at(gold_PN, n))
-        points.append(Point(n, kl(n), intervals.mean(chosen(proxy_PN, proxy_PN, n)), gold, coverage))
+        proxy = intervals.mean(chosen(proxy_PN, proxy_PN, n))
+        points.append(Point(n=n, kl=kl(n), proxy=proxy, gold=gold, coverage=coverage))
     return points
 
 

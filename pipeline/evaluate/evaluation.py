@@ -23,7 +23,7 @@ from pipeline.evaluate.judge import Judge
 from pipeline.evaluate.measure import METHOD, Measure, plain
 from pipeline.evaluate.measures import Answers
 from pipeline.evaluate.plan import own_judges, plan
-from pipeline.evaluate.stored import RESULTS, as_read, as_written, folder, read_fresh, read_results, sealed
+from pipeline.evaluate.stored import RESULTS, Arena, Link, Results, folder, read_fresh, read_results
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.environment import ERROR_MARK, make_environment
 from pipeline.runs.recipe_file import write_recipe
@@ -35,7 +35,7 @@ BUSY = 10
 """Percent of the processor in use by others, above which this is not the only thing that runs."""
 
 
-def launch(recipe: Recipe, runs: Path, judge: tuple[str, str] | None = None, tasks: Sequence[str] = ()) -> Json:
+def launch(recipe: Recipe, runs: Path, judge: tuple[str, str] | None = None, tasks: Sequence[str] = ()) -> Results:
     """Evaluate a run in a process of its own, as stages are run, and return results.json. Raises UserError.
 
     judge: URL and model of an OpenAI-compatible endpoint on this machine that compares answers.
@@ -72,7 +72,7 @@ def _spinning() -> dict[str, str]:
     return {"GOMP_SPINCOUNT": "50000"} if psutil.cpu_percent(interval=0.5) < BUSY else {}
 
 
-def results_of(recipe: Recipe, runs: Path) -> Json:
+def results_of(recipe: Recipe, runs: Path) -> Results:
     """The results of the last evaluation. Raises UserError if there was none, or if they are not as written."""
     results = read_results(folder(recipe, runs))
     if results is None:
@@ -108,11 +108,9 @@ def take(recipe: Recipe, runs: Path, missing: list[Measure]) -> None:
             print(f"  [{index}/{len(missing)}] {measure.name} of {measure.place}: {seconds:.1f} s", flush=True)
 
 
-def judged(answers: dict[str, Json], where: Path, judge: Judge | None) -> Json | None:
+def judged(answers: dict[str, Json], where: Path, judge: Judge | None) -> Arena | None:
     """The judge's verdicts on every policy's first answers; those of an earlier evaluation where nothing has changed
     since and no other judge is asked."""
-    from pipeline.evaluate import results
-
     if len(answers) < 2:
         return None
     told = {policy: [texts[0] for texts in measure["value"]["text"]] for policy, measure in answers.items()}
@@ -143,14 +141,13 @@ def judged(answers: dict[str, Json], where: Path, judge: Judge | None) -> Json |
         unread = [row["reply"] for row in verdicts if row["verdict"] is None]
         if unread:
             print(f"  {len(unread)} replies were no verdict and count as ties, such as {unread[0]!r}", flush=True)
-        found = as_written(results.described(held)) | {"model": model, "unread": len(unread)}
+        found = held.described(model=model, unread=len(unread)).model_dump()
         write_text(rows, (judges.line(row) for row in verdicts))
         print(f"  every verdict is in {rows}", flush=True)
         known = {"fingerprint": fingerprint, "model": model, "value": found, "value_digest": digest(found)}
         known["rows"] = sha256_of_file(rows)
         write_json(where / "judge.json", known)
-    value: Json = as_read(known["value"])
-    return value
+    return Arena.model_validate(known["value"])
 
 
 def still_fresh(recipe: Recipe, runs: Path, asked: Sequence[str]) -> list[Row]:
@@ -159,7 +156,8 @@ def still_fresh(recipe: Recipe, runs: Path, asked: Sequence[str]) -> list[Row]:
     where = folder(recipe, runs)
     kept = []
     try:
-        earlier = (read_results(where) or {}).get("tasks", [])
+        known = read_results(where)
+        earlier = known.tasks if known else []
     except UserError:  # they are made anew
         earlier = []
     for task in earlier:
@@ -201,30 +199,29 @@ def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None, tasks: Sequ
             taken.append((measure, known))
         answers = {measure.subject: known for measure, known in taken if type(measure) is Answers}
         found = results.make(taken, _chain(recipe, runs), judged(answers, where, judge))
-        found["tasks"] = [source["task"] for source in asked]
-        found["made_of"] = {measure.file: measure.fingerprint for measure in wanted}
+        made_of = {measure.file: measure.fingerprint for measure in wanted}
+        found = found.model_copy(update={"tasks": [source["task"] for source in asked], "made_of": made_of})
         if missing:
             print(f"  {time.monotonic() - begun:.0f} s together", flush=True)
-        write_json(where / "results.json", sealed(found))
+        write_json(where / "results.json", found.sealed())
 
 
-def _chain(recipe: Recipe, runs: Path) -> list[Json]:
-    """The finished stages in order: name, kind, its own numbers before and after training, the stage whose policy it
-    goes on from, its adapter, how it is paid and which judges it was trained on."""
+def _chain(recipe: Recipe, runs: Path) -> list[Link]:
+    """The finished stages in order."""
     done = [state.name for state in states(recipe, runs) if state.fresh]
     own = own_judges(recipe, done)
     manifests = {name: recipe.artifact(name, runs).finished() for name in done}
     return [
-        {
-            "name": name,
-            "kind": recipe.stages[name].kind,
-            "before": manifests[name].before,
-            "after": manifests[name].after,
-            "from": recipe.stages[name].from_,
-            "answers": recipe.kind(name).answers,
-            "rewards": [term.source for term in recipe.stages[name].reward_terms()],
-            "own_judges": own[name],
-            "adapter": manifests[name].files[WEIGHTS],
-        }
+        Link(
+            name=name,
+            kind=recipe.stages[name].kind,
+            parent=recipe.stages[name].from_,
+            answers=recipe.kind(name).answers,
+            rewards=[term.source for term in recipe.stages[name].reward_terms()],
+            own_judges=own[name],
+            before=manifests[name].before,
+            after=manifests[name].after,
+            adapter=manifests[name].files[WEIGHTS],
+        )
         for name in done
     ]

@@ -23,7 +23,7 @@ import numpy
 
 from pipeline.disk.atomic import Json
 from pipeline.errors import UserError
-from pipeline.evaluate.arena import Arena
+from pipeline.evaluate.arena import Played
 
 AT_ONCE = 4
 SECONDS = 120
@@ -101,7 +101,7 @@ def verdict(reply: str) -> str | None:
     return None if found is None else found["side"].upper() if found["side"] else "tie"
 
 
-def arena(judge: Judge, questions: list[str], answers: dict[str, list[str]]) -> tuple[Arena, list[Json]]:
+def arena(judge: Judge, questions: list[str], answers: dict[str, list[str]]) -> tuple[Played, list[Json]]:
     """Every policy's answer against every other's, question by question; and every verdict as a row: prompt, which
     policy stood on side A and which on B, their answers, the reply, and what it says (A, B, tie, or None where it is no
     verdict). Answers that are equal give one row without a reply.
@@ -139,7 +139,7 @@ def arena(judge: Judge, questions: list[str], answers: dict[str, list[str]]) -> 
             f"the judge {judge.model} gave no verdict (A, B or tie) in {len(unread)} of {asked} replies, "
             f"such as {unread[0][:SHOWN]!r}. It gets {TOKENS} tokens to reply: ask one that does not think aloud."
         )
-    return Arena(names, points_PKK), kept
+    return Played(names, points_PKK), kept
 
 
 def line(row: Json) -> str:

@@ -10,6 +10,7 @@ from pipeline.disk.atomic import Json
 from pipeline.evaluate import arena, benchmarks, best_of_n, reward_check, verdicts
 from pipeline.evaluate.measure import BASE, Measure
 from pipeline.evaluate.measures import OF_A_POLICY, Answers, BestOfN, FewShot, Pairs, Questions, proxy_of
+from pipeline.evaluate.stored import Arena, Curve, Link, Results, Said, Sample
 from pipeline.measure import intervals
 from pipeline.measure.metric import Estimate
 
@@ -17,18 +18,18 @@ ARENA_BEST_OF = 16
 NS = [1, 2, 4, 8, 16, 32, 64]
 
 
-def make(taken: list[tuple[Measure, Json]], chain: list[Json], judged: Json | None = None) -> Json:
-    """results.json. `taken`: every measure with its file; `chain`: the finished stages (see evaluation.py); `judged`:
-    the arena of an external judge."""
+def make(taken: list[tuple[Measure, Json]], chain: list[Link], judged: Arena | None = None) -> Results:
+    """What results.json holds. `taken`: every measure with its file; `judged`: the arena
+    of an external judge."""
 
     def of(kind: type[Measure]) -> dict[str, Json]:
         """What was taken, by policy or reward model."""
         return {measure.subject: record["value"] for measure, record in taken if type(measure) is kind}
 
     values = {kind: of(kind) for kind in OF_A_POLICY}
-    policies = [BASE, *(stage["name"] for stage in chain if stage["answers"])]
+    policies = [BASE, *(stage.name for stage in chain if stage.answers)]
     answers = {policy: values[Answers][policy] for policy in policies if policy in values[Answers]}
-    parents = {stage["name"]: stage["from"] or BASE for stage in chain if stage["answers"]}
+    parents = {stage.name: stage.parent or BASE for stage in chain if stage.answers}
     proxy = next(map(proxy_of, answers.values()), None)
     changed: dict[str, dict[str, Estimate]] = {stage: {} for stage in parents}
     numbers: dict[str, dict[str, Estimate]] = {policy: {} for policy in policies}
@@ -38,38 +39,37 @@ def make(taken: list[tuple[Measure, Json]], chain: list[Json], judged: Json | No
         for stage, parent in parents.items():
             if stage in known and parent in known:
                 changed[stage] |= kind.changes(known[stage], known[parent])
-    steps: Json = {stage: {} for stage in parents}
+    steps: dict[str, dict[str, dict[str, Estimate]]] = {stage: {} for stage in parents}
     for measure, record in taken:
         if measure.step is not None:
             steps[measure.subject][str(measure.step)] = measure.numbers(record["value"])
     many = of(BestOfN)
     curve = _curve(many, proxy)
     arenas = _arenas(answers, many if curve else {}, proxy)
-    won = arenas.get(proxy or "", {}).get("wins", {})
-    found: Json = {
-        "chain": chain,
-        "parents": parents,
-        "proxy": proxy,
-        "numbers": numbers,
-        "few_shot": next(map(FewShot.numbers, of(FewShot).values()), None),
-        "changes": changed,
-        "reward_models": {name: reward_check.checked(value) for name, value in of(Pairs).items()},
-        "arenas": arenas | ({"judge": judged} if judged else {}),
-        "best_of_n": curve,
-        "steps": steps,
-        "lengths": {policy: [n for row in value["length"] for n in row] for policy, value in answers.items()},
-        "samples": _samples(taken, policies),
-        "seconds": sum(record["seconds"] for _, record in taken),
-        "benchmarks": benchmarks.compared(
+    won = arenas[proxy].wins if proxy in arenas else {}
+    results = Results(
+        chain=chain,
+        parents=parents,
+        proxy=proxy,
+        numbers=numbers,
+        few_shot=next(map(FewShot.numbers, of(FewShot).values()), None),
+        changes=changed,
+        reward_models={name: reward_check.check(value) for name, value in of(Pairs).items()},
+        arenas=arenas | ({"judge": judged} if judged else {}),
+        best_of_n=curve,
+        steps=steps,
+        lengths={policy: [n for row in value["length"] for n in row] for policy, value in answers.items()},
+        samples=_samples(taken, policies),
+        seconds=sum(record["seconds"] for _, record in taken),
+        benchmarks=benchmarks.compared(
             [(measure.subject, record["value"]) for measure, record in taken if type(measure) is benchmarks.Benchmark],
             parents,
         ),
-        "over_optimised": {
+        over_optimised={
             stage: over_optimised(changed[stage], won.get(stage, {}).get(parent)) for stage, parent in parents.items()
         },
-    }
-    found["verdicts"] = verdicts.spoken(found)
-    return found
+    )
+    return results.model_copy(update={"verdicts": verdicts.find(results)})
 
 
 def over_optimised(change: dict[str, Estimate], won: Estimate | None) -> bool:
@@ -83,7 +83,7 @@ def over_optimised(change: dict[str, Estimate], won: Estimate | None) -> bool:
     return risen and any(found.below for found in gold)
 
 
-def _arenas(answers: dict[str, Json], many: dict[str, Json], proxy: str | None) -> Json:
+def _arenas(answers: dict[str, Json], many: dict[str, Json], proxy: str | None) -> dict[str, Arena]:
     """By each judge: win rates of all against all, and Elo. best-of-n takes part as a policy of its own."""
     if len(answers) < 2:
         return {}
@@ -96,20 +96,10 @@ def _arenas(answers: dict[str, Json], many: dict[str, Json], proxy: str | None) 
     judges = {source: {p: numpy.asarray(v["scores"][source]) for p, v in answers.items()} for source in first["scores"]}
     if first["truth"] is not None:
         judges["truth"] = {policy: numpy.asarray(value["truth"]) for policy, value in answers.items()}
-    return {judge: described(arena.by_score(scores, weights)) for judge, scores in judges.items()}
+    return {judge: arena.by_score(scores, weights).described() for judge, scores in judges.items()}
 
 
-def described(held: arena.Arena) -> Json:
-    """An arena as it stands in results.json."""
-    names = held.names
-    return {
-        "names": names,
-        "elo": held.elo(),
-        "wins": {a: {b: held.win_rate(a, b) for b in names if b != a} for a in names},
-    }
-
-
-def _curve(many: dict[str, Json], proxy: str | None) -> Json | None:
+def _curve(many: dict[str, Json], proxy: str | None) -> Curve | None:
     """Best-of-n of the reference policy, with its gold measure where there is one."""
     if not many or proxy is None:
         return None
@@ -117,29 +107,29 @@ def _curve(many: dict[str, Json], proxy: str | None) -> Json | None:
     proxy_PN = numpy.asarray(value["scores"][proxy], dtype=float)
     gold_PN = None if value["truth"] is None else numpy.asarray(value["truth"], dtype=float)
     ns = [n for n in NS if n <= proxy_PN.shape[1]]
-    points = [vars(point) for point in best_of_n.curve(proxy_PN, gold_PN, ns)]
+    points = best_of_n.curve(proxy_PN, gold_PN, ns)
     gained = None
     if gold_PN is not None:
         first, last = (best_of_n.chosen(proxy_PN, gold_PN, n) for n in (ns[0], ns[-1]))
         gained = intervals.difference(last, first, span=1.0)
-    return {"policy": policy, "proxy": proxy, "prompts": len(proxy_PN), "points": points, "gold_gained": gained}
+    return Curve(policy=policy, proxy=proxy, prompts=len(proxy_PN), points=points, gold_gained=gained)
 
 
-def _samples(taken: list[tuple[Measure, Json]], policies: list[str]) -> list[Json]:
+def _samples(taken: list[tuple[Measure, Json]], policies: list[str]) -> list[Sample]:
     """Questions with every policy's greedy answer, and held-out prompts with their first sampled one. `right` is None
     where nothing checks it."""
-    found: dict[str, Json] = {}
+    found: dict[str, Sample] = {}
     for kind in (Questions, Answers):
         held = {measure.subject: record for measure, record in taken if type(measure) is kind}
         told = {policy: held[policy]["value"] for policy in policies if policy in held}
         for i, row in enumerate(held[next(iter(told))]["rows"] if told else []):
             said = {policy: _said(value, i, greedy=kind is Questions) for policy, value in told.items()}
-            sample = {"prompt": row["prompt"], "answer": row.get("answer"), "told": said}
+            sample = Sample(prompt=row["prompt"], answer=row.get("answer"), told=said)
             found.setdefault(json.dumps(row["prompt"]), sample)
     return list(found.values())
 
 
-def _said(value: Json, i: int, greedy: bool) -> Json:
+def _said(value: Json, i: int, greedy: bool) -> Said:
     if greedy:
-        return {"text": value["text"][i], "right": value["right"][i]}
-    return {"text": value["text"][i][0], "right": value["truth"][i][0] == 1 if value["truth"] else None}
+        return Said(text=value["text"][i], right=value["right"][i])
+    return Said(text=value["text"][i][0], right=value["truth"][i][0] == 1 if value["truth"] else None)

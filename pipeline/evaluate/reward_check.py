@@ -6,6 +6,7 @@ import numpy
 from scipy import stats
 
 from pipeline.disk.atomic import Json
+from pipeline.evaluate.stored import RewardModel, Third
 from pipeline.measure import calibration, intervals
 from pipeline.measure.metric import Estimate
 from pipeline.measure.ranking import longer_wins, ranked_right
@@ -15,7 +16,7 @@ LEANS = 0.1
 lean on length: the whole interval lies above it."""
 
 
-def checked(pairs: Json) -> Json:
+def check(pairs: Json) -> RewardModel:
     """Everything the page says of a reward model, from the item by item measure `pairs` of measures.py."""
     chosen, rejected = pairs["chosen"], pairs["rejected"]
     margins_P = numpy.asarray(chosen) - numpy.asarray(rejected)
@@ -32,28 +33,28 @@ def checked(pairs: Json) -> Json:
         lean = intervals.gap(right_P[longer_P > 0], right_P[longer_P < 0])
     over_rule = intervals.difference(right_P, rule_P, span=1.0)
     correlation = stats.spearmanr([*pairs["chosen_length"], *pairs["rejected_length"]], [*chosen, *rejected])
-    return {
-        "accuracy": _share(right_P),
-        "longer_wins": intervals.share(rule_P),
-        "bag_of_words": _share(words_P),
-        "over_longer": over_rule,
-        "over_words": intervals.difference(right_P, words_P, span=1.0),
-        "by_margin": _by_margin(margins_P, right_P),
-        "by_length": {name: _share(right_P[where]) for name, where in groups.items() if where.any()},
-        "by_guideline": {
+    return RewardModel(
+        accuracy=_share(right_P),
+        longer_wins=intervals.share(rule_P),
+        bag_of_words=_share(words_P),
+        over_longer=over_rule,
+        over_words=intervals.difference(right_P, words_P, span=1.0),
+        by_margin=_by_margin(margins_P, right_P),
+        by_length={name: _share(right_P[where]) for name, where in groups.items() if where.any()},
+        by_guideline={
             str(name): _share(right_P[[found == name for found in pairs["guideline"]]])
             for name in dict.fromkeys(pairs["guideline"])
             if name is not None
         },
-        "prefers_longer": _share(prefers_longer_P) if uneven.any() else None,
-        "longer_is_better": float((longer_P[uneven] > 0).mean()) if uneven.any() else None,
-        "lean": lean,
-        "length_correlation": None if numpy.isnan(correlation.statistic) else float(correlation.statistic),
-        "reliability": [vars(found) for found in curve],
-        "ece": calibration.expected_error(curve),
-        "scores": {"chosen": chosen, "rejected": rejected},
-        "flags": flags(over_rule, lean),
-    }
+        prefers_longer=_share(prefers_longer_P) if uneven.any() else None,
+        longer_is_better=float((longer_P[uneven] > 0).mean()) if uneven.any() else None,
+        lean=lean,
+        length_correlation=None if numpy.isnan(correlation.statistic) else float(correlation.statistic),
+        reliability=curve,
+        ece=calibration.expected_error(curve),
+        scores={"chosen": chosen, "rejected": rejected},
+        flags=flags(over_rule, lean),
+    )
 
 
 def flags(over_rule: Estimate, lean: Estimate | None) -> list[str]:
@@ -67,12 +68,12 @@ def flags(over_rule: Estimate, lean: Estimate | None) -> list[str]:
     return found
 
 
-def _by_margin(margins_P: numpy.ndarray, right_P: numpy.ndarray) -> list[Json]:
+def _by_margin(margins_P: numpy.ndarray, right_P: numpy.ndarray) -> list[Third]:
     """Accuracy in thirds of the pairs, from the closest calls to the clearest."""
     order = numpy.argsort(numpy.abs(margins_P), kind="stable")
     thirds = [part for part in numpy.array_split(order, 3) if len(part)]
     return [
-        {"from": float(abs(margins_P[part[0]])), "to": float(abs(margins_P[part[-1]])), "right": _share(right_P[part])}
+        Third(low=float(abs(margins_P[part[0]])), high=float(abs(margins_P[part[-1]])), right=_share(right_P[part]))
         for part in thirds
     ]
 

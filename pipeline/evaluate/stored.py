@@ -1,51 +1,197 @@
-"""What an evaluation has left in a run's folder, and whether it still holds."""
+"""What an evaluation leaves in a run's folder: results.json, typed, and whether it and each measure still hold."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, digest, read_json
 from pipeline.errors import UserError
 from pipeline.evaluate.measure import Measure
-from pipeline.measure.metric import Estimate
+from pipeline.measure.calibration import Bin
+from pipeline.measure.metric import Estimate, Metric
 from pipeline.recipe.recipe import Recipe
 
-RESULTS = 6
+RESULTS = 7
 """Counts up when results.json says something else or in another way."""
-FIELDS = {field.name for field in fields(Estimate)}
+Numbers = dict[str, Estimate]
+"""By the name of a metric."""
+
+
+class Written(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Link(Written):
+    """A finished stage of the chain."""
+
+    name: str
+    kind: str
+    parent: str | None
+    """The stage whose policy it goes on from."""
+    answers: bool
+    rewards: list[str] = []
+    """What it is paid by."""
+    own_judges: dict[str, str] = {}
+    """The judges that it was trained on, each with how."""
+    before: dict[str, float] = {}
+    after: dict[str, float] = {}
+    """The numbers it took of itself."""
+    adapter: str = ""
+    """The sha256 of its weights."""
+
+
+class Third(Written):
+    """A third of the pairs by margin, from the closest calls to the clearest."""
+
+    low: float
+    high: float
+    right: Estimate
+
+
+class RewardModel(Written):
+    accuracy: Estimate
+    longer_wins: Estimate
+    bag_of_words: Estimate
+    over_longer: Estimate
+    """Accuracy less that of "the longer answer wins"."""
+    over_words: Estimate
+    by_margin: list[Third]
+    by_length: Numbers
+    by_guideline: Numbers
+    prefers_longer: Estimate | None
+    longer_is_better: float | None
+    lean: Estimate | None
+    """By how much more often it is right where the better answer is the longer one."""
+    length_correlation: float | None
+    """Spearman's, of score and length."""
+    reliability: list[Bin]
+    ece: float
+    """Expected calibration error."""
+    scores: dict[str, list[float]]
+    flags: list[str]
+
+
+class Arena(Written):
+    """Every policy against every other by one judge."""
+
+    names: list[str]
+    elo: Numbers
+    wins: dict[str, Numbers]
+    """wins[a][b]: the share that a wins against b."""
+    model: str = ""
+    """Of an external judge, with how many of its replies were no verdict."""
+    unread: int = 0
+
+
+class Point(Written):
+    """Best of n: KL from the policy that was sampled (nats an answer), the reward chosen by, and the gold measure."""
+
+    n: int
+    kl: float
+    proxy: Estimate
+    gold: Estimate | None
+    coverage: Estimate | None
+    """Share of prompts for which at least one of the n answers is right (pass@n)."""
+
+
+class Curve(Written):
+    policy: str
+    proxy: str
+    prompts: int
+    points: list[Point]
+    gold_gained: Estimate | None
+    """From the first n to the last."""
+
+
+class Said(Written):
+    text: str
+    right: bool | None
+    """None where nothing checks it."""
+
+
+class Sample(Written):
+    prompt: Any
+    answer: str | None
+    told: dict[str, Said]
+    """By policy."""
+
+
+class Compared(Written):
+    """A metric of a task of lm-eval, for every policy, and each stage's change from its parent."""
+
+    task: str
+    metric: str
+    n: int
+    better: Literal["higher", "lower"]
+    percent: bool
+    numbers: Numbers
+    changes: Numbers
+
+    @property
+    def shown(self) -> Metric:
+        label = f"{self.task}: {self.metric}, {self.n} items"
+        return Metric(f"{self.task}/{self.metric}", label, self.better, "%" if self.percent else "", digits=3)
+
+
+class Verdict(Written):
+    word: str
+    """better, worse, unclear, unshown (better only in what it was trained on) or warning."""
+    text: str
+
+
+class Results(Written):
+    chain: list[Link]
+    parents: dict[str, str]
+    proxy: str | None
+    """The judge that stands for the reward."""
+    numbers: dict[str, Numbers]
+    """Of every policy."""
+    few_shot: Numbers | None
+    changes: dict[str, Numbers]
+    """Of every stage, from the policy it goes on from."""
+    reward_models: dict[str, RewardModel]
+    arenas: dict[str, Arena]
+    """By judge."""
+    best_of_n: Curve | None
+    steps: dict[str, dict[str, Numbers]]
+    """Of a policy on its way, by step."""
+    lengths: dict[str, list[int]]
+    """Of sampled answers, in tokens."""
+    samples: list[Sample]
+    seconds: float
+    benchmarks: list[Compared]
+    over_optimised: dict[str, bool]
+    verdicts: dict[str, Verdict] = {}
+    tasks: list[str] = []
+    """Of lm-eval, as they were asked for."""
+    made_of: dict[str, str] = {}
+    """The fingerprint of every measure's file."""
+
+    def sealed(self) -> Json:
+        """What goes into results.json, with a digest by which a change of it is told."""
+        written = self.model_dump()
+        return {**written, "digest": digest([RESULTS, written])}
+
+    def columns(self) -> dict[str, Numbers]:
+        """The numbers of every policy, as a table has them; the base with examples stands beside the base without."""
+        columns: dict[str, Numbers] = {}
+        for policy, numbers in self.numbers.items():
+            if policy == "base" and self.few_shot:
+                columns |= {"base, zero-shot": numbers, "base, few-shot": self.few_shot}
+            else:
+                columns[policy] = numbers
+        return columns
 
 
 def folder(recipe: Recipe, runs: Path) -> Path:
     return runs / recipe.name / "evaluation"
 
 
-def sealed(value: Json) -> Json:
-    """What goes into a file of the evaluation, with a digest by which a change of it is told."""
-    written: Json = as_written(value)
-    return {**written, "digest": digest([RESULTS, written])}
-
-
-def as_written(value: Any) -> Any:
-    """Results as JSON has them: every Estimate is a dict of its fields."""
-    if isinstance(value, Estimate):
-        return asdict(value)
-    if isinstance(value, dict):
-        return {key: as_written(inner) for key, inner in value.items()}
-    return [as_written(inner) for inner in value] if isinstance(value, list) else value
-
-
-def as_read(value: Any) -> Any:
-    """The other way round."""
-    if isinstance(value, dict):
-        inner = {key: as_read(below) for key, below in value.items()}
-        return Estimate(**inner) if inner.keys() == FIELDS else inner
-    return [as_read(below) for below in value] if isinstance(value, list) else value
-
-
-def read_results(where: Path) -> Json | None:
+def read_results(where: Path) -> Results | None:
     """The results of the last evaluation; None if there was none.
 
     Raises UserError if the file is damaged, was changed since it was written, or is another version's.
@@ -53,42 +199,30 @@ def read_results(where: Path) -> Json | None:
     file = where / "results.json"
     try:
         known = read_json(file)
-    except UserError:
-        known = {}
-    if known is None:
-        return None
-    found = {key: value for key, value in known.items() if key != "digest"}
-    if known.get("digest") != sealed(found)["digest"]:
-        raise UserError(f"{file} is damaged, was changed by hand, or is of another version. Make it anew: onebase eval")
-    read: Json = as_read(found)
-    return read
+        if known is None:
+            return None
+        results = Results.model_validate({key: value for key, value in known.items() if key != "digest"})
+        if results.sealed()["digest"] == known.get("digest"):
+            return results
+    except (UserError, ValidationError):
+        pass
+    raise UserError(f"{file} is damaged, was changed by hand, or is of another version. Make it anew: onebase eval")
 
 
-def columns(results: Json) -> dict[str, Json]:
-    """The numbers of every policy in the order of a table; the base with examples stands beside the base without."""
-    found: dict[str, Json] = {}
-    for policy, numbers in results["numbers"].items():
-        if policy == "base" and results["few_shot"]:
-            found |= {"base, zero-shot": numbers, "base, few-shot": results["few_shot"]}
-        else:
-            found[policy] = numbers
-    return found
-
-
-def read_verdicts(run: Path) -> dict[tuple[str, str], Json]:
+def read_verdicts(run: Path) -> dict[tuple[str, str], Verdict]:
     """The last evaluation's verdicts, by stage and sha256 of its adapter, where that adapter and the one it is compared
     with still lie in the run's folder."""
     try:
         results = read_results(run / "evaluation")
-        chain = {stage["name"]: stage for stage in (results or {}).get("chain", [])}
+        chain = {stage.name: stage for stage in results.chain} if results else {}
         there = {name: Artifact(run / name).manifest() for name in chain}
     except UserError:
         return {}
-    same = {name for name, found in there.items() if found and found.files.get(WEIGHTS) == chain[name]["adapter"]}
+    same = {name for name, known in there.items() if known and known.files.get(WEIGHTS) == chain[name].adapter}
     return {
-        (name, chain[name]["adapter"]): results["verdicts"][name]
+        (name, chain[name].adapter): results.verdicts[name]
         for name in same
-        if results and (chain[name]["from"] not in chain or chain[name]["from"] in same)
+        if results and (chain[name].parent not in chain or chain[name].parent in same)
     }
 
 

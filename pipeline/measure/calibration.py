@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
-from scipy.special import expit
 
 BINS = 5
 
@@ -38,7 +37,8 @@ def reliability_of_ranking(margins: Sequence[float], bins: int = BINS) -> list[B
     ranking is sigmoid(|margin|), as Bradley-Terry has it: from 1/2 to 1."""
     margins_P = numpy.asarray(margins, dtype=float)
     right_P = (margins_P > 0) + 0.5 * (margins_P == 0)
-    return reliability(expit(numpy.abs(margins_P)), right_P, 0.5, bins)
+    confidence_P = 1 / (1 + numpy.exp(-numpy.abs(margins_P)))
+    return reliability(confidence_P, right_P, 0.5, bins)
 
 
 def expected_error(curve: list[Bin]) -> float:

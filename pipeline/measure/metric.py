@@ -32,6 +32,12 @@ class Estimate:
     def below(self) -> bool:
         return self.high is not None and self.high < 0
 
+    @property
+    def arms(self) -> list[list[float]]:
+        """How far the interval reaches to each side, as matplotlib's error bars take it."""
+        low, high = (self.value if end is None else end for end in (self.low, self.high))
+        return [[self.value - low], [high - self.value]]
+
     def numbers(self, name: str) -> dict[str, float]:
         """As a stage's manifest holds it: the value and the ends that are known, each under a name of its own."""
         held = {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}

@@ -41,9 +41,9 @@ def _shown(sealed: Sealed) -> list[str]:
     for entry in sealed.known:
         if not STAGES[entry.kind].raises:
             continue
-        found = evaluated.get((entry.stage, entry.files[WEIGHTS]), {}).get("text")
+        found = evaluated.get((entry.stage, entry.files[WEIGHTS]))
         section = STAGES[entry.kind].section.model_validate(entry.section)
-        told = found or verdicts.of_itself(section, entry.before, entry.after)
+        told = found.text if found else verdicts.of_itself(section, entry.before, entry.after)
         if told:
             lines += ["", f"**{entry.stage}**: {told}"]
     return lines
@@ -77,6 +77,7 @@ def _interval(entry: Manifest, metric: Metric, evaluated: Json) -> str:
 def _evaluated(run: Path) -> Json:
     """The numbers of the run's evaluation by stage; none where there was none, or it is damaged."""
     try:
-        return dict((read_results(run / "evaluation") or {}).get("numbers", {}))
+        results = read_results(run / "evaluation")
+        return results.numbers if results else {}
     except UserError:
         return {}

@@ -48,6 +48,13 @@ class Recipe:
     def kind(self, stage: str) -> Stage:
         return STAGES[self.stages[stage].kind]
 
+    def named(self, stages: Iterable[str]) -> list[str]:
+        """These stages. Raises UserError for one that the recipe does not have."""
+        for name in stages:
+            if name not in self.stages:
+                raise UserError(f"no stage '{name}' in the recipe {self.name} (there is: {', '.join(self.stages)})")
+        return list(stages)
+
     def parents(self, stage: str) -> dict[str, str]:
         """The stages this one is handed something by, by the role they play for it."""
         section = self.stages[stage]

@@ -11,6 +11,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from pipeline.disk.atomic import Json
+from pipeline.evaluate.stored import Arena, Curve, Numbers
+from pipeline.measure.calibration import Bin
 
 STYLE: Any = {
     # Identifiers inside an SVG are drawn at random unless they are salted with something fixed.
@@ -80,16 +82,16 @@ def path(name: str, rows: list[Json], shade: str) -> str | None:
     return _svg(figure)
 
 
-def reliability(curve: list[Json], ece: float, shade: str) -> str:
+def reliability(curve: list[Bin], ece: float, shade: str) -> str:
     """How often a reward model is right against how sure it is."""
     figure = _figure()
     axes = figure.add_subplot()
     axes.plot([0.5, 1], [0.5, 1], color="#b3b9c2", linestyle="--", linewidth=1, label="perfectly calibrated")
-    confidence, accuracy = [b["confidence"] for b in curve], [b["accuracy"] for b in curve]
+    confidence, accuracy = [b.confidence for b in curve], [b.accuracy for b in curve]
     axes.plot(confidence, accuracy, color=shade, marker="o", label="held-out pairs")
     for found in curve:
-        place = (found["confidence"], found["accuracy"])
-        axes.annotate(f"{found['n']}", place, xytext=(5, -11), textcoords="offset points", fontsize=8.5)
+        place = (found.confidence, found.accuracy)
+        axes.annotate(f"{found.n}", place, xytext=(5, -11), textcoords="offset points", fontsize=8.5)
     axes.set_xlabel("confidence of the model, sigmoid of the margin")
     axes.set_ylabel("share ranked right")
     axes.set_ylim(min(0.45, min(accuracy) - 0.08), 1.05)
@@ -115,52 +117,60 @@ def scores(chosen: list[float], rejected: list[float]) -> str:
 
 
 def overoptimisation(
-    curve: Json, policies: dict[str, Json], steps: dict[str, Json], measure: str, label: str, colours: dict[str, str]
+    curve: Curve,
+    policies: dict[str, Numbers],
+    steps: dict[str, dict[str, Numbers]],
+    measure: str,
+    label: str,
+    colours: dict[str, str],
 ) -> str:
     """A measure against the distance from the policy that preference training started from. `policies`: for each its
     numbers, of which those with a KL are drawn. `steps`: for some of them their numbers part of the way, by step."""
     figure = _figure()
     axes = figure.add_subplot()
     key = "proxy" if measure == "reward" else "gold"
-    points = [point for point in curve["points"] if point[key]]
-    kl = [point["kl"] for point in points]
-    axes.plot(kl, [p[key].value for p in points], color=BEST, marker="o", markersize=3.5, label="best of n")
-    axes.fill_between(kl, [p[key].low for p in points], [p[key].high for p in points], color=BEST, alpha=0.14, lw=0)
-    for point in points[:: max(1, len(points) - 1)]:
-        place = (point["kl"], point[key].value)
-        axes.annotate(f"n={point['n']}", place, xytext=(4, -12), textcoords="offset points", fontsize=8.5)
+    points = [(point, known) for point in curve.points if (known := getattr(point, key))]
+    kl = [point.kl for point, _ in points]
+    axes.plot(kl, [known.value for _, known in points], color=BEST, marker="o", markersize=3.5, label="best of n")
+    axes.fill_between(
+        kl, [known.low for _, known in points], [known.high for _, known in points], color=BEST, alpha=0.14, lw=0
+    )
+    for point, known in points[:: max(1, len(points) - 1)]:
+        place = (point.kl, known.value)
+        axes.annotate(f"n={point.n}", place, xytext=(4, -12), textcoords="offset points", fontsize=8.5)
     for name, numbers in policies.items():
         if "kl" in numbers and measure in numbers:
             found, at = numbers[measure], max(numbers["kl"].value, 0.0)
-            error = [[found.value - found.low], [found.high - found.value]]
             shade = colour(name, colours)
-            axes.errorbar([at], [found.value], yerr=error, fmt="D", capsize=3, color=shade, label=name)
+            axes.errorbar([at], [found.value], yerr=found.arms, fmt="D", capsize=3, color=shade, label=name)
             way = [(max(part["kl"].value, 0.0), part[measure].value) for part in steps.get(name, {}).values()]
             if way:
-                start = (kl[0], points[0][key].value)  # the best of one is the policy they started from
+                start = (kl[0], points[0][1].value)  # the best of one is the policy they started from
                 axes.plot(*zip(start, *way, (at, found.value), strict=True), color=shade, linewidth=1, alpha=0.7)
                 axes.plot(*zip(*way, strict=True), color=shade, marker="o", markersize=3.5, linestyle="")
-    axes.set_xlabel(f"KL from {curve['policy']}, nats an answer")
+    axes.set_xlabel(f"KL from {curve.policy}, nats an answer")
     axes.set_ylabel(label)
     axes.set_title(f"{label[0].upper()}{label[1:]} against KL")
     axes.legend(loc="best")
     return _svg(figure)
 
 
-def samples_needed(curve: Json) -> str | None:
+def samples_needed(curve: Curve) -> str | None:
     """Accuracy against the number of answers drawn at test time."""
-    points = [point for point in curve["points"] if point["gold"]]
+    points = [point for point in curve.points if point.gold]
     if not points:
         return None
     figure = _figure()
     axes = figure.add_subplot()
-    n = [point["n"] for point in points]
+    n = [point.n for point in points]
     for key, label, shade in (
         ("coverage", "at least one of n is right", "#4c7fc4"),
         ("gold", "the one the reward chooses is right", BEST),
     ):
-        axes.plot(n, [100 * p[key].value for p in points], marker="o", markersize=3.5, color=shade, label=label)
-        low, high = ([100 * getattr(p[key], end) for p in points] for end in ("low", "high"))
+        axes.plot(
+            n, [100 * getattr(p, key).value for p in points], marker="o", markersize=3.5, color=shade, label=label
+        )
+        low, high = ([100 * getattr(getattr(p, key), end) for p in points] for end in ("low", "high"))
         axes.fill_between(n, low, high, color=shade, alpha=0.14, lw=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(n, [str(value) for value in n])
@@ -214,15 +224,14 @@ def row_lengths(stages: Json, colours: dict[str, str]) -> str:
     return _svg(figure)
 
 
-def elo(arena: Json, title: str, colours: dict[str, str]) -> str:
+def elo(arena: Arena, title: str, colours: dict[str, str]) -> str:
     """Strengths with their intervals, the strongest on top."""
-    order = sorted(arena["elo"], key=lambda name: arena["elo"][name].value)
+    order = sorted(arena.elo, key=lambda name: arena.elo[name].value)
     figure = _figure(height=0.9 + 0.3 * len(order))
     axes = figure.add_subplot()
     for place, name in enumerate(order):
-        found = arena["elo"][name]
-        error = [[found.value - found.low], [found.high - found.value]]
-        axes.errorbar([found.value], [place], xerr=error, fmt="o", capsize=3, color=colour(name, colours))
+        found = arena.elo[name]
+        axes.errorbar([found.value], [place], xerr=found.arms, fmt="o", capsize=3, color=colour(name, colours))
     axes.set_yticks(range(len(order)), order)
     axes.set_ylim(-0.6, len(order) - 0.4)
     axes.set_xlabel("Elo (mean 1000), 95 % interval")

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from html import escape
 
-from pipeline.disk.atomic import Json
+from pipeline.evaluate.stored import Link
 from pipeline.report.figures import BASE
 
 BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 150, 50, 14, 34
 LONGEST = 25
 
 
-def drawn(chain: list[Json], notes: dict[str, str], base: str, colours: dict[str, str]) -> str:
-    """An SVG. `chain`: stages in order with name, kind, from and rewards. `notes`: a short line under each name.
+def drawn(chain: list[Link], notes: dict[str, str], base: str, colours: dict[str, str]) -> str:
+    """An SVG. `chain`: the stages in order. `notes`: a short line under each name.
     `colours`: of each stage."""
     rows: list[list[str]] = [["base"]]
     depth = {"base": 0}
     parents: dict[str, list[tuple[str, bool]]] = {"base": []}
     for stage in chain:
-        above = [(stage["from"] or "base", False)]
-        above += [(source, True) for source in stage["rewards"] if source in depth]
-        depth[stage["name"]] = 1 + max(depth[name] for name, _ in above)
-        parents[stage["name"]] = above
-        while len(rows) <= depth[stage["name"]]:
+        above = [(stage.parent or "base", False)]
+        above += [(source, True) for source in stage.rewards if source in depth]
+        depth[stage.name] = 1 + max(depth[name] for name, _ in above)
+        parents[stage.name] = above
+        while len(rows) <= depth[stage.name]:
             rows.append([])
-        rows[depth[stage["name"]]].append(stage["name"])
+        rows[depth[stage.name]].append(stage.name)
     width = max(len(row) for row in rows) * (BOX_WIDTH + GAP_X) + GAP_X
     place = {
         name: (
@@ -34,7 +34,7 @@ def drawn(chain: list[Json], notes: dict[str, str], base: str, colours: dict[str
         for level, row in enumerate(rows)
         for column, name in enumerate(row)
     }
-    kinds = {stage["name"]: stage["kind"] for stage in chain} | {"base": "base"}
+    kinds = {stage.name: stage.kind for stage in chain} | {"base": "base"}
     parts = []
     for name, above in parents.items():
         for parent, paid in above:

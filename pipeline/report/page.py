@@ -16,9 +16,8 @@ from pipeline.disk.atomic import Json, write_text
 from pipeline.disk.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.evaluate import verdicts
-from pipeline.evaluate.benchmarks import metric_of
 from pipeline.evaluate.plan import plan
-from pipeline.evaluate.stored import columns, folder, read_fresh, read_results
+from pipeline.evaluate.stored import Link, Results, Sample, folder, read_fresh, read_results
 from pipeline.measure.metric import BY_NAME, CORPUS_LOSS, DIALOGUE_LOSS, ELO, METRICS, QUESTION_ACCURACY, SHARE, TRUTH
 from pipeline.recipe import yaml
 from pipeline.recipe.recipe import Recipe
@@ -65,7 +64,7 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
     if examined:
         pictures["row-lengths"] = figures.row_lengths(examined, colours)
     costs = [_cost(name, manifest, recipe, runs) for name, manifest in finished.items()]
-    chain = results["chain"] if results else _chain(recipe, list(finished))
+    chain = results.chain if results else _chain(recipe, list(finished))
     return {
         "recipe": recipe,
         "base": base,
@@ -73,7 +72,7 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
         "kinds": kinds,
         "missing": [name for name, manifest in manifests.items() if manifest is None],
         "results": results,
-        "columns": columns(results) if results else {},
+        "columns": results.columns() if results else {},
         "metrics": METRICS,
         "by_name": BY_NAME,
         "share": SHARE,
@@ -107,7 +106,7 @@ def _examined(recipe: Recipe, runs: Path, finished: dict[str, Manifest]) -> Json
     return {name: found[name] for name in finished if name in found and found[name].get("files") == files[name]}
 
 
-def _evaluated(recipe: Recipe, typed: str, runs: Path) -> Json | None:
+def _evaluated(recipe: Recipe, typed: str, runs: Path) -> Results | None:
     """The evaluation's results; None where there are none. Raises UserError if they are of an older run."""
     where = folder(recipe, runs)
     results = read_results(where)
@@ -117,7 +116,7 @@ def _evaluated(recipe: Recipe, typed: str, runs: Path) -> Json | None:
     old = [
         measure.file
         for measure in wanted
-        if results["made_of"].get(measure.file) != measure.fingerprint or read_fresh(measure, where) is None
+        if results.made_of.get(measure.file) != measure.fingerprint or read_fresh(measure, where) is None
     ]
     if old:
         raise UserError(
@@ -128,39 +127,40 @@ def _evaluated(recipe: Recipe, typed: str, runs: Path) -> Json | None:
     return results
 
 
-def _chain(recipe: Recipe, names: list[str]) -> list[Json]:
+def _chain(recipe: Recipe, names: list[str]) -> list[Link]:
     return [
-        {
-            "name": name,
-            "kind": recipe.stages[name].kind,
-            "from": recipe.stages[name].from_,
-            "rewards": [term.source for term in recipe.stages[name].reward_terms()],
-        }
+        Link(
+            name=name,
+            kind=recipe.stages[name].kind,
+            parent=recipe.stages[name].from_,
+            answers=recipe.kind(name).answers,
+            rewards=[term.source for term in recipe.stages[name].reward_terms()],
+        )
         for name in names
     ]
 
 
-def _pictures(recipe: Recipe, runs: Path, results: Json | None, colours: dict[str, str]) -> dict[str, str]:
+def _pictures(recipe: Recipe, runs: Path, results: Results | None, colours: dict[str, str]) -> dict[str, str]:
     logged = {name: metrics.read(recipe.artifact(name, runs).metrics) for name in colours}
     found = {f"training-{name}": figures.training(name, rows, colours[name]) for name, rows in logged.items()}
     found |= {f"path-{name}": figures.path(name, rows, colours[name]) for name, rows in logged.items()}
     if results:
-        for name, model in results["reward_models"].items():
-            found[f"calibration-{name}"] = figures.reliability(model["reliability"], model["ece"], colours[name])
-            found[f"scores-{name}"] = figures.scores(**model["scores"])
-        for judge, arena in results["arenas"].items():
+        for name, model in results.reward_models.items():
+            found[f"calibration-{name}"] = figures.reliability(model.reliability, model.ece, colours[name])
+            found[f"scores-{name}"] = figures.scores(**model.scores)
+        for judge, arena in results.arenas.items():
             found[f"elo-{judge}"] = figures.elo(arena, f"By {judge_name(judge)}", colours)
-        if curve := results["best_of_n"]:
-            steps = results["steps"]
+        if curve := results.best_of_n:
+            steps = results.steps
             # On one axis with it only what went from where it is drawn
-            started = [name for name, parent in results["parents"].items() if parent == curve["policy"]]
-            trained = {name: results["numbers"][name] for name in started if "kl" in results["numbers"][name]}
+            started = [name for name, parent in results.parents.items() if parent == curve.policy]
+            trained = {name: results.numbers[name] for name in started if "kl" in results.numbers[name]}
             found["reward-kl"] = figures.overoptimisation(curve, trained, steps, "reward", "reward", colours)
-            if any(point["gold"] for point in curve["points"]):
+            if any(point.gold for point in curve.points):
                 found["truth-kl"] = figures.overoptimisation(curve, trained, steps, "truth", "share right", colours)
             found["samples-needed"] = figures.samples_needed(curve)
-        if results["lengths"]:
-            found["lengths"] = figures.lengths(results["lengths"], colours)
+        if results.lengths:
+            found["lengths"] = figures.lengths(results.lengths, colours)
     return {name: picture for name, picture in found.items() if picture}
 
 
@@ -173,17 +173,17 @@ def word_shown(word: str) -> str:
     return {"unclear": "no clear change", "unshown": "not shown to be better"}.get(word, word)
 
 
-def _notes(results: Json | None) -> dict[str, str]:
+def _notes(results: Results | None) -> dict[str, str]:
     """A number under each stage of the lineage."""
     notes: dict[str, str] = {}
-    for stage in results["chain"] if results else []:
-        name, kind = stage["name"], STAGES[stage["kind"]]
+    for stage in results.chain if results else []:
+        name, kind = stage.name, STAGES[stage.kind]
         if not kind.answers:
             headline = kind.headlines[0]
-            if headline.name in stage["after"]:
-                notes[name] = f"{headline.name.replace('_', ' ')} {headline.written(stage['after'][headline.name])}"
+            if headline.name in stage.after:
+                notes[name] = f"{headline.name.replace('_', ' ')} {headline.written(stage.after[headline.name])}"
             continue
-        numbers = results["numbers"][name] if results else {}
+        numbers = results.numbers[name] if results else {}
         # The same for every policy that is asked things, or they would seem to differ.
         asked = [QUESTION_ACCURACY, TRUTH, DIALOGUE_LOSS]
         asked = [CORPUS_LOSS, *asked] if kind.every_token else asked
@@ -240,14 +240,14 @@ def _cost(name: str, manifest: Manifest, recipe: Recipe, runs: Path) -> Json:
     }
 
 
-def _samples(results: Json | None) -> list[Json]:
+def _samples(results: Results | None) -> list[tuple[str, Sample]]:
     """Answers side by side, first those on which the policies differ most in being right."""
-    samples = results["samples"] if results else []
+    samples = results.samples if results else []
 
-    def differ(sample: Json) -> int:
-        return -len({told["right"] for told in list(sample["told"].values())[1:]})
+    def differ(sample: Sample) -> int:
+        return -len({said.right for said in list(sample.told.values())[1:]})
 
-    return [{**sample, "question": _question(sample["prompt"])} for sample in sorted(samples, key=differ)]
+    return [(_question(sample.prompt), sample) for sample in sorted(samples, key=differ)]
 
 
 def _question(prompt: Any) -> str:
@@ -277,5 +277,5 @@ def _templates() -> jinja2.Environment:
     found.filters["clock"] = clock
     found.filters["file"] = _file
     found.filters["thousands"] = lambda value: f"{value:,}".replace(",", "\u202f")
-    found.globals |= {"judge_name": judge_name, "of_benchmark": metric_of, "word_shown": word_shown}
+    found.globals |= {"judge_name": judge_name, "word_shown": word_shown}
     return found

@@ -119,6 +119,7 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
                     seed=recipe.spec.seed,
                     invariants=result.invariants,
                     labels=result.labels,
+                    several_labels=result.several_labels,
                     processes=everyone.num_processes,
                     versions_changed=changed,
                     **numbers,

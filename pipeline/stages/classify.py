@@ -194,7 +194,7 @@ def run(spec: ClassifySpec, ctx: Context) -> Result:
     fit = partial(leave_out_long, max_length=args.max_length)
     train_set, test_set = sequences.store_both(ctx, spec, labelled, form, fit)
     result.counts, result.refused = train_set.tally.counts, [*train_set.tally.refused, *test_set.tally.refused]
-    result.labels = names
+    result.labels, result.several_labels = names, several
     true_NK = numpy.array([labels for _, labels in test_set]).reshape(-1, len(names))
     left_out = {entry["place"] for entry in test_set.tally.refused}
     texts = [row["text"] for row in ctx.data.test or [] if row["_place"] not in left_out]

@@ -211,3 +211,5 @@ class Result:
     """What it tells of its held-out rows besides its numbers."""
     labels: list[str] = field(default_factory=list)
     """Of a classifier: what each output of its head stands for."""
+    several_labels: bool = False
+    """Whether a text may have several of them."""

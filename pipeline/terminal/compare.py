@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.disk.artifact import Artifact
-from pipeline.disk.atomic import Json, read_json
+from pipeline.disk.atomic import read_json
 from pipeline.disk.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.evaluate.measures import OF_A_POLICY
 from pipeline.evaluate.plan import plan
-from pipeline.evaluate.stored import read_results
+from pipeline.evaluate.stored import Results, read_results
 from pipeline.measure.metric import METRICS, SHARE, Estimate
 from pipeline.recipe import yaml
 from pipeline.recipe.recipe import read
@@ -42,7 +42,8 @@ def show(first: Path, second: Path, console: Console) -> None:
 
 def _show_numbers(first: Path, second: Path, manifests: list[dict[str, Manifest | None]], console: Console) -> None:
     evaluated = [read_results(folder / "evaluation") for folder in (first, second)]
-    if None in evaluated:
+    a, b = evaluated
+    if a is None or b is None:
         missing = [str(folder) for folder, found in zip((first, second), evaluated, strict=True) if found is None]
         rows = _unlike(*(_after(held) for held in manifests))
         _table(console, "numbers the stages took of themselves", "number", rows)
@@ -51,23 +52,22 @@ def _show_numbers(first: Path, second: Path, manifests: list[dict[str, Manifest 
             f"Not evaluated, so there are no intervals (onebase eval): {told}", highlight=False, soft_wrap=True
         )
         return
-    a, b = (found or {} for found in evaluated)
-    for folder, found in zip((first, second), evaluated, strict=True):
-        if old := older(folder, found or {}):
+    for folder, results in ((first, a), (second, b)):
+        if old := older(folder, results):
             console.print(
                 Text(f"The evaluation of {folder} is older than the run ({old}): onebase eval", style="yellow"),
                 soft_wrap=True,
             )
-    for name in dict.fromkeys([*a["numbers"], *b["numbers"]]):
-        if (name in a["numbers"]) != (name in b["numbers"]):
-            console.print(f"{name}: evaluated in {'A' if name in a['numbers'] else 'B'} alone", highlight=False)
+    for name in dict.fromkeys([*a.numbers, *b.numbers]):
+        if (name in a.numbers) != (name in b.numbers):
+            console.print(f"{name}: evaluated in {'A' if name in a.numbers else 'B'} alone", highlight=False)
     columns = ("stage", "number", "A (95 %)", "B (95 %)", "B less A, item by item (95 %)")
     table = Table(*columns, title="numbers", title_justify="left")
-    for stage in [name for name in a["numbers"] if name in b["numbers"]]:
+    for stage in [name for name in a.numbers if name in b.numbers]:
         paired = _paired(first, second, stage)
         name = stage
         for metric in METRICS:
-            before, after = a["numbers"][stage].get(metric.name), b["numbers"][stage].get(metric.name)
+            before, after = a.numbers[stage].get(metric.name), b.numbers[stage].get(metric.name)
             if before is None or after is None or before == after:
                 continue
             change = paired.get(metric.name)
@@ -76,20 +76,20 @@ def _show_numbers(first: Path, second: Path, manifests: list[dict[str, Manifest 
             table.add_row(name, metric.heading, metric.shown(before), metric.shown(after), cell)
             name = ""
     console.print(table if table.row_count else "numbers: equal")
-    for name in [name for name in a["reward_models"] if name in b["reward_models"]]:
-        models = [found["reward_models"][name] for found in (a, b)]
+    for name in [name for name in a.reward_models if name in b.reward_models]:
+        models = [results.reward_models[name] for results in (a, b)]
         shown = [
             {
-                "pairs ranked right": SHARE.shown(model["accuracy"]),
-                'over "longer wins"': SHARE.shown(model["over_longer"], sign=True),
-                "calibration error": f"{model['ece']:.2f}",
+                "pairs ranked right": SHARE.shown(model.accuracy),
+                'over "longer wins"': SHARE.shown(model.over_longer, sign=True),
+                "calibration error": f"{model.ece:.2f}",
             }
             for model in models
         ]
         _table(console, f"reward model {name}", "number", _unlike(*shown))
 
 
-def older(folder: Path, results: Json) -> str:
+def older(folder: Path, results: Results) -> str:
     """Why an evaluation is not of the run as it stands, where that can be told."""
     try:
         recipe = read(folder / "recipe.yaml")
@@ -98,7 +98,7 @@ def older(folder: Path, results: Json) -> str:
         wanted = plan(recipe, folder.resolve().parent)
     except UserError as error:
         return "" if "no such file" in str(error) else str(error)
-    return next((m.file for m in wanted if results.get("made_of", {}).get(m.file) != m.fingerprint), "")
+    return next((m.file for m in wanted if results.made_of.get(m.file) != m.fingerprint), "")
 
 
 def _paired(first: Path, second: Path, stage: str) -> dict[str, Estimate]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -73,6 +75,17 @@ def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     except Unrenderable as error:
         raise UserError(f"model.chat_template: on a plain dialogue, {error}") from error
     return tokenizer
+
+
+def show_examination(recipe: Recipe, names: list[str], runs: Path, as_json: bool, console: Console) -> list[str]:
+    """Examine the named stages' data, keep the figures in the run's folder, show them, and return the faults."""
+    found = examine(recipe, names)
+    examination.keep(found, runs / recipe.name)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False, indent=1))
+    else:
+        show(found, console)
+    return examination.faults_in(found)
 
 
 def show(found: Json, console: Console) -> None:

@@ -12,11 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.disk.artifact import WEIGHTS
-from pipeline.disk.atomic import Json
 from pipeline.disk.manifest import Manifest
 from pipeline.evaluate import verdicts
-from pipeline.evaluate.benchmarks import metric_of
-from pipeline.evaluate.stored import columns, read_verdicts
+from pipeline.evaluate.stored import Results, read_verdicts
 from pipeline.measure.metric import METRICS, TRUTH, Estimate, Metric
 from pipeline.recipe.recipe import Recipe
 from pipeline.stages import STAGES
@@ -38,10 +36,10 @@ def show_results(recipe: Recipe, runs: Path, console: Console) -> None:
         known = [*recipe.kind(name).headlines, *_sources(recipe, name)]
         measured = [metric for metric in known if metric.name in manifest.after]
         own = _trained_on(recipe.stages[name])
-        if told := evaluated.get((name, manifest.files.get(WEIGHTS, "")), {}).get("text") if own else None:
-            notes.append(f"{name}, by onebase eval: {told}")
-        elif told := verdicts.of_itself(recipe.stages[name], manifest.before, manifest.after):
-            notes.append(f"{name}: {told} onebase eval compares its answers by what it was not trained on.")
+        if told := evaluated.get((name, manifest.files.get(WEIGHTS, ""))) if own else None:
+            notes.append(f"{name}, by onebase eval: {told.text}")
+        elif text := verdicts.of_itself(recipe.stages[name], manifest.before, manifest.after):
+            notes.append(f"{name}: {text} onebase eval compares its answers by what it was not trained on.")
         for metric in measured:
             table.add_row(name, metric.label, *_numbers(metric, manifest, metric.name in own), *cost)
             name, cost = "", ["", ""]
@@ -78,24 +76,24 @@ def show_answers(recipe: Recipe, runs: Path, console: Console) -> None:
             console.print(Text(f"  {name:>9}  ", style="cyan") + Text(" ".join(answer.split())[:200] or "(nothing)"))
 
 
-def show_evaluation(results: Json, console: Console) -> None:
+def show_evaluation(results: Results, console: Console) -> None:
     """One verdict a stage, and the numbers of every policy with their 95 % intervals."""
     colours = {"better": "green", "worse": "red", "warning": "yellow", "unshown": "yellow", "unclear": "dim"}
-    for name, verdict in results["verdicts"].items():
-        console.print(Text(f"{name:>9}  ", style="bold") + Text(verdict["text"], style=colours[verdict["word"]]))
+    for name, verdict in results.verdicts.items():
+        console.print(Text(f"{name:>9}  ", style="bold") + Text(verdict.text, style=colours[verdict.word]))
     table = Table("number, 95 % interval", box=None, pad_edge=False)
 
     def cell(metric: Metric, found: Estimate | None) -> str:
         return "\n".join(filter(None, (metric.written(found.value), metric.range(found)))) if found else ""
 
-    held = columns(results)
+    held = results.columns()
     for name in held:
         table.add_column(name, justify="right")
     for metric in (metric for metric in METRICS if any(metric.name in numbers for numbers in held.values())):
         table.add_row(metric.heading, *(cell(metric, numbers.get(metric.name)) for numbers in held.values()))
-    for row in results["benchmarks"]:
-        found = [row["numbers"].get(name.removesuffix(", zero-shot")) for name in held]
-        table.add_row(metric_of(row).heading, *(cell(metric_of(row), value) for value in found))
+    for row in results.benchmarks:
+        found = [row.numbers.get(name.removesuffix(", zero-shot")) for name in held]
+        table.add_row(row.shown.heading, *(cell(row.shown, value) for value in found))
     console.print()
     console.print(table)
 

@@ -100,7 +100,7 @@ def plan(
     from pipeline.plan import cards
     from pipeline.terminal.plan import show_plan
 
-    show_plan(_read(recipe, override), runs, cards.card(gpu) if gpu else cards.present(), Console())
+    show_plan(_read(recipe, override), runs, cards.find_card(gpu) if gpu else cards.detect_card(), Console())
 
 
 @app.command()

@@ -42,8 +42,8 @@ from pipeline.models import adapters
 from pipeline.models.base import keep_gradients_on_cpu
 from pipeline.models.out_of_memory import is_out_of_memory
 from pipeline.plan import cards
-from pipeline.plan.memory import CONTEXT, Adapter, Model, Work, memory
-from pipeline.plan.shapes import shapes_of
+from pipeline.plan.memory import CONTEXT, Model, Work, memory
+from pipeline.plan.shapes import Adapter, shapes_of
 from pipeline.plan.time import ppo_seconds, step_seconds
 from pipeline.ppo.actors import REFERENCE, Actors
 from pipeline.ppo.rewards import Source
@@ -230,7 +230,7 @@ def ppo(given: argparse.Namespace, config: dict[str, Any], folder: Path) -> Meas
         episodes=settings.batch_size, evaluates=False,
     )  # fmt: skip
     planned = Model(shapes_of(config), Adapter())
-    expected = ppo_seconds(planned, work, _card(device), 1, False, 1) if device.type == "cuda" else None
+    expected = ppo_seconds(planned, work, _card(device), 1) if device.type == "cuda" else None
     return Measured(
         "ppo", "ours", (memory(planned, work).total - CONTEXT) / 2**30, *_peaks(device),
         settings.batch_size * length / expected if expected else None,
@@ -240,7 +240,9 @@ def ppo(given: argparse.Namespace, config: dict[str, Any], folder: Path) -> Meas
 
 
 def _card(device: torch.device) -> cards.Card:
-    return cards.named(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory)
+    return cards.describe_card(
+        torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    )
 
 
 def _wait(device: torch.device) -> None:

@@ -38,8 +38,8 @@ from pipeline.models import adapters
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel
 from pipeline.models.out_of_memory import gradients_aside
-from pipeline.plan.memory import Adapter, Model, Work, memory, scored
-from pipeline.plan.shapes import shapes_of
+from pipeline.plan.memory import Model, Work, memory, scored
+from pipeline.plan.shapes import Adapter, shapes_of
 from pipeline.ppo.actors import REFERENCE, VALUE, Actors
 from pipeline.ppo.settings import PPOSettings
 from pipeline.ppo.trainer import PPOTrainer

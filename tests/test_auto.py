@@ -20,7 +20,7 @@ from pipeline.data.load import DataSpec
 from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec
 from pipeline.plan import auto
-from pipeline.plan.cards import Card, card
+from pipeline.plan.cards import Card, find_card
 from pipeline.plan.memory import memory
 from pipeline.plan.shapes import shapes_of
 from pipeline.plan.stage import lengths_of, plan_stage, planned_model, work_of
@@ -44,9 +44,9 @@ def section(kind: str, **train: Any) -> StageSpec:
 def chosen(kind: str, where: str, **train: Any) -> tuple[dict[str, Any], float, float]:
     """What was chosen, and the stage's total with it, as a share of the card, with one layer less checkpointed too."""
     asked = section(kind, **train)
-    found = auto.choices(STAGES[kind], asked, MODEL, SPEC, None, card(where))
-    work = work_of(STAGES[kind], auto.taken(asked, found), MODEL, SPEC, None)
-    less = [memory(MODEL, w).total / card(where).room for w in (work, _lighter(work))]
+    found = auto.choose(STAGES[kind], asked, MODEL, SPEC, None, find_card(where))
+    work = work_of(STAGES[kind], auto.fill_in(asked, found), MODEL, SPEC, None)
+    less = [memory(MODEL, w).total / find_card(where).room for w in (work, _lighter(work))]
     return found, less[0], less[1]
 
 
@@ -85,7 +85,7 @@ def test_no_longer_than_the_window() -> None:
 
     model = replace(MODEL, shapes=replace(MODEL.shapes, window=2048))
     asked = section("sft", activation_checkpointing=True, per_device_train_batch_size=1, max_length="auto")
-    assert auto.choices(STAGES["sft"], asked, model, SPEC, None, card("24GB"))["max_length"] == 2048
+    assert auto.choose(STAGES["sft"], asked, model, SPEC, None, find_card("24GB"))["max_length"] == 2048
 
 
 QWEN3_8B = {
@@ -113,8 +113,8 @@ def test_card_profiles_say_what_is_planned(file: Path) -> None:
     for name in recipe.order():
         kind, asked = recipe.kind(name), recipe.stages[name]
         lengths = lengths_of(asked, kind.contract, recipe.spec.seed)
-        found = auto.resolved(kind, asked, model, spec, lengths, card(where[1]))
-        planned[name] = plan_stage(kind, found, model, spec, lengths, card(where[1]))
+        found = auto.resolve(kind, asked, model, spec, lengths, find_card(where[1]))
+        planned[name] = plan_stage(kind, found, model, spec, lengths, find_card(where[1]))
     assert all(stage.fits for stage in planned.values())
     assert [f"{stage.memory.total / 2**30:.2f}" for stage in planned.values()] == stated[1].split()
 

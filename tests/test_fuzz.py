@@ -124,7 +124,7 @@ def test_no_mutated_recipe_gives_a_traceback(tiny_base: Path, tmp_path: Path) ->
     tree["model"] |= {"chat_template": "recipes/templates/chatml.jinja", "revision": None, "public_id": None}
     tree["expect"] = {"sft.question_accuracy": ">= 0.1"}
     file = tmp_path / "recipe.yaml"
-    card, console, refused = cards.card("rtx3060"), Console(file=io.StringIO()), 0
+    card, console, refused = cards.find_card("rtx3060"), Console(file=io.StringIO()), 0
     for number in range(600):
         spoilt = tree
         for _ in range(rng.randint(1, 2)):

@@ -10,8 +10,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 LAYERS = [
     ["errors", "disk"] + ["data.contracts", "data.formats", "data.dialogues", "data.trees", "data.shelf"],
     ["models", "data"],
+    ["plan"],
     ["measure"],
-    ["training", "ppo", "stages", "plan"],
+    ["training"],
+    ["ppo"],
+    ["stages"],
     ["recipe"],
     ["runs"],
     ["evaluate"],
@@ -62,6 +65,15 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
         str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".").removesuffix(".__init__"): imports(path)
         for path in PACKAGE.rglob("*.py")
     }
+    assert list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_no_folder_imports_itself_by_way_of_others() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*/*.py"):
+        folder = path.relative_to(PACKAGE).parts[0]
+        others = {module.partition(".")[0] for module in imports(path)}
+        graph.setdefault(folder, set()).update(others - {folder})
     assert list(graphlib.TopologicalSorter(graph).static_order())
 
 

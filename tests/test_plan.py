@@ -21,9 +21,9 @@ from hub_server import serve
 from plan_oracle import MODELS, Variant, against_plan
 
 from pipeline.errors import UserError
-from pipeline.plan.cards import CARDS, card
-from pipeline.plan.memory import CONTEXT, Adapter, Model, Work, memory
-from pipeline.plan.shapes import KNOWN, Shapes, shapes_of, shipped
+from pipeline.plan.cards import CARDS, find_card
+from pipeline.plan.memory import CONTEXT, Model, Work, memory
+from pipeline.plan.shapes import KNOWN, Adapter, Shapes, shapes_of, shipped
 from pipeline.plan.time import step_seconds, training_operations
 from pipeline.recipe import yaml
 from pipeline.recipe.recipe import build
@@ -202,13 +202,13 @@ def test_what_is_not_known_is_not_guessed(config: dict, told: str) -> None:
     ],
 )
 def test_cards_by_name_and_by_memory(text: str, memory: int, known: bool) -> None:
-    assert (card(text).memory, card(text).teraflops is not None) == (memory * GIB, known)
+    assert (find_card(text).memory, find_card(text).teraflops is not None) == (memory * GIB, known)
 
 
 @pytest.mark.parametrize("text", ["", "12", "0GB", "rtx9999", "-4GB", "gb"])
 def test_no_card(text: str) -> None:
     with pytest.raises(UserError, match="--gpu"):
-        card(text)
+        find_card(text)
 
 
 def test_defaults_are_the_trainers_own() -> None:
@@ -271,7 +271,7 @@ def test_adapters_that_are_not_known(lora: dict) -> None:
 def test_less_than_a_card_is_sold_with_is_handed_out() -> None:
     """CUDA's own messages: 7.79 GiB on cards of 8, 11.76 on cards of 12, 23.69 on cards of 24."""
     for name, gib in (("rtx4060", 7.79), ("rtx3060", 11.76), ("rtx4090", 23.69)):
-        assert card(name).room / GIB == pytest.approx(gib, rel=0.015)
+        assert find_card(name).room / GIB == pytest.approx(gib, rel=0.015)
 
 
 def plan(path: Path, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -208,7 +208,8 @@ def held_out(base: Path) -> dict[str, Any]:
     return {
         "likelihoods": likelihoods, "read": sum(read),
         "greedy": [answer.text for answer in answers.generate(model, tokenizer, ROWS, new_tokens=5)],
-        "asked": len(asked.scores), "kl": len(asked.kl), "lengths": asked.lengths, "scores": asked.scores,
+        "asked": asked["reward"].size, "kl": asked["kl"].size,
+        "lengths": asked["answer_length"].tolist(), "scores": asked["reward"].tolist(),
         "sums": [processes.add_up(tensor).flatten().tolist() for tensor in tensors],
     }  # fmt: skip
 

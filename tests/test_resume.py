@@ -193,7 +193,7 @@ def test_a_signal_that_a_launcher_passes_on_is_no_second_one(monkeypatch: pytest
     stop = progress.Stop()
     with stop.listening():
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked
+        assert stop.requested
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         clock[0] += 5.0

@@ -20,6 +20,7 @@ from pipeline.measure.matching import NEW_TOKENS
 from pipeline.measure.scoring import batches
 from pipeline.models import processes, sampling
 from pipeline.models.forward import LanguageModel, plain_layers
+from pipeline.plan.sizes import ANSWER_TOKENS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from pipeline.stages.stage import Context
 
-TOKENS_AT_ONCE = 4096
 SHOWN = 3
 
 
@@ -122,7 +122,7 @@ def generate(
     plain = plain_layers(model, fold_adapter=False) if model.device.type == "cpu" else contextlib.nullcontext()
     with plain:
         lengths = [len(ids) - shared + new_tokens for ids in prompts]
-        for batch in processes.share(list(batches(lengths, tokens=TOKENS_AT_ONCE))):
+        for batch in processes.share(list(batches(lengths, tokens=ANSWER_TOKENS))):
             episodes = sampling.sample(
                 language_model,
                 [prompts[i] for i in batch],

@@ -16,14 +16,11 @@ from pipeline.models import processes
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel
 from pipeline.models.out_of_memory import run_in_parts
+from pipeline.plan.sizes import EVALUATION_LOGITS, EVALUATION_TOKENS
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
-
-TOKENS_PER_BATCH = 1536
-LOGITS_AT_ONCE = 1 << 25
-"""Logits held at a time; with a vocabulary of 128k, of 261 tokens."""
 
 
 def language_model(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]) -> dict[str, float]:
@@ -102,8 +99,8 @@ def log_likelihoods(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: 
 
 
 def token_log_likelihoods(language_model: LanguageModel, states_NH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
-    """log p of each token given the hidden state before it, (N,) in float32; never more logits than LOGITS_AT_ONCE."""
-    size = max(1, LOGITS_AT_ONCE // language_model.config.vocab_size)
+    """log p of each token given the hidden state before it, (N,) in float32; EVALUATION_LOGITS at a time."""
+    size = max(1, EVALUATION_LOGITS // language_model.config.vocab_size)
     parts = []
     for states_nH, ids_n in zip(torch.split(states_NH, size), torch.split(ids_N, size), strict=True):
         with computing(language_model.model):
@@ -136,7 +133,7 @@ def _by_batches(of: Callable[[Sequence[int]], list[float]], lengths: list[int]) 
     return [found[index] for index in range(len(lengths))]
 
 
-def batches(lengths: list[int], tokens: int = TOKENS_PER_BATCH) -> Iterator[list[int]]:
+def batches(lengths: list[int], tokens: int = EVALUATION_TOKENS) -> Iterator[list[int]]:
     """Indices in batches of like length, each of at most `tokens` once padded (or of one row)."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):

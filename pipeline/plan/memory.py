@@ -1,49 +1,25 @@
 """How many bytes a stage needs at its peaks, from shapes alone. Plain Python: no torch.
 
 Every term is a tensor that the code of transformers, PEFT, TRL and pipeline/ppo keeps alive at a peak;
-scripts/plan_oracle.py counts the same on that code and prints both. T is tokens of one forward pass, padding included,
-h hidden size, I intermediate size, q and kv the widths of queries and of keys, V the vocabulary, b bytes of the
-compute dtype. Not counted there, and added here as CONTEXT: the CUDA context, cuBLAS workspaces and fragmentation.
+scripts/plan_oracle.py counts the same on that code and prints both; only CONTEXT is not counted there. `s` are the
+model's shapes, `b` is bytes of the compute dtype; tokens of a pass include padding.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pipeline.plan.shapes import QUANTISED_BITS, Linear, Shapes
+from pipeline.plan.shapes import QUANTISED_BITS, Adapter, Shapes
+from pipeline.plan.sizes import ANSWER_TOKENS, EVALUATION_LOGITS, EVALUATION_TOKENS, PPO_LOGITS, SHARD_BYTES
 
 CONTEXT = round(0.6 * 2**30)
 """CUDA context, cuBLAS workspaces, fragmentation: 0.45 to 0.9 GiB in public reports; not measured by us."""
 FUSED_HEAD_TOKENS, FUSED_HEAD_COLUMNS = 4096, 32768
 """The tile in which TRL's fused LM head makes logits (trl/kernels/chunked_logprob.py)."""
-PPO_LOGITS = 1 << 23
-EVALUATION_LOGITS = 1 << 25
-"""LOGITS_AT_ONCE of ppo/actors.py and of measure/scoring.py."""
-EVALUATION_TOKENS = 1536
-ANSWER_TOKENS = 4096
-"""Tokens of a batch of measure/scoring.py and of measure/answers.py."""
-SHARD_BYTES = 2 << 30
-"""Of publish/merged.py."""
 ANSWER_ROW = 64
 """Tokens that a question and its answer are taken to have."""
 NORM_BACKWARD = 22
 """Bytes for each hidden unit that the backward pass of a norm holds: five tensors in float32 and one in bfloat16."""
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What PEFT's LoraConfig says of an adapter's size."""
-
-    r: int = 16
-    dropout: float = 0.0
-    targets: tuple[str, ...] | None = None
-    """Names of the linear layers it is put on; all of them if None."""
-
-    def on(self, shapes: Shapes) -> list[Linear]:
-        return [linear for linear in shapes.linears() if self.targets is None or linear.name in self.targets]
-
-    def parameters(self, shapes: Shapes) -> int:
-        return shapes.layers * self.r * sum(linear.inputs + linear.outputs for linear in self.on(shapes))
 
 
 @dataclass(frozen=True)
@@ -148,6 +124,11 @@ class Model:
             return 0, (s.linear_parameters + others) * self.bytes
         return round(s.linear_parameters * QUANTISED_BITS / 8), others * self.bytes
 
+    @property
+    def cached(self) -> int:
+        """Bytes of the keys and values of one token."""
+        return 2 * self.shapes.layers * self.shapes.kv * self.bytes
+
     def saved(self, work: Work) -> int:
         """Bytes for each token that a decoder layer without checkpointing keeps for its backward pass."""
         s, b, lora = self.shapes, self.bytes, self.adapter.on(self.shapes)
@@ -166,8 +147,7 @@ class Model:
             kept += b * work.span
         # the MLP keeps gate, up and what the activation makes of the gate
         kept += b * 3 * s.intermediate
-        if self.adapter.dropout:
-            # every adapter keeps its own dropped-out input, and the mask
+        if self.adapter.dropout:  # every adapter keeps its own dropped-out input, and the mask
             kept += sum((b + 1) * linear.inputs for linear in lora)
         else:
             kept += b * (s.hidden * (("attention" in read) + ("mlp" in read)) + s.intermediate * ("product" in read))
@@ -175,8 +155,7 @@ class Model:
 
     def dequantised(self) -> int:
         """The largest matrix, as it is unpacked for the moment of its use."""
-        largest = max(linear.inputs * linear.outputs for linear in self.shapes.linears())
-        return self.bytes * largest if self.quantised else 0
+        return self.bytes * self.shapes.largest_linear if self.quantised else 0
 
     def transient(self, tokens: int, scores: int = 0) -> int:
         """Peak of a forward pass that keeps nothing: the MLP of one layer, or its attention where that is eager and
@@ -244,24 +223,20 @@ def memory(model: Model, work: Work) -> Memory:
     quantised, unquantised = model.weights(reward=work.score_head)
     parameters = model.adapter.parameters(s) + (s.hidden if work.score_head else 0)
     trained = work.trained * parameters
-    held = model.held(work)
-    activations = model.backward(work)
-    largest = max(linear.inputs * linear.outputs for linear in s.linears())
+    held, activations = model.held(work), model.backward(work)
     final = work.tokens * (4 + b) * s.hidden  # the last norm's input in float32, and the states the head is given
-    rollout = cache = scoring = 0
+    rollout = cache = 0
     if work.episodes:
-        answered = work.rows * work.answer
         # of a part the logits, and in float32: less their greatest, the softmax, their product; + 2 as counted
-        logits = final + (b + 14) * min(answered, PPO_LOGITS // s.vocab) * s.vocab
-        cache = work.episodes * work.length * 2 * s.layers * s.kv * b
-        rollout, scoring = _rollout(model, work, cache), _scoring(model, work)
+        logits = final + (b + 14) * min(work.rows * work.answer, PPO_LOGITS // s.vocab) * s.vocab
+        cache = work.episodes * work.length * model.cached
+        rollout = _rollout(model, work, cache)
     elif work.score_head:
         logits = work.tokens * 4 * s.hidden
     else:
         tile = min(work.tokens, FUSED_HEAD_TOKENS) * min(s.vocab, FUSED_HEAD_COLUMNS) * b
         logits = final + work.tokens * (4 + b) * s.hidden + tile
-        if work.reference:
-            # its forward pass, while the policy's waits for its backward pass
+        if work.reference:  # its forward pass, while the policy's waits for its backward pass
             activations = max(activations, held + final + model.transient(work.tokens, work.scores))
     return Memory(
         quantised=quantised,
@@ -273,39 +248,32 @@ def memory(model: Model, work: Work) -> Memory:
         logits=logits,
         cache=cache,
         training=max(activations, held + logits),
-        rollout=max(rollout, scoring),
+        rollout=rollout,
         evaluation=evaluation(model, work) if work.evaluates else 0,
-        merging=quantised + unquantised + min(SHARD_BYTES, s.parameters * b) + (b + 12) * largest,
+        merging=quantised + unquantised + min(SHARD_BYTES, s.parameters * b) + (b + 12) * s.largest_linear,
     )
 
 
 def _rollout(model: Model, work: Work, cache: int) -> int:
+    """Peak of sampling the answers, and of what policy, reference, reward models and critic say of them afterwards."""
     s, b = model.shapes, model.bytes
     prompt = work.length - work.answer
     scores = work.episodes * prompt * prompt if work.eager else 0
     prefill = model.transient(work.episodes * prompt, scores) + cache * prompt // work.length
-    step = _decoding(model, work, cache, work.episodes)
-    if not work.dequantized_rollout:
-        return max(prefill, step)
-    # the copies are made in float32, one after the other
-    merging = 12 * max(linear.inputs * linear.outputs for linear in s.linears())
-    return b * s.linear_parameters + max(prefill, step, merging)
+    sampling = max(prefill, _decoding(model, work, cache, work.episodes))
+    if work.dequantized_rollout:  # the copies are made in float32, one after the other
+        sampling = b * s.linear_parameters + max(sampling, 12 * s.largest_linear)
+    at_once = min(work.rows * work.answer, max(1, PPO_LOGITS // s.vocab))
+    head = work.tokens * b * s.hidden + at_once * s.vocab * (b + 8)
+    return max(sampling, head, model.transient(2 * work.tokens, 2 * work.scores))
 
 
 def _decoding(model: Model, work: Work, cache: int, rows: int) -> int:
     """A step of sampling: one layer's keys and values are copied to make room for the next token, and again, once for
     each head that shares them; the distribution is made in float32."""
     s, b = model.shapes, model.bytes
-    layer = cache // s.layers
-    shared = s.heads // s.kv_heads if (work.masked or work.eager) and s.kv_heads < s.heads else 0
-    return cache + max(layer * max(1, shared), rows * s.vocab * (b + 4))
-
-
-def _scoring(model: Model, work: Work) -> int:
-    s = model.shapes
-    at_once = min(work.rows * work.answer, max(1, PPO_LOGITS // s.vocab))
-    head = work.tokens * model.bytes * s.hidden + at_once * s.vocab * (model.bytes + 8)
-    return max(head, model.transient(2 * work.tokens, 2 * work.scores))
+    shared = s.heads // s.kv_heads if work.masked or work.eager else 1
+    return cache + max(cache // s.layers * shared, rows * s.vocab * (b + 4))
 
 
 def evaluation(model: Model, work: Work) -> int:
@@ -314,15 +282,12 @@ def evaluation(model: Model, work: Work) -> int:
     scores = tokens * work.held_out if work.eager else 0
     if work.score_head:
         return model.transient(tokens, scores)
-    answering = 0
+    peak = 0 if work.episodes else scored(model, tokens, scores)
     if work.answering:
-        s = model.shapes
-        cache = work.answering * 2 * s.layers * s.kv * model.bytes
+        cache = work.answering * model.cached
         prefill = model.transient(work.answering, work.answering * ANSWER_ROW if work.eager else 0) + cache
-        answering = max(prefill, _decoding(model, work, cache, max(1, work.answering // ANSWER_ROW)))
-    if work.episodes:
-        return answering
-    return max(answering, scored(model, tokens, scores))
+        peak = max(peak, prefill, _decoding(model, work, cache, max(1, work.answering // ANSWER_ROW)))
+    return peak
 
 
 def scored(model: Model, tokens: int, scores: int = 0) -> int:

@@ -108,6 +108,11 @@ class Shapes:
         return self.layers * sum(linear.inputs * linear.outputs for linear in self.linears())
 
     @property
+    def largest_linear(self) -> int:
+        """Parameters of the largest linear layer."""
+        return max(linear.inputs * linear.outputs for linear in self.linears())
+
+    @property
     def other_parameters(self) -> int:
         """What stays in the compute dtype: embeddings, LM head unless tied, norms, biases."""
         per_layer = self.norms * self.hidden + 2 * self.head_dim * self.qk_norm
@@ -123,12 +128,28 @@ class Shapes:
         return self.linear_parameters + self.other_parameters
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """What PEFT's LoraConfig says of an adapter's size."""
+
+    r: int = 16
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None
+    """Names of the linear layers it is put on; all of them if None."""
+
+    def on(self, shapes: Shapes) -> list[Linear]:
+        return [linear for linear in shapes.linears() if self.targets is None or linear.name in self.targets]
+
+    def parameters(self, shapes: Shapes) -> int:
+        return shapes.layers * self.r * sum(linear.inputs + linear.outputs for linear in self.on(shapes))
+
+
 def shapes_of(config: dict[str, Any], where: str = "config.json") -> Shapes:
     """The shapes a config.json describes. Raises UserError with the reason for one that is not known."""
     family = config.get("model_type")
     if family == "gemma3" and isinstance(config.get("text_config"), dict):
         raise UserError(f"{where}: a vision-language model (gemma3); its text-only form is gemma3_text")
-    if any(config.get(word) for word in ("num_experts", "num_local_experts", "n_routed_experts")):
+    if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise UserError(f"{where}: a mixture of experts ({family}); what it needs depends on routing: not planned")
     if not isinstance(family, str) or family not in FAMILIES:
         reason = f" ({WHY_NOT[family]})" if family in WHY_NOT else ""
@@ -197,8 +218,8 @@ def shipped(base: str) -> Shapes | None:
     known = json.loads(KNOWN.read_text(encoding="utf-8"))
     for entry in known["models"]:
         if window := entry["windows"].get(base):
-            found = shapes_of({**entry["config"], "max_position_embeddings": window}, f"{KNOWN}: {base}")
-            return replace(found, noted=known["noted"])
+            shapes = shapes_of({**entry["config"], "max_position_embeddings": window}, f"{KNOWN}: {base}")
+            return replace(shapes, noted=known["noted"])
     return None
 
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.data.contracts import Contract
 from pipeline.data.load import read_split
 from pipeline.errors import UserError
-from pipeline.models.spec import ModelSpec
 from pipeline.plan.cards import Card
-from pipeline.plan.memory import ANSWER_ROW, ANSWER_TOKENS, Adapter, Memory, Model, Work, memory
-from pipeline.plan.shapes import Shapes
+from pipeline.plan.memory import ANSWER_ROW, Memory, Model, Work, memory
+from pipeline.plan.shapes import Adapter, Shapes
+from pipeline.plan.sizes import ANSWER_TOKENS
 from pipeline.plan.time import ppo_seconds, step_seconds
-from pipeline.stages.arguments import defaults
-from pipeline.stages.stage import Stage, StageSpec
+
+if TYPE_CHECKING:
+    from pipeline.data.contracts import Contract
+    from pipeline.models.spec import ModelSpec
+    from pipeline.stages.stage import Stage, StageSpec
 
 READ_AT_MOST = 50 << 20
 """Bytes of a data file that is read to estimate the lengths of its rows."""
@@ -36,8 +39,6 @@ OPTIMIZER_BYTES = {
     **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "sgd_momentum"), 4.0),
     **dict.fromkeys(("sgd", "adafactor"), 0.0),
 }
-
-
 NOT_KNOWN_OF_LORA = (
     "use_dora", "rank_pattern", "layers_to_transform", "layer_replication", "target_parameters", "exclude_modules",
     "trainable_token_indices", "lora_bias", "bias",
@@ -72,17 +73,12 @@ class Planned:
         return None if self.card is None else self.memory.total <= self.card.room
 
 
-def settings(kind: Stage, section: StageSpec) -> dict[str, Any]:
-    """A stage's words with the trainer's defaults, and the house's where those differ."""
-    return {**defaults(kind.config_class), **kind.house, **section.train}
-
-
 def planned_model(spec: ModelSpec, shapes: Shapes) -> Model:
     """Raises UserError for an adapter whose memory is not known."""
     lora = spec.lora
-    for word in NOT_KNOWN_OF_LORA:
-        if lora.get(word) not in (None, False, "none"):
-            raise UserError(f"model.lora.{word}: what it needs is not known here")
+    for argument in NOT_KNOWN_OF_LORA:
+        if lora.get(argument) not in (None, False, "none"):
+            raise UserError(f"model.lora.{argument}: what it needs is not known here")
     targets = lora.get("target_modules", "all-linear")
     names = {linear.name for linear in shapes.linears()}
     if targets != "all-linear" and not (isinstance(targets, list) and targets and names >= set(targets)):
@@ -103,11 +99,11 @@ def optimizer_bytes(optim: Any) -> float:
     return OPTIMIZER_BYTES.get(str(getattr(optim, "value", optim)), 8.0)
 
 
-def checkpointed_layers(words: dict[str, Any], layers: int) -> int:
-    """How many layers a stage checkpoints: `activation_checkpointing` (true, false, a number), or its older name."""
-    asked = words.get("activation_checkpointing")
-    asked = words.get("gradient_checkpointing", False) if asked is None else asked
-    return (layers if asked else 0) if isinstance(asked, bool) else min(int(asked), layers)
+def checkpointed_layers(arguments: Mapping[str, Any], layers: int) -> int:
+    """How many layers a trainer checkpoints: `activation_checkpointing` (true, false, a number), or its older name."""
+    value = arguments.get("activation_checkpointing")
+    value = arguments.get("gradient_checkpointing", False) if value is None else value
+    return (layers if value else 0) if isinstance(value, bool) else min(int(value), layers)
 
 
 def lengths_of(section: StageSpec, contract: Contract, seed: int) -> Lengths | None:
@@ -119,30 +115,32 @@ def lengths_of(section: StageSpec, contract: Contract, seed: int) -> Lengths | N
     return Lengths([max(1, round(_text_bytes(row) / TOKEN_BYTES)) for row in rows])
 
 
-def _asked(section: StageSpec, longest: int) -> int:
+def _question_tokens(section: StageSpec, longest: int) -> int:
     """Tokens of the questions that a stage answers at once; without a file of them, of three held-out prompts."""
-    named = section.question_file()
-    if named is None:
-        tokens = 3 * (longest + ANSWER_ROW)
-    elif os.path.isfile(file := Path(named)):
-        tokens = round(file.stat().st_size / TOKEN_BYTES) + ANSWER_ROW * file.read_bytes().count(b"\n")
-    else:
-        tokens = ANSWER_TOKENS
-    return min(ANSWER_TOKENS, tokens)
+    file = section.question_file()
+    if file is None:
+        return min(ANSWER_TOKENS, 3 * (longest + ANSWER_ROW))
+    if not os.path.isfile(file):
+        return ANSWER_TOKENS
+    text = Path(file).read_bytes()
+    return min(ANSWER_TOKENS, round(len(text) / TOKEN_BYTES) + ANSWER_ROW * text.count(b"\n"))
 
 
 def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, lengths: Lengths | None) -> Work:
     """The most that a stage puts through the model at a time."""
-    words = settings(kind, section)
-    if words.get("label_smoothing_factor") and not kind.score_head:
+    arguments = kind.arguments(section)
+    if arguments.get("label_smoothing_factor") and not kind.score_head:
         raise UserError(f"{section.kind}: label_smoothing_factor makes all logits at once, which is not planned")
-    rows = int(words.get("per_device_train_batch_size", 1))
-    checkpointed = checkpointed_layers(words, model.shapes.layers)
-    limit = words.get("max_length") or model.shapes.window
+    rows = int(arguments.get("per_device_train_batch_size", 1))
+    checkpointed = checkpointed_layers(arguments, model.shapes.layers)
+    limit = arguments.get("max_length") or model.shapes.window
     longest = min(limit, lengths.longest) if lengths else limit
-    packed = bool(words.get("packing"))
-    attention = {"masked": "flash" not in spec.attn_implementation, "eager": spec.attn_implementation == "eager"}
-    common: dict[str, Any] = {**attention, "answering": _asked(section, longest)}
+    packed = bool(arguments.get("packing"))
+    common: dict[str, Any] = {
+        "masked": "flash" not in spec.attn_implementation,
+        "eager": spec.attn_implementation == "eager",
+        "answering": _question_tokens(section, longest),
+    }
     if sampling := section.sampling():
         answer = sampling.response_length
         prompt = lengths.longest if lengths else (sampling.max_length or 2 * answer) - answer
@@ -159,8 +157,8 @@ def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, leng
         limit if packed else longest,
         checkpointed,
         packed=packed,
-        accumulates=int(words.get("gradient_accumulation_steps", 1)) > 1,
-        optimizer_bytes=optimizer_bytes(words.get("optim")),
+        accumulates=int(arguments.get("gradient_accumulation_steps", 1)) > 1,
+        optimizer_bytes=optimizer_bytes(arguments.get("optim")),
         frozen=int(kind.reference),
         score_head=kind.score_head,
         reference=kind.reference,
@@ -173,51 +171,42 @@ def plan_stage(
     kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, lengths: Lengths | None, card: Card | None
 ) -> Planned:
     work = work_of(kind, section, model, spec, lengths)
-    words = settings(kind, section)
+    arguments = kind.arguments(section)
     adapter = 4 * model.adapter.parameters(model.shapes)
-    kept = words.get("save_total_limit") or kind.checkpoints
+    kept = arguments.get("save_total_limit") or kind.checkpoints
     disk = round(adapter * (1 + (kept + 1) * (1 + work.optimizer_bytes / 4) * work.trained))
-    speed, minutes = _time(kind, section, model, work, lengths, card) if card else (None, None)
+    if sampling := section.sampling():
+        seconds = ppo_seconds(model, work, card, sampling.num_ppo_epochs) if card else None
+        tokens = work.episodes * work.length
+        passes: float | None = sampling.steps * sampling.batch_size / work.episodes
+    else:
+        seconds = step_seconds(model, work, card, 1.0 if kind.every_token else ANSWER_SHARE) if card else None
+        tokens = work.tokens
+        passes = _passes(arguments, work, lengths)
+    speed = tokens / seconds if seconds else None
+    minutes = passes * seconds / 60 if seconds and passes is not None else None
     return Planned(work, memory(model, work), card, speed, minutes, disk)
 
 
-def _time(
-    kind: Stage, section: StageSpec, model: Model, work: Work, lengths: Lengths | None, card: Card
-) -> tuple[float | None, float | None]:
-    if sampling := section.sampling():
-        rewards = work.frozen - 1
-        seconds = ppo_seconds(model, work, card, sampling.num_ppo_epochs, work.trained > 1, rewards)
-        if seconds is None:
-            return None, None
-        seconds *= sampling.batch_size / work.episodes
-        return sampling.batch_size * work.length / seconds, sampling.steps * seconds / 60
-    share = 1.0 if kind.every_token else ANSWER_SHARE
-    seconds = step_seconds(model, work, card, share)
-    if seconds is None:
-        return None, None
-    passes = _passes(settings(kind, section), work, lengths)
-    return work.tokens / seconds, None if passes is None else passes * seconds / 60
-
-
-def _passes(words: dict[str, Any], work: Work, lengths: Lengths | None) -> float | None:
+def _passes(arguments: dict[str, Any], work: Work, lengths: Lengths | None) -> float | None:
     """Forward and backward passes of the longest batch that take as long as all of a stage's."""
-    per_device, accumulated = (
-        int(words.get(word, 1)) for word in ("per_device_train_batch_size", "gradient_accumulation_steps")
-    )
-    steps = int(words.get("max_steps") or -1)
+    accumulated = int(arguments.get("gradient_accumulation_steps", 1))
+    steps = int(arguments.get("max_steps") or -1)
     if lengths is None:
         return steps * accumulated if steps > 0 else None
-    tokens = [min(length, work.length) for length in lengths.rows]
     if work.packed:
         batches = math.ceil(sum(lengths.rows) / work.tokens)
-        wide = float(batches)
+        longest_batches = float(batches)
     else:
-        tokens = sorted(tokens) if words.get("train_sampling_strategy") == "group_by_length" else tokens
+        per_device = int(arguments.get("per_device_train_batch_size", 1))
+        tokens = [min(length, work.length) for length in lengths.rows]
+        if arguments.get("train_sampling_strategy") == "group_by_length":
+            tokens.sort()
         groups = [tokens[start : start + per_device] for start in range(0, len(tokens), per_device)]
         batches = len(groups)
-        wide = sum(max(group) * len(group) for group in groups) / (per_device * work.length)
-    asked = steps * accumulated if steps > 0 else float(words.get("num_train_epochs", 1)) * batches
-    return wide / batches * asked
+        longest_batches = sum(max(group) * len(group) for group in groups) / (per_device * work.length)
+    passes = steps * accumulated if steps > 0 else float(arguments.get("num_train_epochs", 1)) * batches
+    return longest_batches / batches * passes
 
 
 def _text_bytes(value: Any) -> int:

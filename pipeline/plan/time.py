@@ -53,7 +53,7 @@ def step_seconds(model: Model, work: Work, card: Card, head_share: float = 1.0) 
     return _seconds(card, operations, _dequantised(model, passes))
 
 
-def ppo_seconds(model: Model, work: Work, card: Card, epochs: int, critic_apart: bool, rewards: int) -> float | None:
+def ppo_seconds(model: Model, work: Work, card: Card, epochs: int) -> float | None:
     """One PPO step: sampling `work.episodes` answers, scoring them, and the epochs of updates."""
     if card.teraflops is None or card.bandwidth is None:
         return None
@@ -65,13 +65,13 @@ def ppo_seconds(model: Model, work: Work, card: Card, epochs: int, critic_apart:
     read = model.weights(reward=False)[0] + s.embedding_parameters * model.bytes
     if work.dequantized_rollout or not model.quantised:
         read += s.linear_parameters * model.bytes
-    cache = work.episodes * (work.length - work.answer / 2) * 2 * s.layers * s.kv * model.bytes
+    cache = work.episodes * (work.length - work.answer / 2) * model.cached
     decoding = work.answer * max((read + cache) / (card.bandwidth * 1e9 * STREAMED), LAUNCHES * s.layers / 32)
-    # scoring: policy, reference, each reward model, and a critic of its own
-    scored = 2 + rewards + critic_apart
+    # scoring: the trained adapters (policy, perhaps a critic) and the frozen ones (reference, reward models)
+    scored = work.trained + work.frozen
     scoring = tokens * scored * forward_operations(model, work.length, share)
-    update = (epochs * tokens) * (1 + critic_apart) * training_operations(model, work, share)
-    passes = packs * (scored + epochs * (1 + critic_apart) * (2 + work.checkpointed / s.layers))
+    update = (epochs * tokens) * work.trained * training_operations(model, work, share)
+    passes = packs * (scored + epochs * work.trained * (2 + work.checkpointed / s.layers))
     return decoding + _seconds(card, scoring + update, _dequantised(model, passes))
 
 

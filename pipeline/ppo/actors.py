@@ -12,29 +12,24 @@ checkpointing the forward pass is repeated then, under whichever adapter is acti
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
+from peft import PeftModel
+from torch import Tensor
 from torch.nn.functional import linear
 
 from pipeline.data.render import padded
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel, score_states
 from pipeline.models.out_of_memory import EPISODE, run_in_parts
+from pipeline.plan.sizes import PPO_LOGITS
 from pipeline.ppo.algorithm import log_probs, log_probs_with_slope
+from pipeline.ppo.batch import Pack
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from peft import PeftModel
-
-    from pipeline.ppo.batch import Pack
-
-Tensor = torch.Tensor
 POLICY, REFERENCE, VALUE = "default", "reference", "value"
 Role = Literal["policy", "value"]
-LOGITS_AT_ONCE = 1 << 23
-"""Logits computed at once; more tokens go in parts."""
 
 
 class Actors(LanguageModel):
@@ -115,10 +110,10 @@ class Actors(LanguageModel):
     def trained(self, role: Role) -> dict[str, torch.nn.Parameter]:
         """The float32 parameters of a role, by name."""
         adapter = POLICY if role == "policy" else VALUE
-        found = {name: weight for name, weight in self.model.named_parameters() if f".{adapter}." in name}
+        weights = {name: weight for name, weight in self.model.named_parameters() if f".{adapter}." in name}
         if role == "value":
-            found |= {f"value_head.{name}": weight for name, weight in self.value_head.named_parameters()}
-        return found
+            weights |= {f"value_head.{name}": weight for name, weight in self.value_head.named_parameters()}
+        return weights
 
     def _states(self, pack: Pack) -> Tensor:
         """Hidden states (N, hidden) before the answers' tokens, row after row."""
@@ -148,7 +143,7 @@ class _HeadLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states_NH: Tensor, ids_N: Tensor, actors: Actors) -> tuple[Tensor, Tensor]:
-        size = max(1, LOGITS_AT_ONCE // actors.config.vocab_size)
+        size = max(1, PPO_LOGITS // actors.config.vocab_size)
         logp, entropy, gradients = [], [], list[Tensor]()
         for states_nH, ids_n in zip(torch.split(states_NH, size), torch.split(ids_N, size), strict=True):
             if not ctx.needs_input_grad[0]:

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from pipeline.data.contracts import Row
 from pipeline.data.render import padded
 from pipeline.models.out_of_memory import EPISODE, run_in_parts
-
-if TYPE_CHECKING:
-    from pipeline.data.contracts import Row
-    from pipeline.models.sampling import Episode
-
-Tensor = torch.Tensor
+from pipeline.models.sampling import Episode
 
 
 @dataclass(frozen=True)

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.models import adapters
 from pipeline.ppo.actors import POLICY
-
-if TYPE_CHECKING:
-    from pipeline.ppo.trainer import PPOTrainer
+from pipeline.ppo.trainer import PPOTrainer
 
 
 def save(trainer: PPOTrainer, folder: Path) -> None:
     """All that the next step depends on: adapters and heads, optimizers, counters."""
-    tensors = {f"{role}/{name}": w for role in trainer.optimizers for name, w in trainer.actors.trained(role).items()}
-    for role, optimizer in trainer.optimizers.items():
-        for name, weight in trainer.actors.trained(role).items():
-            for key, value in optimizer.state[weight].items():
-                tensors[f"optimizer/{key}/{role}/{name}"] = value
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, folder / "ppo.safetensors")
-    state: dict[str, Any] = {
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in _tensors(trainer).items()}
+    save_file(tensors, folder / "ppo.safetensors")
+    state = {
         "step": trainer.step,
         "kl_coef": trainer.kl.coef,
         "loss_scale": [trainer.scale.value, trainer.scale.clean],
@@ -39,14 +32,22 @@ def save(trainer: PPOTrainer, folder: Path) -> None:
 
 def load(trainer: PPOTrainer, folder: Path) -> None:
     """Stand where `save` was called."""
-    tensors = load_file(folder / "ppo.safetensors", device=str(trainer.actors.device))
+    saved = load_file(folder / "ppo.safetensors", device=str(trainer.actors.device))
+    for name, tensor in _tensors(trainer).items():
+        tensor.copy_(saved[name])
+    state = json.loads((folder / "ppo.json").read_text(encoding="utf-8"))
+    trainer.step, trainer.kl.coef, trainer.tokens = state["step"], state["kl_coef"], state["tokens"]
+    trainer.scale.value, trainer.scale.clean = state["loss_scale"]
+    trainer.score_scale.moments_3 = torch.tensor(state["score_moments"], dtype=torch.float64)
+    trainer.health.history, trainer.health.warned = state["health"]["history"], state["health"]["warned"]
+
+
+def _tensors(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
+    """The trained weights and the optimizers' state, as they stand in memory."""
+    tensors = {}
     for role, optimizer in trainer.optimizers.items():
         for name, weight in trainer.actors.trained(role).items():
-            weight.data.copy_(tensors.pop(f"{role}/{name}"))
+            tensors[f"{role}/{name}"] = weight.data
             for key, value in optimizer.state[weight].items():
-                value.copy_(tensors.pop(f"optimizer/{key}/{role}/{name}"))
-    kept = json.loads((folder / "ppo.json").read_text(encoding="utf-8"))
-    trainer.step, trainer.kl.coef, trainer.tokens = kept["step"], kept["kl_coef"], kept["tokens"]
-    trainer.scale.value, trainer.scale.clean = kept["loss_scale"]
-    trainer.score_scale.moments_3 = torch.tensor(kept["score_moments"], dtype=torch.float64)
-    trainer.health.history, trainer.health.warned = kept["health"]["history"], kept["health"]["warned"]
+                tensors[f"optimizer/{key}/{role}/{name}"] = value
+    return tensors

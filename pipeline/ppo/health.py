@@ -41,34 +41,36 @@ class Health:
                 "what the reward model knows. Raise kl_coef, set kl_target, or lower learning_rate"
             )
         recent = self.history[-WINDOW:]
-        if len(recent) == WINDOW and all(past["eos_share"] == 0 for past in recent):
+        if len(recent) < WINDOW:
+            return None
+        if all(past["eos_share"] == 0 for past in recent):
             return (
                 f"no answer of the last {WINDOW} steps ended by itself: raise response_length, or see whether the "
                 "policy it starts from stops at all"
             )
-        if len(recent) == WINDOW and all(past["empty_share"] == 1 for past in recent):
+        if all(past["empty_share"] == 1 for past in recent):
             return f"all answers of the last {WINDOW} steps were empty: the reward pays for saying nothing"
-        if len(recent) == WINDOW and all(past["grad_norm"] == 0 for past in recent):
+        if all(past["grad_norm"] == 0 for past in recent):
             return f"the policy's gradient was zero in the last {WINDOW} steps: it has stopped learning"
         return None
 
     def _warnings(self, step: dict[str, float]) -> list[str]:
-        found = []
-        first, last = self.history[: min(WINDOW, len(self.history))], self.history[-WINDOW:]
+        notes = []
+        first, last = self.history[:WINDOW], self.history[-WINDOW:]
         if step["entropy"] < COLLAPSED * self.history[0]["entropy"]:
-            found.append("the entropy has collapsed: the policy says one thing only. Raise kl_coef or temperature")
+            notes.append("the entropy has collapsed: the policy says one thing only. Raise kl_coef or temperature")
         if step["eos_share"] < 0.5:
-            found.append("more than half of the answers are cut at response_length: raise it, or missing_eos_penalty")
+            notes.append("more than half of the answers are cut at response_length: raise it, or missing_eos_penalty")
         if len(last) == WINDOW and all(past["score_std"] <= ALIKE * abs(past["score"]) for past in last):
-            found.append(f"all answers of the last {WINDOW} steps were paid alike: there is nothing to learn from")
+            notes.append(f"all answers of the last {WINDOW} steps were paid alike: there is nothing to learn from")
         if len(self.history) >= 2 * WINDOW:
             longer = _mean(last, "answer_length") / max(_mean(first, "answer_length"), 1.0)
             if longer > RUNAWAY and _mean(last, "reward") > _mean(first, "reward"):
-                found.append(
+                notes.append(
                     f"reward rises while answers have grown {longer:.1f} times as long: the reward model may pay for "
                     "length"
                 )
-        return found
+        return notes
 
     def _new(self, warnings: list[str]) -> list[str]:
         # The figures in a warning change from step to step; its first words do not.

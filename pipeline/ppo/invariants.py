@@ -5,23 +5,19 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pipeline.disk.artifact import Artifact
 from pipeline.errors import BrokenInvariant, UserError
 from pipeline.models.base import computing
-from pipeline.ppo.actors import REFERENCE
+from pipeline.ppo.actors import REFERENCE, Actors
 from pipeline.ppo.batch import pack_episodes
 from pipeline.ppo.scoring import as_updates_see
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
-
-    from pipeline.disk.artifact import Artifact
-    from pipeline.ppo.actors import Actors
-    from pipeline.ppo.trainer import PPOTrainer
+from pipeline.ppo.trainer import PPOTrainer
 
 Found = dict[str, Any]
 BORROWED_TOLERANCE = {"float32": 1e-5}
@@ -49,8 +45,6 @@ def scores_as_it_did(actors: Actors, adapter: str, parent: Artifact, dtype: str)
 
 def same_tokenizer(tokenizer: PreTrainedTokenizerBase, parent: Artifact) -> None:
     """A reward model was trained on the tokens and the chat template that the policy speaks."""
-    from transformers import AutoTokenizer
-
     theirs = AutoTokenizer.from_pretrained(parent.adapter)
     for what, ours_is, theirs_is in (
         ("vocabulary", tokenizer.get_vocab(), theirs.get_vocab()),
@@ -91,24 +85,20 @@ def policy_is_reference(trainer: PPOTrainer) -> Found:
     actors.model.train()
     new_BG = actors.policy(pack)[0].detach()
     actors.model.eval()
-    found = {
-        "step_0_kl": (old_BG - reference_BG).abs().max().item(),
-        "step_0_ratio_minus_1": (torch.exp(new_BG - before_BG) - 1).abs().max().item(),
-        "step_0_logp_against_own_forward": (own_N - old_BG[pack.row_N, pack.column_N]).abs().max().item(),
-        "step_0_logp_against_sampler": (
-            (pack.lay_out_lists([episode.logp for episode in episodes]) - old_BG).abs().sum() / pack.mask_BG.sum()
-        ).item(),
+    sampled_BG = pack.lay_out_lists([episode.logp for episode in episodes])
+    kl, ratio = (old_BG - reference_BG).abs().max(), (torch.exp(new_BG - before_BG) - 1).abs().max()
+    own = (own_N - old_BG[pack.row_N, pack.column_N]).abs().max()
+    sampler = (sampled_BG - old_BG).abs().sum() / pack.mask_BG.sum()
+    checks = {
+        "step_0_kl": (kl, 0.0, "a reference that is not the policy this stage starts from"),
+        "step_0_ratio_minus_1": (ratio, 0.0, "dropout, or another forward pass in training than at scoring"),
+        "step_0_logp_against_own_forward": (own, 0.25, "an architecture that changes its logits after the LM head"),
+        "step_0_logp_against_sampler": (sampler, 0.1, "a mask or positions that differ between sampling and training"),
     }
-    limits = {
-        "step_0_kl": (0.0, "a reference that is not the policy this stage starts from"),
-        "step_0_ratio_minus_1": (0.0, "dropout, or another forward pass in training than at scoring"),
-        "step_0_logp_against_own_forward": (0.25, "an architecture that changes its logits after the LM head"),
-        "step_0_logp_against_sampler": (0.1, "a mask or positions that differ between sampling and training"),
-    }
-    for name, (limit, cause) in limits.items():
-        if not found[name] <= limit:
-            raise BrokenInvariant(f"{name} of at most {limit:g} before the first PPO step", f"{found[name]:.3g}", cause)
-    return found
+    for name, (value, limit, cause) in checks.items():
+        if not value <= limit:
+            raise BrokenInvariant(f"{name} of at most {limit:g} before the first PPO step", f"{value:.3g}", cause)
+    return {name: value.item() for name, (value, _, _) in checks.items()}
 
 
 def one_copy_of_the_base(model: PeftModel) -> Found:
@@ -117,8 +107,8 @@ def one_copy_of_the_base(model: PeftModel) -> Found:
     own = {w.data_ptr() for w in model.parameters() if not w.requires_grad and w.numel() >= large}
     gc.collect()
     # By type(), not isinstance(): that would wake every lazy object there is.
-    found = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Parameter)]
-    alive = {weight.data_ptr() for weight in found if not weight.requires_grad and weight.numel() >= large}
+    parameters = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Parameter)]
+    alive = {weight.data_ptr() for weight in parameters if not weight.requires_grad and weight.numel() >= large}
     if alive - own:
         raise BrokenInvariant(
             "one copy of the base in memory", f"{len(alive - own)} large frozen tensors beside it", "a second model"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from transformers import TrainerState
+from peft import PeftModel
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainerState
 
 from pipeline.data import render
+from pipeline.data.contracts import Row
 from pipeline.data.load import NAMED_AT_MOST
 from pipeline.data.tokens import closes_turns
 from pipeline.disk import metrics
@@ -23,23 +27,13 @@ from pipeline.ppo import checkpoint as checkpoints
 from pipeline.ppo import held_out
 from pipeline.ppo.actors import POLICY, REFERENCE, VALUE
 from pipeline.ppo.rewards import adapter_name
-from pipeline.ppo.trainer import WHOLE_AGAIN
-from pipeline.training.progress import Progress, Snapshots, Stop, keep_newest, note_split
-from pipeline.training.sequences import Tally, encode_rows
+from pipeline.ppo.settings import CHECKPOINTS_KEPT, PPOSettings
+from pipeline.ppo.trainer import WHOLE_AGAIN, PPOTrainer
+from pipeline.training.progress import Progress, Snapshots, Stop, keep_newest, note_split, step_of
+from pipeline.training.sequences import Refused, Tally, encode_rows
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-    from pipeline.data.contracts import Row
-    from pipeline.ppo.settings import PPOSettings
-    from pipeline.ppo.trainer import PPOTrainer
     from pipeline.stages.stage import Context
-    from pipeline.training.sequences import Refused
-
-
-KEPT = 2
-"""Checkpoints: the newest may hold an update that only the next rollout shows to be bad."""
 
 
 def leave_out_unrenderable(
@@ -58,13 +52,11 @@ def leave_out_unrenderable(
             "recipes/templates/chatml.jinja"
         )
     room = min(limit for limit in (settings.max_length, window, 1 << 62) if limit) - settings.response_length
-    kept: list[list[Row]] = []
-    tallies = [Tally(ctx.out.name, skip), Tally(ctx.out.name, skip)]
-    for part, tally in zip((ctx.data.train, ctx.data.test or []), tallies, strict=True):
-        kept.append([])
-        long = []
-        for row, ids in encode_rows(part, lambda row: render.prompt(tokenizer, row), tally):
-            kept[-1].append(row)
+
+    def render_prompts(rows: Sequence[Row]) -> tuple[list[Row], Tally]:
+        kept, long, tally = [], [], Tally(ctx.out.name, skip)
+        for row, ids in encode_rows(rows, lambda row: render.prompt(tokenizer, row), tally):
+            kept.append(row)
             tally.counts["prompt_tokens"] += len(ids)
             if len(ids) > room:
                 long.append(f"  {row['_place']}: {len(ids)} tokens")
@@ -75,10 +67,12 @@ def leave_out_unrenderable(
                 f"max_length {settings.max_length or window} leaves beside response_length "
                 f"{settings.response_length}:\n{named}\nRaise max_length, lower response_length, or remove them."
             )
-    train, test = kept
-    refused = [*tallies[0].refused, *tallies[1].refused]
-    ctx = replace(ctx, data=replace(ctx.data, train=train, test=ctx.data.test and test))
-    return ctx, tallies[0].counts, refused
+        return kept, tally
+
+    train, counted = render_prompts(ctx.data.train)
+    test, held_out_counted = render_prompts(ctx.data.test or [])
+    rendered = replace(ctx, data=replace(ctx.data, train=train, test=ctx.data.test and test))
+    return rendered, counted.counts, counted.refused + held_out_counted.refused
 
 
 def fill_columns(ctx: Context) -> Context:
@@ -99,11 +93,11 @@ def warn_of_length(models: dict[str, Artifact]) -> None:
     """Say so before a policy is trained on a reward model that ranks held-out pairs no better than their lengths do:
     PPO would learn to write long answers."""
     for name, artifact in models.items():
-        found = artifact.finished().after
-        rule = Estimate.among(found, "over_longer")
+        numbers = artifact.finished().after
+        rule = Estimate.among(numbers, "over_longer")
         if rule and not rule.above:
             print(
-                f"  warning: the reward model '{name}' ranks {SHARE.written(found['accuracy'])} of held-out pairs "
+                f"  warning: the reward model '{name}' ranks {SHARE.written(numbers['accuracy'])} of held-out pairs "
                 f"right, {SHARE.written(rule.value, sign=True)} from choosing the longer answer (95 %: "
                 f"{SHARE.range(rule, sign=True)}): no better than length, as far as these pairs can tell",
                 flush=True,
@@ -139,72 +133,67 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
         trainer.step = settings.steps
         return {}
     checkpoint = ctx.claim()
-    everyone = PartialState()
+    process = PartialState()
     if checkpoint:
         checkpoints.load(trainer, checkpoint)
     metrics.rewind(ctx.out.metrics, trainer.step)
     state = TrainerState(
-        global_step=trainer.step, max_steps=settings.steps, is_world_process_zero=everyone.is_main_process
+        global_step=trainer.step, max_steps=settings.steps, is_world_process_zero=process.is_main_process
     )
-    stop, progress, halved = Stop(), Progress(ctx, resumed=checkpoint is not None), []
+    stop, progress, sizes = Stop(), Progress(ctx, resumed=checkpoint is not None), list[int]()
     snapshots = Snapshots(ctx, trainer.actors.model)
 
     def note(episodes: int, left: int) -> None:
-        halved.append(left)
+        sizes.append(left)
         note_split(ctx, trainer.step, episodes, left, f", and with all once {WHOLE_AGAIN} steps have passed")
 
     trainer.when_split = note
     progress.on_train_begin(None, state, None)
     seconds = 0.0
-    with stop.listening():
+    with stop.listening(), contextlib.ExitStack() as stack:
+        stack.callback(progress.on_train_end, None, state, None)
         for numbers in trainer.steps():
             state.global_step = trainer.step
             seconds += sum(value for name, value in numbers.items() if name.startswith("seconds_"))
             reason, warnings = trainer.health.verdict(numbers)
-            if reason:
-                progress.on_log(None, state, None, logs=numbers)
-                progress.on_train_end(None, state, None)
-                raise UserError(_unhealthy(ctx, trainer.step, reason))
-            if everyone.is_main_process:
-                for warning in warnings:
-                    print(f"  warning: step {trainer.step}: {warning}", flush=True)
+            for warning in warnings if process.is_main_process and not reason else []:
+                print(f"  warning: step {trainer.step}: {warning}", flush=True)
             progress.on_log(None, state, None, logs=numbers)
+            if reason:
+                raise UserError(_unhealthy(ctx, trainer.step, reason))
             progress.on_step_end(None, state, None)
             trainer.actors.act_as(POLICY)
             snapshots.on_step_end(None, state, None)
-            asked = any_process(stop.asked)
+            stopped = any_process(stop.requested)
             due = settings.save_steps and trainer.step % settings.save_steps == 0
-            if due or asked or trainer.step == settings.steps:
+            if due or stopped or trainer.step == settings.steps:
                 save(trainer, ctx)  # the last one too: what is measured after training may be interrupted
-            if asked:
-                progress.on_train_end(None, state, None)
+            if stopped:
                 raise Interrupted(f"stopped at step {trainer.step} of {settings.steps}")
-    progress.on_train_end(None, state, None)
     done = {"steps": trainer.step, "episodes": trainer.step * settings.batch_size, "train_seconds": round(seconds, 1)}
-    return {**done, "rows_at_once": halved[-1]} if halved else done
+    return {**done, "rows_at_once": sizes[-1]} if sizes else done
 
 
 def save(trainer: PPOTrainer, ctx: Context) -> None:
     """A checkpoint that counts only once it is whole; the ones before it go."""
-    everyone = PartialState()
-    if everyone.is_main_process:
+    process = PartialState()
+    if process.is_main_process:
         folder = ctx.out.checkpoints / f"checkpoint-{trainer.step}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         checkpoints.save(trainer, folder)
         mark_checkpoint(folder, ctx.fingerprint)
-        keep_newest(folder, trainer.settings.save_total_limit or KEPT)
-    everyone.wait_for_everyone()
+        keep_newest(folder, trainer.settings.save_total_limit or CHECKPOINTS_KEPT)
+    process.wait_for_everyone()
 
 
-def judge_end(trainer: PPOTrainer, ctx: Context, answers: held_out.Rewarded) -> dict[str, Any]:
+def judge_end(trainer: PPOTrainer, ctx: Context, answers: held_out.Answers) -> dict[str, Any]:
     """The last update is seen by no rollout. The held-out answers are its judge; where there are none, as many answers
     to training prompts as a rollout has. A stage that is only measured again has been judged."""
     if ctx.trained:
         return {}
     prompts = trainer.rows[: max(1, trainer.settings.batch_size // held_out.ANSWERS)]
-    answered = answers if answers.scores else held_out.ask(trainer, prompts)
-    kl, limit = sum(answered.kl) / len(answered.kl), trainer.settings.kl_stop
+    kl, limit = held_out.numbers(answers or held_out.ask(trainer, prompts))["kl"], trainer.settings.kl_stop
     if not kl <= limit:
         reason = f"answers by the finished policy are {kl:.1f} nats from the reference (kl_stop {limit:g})"
         raise UserError(_unhealthy(ctx, trainer.step + 1, reason))
@@ -213,8 +202,8 @@ def judge_end(trainer: PPOTrainer, ctx: Context, answers: held_out.Rewarded) -> 
 
 def _unhealthy(ctx: Context, step: int, reason: str) -> str:
     # What is wrong in a step's answers was done by the update before it, which the newest checkpoint may hold.
-    numbers = [int(folder.name.rsplit("-", 1)[1]) for folder in ctx.out.checkpoints.glob("checkpoint-*[0-9]")]
-    good = max((number for number in numbers if number < step - 1), default=min(numbers, default=0))
+    steps = [step_of(folder) for folder in ctx.out.checkpoints.glob("checkpoint-*[0-9]")]
+    good = max((number for number in steps if number < step - 1), default=min(steps, default=0))
     kept = ctx.out.checkpoints / f"checkpoint-{good}"
     where = f"The policy as it was at step {good} is in {kept / 'adapter'}." if good else "No checkpoint was written."
     where += " A changed setting or reward starts anew and removes it: copy it away first."

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
 
 from pipeline.models.out_of_memory import try_twice
-from pipeline.ppo.actors import Role
+from pipeline.ppo.actors import Actors, Role
 from pipeline.ppo.algorithm import LossScale
-
-if TYPE_CHECKING:
-    from pipeline.ppo.actors import Actors
-    from pipeline.ppo.settings import PPOSettings
+from pipeline.ppo.settings import PPOSettings
 
 Optimizers = dict[Role, torch.optim.AdamW]
 AT_ONCE = 1 << 24
-"""Numbers that travel between processes in one go; memory is taken for as many beside the gradients."""
+"""Numbers that travel between processes in one go; as many take memory beside the gradients."""
 
 
 def make_optimizers(actors: Actors, settings: PPOSettings) -> Optimizers:
@@ -34,11 +30,11 @@ def make_optimizers(actors: Actors, settings: PPOSettings) -> Optimizers:
             weight_decay=settings.weight_decay,
             fused=actors.device.type == "cuda" or None,
         )
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                step = torch.zeros((), dtype=torch.float32, device=weight.device if group["fused"] else "cpu")
-                moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[weight] = {"step": step, **moments}
+        (group,) = optimizer.param_groups
+        for weight in group["params"]:
+            step = torch.zeros((), dtype=torch.float32, device=weight.device if group["fused"] else "cpu")
+            moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[weight] = {"step": step, **moments}
         optimizers[role] = optimizer
     return optimizers
 
@@ -54,6 +50,7 @@ def take_step(
     """Add up the processes' gradients, clip them and move the weights; where a gradient is not finite, no weight moves.
     Leaves no gradient; gives learning rate, norms, and what became of the scale. `finite`: whether the loss was.
     """
+    used_scale = scale.value
     weights = trained_weights(optimizers)
     for weight in weights:
         if weight.grad is None:
@@ -62,7 +59,7 @@ def take_step(
         _add_up([weight.grad for weight in weights if weight.grad is not None])
     if scale.moves:
         for weight in weights:
-            weight.grad.div_(scale.value)  # type: ignore[union-attr]
+            weight.grad.div_(used_scale)  # type: ignore[union-attr]
     norms = {
         role: torch.nn.utils.clip_grad_norm_(trained_weights({role: optimizer}), settings.max_grad_norm).item()
         for role, optimizer in optimizers.items()
@@ -73,21 +70,18 @@ def take_step(
         rates["value"] = settings.value_learning_rate
     factor = settings.learning_rate_factor(step)
     for role, optimizer in optimizers.items():
-        for group in optimizer.param_groups:
-            group["lr"] = rates[role] * factor
+        optimizer.param_groups[0]["lr"] = rates[role] * factor
         if fit:
             try_twice(optimizer.step)
         optimizer.zero_grad(set_to_none=True)
-    numbers = {"learning_rate": rates["policy"] * factor}
-    if scale.moves:
-        numbers["loss_scale"] = scale.value
     # All processes have the same gradients by now, so they all skip and move the scale alike.
     skipped = finite and scale.overflowed(fit)
+    numbers = {"learning_rate": rates["policy"] * factor}
     if scale.moves:
-        numbers["skipped_updates"] = float(skipped)
-    if skipped:
-        return numbers
-    return numbers | {"grad_norm": norms["policy"], "value_grad_norm": norms["value"]}
+        numbers |= {"loss_scale": used_scale, "skipped_updates": float(skipped)}
+    if not skipped:
+        numbers |= {"grad_norm": norms["policy"], "value_grad_norm": norms["value"]}
+    return numbers
 
 
 def _add_up(gradients: list[torch.Tensor]) -> None:

@@ -10,21 +10,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.data import render
+from pipeline.data.contracts import Row
 from pipeline.data.tokens import without_marks
 from pipeline.errors import UserError
 from pipeline.models import processes
 from pipeline.ppo import algorithm
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from pipeline.data.contracts import Row
-    from pipeline.ppo.actors import Actors
+from pipeline.ppo.actors import Actors
 
 LARGEST = 1e30
 """Bound of what a function may return: the variance of scores beyond it is no number any more."""
@@ -48,7 +45,7 @@ def adapter_name(stage: str) -> str:
 
 
 def source(name: str, weight: float, truth: bool = False) -> Source:
-    """From a recipe's word: a stage's name, or `path.py:function`."""
+    """From what a recipe names: a stage, or `path.py:function`."""
     if ".py:" in name:
         return Source(name, weight, function=function(name), truth=truth)
     return Source(name, weight, adapter=adapter_name(name))
@@ -69,10 +66,10 @@ def function(reference: str) -> Callable[..., Any]:
         raise UserError(f"reward: {file} fails when it is imported: {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
-    found = getattr(module, name, None)
-    if not callable(found):
+    function: Callable[..., Any] | None = getattr(module, name, None)
+    if not callable(function):
         raise UserError(f"reward: {reference}: {file} defines no function '{name}'")
-    return found  # type: ignore[no-any-return]
+    return function
 
 
 def scores(
@@ -88,18 +85,18 @@ def scores(
     A reward model reads prompt and answer rendered anew as a whole conversation, as it did in training: what follows an
     answer's end-of-turn token in the template was never sampled.
     """
-    found = {}
+    by_source = {}
     for source in sources:
         if source.adapter is not None:
             sequences = [_conversation(tokenizer, row, text) for row, text in zip(rows, answers, strict=True)]
-            found[source.name] = actors.scores(source.adapter, sequences, at_once)
+            by_source[source.name] = actors.scores(source.adapter, sequences, at_once)
         else:
-            found[source.name] = _called(source, rows, answers)
-    return found
+            by_source[source.name] = _call(source, rows, answers)
+    return by_source
 
 
 def total(sources: list[Source], scores: dict[str, list[float]]) -> list[float]:
-    """What each answer is paid: the weighted sum of its scores. A source of weight 0 is measured and not paid."""
+    """The reward of each answer: the weighted sum of its scores. A source of weight 0 is measured and pays nothing."""
     weighted = ([source.weight * value for value in scores[source.name]] for source in sources)
     return [sum(values) for values in zip(*weighted, strict=True)]
 
@@ -112,10 +109,13 @@ class ScoreScale:
     moments_3: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
     """What algorithm.mean_and_std reads; over all processes."""
 
-    def note(self, scores_R: torch.Tensor, step: int) -> None:
-        """Take a step's scores into account; every process calls this."""
+    def normalize(self, scores: list[float], step: int) -> torch.Tensor:
+        """The scores (R,) of a step's R answers, shifted and scaled; every process calls this."""
+        scores_R = torch.tensor(scores, dtype=torch.float64)
         if self.how == "running" or (self.how == "start" and step == 0):
             self.moments_3 += processes.add_up(algorithm.moments(scores_R, torch.ones_like(scores_R)))
+        mean, std = self.mean_and_std()
+        return (scores_R - mean) / std
 
     def mean_and_std(self) -> tuple[float, float]:
         """Where all scores were alike there is no scale to learn, and theirs is kept."""
@@ -126,22 +126,24 @@ class ScoreScale:
 
 
 def _conversation(tokenizer: PreTrainedTokenizerBase, row: Row, text: str) -> list[int]:
-    said = text if isinstance(row["prompt"], str) else without_marks(tokenizer, text)
-    answer: Any = said if isinstance(row["prompt"], str) else [{"role": "assistant", "content": said}]
+    answer: Any = text
+    if not isinstance(row["prompt"], str):
+        answer = [{"role": "assistant", "content": without_marks(tokenizer, text)}]
     return render.conversation(tokenizer, {**row, "answer": answer}, "answer")
 
 
-def _called(source: Source, rows: Sequence[Row], answers: list[str]) -> list[float]:
+def _call(source: Source, rows: Sequence[Row], answers: list[str]) -> list[float]:
     """A function is called as TRL's GRPO calls it: lists by keyword, one for each column of the rows."""
     assert source.function is not None
     rows = copy.deepcopy(rows)  # what it does to its arguments must not reach the data
     columns = {key: [row.get(key) for row in rows] for key in rows[0] if key not in ("prompt", "_place")}
-    told: list[Any] = [
-        text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-        for row, text in zip(rows, answers, strict=True)
+    prompts = [row["prompt"] for row in rows]
+    completions: list[Any] = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, answers, strict=True)
     ]
     try:
-        returned = source.function(prompts=[row["prompt"] for row in rows], completions=told, **columns)
+        returned = source.function(prompts=prompts, completions=completions, **columns)
         values = None if isinstance(returned, str | bytes | dict | set) else list(returned)
     except (Exception, SystemExit) as error:  # the function is the user's program: it can fail in any way
         raise UserError(
@@ -152,20 +154,18 @@ def _called(source: Source, rows: Sequence[Row], answers: list[str]) -> list[flo
         raise UserError(f"the reward function {source.name} returned a {type(returned).__name__}: expected a list")
     if len(values) != len(rows):
         raise UserError(f"the reward function {source.name} returned {len(values)} values for {len(rows)} answers")
+    numbers = []
     for row, text, value in zip(rows, answers, values, strict=True):
         try:
-            number = float(value)
+            numbers.append(float(value))
         except (TypeError, ValueError, OverflowError, RuntimeError):
-            number = math.nan
-        if not abs(number) < LARGEST:
+            numbers.append(math.nan)
+        where = f"{value!r} for the prompt at {row['_place']} with the answer {text[:80]!r}"
+        if not abs(numbers[-1]) < LARGEST:
+            raise UserError(f"the reward function {source.name} returned {where}: expected a number below {LARGEST:g}")
+        if source.truth and numbers[-1] not in (0, 1):
             raise UserError(
-                f"the reward function {source.name} returned {value!r} for the prompt at {row['_place']} with the "
-                f"answer {text[:80]!r}: expected a number below {LARGEST:g}"
+                f"the reward function {source.name} is declared the truth and returned {where}: truth is 0 or 1. "
+                "Mend the function, or take `truth: true` away from it."
             )
-        if source.truth and number not in (0, 1):
-            raise UserError(
-                f"the reward function {source.name} is declared the truth and returned {value!r} for the prompt at "
-                f"{row['_place']} with the answer {text[:80]!r}: truth is 0 or 1. Mend the function, or take "
-                "`truth: true` away from it."
-            )
-    return [float(value) for value in values]
+    return numbers

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from pipeline.models import processes
 from pipeline.models.sampling import Episode
@@ -13,35 +14,32 @@ from pipeline.ppo.actors import POLICY, REFERENCE, Actors
 from pipeline.ppo.batch import Advantaged, Pack, Scored, pack_episodes, run_forward
 from pipeline.ppo.settings import PPOSettings
 
-Tensor = torch.Tensor
-
 
 @torch.no_grad()
 def score(
     actors: Actors, episodes: list[Episode], scores_R: Tensor, pack_size: int, settings: PPOSettings
 ) -> list[Scored]:
-    """The R episodes of a rollout in packs, scored by one adapter after the other. `scores_R`: what each is paid.
+    """The R episodes of a rollout in packs, with what each adapter says of them. `scores_R`: what each is paid.
 
     Where a batch is one minibatch, its first update is still made by the policy that wrote the answers: the ratio
     is one by construction, and the pass that is differentiated gives the log-probabilities for the updates after
     it. For the KL penalty and the advantages the sampler's own figures will do, and a forward pass is saved.
     """
     trunk = actors.value_adapter == POLICY
-    packs = pack_episodes(episodes, pack_size, actors.pad_id, actors.device)
-    references = [run_forward(lambda part: [actors.policy(part, REFERENCE)[0]], pack)[0] for pack in packs]
-    if settings.one_minibatch:
-        sampled = [[e.logp for e in episodes], *([[e.values for e in episodes]] if trunk else [])]
-        policies = [[pack.lay_out_lists(figures) for figures in sampled] for pack in packs]
-    else:
-        policies = [run_forward(lambda part: as_updates_see(actors, part), pack) for pack in packs]
-    values = [
-        policy[1] if trunk else run_forward(lambda part: [actors.values(part)], pack)[0]
-        for pack, policy in zip(packs, policies, strict=True)
-    ]
-    return [
-        Scored(pack, scores_R[pack.rows].float().to(actors.device), policy[0], ref_logp_BG, values_BG)
-        for pack, policy, ref_logp_BG, values_BG in zip(packs, policies, references, values, strict=True)
-    ]
+    scored = []
+    for pack in pack_episodes(episodes, pack_size, actors.pad_id, actors.device):
+        (ref_logp_BG,) = run_forward(lambda part: [actors.policy(part, REFERENCE)[0]], pack)
+        if settings.one_minibatch:
+            sampled = [[e.logp for e in episodes], *([[e.values for e in episodes]] if trunk else [])]
+            tensors = [pack.lay_out_lists(figures) for figures in sampled]
+        else:
+            tensors = run_forward(lambda part: as_updates_see(actors, part), pack)
+        if not trunk:
+            tensors += run_forward(lambda part: [actors.values(part)], pack)
+        logp_BG, values_BG = tensors
+        scores_B = scores_R[pack.rows].float().to(actors.device)
+        scored.append(Scored(pack, scores_B, logp_BG, ref_logp_BG, values_BG))
+    return scored
 
 
 def as_updates_see(actors: Actors, pack: Pack) -> list[Tensor]:

@@ -8,13 +8,17 @@ Sources: [S] arXiv 1707.06347 (PPO), [Z] arXiv 1909.08593 (Ziegler et al.), [I] 
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+CHECKPOINTS_KEPT = 2
+"""Unless save_total_limit says otherwise: the newest may hold an update that only the next rollout shows to be bad."""
+
 
 class PPOSettings(BaseModel):
-    """Raises ValidationError naming the word whose value makes no sense."""
+    """Raises ValidationError naming the argument whose value makes no sense."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -145,8 +149,6 @@ class PPOSettings(BaseModel):
 
     def learning_rate_factor(self, step: int) -> float:
         """The share of learning_rate at a step counted from 0: warm-up, then decay."""
-        import math
-
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * self.steps
         if step < warmup:
             return (step + 1) / (warmup + 1)

@@ -6,40 +6,38 @@ from the step's number. A run that goes on from a checkpoint therefore needs no 
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import math
 import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Literal
+from functools import lru_cache, partial
+from typing import Literal
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.data import render
+from pipeline.data.contracts import Row
 from pipeline.data.tokens import stop_ids
 from pipeline.errors import UserError
 from pipeline.models import processes
-from pipeline.models.out_of_memory import CHECKPOINT, EPISODE, WhenSplit, gradients_aside, run_in_parts
-from pipeline.models.sampling import Episode
+from pipeline.models.forward import plain_layers
+from pipeline.models.out_of_memory import CHECKPOINT, EPISODE, ROLLOUT, WhenSplit, gradients_aside, run_in_parts
+from pipeline.models.sampling import Episode, sample
 from pipeline.ppo import algorithm as maths
 from pipeline.ppo import rewards
 from pipeline.ppo.actors import POLICY, Actors
 from pipeline.ppo.batch import Advantaged, Rollout, Scored, pack_episodes
 from pipeline.ppo.health import Health
 from pipeline.ppo.optimizer import make_optimizers, take_step, trained_weights
-from pipeline.ppo.rollout import place_of, roll_out
 from pipeline.ppo.scoring import score, take_advantages
 from pipeline.ppo.settings import PPOSettings
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from pipeline.data.contracts import Row
-
-Tensor = torch.Tensor
 Numbers = dict[str, float]
 WHOLE_AGAIN = 20
 """Steps after which what memory did not hold is tried at its full size again: other programs come and go."""
@@ -68,8 +66,7 @@ class PPOTrainer:
         self.health = Health(settings.kl_stop)
         self.scale = maths.LossScale(actors.model.get_input_embeddings().weight.dtype is torch.float16)
         self.score_scale = rewards.ScoreScale(settings.normalize_reward)
-        self.tokens = 0
-        self.step = 0
+        self.step = self.tokens = 0
         self.at_once: dict[Literal["sampled", "learnt"], int] = {}
         """Episodes of a rollout's and of an update's pass, once more have been found too many for memory."""
         self.split_at = 0
@@ -100,15 +97,15 @@ class PPOTrainer:
             rolled_out = time.monotonic()
             # 2. what the answers are worth; log-probabilities of policy and reference, values of the critic
             by_source = self.ask_sources(rollout)
-            paid = rewards.total(self.sources, by_source)
-            scored = self.score(rollout.episodes, paid)
+            totals = rewards.total(self.sources, by_source)
+            scored = self.score(rollout.episodes, totals)
             # 3. per-token rewards, advantages
             batch, numbers = take_advantages(scored, self.settings, self.kl.coef)
             scored_at = time.monotonic()
             # 4. the updates
             numbers |= self.update(batch)
             # 5. steer, count, judge
-            numbers |= self._account(rollout, by_source, paid)
+            numbers |= self._account(rollout, by_source, totals)
             self.kl.update(numbers["kl"], self.settings.batch_size)
             self.step += 1
             numbers |= {
@@ -119,44 +116,56 @@ class PPOTrainer:
             yield numbers
 
     def rollout(self, step: int) -> Rollout:
-        """This process's share of a step's prompts, answered by the policy."""
+        """This process's share of a step's prompts, answered by the policy. All prompts stand in an endless row of
+        shuffled epochs, from which each step takes the next."""
         count = self.settings.batch_size // self.processes
         first = step * self.settings.batch_size + self.rank * count
-        rows = [self.rows[place_of(len(self.rows), self.seed, place)] for place in range(first, first + count)]
+        places = (divmod(place, len(self.rows)) for place in range(first, first + count))
+        rows = [self.rows[_shuffled(len(self.rows), self.seed, epoch)[index]] for epoch, index in places]
         return self.answer(rows, f"{step}/{self.rank}")
 
+    @torch.no_grad()
     def answer(self, rows: Sequence[Row], name: str) -> Rollout:
         """An answer to each row's prompt by the policy as it stands; equal under an equal name of the draw. No more are
         sampled at once than in training."""
-        settings = self.settings
+        settings, actors = self.settings, self.actors
         at_once = self.at_once.get("sampled") or settings.rollout_batch_size or settings.batch_size // self.processes
-        draw = f"{self.seed}/answers/{name}"
-        return roll_out(
-            self.actors, self.tokenizer, rows, settings,
-            draw=draw, stops=self.stops, at_once=at_once, when_split=partial(self._take_fewer, "sampled"),
-        )  # fmt: skip
+        actors.act_as(POLICY)
+        actors.model.eval()
+        draw = random.Random(f"{self.seed}/answers/{name}").getrandbits(63)
+        with plain_layers(actors.model, fold_adapter=True) if settings.dequantize_rollout else contextlib.nullcontext():
+            episodes = sample(
+                actors,
+                [render.prompt(self.tokenizer, row) for row in rows],
+                new_tokens=settings.response_length,
+                temperature=settings.temperature,
+                stops=self.stops,
+                generator=torch.Generator(actors.device).manual_seed(draw),
+                at_once=at_once,
+                critic=actors.state_values if actors.value_adapter == POLICY else None,
+                advice=ROLLOUT,
+                when_split=partial(self._take_fewer, "sampled"),
+            )
+        answers = [episode.answer_ids[:-1] if episode.ended else episode.answer_ids for episode in episodes]
+        texts = [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
+        return Rollout(rows, episodes, texts)
 
     def ask_sources(self, rollout: Rollout) -> dict[str, list[float]]:
         """What every source of reward says of each answer, by the source's name."""
         return rewards.scores(self.sources, self.actors, self.tokenizer, rollout.rows, rollout.texts, self.forward_size)
 
-    def normalize(self, paid: list[float], episodes: list[Episode]) -> Tensor:
-        """Scores (R,) of a rollout's R episodes: normalised, bounded, less what a cut answer costs."""
-        scores_R = torch.tensor(paid, dtype=torch.float64)
-        self.score_scale.note(scores_R, self.step)
-        mean, std = self.score_scale.mean_and_std()
-        scores_R = (scores_R - mean) / std
-        if self.settings.reward_clip is not None:
-            scores_R = scores_R.clamp(-self.settings.reward_clip, self.settings.reward_clip)
-        cut_R = torch.tensor([not episode.ended for episode in episodes])
-        return scores_R - self.settings.missing_eos_penalty * cut_R
-
-    def score(self, episodes: list[Episode], paid: list[float]) -> list[Scored]:
-        """The episodes in packs, with what they are paid and what every adapter says of them."""
-        scores_R = self.normalize(paid, episodes)
-        if self.step == 0:
-            self._start_critic()
-        return score(self.actors, episodes, scores_R, self.pack_size, self.settings)
+    def score(self, episodes: list[Episode], totals: list[float]) -> list[Scored]:
+        """The episodes in packs, with what they are paid and what every adapter says of them. `totals`: what the
+        sources say; normalised, bounded, and less what a cut answer costs, it is what they are paid."""
+        settings = self.settings
+        scores_R = self.score_scale.normalize(totals, self.step)
+        if settings.reward_clip is not None:
+            scores_R = scores_R.clamp(-settings.reward_clip, settings.reward_clip)
+        scores_R -= settings.missing_eos_penalty * torch.tensor([not episode.ended for episode in episodes])
+        model = next((source for source in self.sources if source.adapter is not None), None)
+        if self.step == 0 and model and model.adapter and self.actors.value_adapter != POLICY:
+            self.actors.start_values_from(model.adapter, *self.score_scale.mean_and_std(), model.weight)
+        return score(self.actors, episodes, scores_R, self.pack_size, settings)
 
     def update(self, batch: list[Advantaged]) -> Numbers:
         """All epochs over a batch, a minibatch of whole packs at a time."""
@@ -183,16 +192,9 @@ class PPOTrainer:
         wrote the answers has a probability for each token."""
         tokens = processes.add_up(sum(len(one.pack.token_N) for one in batch)).item()
         sums, logps = self.run_backward(batch, tokens)
-        policy_loss, value_loss, clipped, moved, entropy, ratio = processes.add_up(sums.cpu()).tolist()
-        numbers = {
-            "loss": policy_loss + self.settings.vf_coef * value_loss,
-            "policy_loss": policy_loss,
-            "value_loss": value_loss,
-            "clip_fraction": clipped,
-            "update_kl": moved,
-            "entropy": entropy,
-            "ratio": ratio,
-        }
+        names = ("policy_loss", "value_loss", "clip_fraction", "update_kl", "entropy", "ratio")
+        shares = dict(zip(names, processes.add_up(sums.cpu()).tolist(), strict=True))
+        numbers = {"loss": shares["policy_loss"] + self.settings.vf_coef * shares["value_loss"], **shares}
         numbers |= take_step(self.optimizers, self.scale, self.settings, self.step, math.isfinite(numbers["loss"]))
         learnt = [
             replace(one, old_logp_BG=logp_BG) if one.old_logp_BG is None else one
@@ -232,24 +234,18 @@ class PPOTrainer:
         log-probabilities (B, G)."""
         settings, actors, mask_BG = self.settings, self.actors, batch.pack.mask_BG
         weights_BG = maths.weights(mask_BG, settings.loss_normalization, tokens, settings.mini)
-
-        def value_loss_of(values_BG: Tensor) -> Tensor:
-            old = (batch.old_values_BG, batch.returns_BG)
-            return maths.value_loss(values_BG, *old, weights_BG, settings.cliprange_value)
-
-        # forward and backward under the policy's adapter
         logp_BG, entropy_BG, values_BG = actors.policy(batch.pack)
         now_BG = logp_BG.detach()
         old_BG = now_BG if batch.old_logp_BG is None else batch.old_logp_BG
         policy_loss, ratio_BG = maths.policy_loss(logp_BG, old_BG, batch.advantages_BG, weights_BG, settings.cliprange)
-        if values_BG is None:
+        not_yet_back: Tensor | float = policy_loss
+        if values_BG is None:  # the policy's way back runs under its own adapter, the critic's under its own
             torch.autograd.backward(self.scale.value * policy_loss)
-            # and under the critic's
-            value_loss = value_loss_of(actors.values(batch.pack))
-            torch.autograd.backward(self.scale.value * settings.vf_coef * value_loss)
-        else:
-            value_loss = value_loss_of(values_BG)
-            torch.autograd.backward(self.scale.value * (policy_loss + settings.vf_coef * value_loss))
+            values_BG, not_yet_back = actors.values(batch.pack), 0.0
+        value_loss = maths.value_loss(
+            values_BG, batch.old_values_BG, batch.returns_BG, weights_BG, settings.cliprange_value
+        )
+        torch.autograd.backward(self.scale.value * (not_yet_back + settings.vf_coef * value_loss))
         with torch.no_grad():
             clipped_BG = ((ratio_BG - 1).abs() > settings.cliprange) * mask_BG
             moved_BG = maths.kl_per_token(old_BG, now_BG, "k3") * mask_BG
@@ -269,9 +265,9 @@ class PPOTrainer:
         for weight in trained_weights(self.optimizers):
             weight.grad = None
 
-    def _account(self, rollout: Rollout, by_source: dict[str, list[float]], paid: list[float]) -> Numbers:
+    def _account(self, rollout: Rollout, by_source: dict[str, list[float]], totals: list[float]) -> Numbers:
         self.tokens += sum(len(episode) for episode in rollout.episodes)
-        scores_R = torch.tensor(paid, dtype=torch.float64)
+        scores_R = torch.tensor(totals, dtype=torch.float64)
         mean, std = maths.mean_and_std(processes.add_up(maths.moments(scores_R, torch.ones_like(scores_R))))
         ended, empty = sum(e.ended for e in rollout.episodes), sum(not text for text in rollout.texts)
         sums = processes.add_up([ended, empty, *map(sum, by_source.values())]) / self.settings.batch_size
@@ -286,11 +282,10 @@ class PPOTrainer:
             **(scores if len(scores) > 1 else {}),
         }
 
-    def _start_critic(self) -> None:
-        model = next((source for source in self.sources if source.adapter is not None), None)
-        if model is None or model.adapter is None or self.actors.value_adapter == POLICY:
-            return
-        self.actors.start_values_from(model.adapter, *self.score_scale.mean_and_std(), model.weight)
+
+@lru_cache(maxsize=2)
+def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    return random.Random(f"{seed}/prompts/{epoch}").sample(range(count), count)
 
 
 def _means(totals: dict[str, list[float]]) -> Numbers:

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.disk.atomic import write_json
 from pipeline.errors import UserError
+from pipeline.plan.sizes import SHARD_BYTES
 from pipeline.publish import adapter
 from pipeline.publish.sealed import Sealed
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-
-SHARD_BYTES = 2 << 30
 
 
 def write(sealed: Sealed, folder: Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:

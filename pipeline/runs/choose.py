@@ -26,10 +26,10 @@ def choose_section(recipe: Recipe, stage: str, runs: Path, fingerprint: str, pro
     from accelerate.utils import broadcast_object_list
 
     section = recipe.stages[stage]
-    if not auto.asked(section):
+    if not auto.find_autos(section):
         return section
     chosen = _choose(recipe, stage, runs, fingerprint) if processes.is_main_process else {}
-    return auto.taken(section, broadcast_object_list([chosen])[0])
+    return auto.fill_in(section, broadcast_object_list([chosen])[0])
 
 
 def _choose(recipe: Recipe, stage: str, runs: Path, fingerprint: str) -> Json:
@@ -39,7 +39,7 @@ def _choose(recipe: Recipe, stage: str, runs: Path, fingerprint: str) -> Json:
         kind, spec, card = recipe.kind(stage), recipe.spec.model, _this_machine()
         lengths = lengths_of(section, kind.contract, recipe.spec.seed)
         model = planned_model(spec, read_shapes(spec))
-        chosen = auto.choices(kind, section, model, spec, lengths, card)
+        chosen = auto.choose(kind, section, model, spec, lengths, card)
         noted = {"fingerprint": fingerprint, "for": f"{card.name}, {card.memory / 2**30:.3g} GiB", "chosen": chosen}
         write_json(file, noted)
         resolved = runs / recipe.name / "recipe.yaml"
@@ -57,5 +57,5 @@ def _this_machine() -> Card:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         # what is not free is held by others, and by the context that this process has just opened
-        return cards.named(torch.cuda.get_device_name(), min(total, free + CONTEXT), usable=1.0)
+        return cards.describe_card(torch.cuda.get_device_name(), min(total, free + CONTEXT), usable=1.0)
     return cards.half_of_ram()

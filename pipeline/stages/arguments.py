@@ -18,6 +18,7 @@ from typing import Any, TypeGuard
 from pydantic import BaseModel
 
 from pipeline.errors import complaint, suggest
+from pipeline.plan.auto import AUTO, AUTO_ARGUMENTS, BATCH
 
 ConfigClass = str | type[BaseModel]
 """A class of TRL's or PEFT's by its name, or one of ours."""
@@ -58,9 +59,6 @@ NUMBERS: dict[str, tuple[type, float]] = {
     "save_steps": (float, 0), "save_total_limit": (int, 1), "beta": (float, 0), "r": (int, 1),
     "lora_alpha": (float, 0), "lora_dropout": (float, 0),
 }  # fmt: skip
-AUTO = "auto"
-AUTO_WORDS = ("per_device_train_batch_size", "activation_checkpointing", "max_length")
-"""Words whose value may be left to the planner (pipeline/plan/auto.py)."""
 WHY_NOT = {word: why for why, listed in OUR_WORDS.items() for word in listed}
 
 
@@ -95,7 +93,7 @@ def check_words(given: dict[str, Any], known: Collection[str], *place: str) -> N
             raise complaint(f"unknown key{suggest(word, known)}", *place, word)
         if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", value):
             raise complaint(f"is the text {value!r}; write the number without quotes", *place, word)
-        if value == AUTO and word in AUTO_WORDS:
+        if value == AUTO and word in AUTO_ARGUMENTS:
             continue
         if word in NUMBERS and not _in_range(value, *NUMBERS[word]):
             kind, least = NUMBERS[word]
@@ -108,10 +106,10 @@ def check_train(given: dict[str, Any], config: ConfigClass) -> None:
     check_words(given, words(config))
     if isinstance(config, type):
         config(**without_auto(given))
-    elif given.get(AUTO_WORDS[0]) == AUTO and not isinstance(given.get("gradient_accumulation_steps"), int):
+    elif given.get(BATCH) == AUTO and not isinstance(given.get("gradient_accumulation_steps"), int):
         raise complaint(
             "is auto; gradient_accumulation_steps then says the rows of an optimizer step: give it, say 16",
-            AUTO_WORDS[0],
+            BATCH,
         )
 
 

@@ -12,7 +12,7 @@ from pipeline.data import render
 from pipeline.data.contracts import PROMPT_ONLY, Row
 from pipeline.errors import complaint, suggest
 from pipeline.measure.metric import QUESTION_ACCURACY, Metric
-from pipeline.ppo.settings import PPOSettings
+from pipeline.ppo.settings import CHECKPOINTS_KEPT, PPOSettings
 from pipeline.stages.arguments import defines, without_auto
 from pipeline.stages.stage import Context, PolicySpec, Result, RewardTerm, Stage
 
@@ -142,7 +142,7 @@ def run(spec: PPOSpec, ctx: Context) -> Result:
 STAGE = Stage(
     section=PPOSpec,
     contract=PROMPT_ONLY,
-    checkpoints=2,  # the newest may hold an update that only the next rollout shows to be bad
+    checkpoints=CHECKPOINTS_KEPT,
     raises="reward",
     headlines=(Metric("reward", "reward of held-out answers"), QUESTION_ACCURACY),
     numbers=(

@@ -17,7 +17,7 @@ from pipeline.disk.manifest import Table
 from pipeline.measure.metric import Metric
 from pipeline.models.spec import ModelSpec
 from pipeline.ppo.settings import PPOSettings
-from pipeline.stages.arguments import ConfigClass, check_train
+from pipeline.stages.arguments import ConfigClass, check_train, defaults
 
 
 class RewardTerm(BaseModel):
@@ -161,6 +161,10 @@ class Stage:
     @property
     def config_class(self) -> ConfigClass:
         return self.section.config_class
+
+    def arguments(self, section: StageSpec) -> dict[str, Any]:
+        """The trainer's arguments: what the section says, then what this stage takes otherwise, then the defaults."""
+        return {**defaults(self.config_class), **self.house, **section.train}
 
 
 @dataclass(frozen=True)

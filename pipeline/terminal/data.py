@@ -15,8 +15,9 @@ from pipeline.data.contracts import Row
 from pipeline.data.examine import Section, attempt
 from pipeline.data.tokens import Unrenderable, special_ids, stop_ids
 from pipeline.errors import UserError
+from pipeline.plan.auto import AUTO
 from pipeline.recipe.recipe import Recipe
-from pipeline.stages.arguments import AUTO, defaults
+from pipeline.stages.arguments import defaults
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -68,14 +68,14 @@ def show_needs(recipe: Recipe, card: Card | None, console: Console) -> Shapes:
     shapes = read_shapes(spec)
     model = planned_model(spec, shapes)
     planned = {}
-    if card is None and any(auto.asked(section) for section in recipe.stages.values()):
+    if card is None and any(auto.find_autos(section) for section in recipe.stages.values()):
         card = cards.half_of_ram()  # as `onebase run` takes it
         console.print("\nno GPU here: auto is planned as it would be chosen on this machine; --gpu names a card")
     for name in recipe.order():
         kind, section = recipe.kind(name), recipe.stages[name]
         lengths = lengths_of(section, kind.contract, recipe.spec.seed)
         if card:
-            section = auto.resolved(kind, section, model, spec, lengths, card)
+            section = auto.resolve(kind, section, model, spec, lengths, card)
         planned[name] = plan_stage(kind, section, model, spec, lengths, card)
     half = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[spec.dtype]
     console.print()

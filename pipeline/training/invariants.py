@@ -6,37 +6,32 @@ import hashlib
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.render import Encoded
 from pipeline.data.tokens import stop_ids
 from pipeline.disk import versions
 from pipeline.errors import BrokenInvariant
 from pipeline.measure import scoring
-from pipeline.models import adapters
+from pipeline.models import adapters, processes
 from pipeline.models.base import computing, frozen_digest
 from pipeline.models.out_of_memory import ROW, run_in_parts
-from pipeline.stages.stage import Context
 from pipeline.training import micro_batches
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase, Trainer
-
     from pipeline.stages.stage import Context
 
 Found = dict[str, Any]
 RELOAD_TOLERANCE = 1e-5
 STEP_0_TOLERANCE = 1e-4
-TAKEN_TOLERANCE = 0.02
+PRECOMPUTED_TOLERANCE = 0.02
 """Nats a token by which a reference's log-probabilities may differ in a batch of another padding, in half precision."""
 
 
@@ -86,10 +81,10 @@ def only_adapter_trains(model: PeftModel, head: bool = False) -> Found:
     rounded = [name for name, weight in weights.items() if weight.dtype is not torch.float32]
     headless = head and not any(adapters.HEAD in name for name in weights)
     if strangers or rounded or headless or not weights:
-        found = f"{strangers[:2]} trainable beside it, {rounded[:2]} not in float32"
+        faults = f"{strangers[:2]} trainable beside it, {rounded[:2]} not in float32"
         raise BrokenInvariant(
             "exactly the adapter 'default' to be trainable" + (", with its score head" if head else ""),
-            "no score head" if headless else "nothing trainable" if not weights else found,
+            "no score head" if headless else "nothing trainable" if not weights else faults,
             "modules_to_save in model.lora, or a library that changed what it makes trainable",
         )
     return {"trainable_parameters": sum(weight.numel() for weight in weights.values()), "trainable_dtype": "float32"}
@@ -109,18 +104,19 @@ def ends_are_learnt(sequences: Sequence[Encoded], counts: Found, tokenizer: PreT
     return {"rows_with_supervised_end": ends, "rows_not_cut": whole}
 
 
-def reference_is_the_start(trainer: Trainer) -> Found:
+def reference_is_the_start(trainer: Any) -> Found:
     """Before the first step policy and reference are one: each answer of the first batch is as likely under both.
 
     Log-ratios (nats, of an answer) say so under every loss. Where the loss is the plain sigmoid it is ln 2 as well.
-    Reference log-probabilities taken beforehand were taken in other batches, so they are equal up to rounding only.
+    Reference log-probabilities computed beforehand come from other batches, so they are equal up to rounding only.
     """
     model = trainer.model.eval()
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     seen = trainer._metrics["eval"]
 
-    def of(pairs: Sequence[int]) -> list[tuple[float, float, float]]:
-        found = []
+    def measure(pairs: Sequence[int]) -> list[tuple[float, float, float]]:
+        """Loss, margin and the largest log-ratio of each pair."""
+        measured = []
         for pair in pairs:
             part = micro_batches.part(batch, pair, pair + 1)
             with torch.no_grad(), computing(model):
@@ -128,18 +124,18 @@ def reference_is_the_start(trainer: Trainer) -> Found:
             rewards = [abs(seen[f"rewards/{side}"][-1]) for side in ("chosen", "rejected")]
             tokens = part["completion_mask"].sum(1).tolist() if trainer.precompute_ref_logps else [1, 1]
             ratios = [reward / (trainer.beta or 1) / n for reward, n in zip(rewards, tokens, strict=True)]
-            found.append((loss, seen["rewards/margins"][-1], math.nan if math.nan in ratios else max(ratios)))
-        return found
+            measured.append((loss, seen["rewards/margins"][-1], math.nan if math.nan in ratios else max(ratios)))
+        return measured
 
     length, pairs = batch["input_ids"].shape[1], range(micro_batches.rows(batch))
-    found = run_in_parts(of, pairs, lambda _: length, ROW)
+    parts = run_in_parts(measure, pairs, lambda _: length, ROW)
     seen.clear()
-    losses, margins, ratios = zip(*itertools.chain.from_iterable(found), strict=True)
+    losses, margins, ratios = zip(*itertools.chain.from_iterable(parts), strict=True)
     loss, margin, ratio = sum(losses) / len(pairs), sum(margins) / len(pairs), max(ratios)
-    taken = trainer.precompute_ref_logps
+    beforehand = trainer.precompute_ref_logps
     plain = trainer.loss_types == ["sigmoid"] and trainer.loss_weights == [1.0]
-    plain = plain and not (taken or trainer.use_weighting or trainer.aux_loss_enabled)
-    tolerance, unit = (TAKEN_TOLERANCE, "a token") if taken else (STEP_0_TOLERANCE, "an answer")
+    plain = plain and not (beforehand or trainer.use_weighting or trainer.aux_loss_enabled)
+    tolerance, unit = (PRECOMPUTED_TOLERANCE, "a token") if beforehand else (STEP_0_TOLERANCE, "an answer")
     if not ratio <= tolerance or (plain and not abs(loss - math.log(2)) <= STEP_0_TOLERANCE):
         raise BrokenInvariant(
             f"every answer as likely under the policy as under its reference before the first DPO step, within "
@@ -209,17 +205,14 @@ def probe(model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[
 
 def processes_agree(trained: dict[str, torch.nn.Parameter]) -> Found:
     """Every process ends with the same bytes in what was trained."""
-    everyone = PartialState()
-    if everyone.num_processes == 1:
+    count = PartialState().num_processes
+    if count == 1:
         return {}
     total = hashlib.sha256()
     for name, weight in sorted(trained.items()):
         total.update(name.encode() + weight.detach().cpu().numpy().tobytes())
-    digests = gather_object([total.hexdigest()])
-    if len(set(digests)) > 1:
+    if len(set(processes.gather(total.hexdigest()))) > 1:
         raise BrokenInvariant(
-            f"one adapter in all {everyone.num_processes} processes",
-            "different ones",
-            "a gradient that was not reduced",
+            f"one adapter in all {count} processes", "different ones", "a gradient that was not reduced"
         )
-    return {"processes": everyone.num_processes, "adapters_equal_on_all_processes": True}
+    return {"processes": count, "adapters_equal_on_all_processes": True}

@@ -10,30 +10,34 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import numpy
 import pyarrow.compute
 import torch
+from datasets import Dataset
 
 from pipeline.errors import UserError
+from pipeline.models.forward import checkpoint_first
 from pipeline.models.out_of_memory import CHECKPOINT, WhenSplit, does_not_fit, gradients_aside, halve, is_out_of_memory
-from pipeline.plan.stage import optimizer_bytes
-from pipeline.training.fitting import checkpoints, longest_that_fits
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
+from pipeline.plan.auto import STEP, find_longest
+from pipeline.plan.memory import Model, Work
+from pipeline.plan.shapes import Adapter, shapes_of
+from pipeline.plan.stage import checkpointed_layers, optimizer_bytes
 
 Batch = dict[str, Any]
+Trainer: Any = object
+"""What a class that goes ahead of one of TRL's trainers inherits from; the trainer comes after it."""
 COMPARES_PAIRS = {"aot", "aot_unpaired"}
 """DPO's losses that sort the pairs of a batch: of a part they are another loss."""
 
 
-class SplitsWhenFull(_Trainer):
-    """For SFTTrainer, RewardTrainer and DPOTrainer, ahead of them in the order of classes."""
+class SplitsWhenFull(Trainer):  # type: ignore[misc]
+    """For SFTTrainer, RewardTrainer and DPOTrainer, ahead of them in the order of classes.
+
+    Also checkpoints activations in the first layers only, where `activation_checkpointing` is a number.
+    """
 
     rows_at_once: int | None = None
     """Rows (pairs, or sequences of a packed batch) of one forward pass, once a batch has been found too large."""
@@ -41,10 +45,12 @@ class SplitsWhenFull(_Trainer):
     """Whether the longest batch is tried before the first step. A CPU does not say that it is full."""
     when_split: WhenSplit = staticmethod(lambda rows, left: None)
     when_tried: Callable[[int], None] = staticmethod(lambda rows: None)
-    """Told the rows that are tried again after `patience`."""
+    """Called with the rows that are tried again after `patience`."""
     patience = 100
     """Steps after which twice as many rows are tried again: what was full may have been so for a moment. Each time that
     they do not fit it is doubled, so that the passes lost are few."""
+    _metrics: Any
+    _total_train_tokens: Any
     _share = 1.0
     _probed = False
     _most, _since, _tried = 0, 0, False
@@ -58,8 +64,6 @@ class SplitsWhenFull(_Trainer):
 
     def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         result = super().compute_loss(model, inputs, *args, **kwargs)
-        if self._share == 1.0:
-            return result
         if isinstance(result, tuple):
             return result[0] * self._share, *result[1:]
         return result * self._share
@@ -70,27 +74,34 @@ class SplitsWhenFull(_Trainer):
         Raises UserError where a batch of this loss cannot be done in parts, or one row does not fit.
         """
         count = rows(inputs)
-        noted = self._metrics, self._total_train_tokens
+        metrics, tokens = self._metrics, self._total_train_tokens
         weights = list(getattr(self, "loss_weights", ()))
         # Of several processes DDP averages what has accumulated by the last micro-batch: it must all be there.
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         alone = self.accelerator.num_processes == 1
 
         def step(size: int) -> torch.Tensor:
-            self._metrics, self._total_train_tokens = copy.deepcopy(noted[0]), noted[1]
+            self._metrics, self._total_train_tokens = copy.deepcopy(metrics), tokens
             losses = []
             try:
                 with gradients_aside(trained) if alone else contextlib.nullcontext():
-                    for some in _parts(inputs, size):
+                    for start in range(0, count, size):
+                        some = part(inputs, start, min(start + size, count))
                         # A sum over tokens, divided by all of the step's, needs no weight; a mean over a part does.
                         self._share = 1.0 if num_items is not None or size == count else _weight(some) / _weight(inputs)
                         if "sft" in getattr(self, "loss_types", ()):
                             self.loss_weights = self._by_tokens(weights, some, inputs)
+                        if self.args.checkpointed_layers:  # TRL's DPO trainer has turned it on for all by then
+                            checkpoint_first(model, self.args.checkpointed_layers)
                         losses.append(super(SplitsWhenFull, self).training_step(model, some, num_items))
                 return torch.stack(losses).sum()
             except RuntimeError as error:
                 if is_out_of_memory(error) and (why := self._why_whole()):
-                    raise UserError(self._cannot_split(size, why)) from error
+                    raise UserError(
+                        f"out of memory with {size} rows at once, which cannot be done in parts: {why}. Halve "
+                        "per_device_train_batch_size and double gradient_accumulation_steps, lower max_length"
+                        + ("." if self._checkpointed(1) else f"{CHECKPOINT}.")
+                    ) from error
                 raise
             finally:
                 self._share = 1.0
@@ -115,7 +126,8 @@ class SplitsWhenFull(_Trainer):
 
     def _by_tokens(self, weights: list[float], some: Batch, whole: Batch) -> list[float]:
         """DPO's weights of its losses for a part: `sft` is a mean over the chosen answers' tokens, not over pairs."""
-        share = _chosen_tokens(some) / _chosen_tokens(whole) / self._share
+        chosen, all_chosen = (int(batch["completion_mask"].chunk(2)[0][:, 1:].sum()) for batch in (some, whole))
+        share = chosen / all_chosen / self._share
         return [
             weight * share if loss == "sft" else weight for loss, weight in zip(self.loss_types, weights, strict=True)
         ]
@@ -124,12 +136,12 @@ class SplitsWhenFull(_Trainer):
         """Try the longest rows as one batch, so that what does not fit is found before the first step."""
         longest = numpy.argsort(lengths(self.train_dataset), kind="stable")[-self.args.per_device_train_batch_size :]
         room = self._room_for_later(model)
-        noted = copy.deepcopy(self._metrics), self._total_train_tokens
+        metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
             self._in_parts(model, self.data_collator([self.train_dataset[int(i)] for i in longest]), None)
         del room
-        self._metrics, self._total_train_tokens = noted
+        self._metrics, self._total_train_tokens = metrics, tokens
         model.zero_grad()
 
     def _room_for_later(self, model: Any) -> list[torch.Tensor]:
@@ -160,17 +172,45 @@ class SplitsWhenFull(_Trainer):
             return "neftune_noise_alpha measures its noise by the length of the packed row"
         return None
 
-    def _cannot_split(self, count: int, why: str) -> str:
-        return (
-            f"out of memory with {count} rows at once, which cannot be done in parts: {why}. Halve "
-            "per_device_train_batch_size and double gradient_accumulation_steps, lower max_length"
-            + ("." if checkpoints(self.args) else f"{CHECKPOINT}.")
-        )
+    def _checkpointed(self, layers: int) -> int:
+        """How many of a model's layers checkpoint their activations."""
+        return self.args.checkpointed_layers or checkpointed_layers(vars(self.args), layers)
 
     def _too_long(self, inputs: Batch) -> str:
         length = inputs["input_ids"].shape[-1]
-        fits = longest_that_fits(self.model, self.args, length, 1 + _pairs(inputs))
-        return does_not_fit(length, f". Lower max_length to {fits}" + ("" if checkpoints(self.args) else CHECKPOINT))
+        fits = self._longest_that_fits(length, 1 + _pairs(inputs)) or max(1, length // 2)
+        return does_not_fit(length, f". Lower max_length to {fits}{'' if self._checkpointed(1) else CHECKPOINT}")
+
+    def _longest_that_fits(self, length: int, sequences: int) -> int | None:
+        """Tokens of one row, of so many sequences and shorter than `length`, that the planner finds room for on this
+        GPU. None where there is no GPU, or the planner does not know the architecture."""
+        model, args = self.model, self.args
+        if not torch.cuda.is_available():
+            return None
+        try:
+            shapes = shapes_of(model.config.get_text_config().to_dict())
+        except UserError:
+            return None
+        lora, attention = model.peft_config["default"], model.config._attn_implementation
+        reference = len(model.peft_config) > 1
+        work = Work(
+            sequences,
+            length,
+            self._checkpointed(shapes.layers),
+            masked="flash" not in attention,
+            eager=attention == "eager",
+            accumulates=args.gradient_accumulation_steps > 1,
+            optimizer_bytes=optimizer_bytes(args.optim),
+            frozen=int(reference),
+            score_head=lora.task_type == "SEQ_CLS",
+            reference=reference,
+            evaluates=False,
+        )
+        width = model.get_input_embeddings().weight.dtype.itemsize
+        planned = Model(shapes, Adapter(lora.r, lora.lora_dropout), getattr(model, "is_loaded_in_4bit", False), width)
+        room = torch.cuda.get_device_properties(model.device).total_memory
+        longest = length - 1
+        return find_longest(planned, lambda tokens: replace(work, length=tokens), longest, min(STEP, longest), room)
 
 
 def _pairs(inputs: Batch) -> bool:
@@ -189,15 +229,6 @@ def rows(inputs: Batch) -> int:
 def _weight(inputs: Batch) -> int:
     """What a batch's mean is over: pairs, or tokens with a label."""
     return rows(inputs) if _pairs(inputs) else int((inputs["labels"][..., 1:] != -100).sum())
-
-
-def _chosen_tokens(inputs: Batch) -> int:
-    return int(inputs["completion_mask"].chunk(2)[0][:, 1:].sum())
-
-
-def _parts(inputs: Batch, size: int) -> list[Batch]:
-    count = rows(inputs)
-    return [part(inputs, start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def part(inputs: Batch, start: int, stop: int) -> Batch:
@@ -232,9 +263,9 @@ def _part_of_packed(inputs: Batch, start: int, stop: int) -> Batch:
     return some
 
 
-def lengths(rows: Dataset) -> numpy.ndarray:
+def lengths(rows: Dataset) -> numpy.ndarray[Any, Any]:
     """Tokens of each row (R,), without reading the tokens: from the column that says so, or where the lists end."""
     if "length" in rows.column_names:
         return numpy.asarray(rows.with_format("numpy")["length"][:])
     ids = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
-    return pyarrow.compute.list_value_length(ids).to_numpy()
+    return numpy.asarray(pyarrow.compute.list_value_length(ids))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
+from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -27,8 +28,6 @@ from pipeline.models.out_of_memory import say_split
 from pipeline.models.processes import any_process
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-
     from pipeline.stages.stage import Context
 
 PARTS = 4
@@ -123,12 +122,14 @@ class Snapshots(TrainerCallback):
                 adapters.save(self.model, folder)
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
 def keep_newest(newest: Path, keep: int) -> None:
     """Remove the checkpoints before `newest`, of which `keep` may stay in all."""
-    older = sorted(
-        (other for other in newest.parent.glob("checkpoint-*") if other != newest),
-        key=lambda other: int(other.name.rsplit("-", 1)[1]),
-    )
+    older = sorted((other for other in newest.parent.glob("checkpoint-*") if other != newest), key=step_of)
     for other in older[: max(0, len(older) + 1 - keep)]:
         shutil.rmtree(other, ignore_errors=True)
 
@@ -137,30 +138,30 @@ class Stop(TrainerCallback):
     """Turns Ctrl-C and SIGTERM into a checkpoint and a clean end; a second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
-        self.asked = False
-        self.asked_at = 0.0
+        self.requested = False
+        self.requested_at = 0.0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:
+    def _request(self, number: int, frame: Any) -> None:
+        if self.requested:
             # A launcher of several processes passes on the signal that they have had already, at once; or SIGTERM.
-            if number == signal.SIGINT and time.monotonic() - self.asked_at > PASSED_ON:
+            if number == signal.SIGINT and time.monotonic() - self.requested_at > PASSED_ON:
                 raise KeyboardInterrupt
             return
-        self.asked, self.asked_at = True, time.monotonic()
+        self.requested, self.requested_at = True, time.monotonic()
         print("  stopping after this step ...", flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if any_process(self.asked):
-            self.asked = control.should_save = control.should_training_stop = True
+        if any_process(self.requested):
+            self.requested = control.should_save = control.should_training_stop = True
 
 
 def note_split(ctx: Context, step: int, rows: int, left: int, later: str = "") -> None:

@@ -14,19 +14,17 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
+from transformers import PreTrainedTokenizerBase
 
+from pipeline.data.contracts import Row
 from pipeline.data.load import NAMED_AT_MOST
 from pipeline.data.render import IGNORED, Encoded, Reply, TooLong, fit, unaskable
 from pipeline.data.shelf import OneByOne
 from pipeline.data.tokens import Unrenderable
 from pipeline.errors import UserError
-from pipeline.stages.stage import Context, StageSpec
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from pipeline.data.contracts import Row
-    from pipeline.stages.stage import Context
+    from pipeline.stages.stage import Context, StageSpec
 
 T = TypeVar("T")
 Refused = list[dict[str, Any]]
@@ -50,7 +48,7 @@ class Tally:
             self.named[what].append(self.refused[-1])
 
 
-Fit = Callable[[Iterator[tuple["Row", T]], Tally], Iterator[T]]
+Fit = Callable[[Iterator[tuple[Row, T]], Tally], Iterator[T]]
 
 
 @dataclass(frozen=True)
@@ -167,13 +165,14 @@ def encode_rows(rows: Sequence[Row], encode: Callable[[Row], T], tally: Tally) -
             yield row, item
     named = tally.named["rows_unrendered"]
     if named and (not tally.skip or not counts["rows"]):
-        told = "\n".join(f"  {entry['place']}: {entry['reason']}" for entry in named)
+        lines = "\n".join(f"  {entry['place']}: {entry['reason']}" for entry in named)
         raise UserError(
-            f"{counts['rows_unrendered']} rows of stage '{tally.stage}' cannot be rendered:\n{told}\n"
+            f"{counts['rows_unrendered']} rows of stage '{tally.stage}' cannot be rendered:\n{lines}\n"
             "Correct them, name another model.chat_template, or set on_bad_row: skip in the stage's data section."
         )
     if named:
-        _say(f"{counts['rows_unrendered']} of {len(rows)} rows cannot be rendered: left out, from {named[0]['place']}")
+        what = f"{counts['rows_unrendered']} of {len(rows)} rows cannot be rendered"
+        print(f"  {what}: left out, from {named[0]['place']}", flush=True)
 
 
 def keep_whole(encoded: Iterator[tuple[Row, Encoded]], tally: Tally) -> Iterator[Encoded]:
@@ -221,11 +220,12 @@ def fit_texts(
             "Raise it in the stage's train section, or set data.too_long: keep_end"
         )
     if first_cut:
-        _say(f"{counts['rows_cut']} of {rows} rows cut to max_length {max_length}, first {first_cut}")
+        print(f"  {counts['rows_cut']} of {rows} rows cut to max_length {max_length}, first {first_cut}", flush=True)
     if counts["rows_too_long"]:
-        _say(
-            f"{counts['rows_too_long']} of {rows} rows are longer than max_length {max_length}: left out "
-            "(refused.jsonl names them; data.too_long: keep_end would cut them)"
+        print(
+            f"  {counts['rows_too_long']} of {rows} rows are longer than max_length {max_length}: left out "
+            "(refused.jsonl names them; data.too_long: keep_end would cut them)",
+            flush=True,
         )
 
 
@@ -250,15 +250,11 @@ def fit_pairs(encoded: Iterator[tuple[Row, Any]], tally: Tally, max_length: int 
         )
     if counts["rows_too_long"]:
         what = f"{counts['rows_too_long']} of {counts['rows']} pairs longer than max_length {max_length}"
-        _say(f"{what}: left out, from {tally.named['rows_too_long'][0]['place']}")
-
-
-def _say(text: str) -> None:
-    print(f"  {text}", flush=True)
+        print(f"  {what}: left out, from {tally.named['rows_too_long'][0]['place']}", flush=True)
 
 
 def askable(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises UserError naming the questions that cannot be put to the model, before any weights are read."""
-    if found := unaskable(tokenizer, ctx.data.questions):
-        named = "\n  ".join(found[:NAMED_AT_MOST])
-        raise UserError(f"{len(found)} questions of stage '{ctx.out.name}' cannot be asked; correct them:\n  {named}")
+    if refused := unaskable(tokenizer, ctx.data.questions):
+        named = "\n  ".join(refused[:NAMED_AT_MOST])
+        raise UserError(f"{len(refused)} questions of stage '{ctx.out.name}' cannot be asked; correct them:\n  {named}")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PrinterCallback, set_seed
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl.kernels.chunked_logprob import _use_triton
 from trl.trainer import utils as trl_utils
@@ -18,24 +19,26 @@ from pipeline.disk import metrics
 from pipeline.disk.atomic import written_whole
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
 from pipeline.models import adapters
-from pipeline.models.forward import checkpoint_first
 from pipeline.models.out_of_memory import is_out_of_memory
 from pipeline.plan.stage import optimizer_bytes
-from pipeline.training.micro_batches import SplitsWhenFull
-from pipeline.training.progress import Checkpoints, Progress, Stop, note_split
+from pipeline.training.micro_batches import SplitsWhenFull, Trainer
+from pipeline.training.progress import Checkpoints, Progress, Stop, note_split, step_of
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-
     from pipeline.stages.stage import Context, StageSpec
 
 
-def arguments(config_class: type, spec: StageSpec, ctx: Context, **house: Any) -> Any:
-    """The trainer's config: the house's defaults, then the recipe's words, then what only the runner may say.
+def arguments(config_class: Any, spec: StageSpec, ctx: Context, **stage_defaults: Any) -> Any:
+    """The trainer's config: our defaults and the stage's, then the recipe's arguments, then what only we may say.
 
+    `checkpointed_layers` is added to it: in how many layers activations are checkpointed, None if in all or none.
     Raises UserError naming the stage if the config refuses a value.
     """
+    given = dict(spec.train)
+    layers: Any = given.get("activation_checkpointing")
+    counted = isinstance(layers, int) and not isinstance(layers, bool)
+    if counted:
+        given["activation_checkpointing"] = layers > 0
     defaults = {
         "bf16": ctx.model.dtype == "bfloat16",
         "fp16": ctx.model.dtype == "float16",
@@ -44,26 +47,22 @@ def arguments(config_class: type, spec: StageSpec, ctx: Context, **house: Any) -
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
         "save_steps": 100,
-        **house,
+        **stage_defaults,
     }
-    runners = {
+    fixed = {
         "output_dir": str(ctx.out.checkpoints),
         "seed": ctx.seed,
         "save_strategy": "steps",
         "eval_strategy": "no",  # the stage evaluates before and after; TRL's mean over batches weighs them unequally
         "save_total_limit": None,  # Checkpoints rotates, after the newest has been marked whole
     }
-    words = dict(spec.train)
-    layers = words.get("activation_checkpointing")
-    if isinstance(layers, int) and not isinstance(layers, bool):
-        words["activation_checkpointing"] = layers > 0
     try:
-        args = config_class(**{**defaults, **words, **runners})
-        args.checkpointed_layers = layers if layers else None  # all of them if none is named
-        args.base_on_hub = ctx.model.public_id
-        return args
+        args = config_class(**{**defaults, **given, **fixed})
     except (TypeError, ValueError) as error:
         raise UserError(f"stages.{ctx.out.name}.train: {config_class.__name__} refuses it: {error}") from error
+    args.checkpointed_layers = layers if counted and layers else None
+    args.base_on_hub = ctx.model.public_id
+    return args
 
 
 def policy(ctx: Context, base: PreTrainedModel) -> PeftModel:
@@ -72,48 +71,29 @@ def policy(ctx: Context, base: PreTrainedModel) -> PeftModel:
     return adapters.carried(base, parent.adapter) if parent else adapters.fresh(base, ctx.model.lora)
 
 
-def build(trainer_class: type, model: PeftModel, **options: Any) -> Trainer:
+def build(trainer_class: type, model: PeftModel, **options: Any) -> Any:
     """A TRL trainer whose adapter is still in float32.
 
     TRL 1.16 rounds a QLoRA adapter to bfloat16 when the trainer is made; at the learning rates of DPO and PPO most
     updates then vanish. The masters are put back before the optimizer is created from them.
     """
-    _score_supervised_positions_only()
+    # On a CPU, TRL 1.16 puts every position through the LM head and throws away those without a label. It does so for
+    # accelerators that compile anew for each shape, which a CPU does not; on CUDA it leaves them out.
+    trl_utils._use_triton = lambda device: device.type == "cpu" or _use_triton(device)
     args = options["args"]
     if args.push_to_hub and args.base_on_hub:  # what TRL pushes names its base, and nobody else has this folder
         model.peft_config["default"].base_model_name_or_path = args.base_on_hub
-        model.get_base_model().config._name_or_path = args.base_on_hub
+        model.get_base_model().config._name_or_path = args.base_on_hub  # type: ignore[union-attr]
     masters = {name: weight.detach().clone() for name, weight in adapters.trainable(model).items()}
-    bases = (SplitsWhenFull, CheckpointsSome, ResumableOrder, trainer_class)
-    trainer = type(trainer_class.__name__, bases, {})(model=model, **options)
+    bases = (SplitsWhenFull, ResumableOrder, trainer_class)
+    trainer: Any = type(trainer_class.__name__, bases, {})(model=model, **options)
     for name, weight in adapters.trainable(trainer.model).items():
         weight.data = masters[name]
     adapters.round_frozen(trainer.model)  # of dpo the reference, to which TRL gives four bytes a parameter
     return trainer
 
 
-def _score_supervised_positions_only() -> None:
-    """On a CPU, TRL 1.16 puts every position through the LM head and throws away those without a label.
-
-    It does so for accelerators that compile anew for each shape, which a CPU does not; on CUDA it leaves them out.
-    """
-    trl_utils._use_triton = lambda device: device.type == "cpu" or _use_triton(device)
-
-
-class CheckpointsSome:
-    """For a Trainer: `activation_checkpointing: 12` in the first 12 layers only.
-
-    At every pass, since TRL's DPO trainer turns it on again for all after it has asked the reference.
-    """
-
-    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        layers = self.args.checkpointed_layers  # type: ignore[attr-defined]
-        if layers is not None and layers is not True:
-            checkpoint_first(model, layers)
-        return super().training_step(model, *args, **kwargs)  # type: ignore[misc,no-any-return]
-
-
-class ResumableOrder:
+class ResumableOrder(Trainer):  # type: ignore[misc]
     """For a Trainer: `train_sampling_strategy: group_by_length` in an order that depends on seed and epoch alone.
 
     transformers draws it from the global generator, whose state at the start of an epoch a checkpoint does not hold.
@@ -121,25 +101,36 @@ class ResumableOrder:
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
         # The dataset given has lost its column of lengths with all others that the model does not take.
-        sampler = super()._get_train_sampler(self.train_dataset)  # type: ignore[attr-defined,misc]
+        sampler: Any = super()._get_train_sampler(self.train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             sampler.__class__ = _SeededByEpoch
-            sampler.seed, sampler.epoch = self.args.seed, 0  # type: ignore[attr-defined]
+            vars(sampler).update(seed=self.args.seed, epoch=0)
         return sampler
 
 
-class TakesEncoded:
+class _SeededByEpoch(LengthGroupedSampler):
+    seed: int
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()  # type: ignore[no-untyped-call]
+
+
+class TakesEncoded(Trainer):  # type: ignore[misc]
     """For DPOTrainer: rows our encoder has made already; TRL 1.16 has no other way past its own tokenization."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()  # type: ignore[misc]
-        self._signature_columns = list({*self._signature_columns, "chosen_mask", "rejected_mask"})
+        super()._set_signature_columns_if_needed()
+        self._signature_columns: list[str] = list({*self._signature_columns, "chosen_mask", "rejected_mask"})
 
 
-class LearntTokens(DataCollatorForPreference):  # type: ignore[misc]
+class LearntTokens(DataCollatorForPreference):
     """TRL's collator takes every token after the prompt as the answer's. Of an answer of several messages only the
     assistant's are: `chosen_mask` and `rejected_mask` say which. Rows that do not fit max_length are gone by then."""
 
@@ -152,16 +143,7 @@ class LearntTokens(DataCollatorForPreference):  # type: ignore[misc]
         return batch
 
 
-class _SeededByEpoch(LengthGroupedSampler):
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Any:
-        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return super().__iter__()
-
-
-def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
+def train(trainer: Any, ctx: Context, spec: StageSpec) -> dict[str, Any]:
     """Train to the end, from the last whole checkpoint where there is one, and return cost figures. What has been
     trained already is put in place instead.
 
@@ -172,10 +154,11 @@ def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
         return {}
     checkpoint = ctx.claim()
     set_seed(ctx.seed)
-    stop, halved = Stop(), []
+    stop = Stop()
+    sizes: list[int] = []
 
     def note(rows: int, left: int) -> None:
-        halved.append(left)
+        sizes.append(left)
         note_split(ctx, trainer.state.global_step, rows, left)
 
     def note_trial(rows: int) -> None:
@@ -188,15 +171,22 @@ def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
     trainer.add_callback(stop)
     trainer.add_callback(Checkpoints(ctx.fingerprint, spec.train.get("save_total_limit") or 1))
     trainer.add_callback(Progress(ctx, resumed=checkpoint is not None))
-    metrics.rewind(ctx.out.metrics, int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
+    metrics.rewind(ctx.out.metrics, step_of(checkpoint) if checkpoint else 0)
     try:
         with stop.listening():
             output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(_full_beside_the_rows(trainer, ctx)) from error
-    if stop.asked:
+        weights = sum(weight.numel() for weight in adapters.trainable(trainer.model).values())
+        state = weights * optimizer_bytes(trainer.args.optim) / 2**20
+        raise UserError(
+            f"stage '{ctx.out.name}' ran out of memory in step {trainer.state.global_step + 1}, after the passes over "
+            f"its rows: most likely in the optimizer's step, whose state takes {state:.0f} MiB from the first step on. "
+            "Set optim: adamw_8bit, lower model.lora.r or per_device_train_batch_size, or end what else uses the GPU. "
+            "Run again to go on from the last checkpoint."
+        ) from error
+    if stop.requested:
         raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
     if trainer.state.global_step == 0:
         raise UserError(f"stages.{ctx.out.name}.train asks for no step at all: raise num_train_epochs or max_steps")
@@ -204,18 +194,7 @@ def train(trainer: Trainer, ctx: Context, spec: StageSpec) -> dict[str, Any]:
     if not math.isfinite(loss) and not checkpoint:
         raise UserError(f"stage '{ctx.out.name}' ended with a loss of {loss}: lower the learning rate")
     done = {"steps": trainer.state.global_step, "train_seconds": round(output.metrics["train_runtime"], 1)}
-    return {**done, "rows_at_once": min(halved)} if halved else done
-
-
-def _full_beside_the_rows(trainer: Trainer, ctx: Context) -> str:
-    weights = sum(weight.numel() for weight in adapters.trainable(trainer.model).values())
-    state = weights * optimizer_bytes(trainer.args.optim) / 2**20
-    return (
-        f"stage '{ctx.out.name}' ran out of memory in step {trainer.state.global_step + 1}, after the passes over its "
-        f"rows: most likely in the optimizer's step, whose state takes {state:.0f} MiB from the first step on. Set "
-        "optim: adamw_8bit, lower model.lora.r or per_device_train_batch_size, or end what else uses the GPU. Run "
-        "again to go on from the last checkpoint."
-    )
+    return {**done, "rows_at_once": min(sizes)} if sizes else done
 
 
 def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, ctx: Context) -> None:
@@ -229,9 +208,9 @@ def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, ctx: Context) -> 
             f"{len(unfit)} tensors with NaN or infinity, first {unfit[0]}",
             "too high a learning rate; nothing was saved",
         )
-    everyone = PartialState()
-    if everyone.is_main_process:
+    process = PartialState()
+    if process.is_main_process:
         with written_whole(ctx.out.adapter) as folder:
             adapters.save(model, folder)
             tokenizer.save_pretrained(folder)
-    everyone.wait_for_everyone()
+    process.wait_for_everyone()

@@ -1,0 +1,15 @@
+"""How much the package computes at once, where it chooses so itself; the planner counts with the same numbers.
+
+Plain Python: no torch, and nothing else of the package, so that every module can keep to them.
+"""
+
+PPO_LOGITS = 1 << 23
+"""Logits that PPO computes at once; more tokens go in parts."""
+EVALUATION_LOGITS = 1 << 25
+"""Logits held at a time while held-out rows are scored; with a vocabulary of 128k, of 261 tokens."""
+EVALUATION_TOKENS = 1536
+"""Tokens of a batch of held-out rows."""
+ANSWER_TOKENS = 4096
+"""Tokens of a batch of questions, their answers included."""
+SHARD_BYTES = 2 << 30
+"""Of a file of merged weights."""

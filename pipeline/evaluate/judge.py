@@ -129,7 +129,8 @@ def arena(judge: Judge, questions: list[str], answers: dict[str, list[str]]) -> 
         for (p, a, b), (won, replies) in zip(games, pool.map(play, games), strict=True):
             points_PKK[p, a, b], points_PKK[p, b, a] = won, 1 - won
             sides = [{"prompt": questions[p], "A": names[i], "B": names[j]} for i, j in ((a, b), (b, a))]
-            for side, reply in zip(sides, replies or [None], strict=False):
+            shown: list[str | None] = [*replies] or [None]
+            for side, reply in zip(sides, shown, strict=False):
                 told = {f"answer_{word}": answers[side[word]][p] for word in "AB"}
                 kept.append({**side, **told, "reply": reply, "verdict": "tie" if reply is None else verdict(reply)})
     asked = sum(row["reply"] is not None for row in kept)

@@ -35,7 +35,7 @@ def take(bench: Bench, policy: str, rows: list[Row], settings: Json) -> Json:
             copies=copies,
         )
     texts = [
-        bench.tokenizer.decode(e.answer_ids[:-1] if e.ended else e.answer_ids, skip_special_tokens=True).strip()
+        str(bench.tokenizer.decode(e.answer_ids[:-1] if e.ended else e.answer_ids, skip_special_tokens=True)).strip()
         for e in episodes
     ]
     asked = [row for row in rows for _ in range(copies)]

@@ -55,7 +55,7 @@ def _trained_is_asked_once(monkeypatch: pytest.MonkeyPatch, run: Run, answers: d
     def once(who: str, job: Json, out: Path) -> Json:
         if who != "trained":
             return ask(who, job, out)
-        key = json.dumps([job[word] for word in ("model", "adapter", "float32", "reward", "rows")])
+        key = json.dumps([job[word] for word in ("model", "adapter", "float32", "num_labels", "rows")])
         if key not in answers:
             answers[key] = ask(who, job, out)
         return answers[key]
@@ -306,14 +306,15 @@ def test_an_adapter_that_changes_too_little_to_tell_is_said_to(form: str) -> Non
     """Logits by hand: rounding of one size, and a base at another distance from what was trained."""
     noise, shift = torch.randn(2, 3, 16, 64, generator=torch.Generator().manual_seed(0))
     logits = torch.randn(3, 16, 64, generator=torch.Generator().manual_seed(1)) * 4
-    job = {"form": "merged" if form == "merged" else "gguf", "type": form, "reward": False, "rows": [{}, {}, {}]}
+    job = {"form": "merged" if form == "merged" else "gguf", "type": form, "rows": [{}, {}, {}]}
+    job |= {"num_labels": 0, "labels": []}
     size = {"merged": 0.02, "f16": 0.01, "q8_0": 0.1}[form]
 
     def off(distance: float, kept: float) -> str:
         written = logits + size * noise + (1 - kept) * distance * shift
         trained = {f"{i}": logits[i].numpy() for i in range(3)}
         trained |= {f"{i}.base": (logits[i] + distance * shift[i]).numpy() for i in range(3)}
-        told = {"ids": [[]] * 3, "stops": [], "tied": False, "missing": [], "answers": [{}] * 3}
+        told = {"ids": [[]] * 3, "stops": [], "tied": False, "missing": [], "answers": [{}] * 3, "labels": []}
         found = {"numbers": {f"{i}": written[i].numpy() for i in range(3)}}
         return " ".join(gate.compare(job, {**told, "numbers": trained}, {**told, **found})[1])
 

@@ -89,6 +89,8 @@ class Load(Strict):
     attn_implementation: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$", max_length=40)]
     quantization: Quantization | None
     pad_token_id: Count | None
+    labels: list[Text] = []
+    """Of a classifier: what each score stands for."""
 
 
 class Noted(Known):
@@ -178,6 +180,7 @@ class Entry(Cost):
     after: dict[Text, Number]
     invariants: dict[str, Any]
     processes: Count
+    labels: list[Text] = []
     versions_changed: dict[Text, dict[Text, Annotated[list[Text], Field(max_length=2)]]]
     again: Cost | None = None
     files: dict[FileName, Sha256]

@@ -43,7 +43,7 @@ def config(sealed: Sealed) -> Json:
     if isinstance(found.get("target_modules"), str):
         found |= {"target_modules": _adapted(sealed.artifact.adapter / WEIGHTS), "exclude_modules": None}
     if found.get("modules_to_save"):
-        heads = {"classifier"} if sealed.reward else set()  # PEFT's other name for a head, which no base here has
+        heads = {"classifier"} if sealed.num_labels else set()  # PEFT's other name for a head, which no base here has
         found["modules_to_save"] = sorted(set(found["modules_to_save"]) - heads)
     return dict(found)
 
@@ -59,8 +59,8 @@ def _adapted(weights: Path) -> list[str]:
 
 
 def write_tokenizer(sealed: Sealed, folder: Path) -> PreTrainedTokenizerBase:
-    """Tokenizer and template as they were sealed, and a generation config with the stop tokens; a reward model's
-    tokenizer with a pad token by which transformers finds a sequence's last token."""
+    """Tokenizer and template as they were sealed, and a generation config with the stop tokens; under a score
+    head a tokenizer with a pad token by which transformers finds a sequence's last token."""
     from transformers import AutoTokenizer, GenerationConfig
 
     from pipeline.data.tokens import stop_ids
@@ -68,7 +68,7 @@ def write_tokenizer(sealed: Sealed, folder: Path) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(sealed.artifact.adapter)
     tokenizer.init_kwargs.pop("is_local", None)
     tokenizer.init_kwargs.pop("local_files_only", None)
-    if sealed.reward:
+    if sealed.num_labels:
         tokenizer.pad_token_id = pad_that_ends_nothing(tokenizer)
     tokenizer.save_pretrained(folder)
     # Where an answer stops, and nothing else: the stages were trained and measured without the base's own decoding
@@ -81,16 +81,17 @@ def write_tokenizer(sealed: Sealed, folder: Path) -> PreTrainedTokenizerBase:
 
 def pad_that_ends_nothing(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """A pad token that no scored sequence ends in: transformers reads a score at the last token that is not the pad
-    token. The tokenizer's own if it is one, else a special token that stands in no dialogue; None if there is none,
-    with which transformers reads one sequence at a time right and refuses to read several."""
+    token. The tokenizer's own if it is one, else a special token that stands in no text or dialogue. None if there is
+    none: then transformers reads one sequence at a time right and refuses to read several."""
     from pipeline.data.render import conversation
 
-    seen: list[int] = []
+    examples = [list(tokenizer("a")["input_ids"])]
     if tokenizer.chat_template:
         talk = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
-        seen = conversation(tokenizer, {"prompt": talk[:3], "answer": talk[3:]}, "answer")
-    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id, *seen[-1:]):
+        examples.append(conversation(tokenizer, {"prompt": talk[:3], "answer": talk[3:]}, "answer"))
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id, *(ids[-1] for ids in examples)):
         return int(tokenizer.pad_token_id)
+    seen = {token for ids in examples for token in ids}
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     free = special - {tokenizer.eos_token_id, tokenizer.bos_token_id, *seen}
     named = ("pad" not in str(tokenizer.added_tokens_decoder[token]).lower() for token in sorted(free))
@@ -120,6 +121,7 @@ def decoding_words(sealed: Sealed) -> Json:
 def loading(sealed: Sealed, folder: Path) -> Json:
     """How the base is to be loaded under this adapter, for transformers' from_pretrained."""
     model = sealed.model
+    labels = {"labels": sealed.labels} if sealed.labels else {}
     quantization = {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": model.quantize,
@@ -134,4 +136,5 @@ def loading(sealed: Sealed, folder: Path) -> Json:
         "attn_implementation": model.attn_implementation,
         "quantization": None if model.quantize == "none" else quantization,
         "pad_token_id": json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("pad_token_id"),
+        **labels,
     }

@@ -38,9 +38,9 @@ def render(sealed: Sealed, form: str, name: str, files: list[str], parity: dict[
         base_model_relation=RELATION[form] if sealed.base_id else None,
         library_name=LIBRARY[form],
         license=license_,
-        pipeline_tag="text-classification" if sealed.reward else "text-generation",
+        pipeline_tag="text-classification" if sealed.num_labels else "text-generation",
         datasets=_hub_datasets(sealed) or None,
-        tags=["onebase", *(["reward-model"] if sealed.reward else []), "lora", sealed.kind],
+        tags=["onebase", *(["reward-model"] if sealed.what == "a reward model" else []), "lora", sealed.kind],
     )
     sections = [
         f"---\n{data.to_yaml()}\n---",
@@ -50,7 +50,7 @@ def render(sealed: Sealed, form: str, name: str, files: list[str], parity: dict[
         "## What it may be used for\n\n" + _use(sealed),
         "## Where it comes from\n\n" + _lineage(sealed),
         "## What was measured\n\n" + measured.table(sealed),
-        "## Is it what was trained?\n\n" + _parity(parity),
+        "## Is it what was trained?\n\n" + _parity(sealed, parity),
         "## Recipe\n\n```yaml\n" + yaml.dump(sealed.recipe) + "```",
         "## Versions and cost\n\n" + _cost(sealed),
         "## Licence\n\n"
@@ -66,13 +66,13 @@ def render(sealed: Sealed, form: str, name: str, files: list[str], parity: dict[
 def _about(sealed: Sealed, form: str) -> str:
     base, model = sealed.base_id or "a base that is not on the Hub", sealed.model
     bits = "" if model.quantize == "none" else f", frozen and quantised to {model.quantize.upper()}"
-    what = "A reward model" if sealed.reward else "A language model"
     holds = {
         "adapter": "This repository holds the LoRA adapter; the base is loaded from where it is published.",
         "merged": "This repository holds whole weights: the adapter added onto the dequantised base.",
         "gguf": "This repository holds whole weights as GGUF, for llama.cpp and Ollama.",
     }[form]
-    return f"{what}: the stage `{sealed.artifact.name}` ({sealed.kind}) of a chain trained on {base}{bits}. {holds}"
+    stage = f"the stage `{sealed.artifact.name}` ({sealed.kind}) of a chain trained on {base}{bits}"
+    return f"{sealed.what.capitalize()}: {stage}. {holds}"
 
 
 def _loading(sealed: Sealed, form: str, name: str, files: list[str], load: Json | None) -> str:
@@ -82,7 +82,7 @@ def _loading(sealed: Sealed, form: str, name: str, files: list[str], load: Json 
 
 def _left_out(sealed: Sealed, form: str) -> str:
     """The decoding words that the base's authors ship, for whoever wants them."""
-    words = {} if sealed.reward else adapter.decoding_words(sealed)
+    words = {} if sealed.num_labels else adapter.decoding_words(sealed)
     if not words:
         return ""
     told = [f"{word}: {json.dumps(value)}".replace("`", "'") for word, value in words.items()]
@@ -97,7 +97,7 @@ def _left_out(sealed: Sealed, form: str) -> str:
 
 
 def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> str:
-    kind = "AutoModelForSequenceClassification" if sealed.reward else "AutoModelForCausalLM"
+    kind = "AutoModelForSequenceClassification" if sealed.num_labels else "AutoModelForCausalLM"
     given = [f'dtype="{load["dtype"]}"']
     if load["attn_implementation"] != "sdpa":  # transformers' own choice
         given.append(f'attn_implementation="{load["attn_implementation"]}"')
@@ -106,16 +106,21 @@ def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> st
     if load["quantization"]:
         words = ", ".join(f"{key}={value!r}" for key, value in load["quantization"].items())
         given.append(f"quantization_config=BitsAndBytesConfig({words})")
-    if sealed.reward:
-        given += ["num_labels=1", f"pad_token_id={load['pad_token_id']}"]
+    if sealed.labels:
+        given += ["id2label=dict(enumerate(labels))", "label2id={label: i for i, label in enumerate(labels)}"]
+    elif sealed.num_labels:
+        given.append("num_labels=1")
+    if sealed.num_labels:
+        given.append(f"pad_token_id={load['pad_token_id']}")
     four_bit = ", BitsAndBytesConfig" if load["quantization"] else ""
     python = "\n".join(
         [
             "from peft import PeftModel",
             f"from transformers import {kind}, AutoTokenizer{four_bit}",
             "",
+            *([f"labels = {sealed.labels}"] if sealed.labels else []),
             f'base = {kind}.from_pretrained("{load["base"]}", {", ".join(given)})',
-            *(["base.score.float()  # so that the adapter's score head is not rounded"] if sealed.reward else []),
+            *(["base.score.float()  # so that the adapter's score head is not rounded"] if sealed.num_labels else []),
             f'model = PeftModel.from_pretrained(base, "{name}")  # transformers and PEFT',
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         ]
@@ -126,7 +131,7 @@ def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> st
             "\n\nOn a CPU with AVX512-BF16, bitsandbytes computes 4-bit layers in other arithmetic than training did, "
             "which moves logits and scores a little."
         )
-    if sealed.reward:
+    if sealed.num_labels:
         warning = (
             "transformers says of the base that its `score.weight` is newly initialized; the adapter brings the head."
         )
@@ -135,7 +140,7 @@ def _load_adapter(sealed: Sealed, name: str, files: list[str], load: Json) -> st
                 " In training the head computed in float32, as it does here. Without the line that says so, "
                 f"`model(**tokens).logits` gives the same rounded to {load['dtype']}, which has two or three digits."
             )
-        return f"{text}\n\n{warning}\n\n{_score(load['dtype'])}"
+        return f"{text}\n\n{warning}\n\n{_score(sealed, load['dtype'])}"
     return (
         f"{text}\n\n{_ask(sealed, name, load['dtype'])}\n\n"
         f"vLLM: `vllm serve {load['base']} --enable-lora --lora-modules {sealed.artifact.name}={name} "
@@ -165,34 +170,59 @@ def _ask(sealed: Sealed, name: str, autocast: str = "float32") -> str:
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
-def _score(autocast: str = "float32") -> str:
-    """How a conversation is scored, in the arithmetic of training."""
-    lines = [
-        "import torch",
-        "",
-        'talk = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
-        'tokens = tokenizer.apply_chat_template(talk, return_dict=True, return_tensors="pt").to(model.device)',
-        "with torch.no_grad():",
-        "    score = model(**tokens).logits.item()",
-    ]
-    if autocast != "float32":
-        lines[4:] = [
+def _score(sealed: Sealed, autocast: str = "float32") -> str:
+    """How a conversation is scored, or a text classified, in the arithmetic of training."""
+    if sealed.labels:
+        read = 'tokens = tokenizer("Some text.", return_tensors="pt").to(model.device)'
+        lines = ["import torch", "", read]
+    else:
+        talk = 'talk = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
+        read = 'tokens = tokenizer.apply_chat_template(talk, return_dict=True, return_tensors="pt").to(model.device)'
+        lines = ["import torch", "", talk, read]
+    if autocast == "float32":
+        lines += ["with torch.no_grad():", "    scores = model(**tokens).logits[0]"]
+    else:
+        lines += [
             f"with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.{autocast}):",
             "    states = base.base_model(**tokens).last_hidden_state",
-            "score = base.score(states[0, -1].float()).item()",
+            "scores = base.score(states[0, -1].float())",
         ]
+    if not sealed.labels:
+        return "```python\n" + "\n".join([*lines, "score = scores.item()"]) + "\n```"
+    lines.append("print(dict(zip(labels, scores.softmax(-1).tolist())))")
+    rounds = "" if autocast == "float32" else f", which computes the head in {autocast} as well"
+    return (
+        "```python\n"
+        + "\n".join(lines)
+        + f"\n```\n\nOr by transformers' pipeline{rounds}:\n\n"
+        + _classify("model=model, tokenizer=tokenizer", autocast)
+    )
+
+
+def _classify(model: str, autocast: str = "float32") -> str:
+    """How transformers' pipeline classifies a text; `model`: its arguments that name the model."""
+    lines = [
+        *(["import torch"] if autocast != "float32" else []),
+        "from transformers import pipeline",
+        "",
+        f'classify = pipeline("text-classification", {model})',
+        *([f"with torch.autocast(model.device.type, dtype=torch.{autocast}):"] if autocast != "float32" else []),
+        ("    " if autocast != "float32" else "") + 'print(classify("Some text.", top_k=None))  # every label',
+    ]
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
 def _load_merged(sealed: Sealed, name: str, files: list[str], load: Json) -> str:
-    kind = "AutoModelForSequenceClassification" if sealed.reward else "AutoModelForCausalLM"
+    if sealed.labels:
+        return _classify(f'model="{name}"')
+    kind = "AutoModelForSequenceClassification" if sealed.num_labels else "AutoModelForCausalLM"
     python = (
         f"from transformers import {kind}, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
         f'model = {kind}.from_pretrained("{name}", dtype="auto")  # transformers'
     )
     return f"```python\n{python}\n```\n\n" + (
-        _score() if sealed.reward else f"{_ask(sealed, '')}\n\nvLLM: `vllm serve {name}`."
+        _score(sealed) if sealed.num_labels else f"{_ask(sealed, '')}\n\nvLLM: `vllm serve {name}`."
     )
 
 
@@ -214,7 +244,13 @@ def _load_gguf(sealed: Sealed, name: str, files: list[str], load: Json) -> str:
 
 
 def _use(sealed: Sealed) -> str:
-    if sealed.reward:
+    if sealed.labels:
+        names = ", ".join(f"`{label}`" for label in sealed.labels)
+        return (
+            f"To sort texts like those it was trained on into {len(sealed.labels)} labels: {names}. Of any other text "
+            "it gives one of these labels as well, and its scores there mean little."
+        )
+    if sealed.num_labels:
         return (
             "To score answers in the manner of the comparisons it was trained on, as a reward in further training or "
             "to rank answers. A score means nothing beside one of another model, and little far from those comparisons."
@@ -256,10 +292,11 @@ def _base_note(sealed: Sealed) -> str:
     )
 
 
-def _parity(parity: dict[str, Json]) -> str:
+def _parity(sealed: Sealed, parity: dict[str, Json]) -> str:
+    same = "tokens, the same labels" if sealed.labels else "tokens from the template, the same stop tokens"
     lines = [
         "Before it was published, the files here were loaded in a new process and compared with the trained base and "
-        "adapter: the same tokens from the template, the same stop tokens, and",
+        f"adapter: the same {same}, and",
         "",
     ]
     for file, found in parity.items():

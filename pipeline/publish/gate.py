@@ -2,7 +2,7 @@
 
 Two new processes answer the same prompts, one with the trained base and adapter (trained.py), one with the written
 files and no code of ours (readback.py). Compared are the token ids of the rendered prompts, the tokens an answer stops
-at, the logits or scores, and greedy answers.
+at, the logits or scores, greedy answers, and the names of a classifier's labels.
 
     adapter   logits equal, in the arithmetic of training (autocast)
     merged    logits within 2 %, relative: |written - trained| / |trained|, each row of logits less its mean
@@ -106,7 +106,9 @@ def compare(job: Json, trained: Json, written: Json) -> tuple[Json, list[str]]:
             f"the chat template or the tokenizer is another: {len(unlike)} of {len(job['rows'])} prompts become other "
             f"tokens than in training; the first parts at token {at} ({ours[at : at + 3]} became {theirs[at : at + 3]})"
         )
-    if not job["reward"] and set(trained["stops"]) != set(written["stops"]):
+    if written["labels"] != job["labels"]:
+        wrong.append(f"the labels are named {written['labels']}, in training {job['labels']}")
+    if not job["num_labels"] and set(trained["stops"]) != set(written["stops"]):
         wrong.append(
             f"answers stop at other tokens: {sorted(written['stops'])}, in training {sorted(trained['stops'])}"
         )
@@ -115,7 +117,7 @@ def compare(job: Json, trained: Json, written: Json) -> tuple[Json, list[str]]:
         apart, near_base = _apart(job, trained["numbers"], written["numbers"])
         numbers, off = {**numbers, **apart}, [*off, *near_base]
     wrong += off
-    if not job["reward"]:
+    if not job["num_labels"]:
         parted, late = _answers(job, trained, written)
         wrong += late
         numbers["greedy_answers_equal"] = len(job["rows"]) - parted
@@ -125,17 +127,17 @@ def compare(job: Json, trained: Json, written: Json) -> tuple[Json, list[str]]:
 def _distance(job: Json, trained: Json, written: Json) -> tuple[Json, list[str]]:
     import numpy
 
+    what = "scores" if job["num_labels"] else "logits"
     rows = range(len(job["rows"]))
     pairs = [(trained[f"{i}"].astype(numpy.float64), written[f"{i}"].astype(numpy.float64)) for i in rows]
     if any(a.shape != b.shape for a, b in pairs):
-        return {}, [f"logits have another shape: {pairs[0][1].shape[1:]}, in training {pairs[0][0].shape[1:]}"]
+        return {}, [f"{what} have another shape: {pairs[0][1].shape[-1:]}, in training {pairs[0][0].shape[-1:]}"]
     if job["form"] == "gguf":
         kl = float(numpy.mean([_kl(a, b) for a, b in pairs]))
         limit = KL_LIMIT[job["type"]]
         off = [] if kl < limit else [f"KL(trained || written) is {kl:.2g} nats a token, allowed is {limit:g}"]
         return {"kl": kl, "kl_limit": limit}, off
-    what = "scores" if job["reward"] else "logits"
-    measure = _score_error if job["reward"] else _logit_error
+    measure = _score_error if job["num_labels"] else _logit_error
     error, limit = measure(pairs), LOGIT_LIMIT[job["form"]]
     numbers = {f"{what}_relative_error": error, "limit": limit}
     off = [] if error <= limit else [f"{what} differ by {error:.2%} (relative), allowed is {limit:.0%}"]
@@ -188,8 +190,8 @@ def _score_error(pairs: list[tuple[Any, Any]]) -> float:
     """The largest difference of a score, relative to how far the trained scores spread."""
     import numpy
 
-    trained = numpy.array([float(a[0]) for a, _ in pairs])
-    written = numpy.array([float(b[0]) for _, b in pairs])
+    trained = numpy.stack([a for a, _ in pairs])
+    written = numpy.stack([b for _, b in pairs])
     return float(numpy.abs(trained - written).max() / max(numpy.ptp(trained), 1e-6))
 
 
@@ -245,7 +247,8 @@ def _job(sealed: Sealed, form: str, folder: Path) -> Json:
     return {
         "form": form,
         "folder": str(folder),
-        "reward": sealed.reward,
+        "num_labels": sealed.num_labels,
+        "labels": sealed.labels,
         "model": sealed.model.model_dump(),
         "adapter": str(sealed.artifact.adapter),
         "base": local_folder(sealed.model),
@@ -261,13 +264,15 @@ def _job(sealed: Sealed, form: str, folder: Path) -> Json:
 
 
 def _prompts(sealed: Sealed) -> list[Json]:
-    """Fixed prompts, and the first few of the stage's own."""
+    """Fixed prompts, and the first few of the stage's own; for a classifier fixed texts."""
+    if sealed.labels:
+        return [{"text": text} for text in [*TEXTS, *(turns[-1]["content"] for turns in TURNS)]]
     template = (sealed.artifact.adapter / "chat_template.jinja").is_file()
     asked: list[Any] = list(TURNS) if template else list(TEXTS)
     if sealed.artifact.samples.is_file():
         lines = sealed.artifact.samples.read_text(encoding="utf-8").splitlines()[:OWN_PROMPTS]
         asked += [json.loads(line)["prompt"] for line in lines]
-    if not sealed.reward:
+    if not sealed.num_labels:
         return [{"prompt": prompt} for prompt in asked]
     return [{"prompt": prompt, "answer": answer} for prompt in asked for answer in ANSWERS]
 

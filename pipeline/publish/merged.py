@@ -32,7 +32,7 @@ def write(sealed: Sealed, folder: Path, dtype: str | None = None, shard_bytes: i
     from pipeline.models import adapters, base
 
     tokenizer = adapter.write_tokenizer(sealed, folder)
-    frozen = base.load_base(sealed.model, tokenizer, num_labels=int(sealed.reward))
+    frozen = base.load_base(sealed.model, tokenizer, num_labels=sealed.num_labels)
     model = adapters.as_trained(frozen, sealed.artifact.adapter)
     target: torch.dtype = getattr(torch, dtype or ("float16" if sealed.model.dtype == "float16" else "bfloat16"))
     weights = list(summed(model))
@@ -44,6 +44,10 @@ def write(sealed: Sealed, folder: Path, dtype: str | None = None, shard_bytes: i
         del config.quantization_config
     config.dtype = target
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config.architectures = [type(whole).__name__]  # of a score head another class than the base's
+    if sealed.labels:
+        config.id2label = dict(enumerate(sealed.labels))
+        config.label2id = {label: index for index, label in enumerate(sealed.labels)}
     names = {name for name, _, _ in weights}
     output = whole.get_output_embeddings()
     if output is not None and any(name.startswith("lm_head.") for name in names):

@@ -46,9 +46,9 @@ def publish(
     if form not in FORMS:
         raise UserError(f"--as {form}: there is {', '.join(FORMS)}")
     source = sealed(recipe, stage, Path(runs))
-    if source.reward and form == "gguf":
+    if source.num_labels and form == "gguf":
         raise UserError(
-            f"'{stage}' is a reward model; GGUF has no place for a score head. Publish --as adapter or merged"
+            f"'{stage}' is {source.what}; GGUF has no place for a score head. Publish --as adapter or merged"
         )
     if to.startswith(PREFIX):
         from pipeline.publish import hub

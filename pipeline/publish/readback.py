@@ -34,11 +34,12 @@ def main() -> None:
     model, missing = load(job)
     model.eval()
     tied = one_table(model)
+    labels = [model.config.id2label.get(index) for index in range(len(job["labels"]))]
     if job["form"] != "adapter":
         in_float32(model)
     ids = [rendered(tokenizer, row) for row in job["rows"]]
     generation = stops(job)
-    if not job["reward"] and job["form"] != "merged":  # a merged model has read its own
+    if not job["num_labels"] and job["form"] != "merged":  # a merged model has read its own
         model.generation_config = generation
     numbers, answers = {}, []
     with torch.no_grad():
@@ -46,7 +47,7 @@ def main() -> None:
             row_BT = torch.tensor([row], device=model.device)
             with as_trained(job, model):
                 numbers[f"{index}"] = result(job, model, row_BT)
-                if not job["reward"]:
+                if not job["num_labels"]:
                     answers.append(answer(model, row_BT, generation, job["new_tokens"]))
             if job["form"] == "adapter":
                 numbers[f"{index}.plain"] = result(job, model, row_BT)
@@ -54,7 +55,7 @@ def main() -> None:
     save_file(numbers, out / "numbers.safetensors")
     eos = generation.eos_token_id
     ends = [eos] if isinstance(eos, int) else list(eos)
-    said = {"ids": ids, "answers": answers, "missing": missing, "stops": ends, "tied": tied}
+    said = {"ids": ids, "answers": answers, "missing": missing, "stops": ends, "tied": tied, "labels": labels}
     (out / "said.json").write_text(json.dumps(said), encoding="utf-8")
 
 
@@ -62,7 +63,7 @@ def load(job: dict[str, Any]) -> tuple[Any, list[str]]:
     """The model as the written files describe it, and the names of weights they should hold but do not."""
     device = {"": "cuda" if torch.cuda.is_available() else "cpu"}
     common = {"device_map": device, "output_loading_info": True, "attn_implementation": job["attention"]}
-    kind: Any = AutoModelForSequenceClassification if job["reward"] else AutoModelForCausalLM
+    kind: Any = AutoModelForSequenceClassification if job["num_labels"] else AutoModelForCausalLM
     if job["form"] == "gguf":
         from transformers import GgufConfig
 
@@ -75,8 +76,7 @@ def load(job: dict[str, Any]) -> tuple[Any, list[str]]:
         )
         return model, sorted(found["missing_keys"])
     if job["form"] == "merged":
-        labels = {"num_labels": 1} if job["reward"] else {}
-        model, found = kind.from_pretrained(job["folder"], dtype="auto", **labels, **common)
+        model, found = kind.from_pretrained(job["folder"], dtype="auto", **common)
         return model, sorted(found["missing_keys"])
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -85,19 +85,25 @@ def load(job: dict[str, Any]) -> tuple[Any, list[str]]:
     common["attn_implementation"] = record["attn_implementation"]
     if record["quantization"]:
         options["quantization_config"] = BitsAndBytesConfig(**record["quantization"])  # type: ignore[no-untyped-call]
-    if job["reward"]:
-        options |= {"num_labels": 1, "pad_token_id": record["pad_token_id"]}
+    if job["num_labels"]:
+        options |= named(record["labels"]) if job["labels"] else {"num_labels": 1}
+        options["pad_token_id"] = record["pad_token_id"]
     written = set(load_file(Path(job["folder"]) / "adapter_model.safetensors"))
-    if job["reward"] and not any(".score." in name for name in written):
+    if job["num_labels"] and not any(".score." in name for name in written):
         sys.exit("the score head is missing from adapter_model.safetensors")
     base, _ = kind.from_pretrained(job["base"], revision=job["revision"], **options, **common)
-    if job["reward"]:
+    if job["num_labels"]:
         base.score.float()  # before PEFT takes it as the shape of the head that it loads
     for module in base.modules():  # bitsandbytes' repacked kernel for AVX512-BF16 is not the arithmetic of training
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     model = PeftModel.from_pretrained(base, job["folder"])
     return model, sorted(set(get_peft_model_state_dict(model)) ^ written)
+
+
+def named(labels: list[str]) -> dict[str, Any]:
+    """A head of so many labels, each by its name."""
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
 
 
 def one_table(model: Any) -> bool:
@@ -139,20 +145,22 @@ def in_float32(model: Any) -> None:
 
 
 def result(job: dict[str, Any], model: Any, row_BT: torch.Tensor) -> torch.Tensor:
-    """The last logits (K, V) of a sequence, or a reward model's score of it (1,)."""
-    if job["reward"] and job["form"] == "adapter":
+    """The last logits (K, V) of a sequence, or the scores (num_labels,) of it."""
+    if job["num_labels"] and job["form"] == "adapter":
         classifier = model.get_base_model()
         states_TH = classifier.base_model(input_ids=row_BT).last_hidden_state[0]
         with torch.autocast(model.device.type, enabled=False):  # the head computes in float32, as in training
-            score: torch.Tensor = classifier.score(states_TH[-1].float()).cpu()
-        return score
-    words = {} if job["reward"] else {"logits_to_keep": job["keep"], "use_cache": False}
+            scores: torch.Tensor = classifier.score(states_TH[-1].float()).cpu()
+        return scores
+    words = {} if job["num_labels"] else {"logits_to_keep": job["keep"], "use_cache": False}
     found: torch.Tensor = model(input_ids=row_BT, **words).logits[0].float().cpu().contiguous()
     return found
 
 
 def rendered(tokenizer: Any, row: dict[str, Any]) -> list[int]:
-    """The prompt's token ids through the written template."""
+    """The prompt's token ids through the written template; a classifier's text by the tokenizer alone."""
+    if "text" in row:
+        return list(tokenizer(row["text"])["input_ids"])
     if isinstance(row["prompt"], str):
         return list(tokenizer(row["prompt"] + row.get("answer", ""))["input_ids"])
     told = [{"role": "assistant", "content": row["answer"]}] if "answer" in row else []

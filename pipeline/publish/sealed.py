@@ -45,9 +45,21 @@ class Sealed:
         return [entry for entry in self.lineage if isinstance(entry, Manifest)]
 
     @property
-    def reward(self) -> bool:
-        """Whether it is a reward model."""
-        return STAGES[self.kind].score_head
+    def labels(self) -> list[str]:
+        """Of a classifier: what each score stands for, in their order. Empty for a reward model and for a policy."""
+        return self.manifest.labels
+
+    @property
+    def num_labels(self) -> int:
+        """How many scores its head gives: 1 for a reward model, 0 for a policy, which has the LM head."""
+        return len(self.labels) or int(STAGES[self.kind].score_head)
+
+    @property
+    def what(self) -> str:
+        """What it is, in words."""
+        if self.labels:
+            return "a classifier"
+        return "a reward model" if self.num_labels else "a language model"
 
     @functools.cached_property
     def base_verified(self) -> bool | None:

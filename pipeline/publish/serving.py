@@ -44,16 +44,16 @@ main()
 def prepared(recipe: Recipe, stages: list[str], runs: Path) -> Path:
     """A Hub cache that holds each stage as a model of that name.
 
-    Raises UserError for a stage that is not finished, for a reward model, which answers nothing, and where the server's
-    packages are missing.
+    Raises UserError for a stage that is not finished, for one with a score head, which answers nothing, and where
+    the server's packages are missing.
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise UserError(f"serving needs {', '.join(missing)}: pip install 'onebase[serve]'")
     sources = [sealed(recipe, stage, runs) for stage in dict.fromkeys(stages)]
     for source in sources:
-        if source.reward:
-            raise UserError(f"'{source.artifact.name}' is a reward model: it scores answers and gives none")
+        if source.num_labels:
+            raise UserError(f"'{source.artifact.name}' is {source.what}: it scores texts and writes none")
     quiet()
     base = _base(recipe, sources[0])
     folder = cache_folder() / "serve" / recipe.name

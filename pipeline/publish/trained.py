@@ -30,7 +30,7 @@ def main() -> None:
     spec = ModelSpec(**job["model"])
     tokenizer = base.load_tokenizer(spec)
     torch.manual_seed(0)
-    frozen = base.load_base(spec, tokenizer, num_labels=int(job["reward"]))
+    frozen = base.load_base(spec, tokenizer, num_labels=job["num_labels"])
     digest = base.frozen_digest(frozen)
     if job["base_digest"] not in (None, digest):
         sys.exit(
@@ -49,7 +49,7 @@ def main() -> None:
             numbers[f"{index}"] = result(model, row, job)
             with without_adapter(model):
                 numbers[f"{index}.base"] = result(model, row, job)
-            if not job["reward"]:
+            if not job["num_labels"]:
                 answers.append(answer(model, tokenizer, row, job))
     out.mkdir(parents=True, exist_ok=True)
     save_file(numbers, out / "numbers.safetensors")
@@ -58,7 +58,10 @@ def main() -> None:
 
 
 def encoded(tokenizer: Any, row: dict[str, Any]) -> list[int]:
-    """A prompt as training rendered it; for a reward model with its answer."""
+    """A prompt as training rendered it; for a reward model with its answer.
+    A classifier reads a text as the tokenizer alone encodes it."""
+    if "text" in row:
+        return list(tokenizer(row["text"])["input_ids"])
     if "answer" not in row:
         return render.prompt(tokenizer, row)
     if isinstance(row["prompt"], str):
@@ -70,7 +73,7 @@ def encoded(tokenizer: Any, row: dict[str, Any]) -> list[int]:
 
 @contextlib.contextmanager
 def without_adapter(model: Any) -> Iterator[None]:
-    """Inside, the base alone; of a reward model the base under the trained head."""
+    """Inside, the base alone; of a model with a score head the base under the trained head."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         layer.enable_adapters(False)
@@ -80,9 +83,9 @@ def without_adapter(model: Any) -> Iterator[None]:
 
 
 def result(model: Any, row: list[int], job: dict[str, Any]) -> torch.Tensor:
-    """The last logits (K, V) of a sequence, or a reward model's score of it (1,)."""
+    """The last logits (K, V) of a sequence, or the scores (num_labels,) of it."""
     row_BT = torch.tensor([row], device=model.device)
-    words = {} if job["reward"] else {"logits_to_keep": job["keep"], "use_cache": False}
+    words = {} if job["num_labels"] else {"logits_to_keep": job["keep"], "use_cache": False}
     with base.computing(model):
         found: torch.Tensor = model(input_ids=row_BT, **words).logits[0].float().cpu().contiguous()
     return found

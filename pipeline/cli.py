@@ -271,7 +271,7 @@ def serve(
     from pipeline.terminal.recipes import read_run
 
     chain, runs = read_run(run, override, runs)
-    folder = serving.prepared(chain, stages, runs)
+    folder = serving.prepare(chain, stages, runs)
     print(f"http://127.0.0.1:{port}/v1 serves {', '.join(stages)} (Ctrl-C ends it)", flush=True)
     serving.serve(chain, folder, port)
 

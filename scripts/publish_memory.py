@@ -49,7 +49,7 @@ def main() -> None:
         model = adapters.fresh(base.load_base(spec, tokenizer), {"r": 16, "target_modules": "all-linear"})
         held = psutil.Process().memory_info().rss
         with watched() as peak, torch.no_grad():
-            merged.write_shards(list(merged.summed(model)), Path(scratch), torch.bfloat16, shard)
+            merged.write_shards(dict(merged.summed(model)), Path(scratch), torch.bfloat16, shard)
         written = sum(file.stat().st_size for file in Path(scratch).glob("*.safetensors"))
         bound = shard + transient(hidden, inner)
     print(f"{written / 2**20:.0f} MiB written in shards of {given.shard_mib} MiB")

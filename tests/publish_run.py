@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,15 @@ def with_decoding_words(base: Path, to: Path) -> Path:
     config = {**DECODING, "eos_token_id": [0], "pad_token_id": 0, "bos_token_id": 0}
     (to / "generation_config.json").write_text(json.dumps(config))
     return to
+
+
+def having_pulled(base: Path, folder: Path) -> dict[str, str]:
+    """The environment of a machine that has pulled the base from the Hub before, and has no network now."""
+    pulled = folder / "hub" / f"models--{BASE_ID.replace('/', '--')}"
+    (pulled / "refs").mkdir(parents=True)
+    (pulled / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(base, pulled / "snapshots" / ("0" * 40))
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "hub")}
 
 
 def finished_run(base: Path, runs: Path, *stages: str) -> Recipe:

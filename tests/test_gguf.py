@@ -17,6 +17,7 @@ import jinja2
 import pytest
 import torch
 from conftest import ROOT
+from peft.utils.integrations import dequantize_module_weight
 from publish_run import finished_run
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +25,7 @@ from pipeline.disk.artifact import WEIGHTS
 from pipeline.models.base import PLAIN_TEMPLATE
 from pipeline.models.spec import cache_folder
 from pipeline.publish import card, gate, gguf, merged
-from pipeline.publish.sealed import Sealed, sealed
+from pipeline.publish.sealed import Sealed, read_sealed
 
 CHATML = (ROOT / "recipes" / "templates" / "chatml.jinja").read_text(encoding="utf-8")
 OWN_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + CHATML
@@ -108,7 +109,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sealed]:
     louder = {name: 10 * tensor if "lora_B" in name else tensor for name, tensor in tensors.items()}
     save_file(louder, trained.adapter / WEIGHTS, metadata={"format": "pt"})
     trained.seal(trained.finished())
-    yield sealed(recipe, "pretrain", runs)
+    yield read_sealed(recipe, "pretrain", runs)
 
 
 def untied(write: Any, sealed: Sealed, folder: Path, **words: Any) -> None:
@@ -128,7 +129,7 @@ def test_f16_is_the_trained_model_and_faults_are_named(
 ) -> None:
     monkeypatch.setenv("LLAMA_CPP", str(CONVERTER))
     answers: dict[str, Any] = {}
-    ask = gate._asked
+    ask = gate._run
 
     def once(who: str, job: dict[str, Any], out: Path) -> Any:
         key = f"{who} {job['model']['quantize']}"
@@ -136,7 +137,7 @@ def test_f16_is_the_trained_model_and_faults_are_named(
             answers[key] = ask(who, job, out)
         return answers[key]
 
-    monkeypatch.setattr(gate, "_asked", once)  # the trained model's answers do not depend on what was written
+    monkeypatch.setattr(gate, "_run", once)  # the trained model's answers do not depend on what was written
     (tmp_path / "sound").mkdir()
     names = gguf.write(source, tmp_path / "sound")
     assert {name.rpartition("-")[2] for name in names} >= {"f16.gguf", "q8_0.gguf"}
@@ -144,7 +145,7 @@ def test_f16_is_the_trained_model_and_faults_are_named(
     assert 0 < parity[names[0]]["kl"] < 1e-4 and parity[names[0]]["kl"] < parity[names[1]]["kl"]
 
     # What the card says to type, as it is printed.
-    text = card._load_gguf(source, str(tmp_path / "sound"), names, {})
+    text = card.render(source, "gguf", str(tmp_path / "sound"), names, {}, None)
     typed: dict[str, Any] = {}
     exec(re.findall("```python\n(.*?)```", text, re.DOTALL)[0], typed)
     trained = answers["trained nf4"]
@@ -172,7 +173,7 @@ def test_f16_is_the_trained_model_and_faults_are_named(
         gate.check(source, "gguf", tmp_path / "untied", gguf.write(source, tmp_path / "untied")[:1])
 
     monkeypatch.setattr(merged, "write", write)
-    monkeypatch.setattr(merged, "_sum", lambda layer: merged._dequantised(layer.get_base_layer()))
+    monkeypatch.setattr(merged, "_sum", lambda layer: dequantize_module_weight(layer.get_base_layer()))
     monkeypatch.setattr(gguf, "portable", lambda template: template.replace("assistant\\n", "assistant: "))
     (tmp_path / "dropped").mkdir()
     with pytest.raises(gate.Broken, match=r"(?s)chat template or the tokenizer is.*the adapter was dropped"):

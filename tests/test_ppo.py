@@ -138,7 +138,7 @@ def test_sampling_follows_the_models_distribution(tiny_base: Path) -> None:
     prompt = render.prompt(ppo.tokenizer, ROWS[0])
     generator = torch.Generator().manual_seed(2)
     draws = sample(
-        ppo.actors, [prompt] * 3000, new_tokens=1, temperature=0.25, stops=[-1], generator=generator, at_once=500
+        ppo.actors, [prompt] * 3000, new_tokens=1, temperature=0.25, stops=[-1], generator=generator, batch_size=500
     )
     with torch.no_grad():
         chances = torch.softmax(ppo.actors.model(input_ids=torch.tensor([prompt])).logits[0, -1].float() / 0.25, -1)
@@ -160,7 +160,7 @@ def test_the_luck_of_an_answer_does_not_depend_on_what_is_sampled_beside_it(tiny
             temperature=1.0,
             stops=[-1],
             copies=2,
-            at_once=at_once,
+            batch_size=at_once,
             generator=torch.Generator().manual_seed(5),
         )  # fmt: skip
         for at_once in (None, 1)

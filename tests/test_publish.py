@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from publish_run import BASE_ID, DECODING, finished_run, with_decoding_words
+from publish_run import BASE_ID, DECODING, finished_run, having_pulled, with_decoding_words
 from safetensors.torch import load_file, save_file
 
 from pipeline.disk.artifact import WEIGHTS, Artifact
@@ -24,7 +24,7 @@ from pipeline.disk.atomic import Json
 from pipeline.errors import UserError
 from pipeline.publish import adapter, gate, merged
 from pipeline.publish.publishing import publish
-from pipeline.publish.sealed import Sealed, sealed
+from pipeline.publish.sealed import Sealed, read_sealed
 from pipeline.recipe.recipe import Recipe, build
 
 Run = tuple[Recipe, Path]
@@ -50,7 +50,7 @@ def published(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _trained_is_asked_once(monkeypatch: pytest.MonkeyPatch, run: Run, answers: dict[str, Json]) -> None:
     """The trained model's answers do not depend on what was written, so the tests share them."""
-    ask = gate._asked
+    ask = gate._run
 
     def once(who: str, job: Json, out: Path) -> Json:
         if who != "trained":
@@ -60,7 +60,7 @@ def _trained_is_asked_once(monkeypatch: pytest.MonkeyPatch, run: Run, answers: d
             answers[key] = ask(who, job, out)
         return answers[key]
 
-    monkeypatch.setattr(gate, "_asked", once)
+    monkeypatch.setattr(gate, "_run", once)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def answers() -> dict[str, Json]:
 
 
 def stage(run: Run, name: str) -> Sealed:
-    return sealed(run[0], name, run[1])
+    return read_sealed(run[0], name, run[1])
 
 
 def test_every_form_passes_and_says_by_how_much(published: Path) -> None:
@@ -226,12 +226,7 @@ print(json.dumps({
 def test_what_the_cards_say_to_type_runs_and_answers_as_what_was_trained(
     published: Path, run: Run, tmp_path: Path
 ) -> None:
-    # The base as a machine holds it that has pulled it from the Hub.
-    pulled = tmp_path / "hub" / f"models--{BASE_ID.replace('/', '--')}"
-    (pulled / "refs").mkdir(parents=True)
-    (pulled / "refs" / "main").write_text("0" * 40)
-    shutil.copytree(run[0].spec.model.base, pulled / "snapshots" / ("0" * 40))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    environment = having_pulled(Path(run[0].spec.model.base), tmp_path)
     command = [sys.executable, "-I", "-c", CARDS]
     done = subprocess.run(command, capture_output=True, text=True, cwd=published, env=environment)
     assert done.returncode == 0, done.stderr
@@ -239,7 +234,7 @@ def test_what_the_cards_say_to_type_runs_and_answers_as_what_was_trained(
 
     def asked(name: str, row: Json) -> Any:
         job = gate._job(stage(run, name), "adapter", published / "adapter") | {"rows": [row], "new_tokens": 100}
-        return gate._asked("trained", job, tmp_path / name)
+        return gate._run("trained", job, tmp_path / name)
 
     from transformers import AutoTokenizer
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from publish_run import BASE_ID, finished_run
+from publish_run import finished_run, having_pulled
 from transformers import pipeline
 
 from pipeline.disk.artifact import Artifact
@@ -22,7 +21,7 @@ from pipeline.models import base as bases
 from pipeline.models.record import RECORD, Record, read
 from pipeline.publish import gate
 from pipeline.publish.publishing import publish
-from pipeline.publish.sealed import sealed
+from pipeline.publish.sealed import read_sealed
 from pipeline.recipe.recipe import Recipe
 
 LABELS = ["praise", "blame or worse", "neither"]
@@ -61,9 +60,9 @@ def published(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def probabilities(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """What the trained classifier says of TEXT."""
-    source, out = sealed(run[0], "reward", run[1]), tmp_path_factory.mktemp("trained") / "out"
+    source, out = read_sealed(run[0], "reward", run[1]), tmp_path_factory.mktemp("trained") / "out"
     job = gate._job(source, "adapter", out) | {"rows": [{"text": TEXT}]}
-    scores = torch.from_numpy(gate._asked("trained", job, out)["numbers"]["0"])
+    scores = torch.from_numpy(gate._run("trained", job, out)["numbers"]["0"])
     assert scores.shape == (len(LABELS),)
     return dict(zip(LABELS, scores.softmax(-1).tolist(), strict=True))
 
@@ -100,11 +99,7 @@ print(json.dumps([eval(line) for line in said.getvalue().splitlines()]))
 def test_what_the_card_of_an_adapter_says_to_type_gives_the_labels(
     published: Path, run: Run, probabilities: dict[str, float], tmp_path: Path
 ) -> None:
-    pulled = tmp_path / "hub" / f"models--{BASE_ID.replace('/', '--')}"
-    (pulled / "refs").mkdir(parents=True)
-    (pulled / "refs" / "main").write_text("0" * 40)
-    shutil.copytree(run[0].spec.model.base, pulled / "snapshots" / ("0" * 40))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    environment = having_pulled(Path(run[0].spec.model.base), tmp_path)
     command = [sys.executable, "-I", "-c", CARD]
     done = subprocess.run(command, capture_output=True, text=True, cwd=published, env=environment)
     assert done.returncode == 0, done.stderr
@@ -129,7 +124,7 @@ def test_labels_by_other_names_are_named(published: Path, run: Run, tmp_path: Pa
     config["id2label"] = {"0": "neither", "1": "blame or worse", "2": "praise"}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(gate.Broken, match=r"the labels are named \['neither'.*, in training \['praise'"):
-        gate.check(sealed(run[0], "reward", run[1]), "merged", folder)
+        gate.check(read_sealed(run[0], "reward", run[1]), "merged", folder)
 
 
 def test_gguf_has_no_place_for_a_classifier(run: Run, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.publish import hub
 try:
-    hub.ready({to!r}, {overwrite})
+    hub.check_right({to!r}, {overwrite})
     print("commit", hub.push({to!r}, Path({folder!r}), private={private}, overwrite={overwrite}))
 except UserError as error:
     print("refused:", error)

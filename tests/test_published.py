@@ -25,8 +25,8 @@ from pipeline.errors import UserError
 from pipeline.models import published
 from pipeline.models.record import SIZES
 from pipeline.publish import adapter, card, measured
-from pipeline.publish.publishing import _record
-from pipeline.publish.sealed import Sealed, ancestors, sealed
+from pipeline.publish.publishing import _write_record
+from pipeline.publish.sealed import Sealed, ancestors, read_sealed
 from pipeline.recipe.recipe import build
 from pipeline.runs.stage import _note_parent
 
@@ -43,11 +43,11 @@ def honest(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[S
     """A stage as it was sealed, and its files as they are published."""
     folder = tmp_path_factory.mktemp("honest")
     runs = folder / "runs"
-    source = sealed(finished_run(tiny_base, runs, "pretrain", "sft"), "sft", runs)
+    source = read_sealed(finished_run(tiny_base, runs, "pretrain", "sft"), "sft", runs)
     written = folder / "written"
     written.mkdir()
     adapter.write(source, written)
-    _record(source, "adapter", written, adapter.loading(source, written), {"adapter": {"prompts": 7}})
+    _write_record(source, "adapter", written, adapter.loading(source, written), {"adapter": {"prompts": 7}})
     return source, written
 
 

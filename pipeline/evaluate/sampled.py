@@ -31,7 +31,7 @@ def take(bench: Bench, policy: str, rows: list[Row], settings: Json) -> Json:
             temperature=bench.actors.temperature,
             stops=stop_ids(bench.tokenizer),
             generator=torch.Generator(bench.actors.device).manual_seed(settings["seed"]),
-            at_once=max(1, 4 * bench.at_once // copies),
+            batch_size=max(1, 4 * bench.at_once // copies),
             copies=copies,
         )
     texts = [

@@ -1,16 +1,17 @@
-"""The verbs by which an adapter comes onto the base. The trained adapter is always called `default`.
+"""The ways in which an adapter comes onto the base. The trained adapter is always called `default`.
 
 fresh(base, lora)                the first stage: a new adapter that starts as the identity
 carried(base, parent)            sft, dpo: the parent's adapter, trained on from where it stands
 transplanted(base, parent, ...)  reward: the parent's trunk under a score head; only the head is new
 twin(model, name)                ppo: the policy's adapter once more, as reference
-as_trained(base, folder)       publish: a finished adapter, frozen, with its score head in float32 if it has one
+as_trained(base, folder)         publish: a finished adapter, frozen, with its score head in float32 if it has one
 borrowed(model, name, folder)    ppo: a further stage's adapter on the policy's base; gives back a reward model's head
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ HEAD = "score"
 
 # At every save PEFT would ask the Hub for the base's vocabulary, at the branch's present commit and not at the one that
 # is trained on; where they differ it would write the embeddings along. A frozen base's vocabulary never grows.
-save_and_load.check_file_exists_on_hf_hub = lambda *_, **__: False
+save_and_load.check_file_exists_on_hf_hub = lambda *_, **__: False  # type: ignore[attr-defined]
 
 
 def fresh(base: PreTrainedModel, lora: dict[str, Any], head: bool = False) -> PeftModel:
@@ -82,13 +83,13 @@ def borrowed(model: PeftModel, name: str, folder: Path, trainable: bool = False)
     return head[0] if head else None
 
 
-def _beside(model: PeftModel, name: str, config: LoraConfig, tensors: dict[str, torch.Tensor], trainable: bool) -> None:
+def _beside(model: PeftModel, name: str, config: Any, tensors: dict[str, torch.Tensor], trainable: bool) -> None:
     """One more adapter on the policy's base. A frozen one is held in the base's dtype, to which autocast would round
     it at each use anyway."""
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, not trainable
     model.add_adapter(name, config)
-    own = {key: weight for key, weight in model.named_parameters() if f".{name}." in key}
-    unplaced = sorted(tensors.keys() ^ {_plain_name(key, name) for key in own})
+    own = _weights_of(model, name)
+    unplaced = sorted(tensors.keys() ^ own.keys())
     if unplaced:
         raise BrokenInvariant(
             f"every tensor of the adapter '{name}' to have its place on the policy's base",
@@ -98,8 +99,7 @@ def _beside(model: PeftModel, name: str, config: LoraConfig, tensors: dict[str, 
     compute = model.get_input_embeddings().weight.dtype
     for key, weight in own.items():
         rounded = not trainable and (".lora_A." in key or ".lora_B." in key)
-        tensor = tensors[_plain_name(key, name)].to(weight.device, compute if rounded else torch.float32)
-        weight.data = tensor.clone()
+        weight.data = tensors[key].to(weight.device, compute if rounded else torch.float32, copy=True)
         weight.requires_grad_(trainable)
     _without_cast(model)
 
@@ -126,9 +126,8 @@ def others(model: PeftModel) -> list[str]:
 def reloaded(model: PeftModel, folder: Path, name: str) -> None:
     """An adapter from disk beside the trained one, under another name, its score head in float32 as it was saved."""
     model.load_adapter(str(folder), adapter_name=name)
-    for key, weight in model.named_parameters():
-        if f".{name}." in key:
-            weight.data = weight.data.float()
+    for weight in _weights_of(model, name).values():
+        weight.data = weight.data.float()
     # PEFT makes the new head in the base's dtype and rounds what it loads into it.
     _lay_in(model, folder, name)
 
@@ -165,7 +164,7 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 def _lay_in(model: PeftModel, folder: Path, adapter: str) -> None:
     """Copy every tensor of an adapter on disk onto the one in memory, by name."""
-    own = {_plain_name(name, adapter): weight for name, weight in model.named_parameters() if f".{adapter}." in name}
+    own = _weights_of(model, adapter)
     with torch.no_grad():
         for name, tensor in load_file(folder / WEIGHTS).items():
             if name not in own:
@@ -187,7 +186,8 @@ def _ready(model: PeftModel) -> PeftModel:
 
 def _without_cast(model: PeftModel) -> None:
     """Autocast already casts what a float32 adapter is given; PEFT's own cast would keep a second copy of it."""
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
 
@@ -196,6 +196,10 @@ def _task(head: bool) -> dict[str, Any]:
     return {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]} if head else {"task_type": "CAUSAL_LM"}
 
 
-def _plain_name(name: str, adapter: str) -> str:
-    """A parameter's name as PEFT writes it to disk."""
-    return name.replace(f".modules_to_save.{adapter}.", ".").replace(f".{adapter}.", ".")
+def _weights_of(model: PeftModel, adapter: str) -> dict[str, torch.nn.Parameter]:
+    """An adapter's weights in memory, by the names that PEFT writes to disk."""
+    return {
+        name.replace(f".modules_to_save.{adapter}.", ".").replace(f".{adapter}.", "."): weight
+        for name, weight in model.named_parameters()
+        if f".{adapter}." in name
+    }

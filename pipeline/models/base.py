@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,9 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         tokenizer.chat_template = Path(spec.chat_template).read_text(encoding="utf-8")
         _knows_the_marks(tokenizer, spec)
     elif not tokenizer.chat_template:
-        tokenizer.chat_template = _template_for(tokenizer)
+        # Of tokens that the base has: ChatML's marks, or else names for the roles and the end-of-sequence token.
+        is_chatml = set(CHATML) <= tokenizer.get_vocab().keys()
+        tokenizer.chat_template = CHATML_TEMPLATE if is_chatml else PLAIN_TEMPLATE
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -60,16 +63,9 @@ PLAIN_TEMPLATE = """{{ bos_token or '' }}
 MARK = re.compile(r"<[|｜][^<>{}\s'\"]+?[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]")
 
 
-def _template_for(tokenizer: PreTrainedTokenizerBase) -> str:
-    """For a base without a template: one of tokens it has. ChatML where its marks are tokens; else words for the
-    roles, and the end-of-sequence token after what the assistant says."""
-    vocabulary = tokenizer.get_vocab()
-    return CHATML_TEMPLATE if all(mark in vocabulary for mark in CHATML) else PLAIN_TEMPLATE
-
-
 def _knows_the_marks(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> None:
-    """Raises UserError if the recipe's template writes marks that the base has no token for: as pieces of words they
-    would mean nothing to it, and as new tokens they would need embeddings, which a frozen 4-bit base cannot grow."""
+    """Raises UserError if the recipe's template writes marks that the base has no token for. As pieces of text they
+    would mean nothing to it. As new tokens they would need embeddings, which a frozen 4-bit base cannot grow."""
     vocabulary = tokenizer.get_vocab()
     unknown = sorted({mark for mark in MARK.findall(tokenizer.chat_template) if mark not in vocabulary})
     if unknown:
@@ -107,32 +103,24 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, num_labels: i
         "trust_remote_code": False,
         "output_loading_info": True,
     }
-    if spec.quantize != "none":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=spec.quantize,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["lm_head", "score"],
-        )
+    if spec.quantization:
+        options["quantization_config"] = BitsAndBytesConfig(**spec.quantization)  # type: ignore[no-untyped-call]
+    kind: Any = AutoModelForSequenceClassification if num_labels else AutoModelForCausalLM
     try:
         if num_labels:
-            model, found = AutoModelForSequenceClassification.from_pretrained(
-                local_folder(spec), num_labels=num_labels, **options
-            )
+            options["num_labels"] = num_labels
         else:
             # In place of the base's own, whose penalties and suppressed tokens no stage is trained or measured with.
-            decoding = GenerationConfig(eos_token_id=stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id)
-            model, found = AutoModelForCausalLM.from_pretrained(
-                local_folder(spec), generation_config=decoding, **options
-            )
+            tokens = {"eos_token_id": stop_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+            options["generation_config"] = GenerationConfig(**tokens)  # type: ignore[no-untyped-call]
+        model, info = kind.from_pretrained(local_folder(spec), **options)
     except Exception as error:  # a damaged file fails in as many ways as there are file formats
         if "out of memory" in str(error).lower():
             raise
         raise UserError(f"model.base: {spec.base} cannot be loaded: {type(error).__name__}: {error}") from error
-    missing = [name for name in found["missing_keys"] if not name.startswith("score.")]
-    if missing or found["mismatched_keys"]:
-        wrong = [*missing, *(str(key) for key in found["mismatched_keys"])]
+    missing = [name for name in info["missing_keys"] if not name.startswith("score.")]
+    if missing or info["mismatched_keys"]:
+        wrong = [*missing, *(str(key) for key in info["mismatched_keys"])]
         raise UserError(
             f"model.base: the weights of {spec.base} do not fill the model its config.json describes: "
             f"{len(wrong)} tensors are missing or of another shape, first {wrong[0]}"
@@ -146,7 +134,8 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, num_labels: i
     keep_gradients_on_cpu(model)
     if num_labels:
         score_by_length(model)
-    return model.requires_grad_(False)
+    frozen: PreTrainedModel = model.requires_grad_(False)
+    return frozen
 
 
 def keep_gradients_on_cpu(model: torch.nn.Module) -> None:
@@ -155,37 +144,33 @@ def keep_gradients_on_cpu(model: torch.nn.Module) -> None:
     There the first forward in eval mode repacks a layer for a kernel that has no backward, and from then on no
     gradient passes through it, with only a warning. The unpacked weights serve both modes.
     """
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
 @contextlib.contextmanager
-def computing(model: torch.nn.Module) -> Any:
+def computing(model: Any) -> Iterator[None]:
     """Compute as in training: in the base's dtype, with the float32 adapter cast on the fly."""
     weight = model.get_input_embeddings().weight
     with torch.autocast(weight.device.type, dtype=weight.dtype, enabled=weight.dtype is not torch.float32):
         yield
 
 
-def frozen_digest(model: torch.nn.Module) -> str:
+def frozen_digest(model: Any) -> str:
     """sha256 over the bytes of the frozen trunk in memory, adapters and heads left out.
 
     Equal before and after a stage, and equal between stages: the trunk is the same under a score head.
     """
     total = hashlib.sha256()
-    for name, weight in sorted(_trunk(model).named_parameters()):
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name, weight in sorted(getattr(whole, whole.base_model_prefix).named_parameters()):
         if "lora_" in name or "modules_to_save" in name:
             continue
         total.update(name.replace(".base_layer", "").encode())
-        total.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        total.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()[:16]
-
-
-def _trunk(model: torch.nn.Module) -> torch.nn.Module:
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return getattr(model, model.base_model_prefix)
 
 
 def load_config(spec: ModelSpec) -> PretrainedConfig:
@@ -196,11 +181,12 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(local_folder(spec), revision=spec.revision)
     except Exception as error:  # a damaged file fails in as many ways as there are file formats
         raise UserError(f"model.base: {spec.base} cannot be loaded: {type(error).__name__}: {error}") from error
-    return config.get_text_config()
+    text_config: PretrainedConfig = config.get_text_config()
+    return text_config
 
 
 def local_folder(spec: ModelSpec) -> str:
-    """What transformers loads the base from: the recipe's own words, but for a .gguf file, which is converted once."""
+    """What transformers loads the base from: `base` as the recipe has it. A .gguf file is converted once."""
     if not spec.base.endswith(".gguf"):
         return spec.base
     folder = cache_folder() / "gguf" / sha256_of_file(Path(spec.base))[:16]

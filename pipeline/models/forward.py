@@ -15,7 +15,6 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
 Tensor = torch.Tensor
 
@@ -25,7 +24,7 @@ class LanguageModel:
 
     def __init__(self, model: PeftModel, pad_id: int) -> None:
         self.model, self.pad_id = model, pad_id
-        base = model.get_base_model()
+        base: Any = model.get_base_model()
         self.config = base.config.get_text_config()
         self.device = base.get_input_embeddings().weight.device
         self.backbone, self.lm_head = getattr(base, base.base_model_prefix), base.get_output_embeddings()
@@ -62,18 +61,18 @@ def score_states(hidden_BTH: Tensor, mask_BT: Tensor) -> Tensor:
     return hidden_BTH[torch.arange(len(mask_BT), device=mask_BT.device), last_B].float()
 
 
-def score_by_length(model: PreTrainedModel) -> None:
+def score_by_length(model: Any) -> None:
     """Make a sequence classifier read its score as `score_states` says, its head in float32 also under autocast.
 
     transformers reads it at the last token that is not the pad token: of a sequence that ends in it, a token too early.
     In bfloat16 a score of 3 is known to 0.02 only, and close pairs tie.
     """
     model.score.float()
-    model.forward = MethodType(_scored, model)  # type: ignore[method-assign]
+    model.forward = MethodType(_scored, model)
 
 
 def _scored(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None, labels: None = None, **options: Any
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, labels: None = None, **options: Any
 ) -> SequenceClassifierOutputWithPast:
     mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     hidden_BTH = model.base_model(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
@@ -101,12 +100,13 @@ def plain_layers(model: PeftModel, fold_adapter: bool) -> Iterator[None]:
     """
     compute = model.get_input_embeddings().weight.dtype
     swapped: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, LoraLayer) or not isinstance(module.get_base_layer(), torch.nn.Linear):
+    adapted: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+    for name, module in adapted:
+        layer = module.get_base_layer()
+        if not isinstance(layer, torch.nn.Linear):
             continue
         active = [] if module.disable_adapters else module.active_adapters
         folded = fold_adapter and not any(module.use_dora.get(adapter) for adapter in active)
-        layer = module.get_base_layer()
         plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         with torch.no_grad():
             weight = dequantize_module_weight(layer)
@@ -115,11 +115,11 @@ def plain_layers(model: PeftModel, fold_adapter: bool) -> Iterator[None]:
         plain.weight = torch.nn.Parameter(weight.to(compute), requires_grad=False)
         plain.bias = layer.bias
         parent, _, own = name.rpartition(".")
-        place = (model.get_submodule(parent), own) if folded else (module, "base_layer")
-        swapped.append((*place, layer if not folded else module))
-        setattr(*place, plain)
+        holder, place = (model.get_submodule(parent), own) if folded else (module, "base_layer")
+        swapped.append((holder, place, module if folded else layer))
+        setattr(holder, place, plain)
     try:
         yield
     finally:
-        for holder, own, module in swapped:
-            setattr(holder, own, module)
+        for holder, place, replaced in swapped:
+            setattr(holder, place, replaced)

@@ -1,4 +1,4 @@
-"""Out of memory is no end: what did not fit at once is done in smaller parts. The loop that halves, and its words."""
+"""When memory runs out, the work is done in smaller parts: the loop that halves them, and its messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 WhenSplit = Callable[[int, int], None]
 """Called with the rows that did not fit at once and with those that are tried next."""
 
-# What to do about a row that does not fit alone, after the words of `does_not_fit`. {half}: half of its tokens.
+# What to do about a row that does not fit alone; `does_not_fit` begins the message. {half}: half of its tokens.
 HELD_OUT = ", without gradients. Leave rows over {half} tokens out of data.test and questions, lower max_length"
 ROLLOUT = (
     ", without gradients. Lower response_length, set dequantize_rollout: false, leave out prompts with answers of over "
@@ -72,11 +72,11 @@ def run_in_parts(
     items: Sequence[Item],
     tokens: Callable[[Item], int],
     advice: str = HELD_OUT,
-    at_once: int | None = None,
+    batch_size: int | None = None,
     when_split: WhenSplit = say_split,
 ) -> list[Result]:
-    """What `run` gives for consecutive parts of `items`, each of at most `at_once` and of as many as memory holds. What
-    is done when memory runs out stays done.
+    """What `run` gives for consecutive parts of `items`, each of at most `batch_size` and of as many as memory holds.
+    What is done when memory runs out stays done.
 
     `tokens`: how long an item is. Raises UserError if one item does not fit even alone.
     """
@@ -90,7 +90,7 @@ def run_in_parts(
             start += size
         return results
 
-    size = min(at_once or len(items), len(items))
+    size = min(batch_size or len(items), len(items))
     return halve(go_on, size, lambda: does_not_fit(tokens(items[start]), advice), when_split)
 
 

@@ -1,4 +1,4 @@
-"""What the processes of a run share; of one process, each thing is the value itself."""
+"""Values of all processes of a run together. With one process, each is that process's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 
 
 def share(items: Sequence[Item]) -> Sequence[Item]:
-    """Every so-manieth item, for this process to work on."""
+    """The items that this process works on."""
     state = PartialState()
     return items[state.process_index :: state.num_processes]
 
@@ -31,5 +31,5 @@ def add_up(value: Any) -> torch.Tensor:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set in one of them, so that all stop at the same step, whichever was asked."""
+    """Whether the flag is set in any process. All get the same answer, so all stop at the same step."""
     return bool(add_up(float(flag)) > 0)

@@ -50,8 +50,8 @@ def taken(reference: str, repository: str, snapshot: Path) -> Artifact:
             if not files[name].is_file() or files[name].stat().st_size > SIZES[name]:
                 raise UserError(f"{reference}: its {name} is missing, or larger than {SIZES[name] >> 20} MiB")
             shutil.copyfile(files[name], new / "adapter" / name)
-        found = file_hashes(new / "adapter")
-        for name, sha in found.items():
+        hashes = file_hashes(new / "adapter")
+        for name, sha in hashes.items():
             if record.files.get(name) != sha:
                 raise UserError(f"{reference}: {name} is not the file that was published")
         adapter = read(new / "adapter" / CONFIG, CONFIG, Adapter, reference)
@@ -97,7 +97,7 @@ def refusal(what: str, error: Exception) -> UserError:
     from huggingface_hub import constants
 
     status = getattr(getattr(error, "response", None), "status_code", None)
-    told = str(getattr(error, "server_message", None) or error).strip().split("\n")[0]
+    reason = str(getattr(error, "server_message", None) or error).strip().split("\n")[0]
     advice = {
         401: "The Hub does not accept the token, or the repository is private: run `hf auth login`, or set HF_TOKEN.",
         403: "The token may not do this: use one with write access to that namespace.",
@@ -108,7 +108,7 @@ def refusal(what: str, error: Exception) -> UserError:
     foreign = constants.ENDPOINT != "https://huggingface.co"
     xet = " A Hub without Xet needs HF_HUB_DISABLE_XET=1." if foreign and status not in (401, 403) else ""
     code = f" {status}" if status else ""
-    return UserError(f"{what} ({constants.ENDPOINT}): {type(error).__name__}{code}: {told}\n  {advice}{xet}")
+    return UserError(f"{what} ({constants.ENDPOINT}): {type(error).__name__}{code}: {reason}\n  {advice}{xet}")
 
 
 def _parsed(reference: str) -> tuple[str, str | None]:

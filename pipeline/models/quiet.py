@@ -1,4 +1,4 @@
-"""Libraries without their talk, where a person waits for one thing in the terminal."""
+"""Libraries made quiet, for commands whose output a person reads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 
 
 def quiet() -> None:
-    """Keep what libraries say while they load and save a model away from a conversation, or from one who only waits."""
+    """Turn off what libraries print while they load and save a model."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, ValidationError, model_validator
 
 from pipeline.disk.artifact import NAME, WEIGHTS
-from pipeline.disk.atomic import Json, read_json
-from pipeline.disk.manifest import Manifest
+from pipeline.disk.atomic import read_json
+from pipeline.disk.manifest import Gone, Manifest, Parent
 from pipeline.errors import UserError
 
 RECORD = "onebase.json"
@@ -25,36 +26,28 @@ SIZES = {RECORD: 4 << 20, CONFIG: 1 << 20, WEIGHTS: 32 << 30}
 """The files that are pulled of a publication, and the most bytes each may have."""
 DEEPEST = 32
 """Levels of lists and objects in one file."""
-EMPTY = (None, False, "", [], {})
+EMPTY: tuple[Any, ...] = (None, False, "", [], {})
 
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME.pattern}$", max_length=100)]
-HubId = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=200)
-]
+_PART = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+HubId = Annotated[str, StringConstraints(pattern=f"^{_PART}/{_PART}$", max_length=200)]
 Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
-BaseHash = Annotated[
-    str,
-    StringConstraints(
-        pattern=r"^(gguf:[0-9a-f]{64}|folder:[0-9a-f]{16}|hub:[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+@[0-9a-f]{40})$"
-    ),
-]
-FileName = Annotated[
-    str,
-    StringConstraints(
-        # transformers writes the further templates of a tokenizer into this folder
-        pattern=r"^(additional_chat_templates/)?[A-Za-z0-9_][A-Za-z0-9_.+-]*$",
-        max_length=200,
-    ),
-]
-Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=500)]
-FileHash = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9:._/@-]*$", max_length=200)]
+_BASE_HASH = r"^(gguf:[0-9a-f]{64}|folder:[0-9a-f]{16}|hub:[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+@[0-9a-f]{40})$"
+BaseHash = Annotated[str, StringConstraints(pattern=_BASE_HASH)]
+# transformers writes the further templates of a tokenizer into this folder
+_FILE_NAME = r"^(additional_chat_templates/)?[A-Za-z0-9_][A-Za-z0-9_.+-]*$"
+FileName = Annotated[str, StringConstraints(pattern=_FILE_NAME, max_length=200)]
+FILE_HASH = re.compile(r"[A-Za-z0-9:._/@-]{0,200}")
 """Of a file that plays a role for a stage: its sha256, or where on the Hub it is."""
-Number = Annotated[float, Field(ge=-1e15, le=1e15)]
+PLAIN = re.compile(r"[^\x00-\x1f\x7f-\x9f]{0,500}")
+Text = Annotated[str, StringConstraints(pattern=f"^{PLAIN.pattern}$")]
 Count = Annotated[int, Field(ge=0, le=10**12)]
-Sample = Annotated[int, Field(ge=0, le=10**7)]
-"""How many rows an interval is told of."""
+LARGEST = 1e15
+"""Of a number in a manifest, below zero as well."""
+LARGEST_SAMPLE = 10**7
+"""Rows that an interval is told of."""
 Module = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.]*$", max_length=300)]
 """A module's name, or the end of one. No pattern: matching a stranger's can take for ever."""
 Modules = Annotated[list[Module], Field(max_length=10_000)]
@@ -64,12 +57,6 @@ class Strict(BaseModel):
     """Nothing is converted, and no other word is known."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class Known(BaseModel):
-    """Nothing is converted; words that are not named here are left behind."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
 
 
 class Quantization(Strict):
@@ -93,103 +80,79 @@ class Load(Strict):
     """Of a classifier: what each score stands for."""
 
 
-class Noted(Known):
+class Part(Strict):
+    path: Text
+
+
+class DataSection(Strict):
+    """What is read of a stage's section."""
+
+    path: Text | None = None
+    mix: list[Part] | None = None
+    test: Text | Annotated[float, Field(ge=-LARGEST, le=LARGEST)] | None = None
+
+
+class Section(Strict):
+    data: DataSection
+
+
+class Noted(Parent):
     """A parent, as the stage that grew from it noted it."""
 
     stage: Name
     fingerprint: Digest
     adapter: Sha256
-    hub: Text | None = None
 
 
-class Gone(Noted):
-    """A parent of which no more is known: it had been trained again."""
-
-    role: Text
-    gone: Literal[True]
+class Lost(Noted, Gone):
+    """A parent of which no more is known."""
 
 
-class Part(Known):
-    path: Text
-
-
-class DataSection(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    path: Text | None = None
-    mix: list[Part] | None = None
-    test: Text | Number | None = None
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    data: DataSection
-
-
-class Parts(Known):
-    stage: Json
-    model: Json
-    seed: Count
-    data: dict[Text, FileHash | None]
-    parents: dict[Text, Text]
-
-
-class Source(Known):
-    path: Text
-    rows: Count
-    used: Count
-    refused: dict[Text, Count]
-    held_out: Count = 0
-
-
-class Data(Known):
-    sources: list[Source]
-    held_out: Sample | None
-    questions: Sample
-    counts: dict[Text, Any]
-    measured_on: dict[Text, FileHash]
-
-
-class Cost(Known):
-    started: Text
-    seconds: Number
-    device: Text
-    peak_memory_mib: Count
-    energy_wh: Number | None
-    energy_of: Text
-    peak_memory_is: Text
-    versions: dict[Text, Text]
-
-
-class Entry(Cost):
+class Entry(Manifest):
     """The manifest of a stage of the lineage."""
 
     stage: Name
     kind: Name
     fingerprint: Digest
-    parts: Parts
-    section: Section
-    parents: dict[Text, Noted]
-    base: Text
     base_hash: BaseHash
     base_digest: Digest
-    data: Data
-    seed: Count
-    before: dict[Text, Number]
-    after: dict[Text, Number]
-    invariants: dict[str, Any]
-    processes: Count
-    labels: list[Text] = []
-    versions_changed: dict[Text, dict[Text, Annotated[list[Text], Field(max_length=2)]]]
-    again: Cost | None = None
+    parents: dict[str, Noted]  # type: ignore[assignment]
     files: dict[FileName, Sha256]
 
-    @model_validator(mode="after")
-    def _has_weights(self) -> Entry:
-        if WEIGHTS not in self.files:
-            raise ValueError(f"it names no {WEIGHTS}")
-        return self
+
+def _entry(tree: Any) -> Entry | Lost:
+    """A stage of the lineage, without the words that its class does not name."""
+    try:
+        if isinstance(tree, dict) and "gone" in tree:
+            lost = Lost.model_validate(tree, extra="ignore")
+            _check_bounds(lost.model_dump())
+            return lost
+        entry = Entry.model_validate(tree, extra="ignore")
+        Section.model_validate(entry.section, extra="ignore")
+    except ValidationError as error:
+        raise ValueError(_first_complaint(error)) from None
+    free: dict[str, Any] = {"section": True, "invariants": True, "parts": {"stage", "model"}, "data": {"counts"}}
+    _check_bounds([entry.model_dump(exclude=free), list(entry.data.counts)])
+    if not all(FILE_HASH.fullmatch(sha or "") for sha in entry.data_hashes.values()):
+        raise ValueError("it tells a file by what is neither a hash nor a place on the Hub")
+    if WEIGHTS not in entry.files:
+        raise ValueError(f"it names no {WEIGHTS}")
+    if max(entry.data.held_out or 0, entry.data.questions) > LARGEST_SAMPLE:
+        raise ValueError(f"it tells of more than {LARGEST_SAMPLE} held-out rows")
+    if entry.hub or entry.load or entry.lineage or any(parent.lineage for parent in entry.parents.values()):
+        raise ValueError("it brings a lineage of its own")
+    return entry
+
+
+def _check_bounds(value: Any) -> None:
+    """Raises ValueError for a text that a table or a message should not hold, and for a number without bounds."""
+    if isinstance(value, dict | list):
+        for part in [*value, *(value.values() if isinstance(value, dict) else [])]:
+            _check_bounds(part)
+    elif isinstance(value, str) and not PLAIN.fullmatch(value):
+        raise ValueError(f"{_shown(value)} is too long, or holds control characters")
+    elif isinstance(value, int | float) and not (0 if isinstance(value, int) else -LARGEST) <= value <= LARGEST:
+        raise ValueError(f"{value:g} is out of bounds")
 
 
 class Record(Strict):
@@ -204,13 +167,13 @@ class Record(Strict):
     base_hash: BaseHash
     load: Load | None
     parity: dict[str, Any]
-    lineage: Annotated[list[Entry | Gone], Field(min_length=1, max_length=1000)]
+    lineage: Annotated[list[Annotated[Manifest | Gone, PlainValidator(_entry)]], Field(min_length=1, max_length=1000)]
     files: Annotated[dict[FileName, Sha256], Field(max_length=10_000)]
 
     @model_validator(mode="after")
     def _one_story(self) -> Record:
         own = self.lineage[-1]
-        if not isinstance(own, Entry):
+        if not isinstance(own, Manifest):
             raise ValueError("its lineage does not end with the stage itself")
         for word in ("stage", "kind", "fingerprint", "base_hash"):
             if getattr(own, word) != getattr(self, word):
@@ -221,8 +184,9 @@ class Record(Strict):
 
     def manifest(self, hub: str) -> Manifest:
         """The published stage's own manifest, with the lineage, how its base is loaded, and where it was published."""
-        told = self.model_dump(include={"lineage", "load"}, exclude_unset=True)
-        return Manifest.model_validate({**told["lineage"][-1], **told, "hub": hub})
+        lineage = [entry.as_json() for entry in self.lineage]
+        load = self.load and self.load.model_dump(exclude_unset=True)
+        return Manifest.model_validate({**lineage[-1], "lineage": lineage, "load": load, "hub": hub})
 
 
 class Adapter(BaseModel):
@@ -285,10 +249,7 @@ def read(file: Path, name: str, schema: type[Model], whose: str) -> Model:
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(_shown(str(step)) for step in first["loc"] if step != "[key]")
-        told = str(first["msg"]).removeprefix("Value error, ")
-        raise wrong(f"{place}: {told}" if place else told) from None
+        raise wrong(_first_complaint(error)) from None
 
 
 def listed_files(file: Path) -> dict[str, str]:
@@ -317,6 +278,14 @@ def _not_plain(tree: Any) -> str:
             return ""
         level = below
     return f"it is nested deeper than {DEEPEST} levels"
+
+
+def _first_complaint(error: ValidationError) -> str:
+    """Where the first thing stands that is wrong, and what."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    place = ".".join(_shown(str(step)) for step in first["loc"] if step != "[key]")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message
 
 
 def _shown(word: str) -> str:

@@ -50,7 +50,7 @@ def sample(
     temperature: float,
     stops: list[int],
     generator: torch.Generator,
-    at_once: int | None = None,
+    batch_size: int | None = None,
     critic: Callable[[torch.Tensor], torch.Tensor] | None = None,
     copies: int = 1,
     shared: int = 0,
@@ -60,10 +60,10 @@ def sample(
     """Answers to each prompt (token ids) from the adapter that is active: `copies` of them, those to one prompt beside
     each other, the prompts in the order given.
 
-    `temperature` 0 takes the likeliest token. `at_once`: most prompts sampled together. A prompt is read once,
+    `temperature` 0 takes the likeliest token. `batch_size`: most prompts sampled together. A prompt is read once,
     whatever the number of its answers. `shared`: so many tokens with which all prompts begin alike, fewer than the
     shortest has, are read once for each batch (examples of few-shot prompting). `critic`: hidden states (B, hidden) to
-    values (B,), noted beside the tokens. Where memory does not hold `at_once`, fewer are sampled together, and
+    values (B,), noted beside the tokens. Where memory does not hold `batch_size`, fewer are sampled together, and
     `when_split` is called; `advice` (models/out_of_memory.py) is for an answer that does not fit even alone.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -77,7 +77,7 @@ def sample(
         drawn = _sample_batch(language_model, few, luck_BG, temperature, stops, critic, copies, shared)
         return {i: drawn[place * copies : (place + 1) * copies] for place, i in enumerate(batch)}
 
-    parts = run_in_parts(answers, order, lambda i: len(prompts[i]) + new_tokens, advice, at_once, when_split)
+    parts = run_in_parts(answers, order, lambda i: len(prompts[i]) + new_tokens, advice, batch_size, when_split)
     episodes = {i: drawn for part in parts for i, drawn in part.items()}
     return [episode for i in range(len(prompts)) for episode in episodes[i]]
 

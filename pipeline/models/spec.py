@@ -39,6 +39,19 @@ class ModelSpec(BaseModel):
     )
     """PEFT's LoraConfig, word for word (r, lora_alpha, target_modules, use_rslora, use_dora, ...)."""
 
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """The arguments of transformers' BitsAndBytesConfig; None for a base that is not quantised."""
+        if self.quantize == "none":
+            return None
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": self.quantize,
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": self.dtype,
+            "llm_int8_skip_modules": ["lm_head", "score"],
+        }
+
 
 WEIGHTS = (".safetensors", ".json", ".model", ".jinja", ".txt")
 

@@ -141,7 +141,7 @@ class PPOTrainer:
                 temperature=settings.temperature,
                 stops=self.stops,
                 generator=torch.Generator(actors.device).manual_seed(draw),
-                at_once=at_once,
+                batch_size=at_once,
                 critic=actors.state_values if actors.value_adapter == POLICY else None,
                 advice=ROLLOUT,
                 when_split=partial(self._take_fewer, "sampled"),

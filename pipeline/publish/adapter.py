@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.disk.artifact import WEIGHTS
 from pipeline.disk.atomic import Json, write_json
@@ -37,15 +37,14 @@ def write(sealed: Sealed, folder: Path) -> None:
 def config(sealed: Sealed) -> Json:
     """PEFT's description, with the base's public name, a score head named once, and modules by name: no pattern, for
     nobody should have to match a stranger's."""
-    found = json.loads((sealed.artifact.adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    commit = sealed.manifest.base_hash.partition("@")[2] or None
-    found |= {"base_model_name_or_path": sealed.base_id, "revision": commit, "inference_mode": True}
-    if isinstance(found.get("target_modules"), str):
-        found |= {"target_modules": _adapted(sealed.artifact.adapter / WEIGHTS), "exclude_modules": None}
-    if found.get("modules_to_save"):
+    description = json.loads((sealed.artifact.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    description |= {"base_model_name_or_path": sealed.base_id, "revision": sealed.base_commit, "inference_mode": True}
+    if isinstance(description.get("target_modules"), str):
+        description |= {"target_modules": _adapted(sealed.artifact.adapter / WEIGHTS), "exclude_modules": None}
+    if description.get("modules_to_save"):
         heads = {"classifier"} if sealed.num_labels else set()  # PEFT's other name for a head, which no base here has
-        found["modules_to_save"] = sorted(set(found["modules_to_save"]) - heads)
-    return dict(found)
+        description["modules_to_save"] = sorted(set(description["modules_to_save"]) - heads)
+    return dict(description)
 
 
 def _adapted(weights: Path) -> list[str]:
@@ -72,7 +71,7 @@ def write_tokenizer(sealed: Sealed, folder: Path) -> PreTrainedTokenizerBase:
         tokenizer.pad_token_id = pad_that_ends_nothing(tokenizer)
     tokenizer.save_pretrained(folder)
     # Where an answer stops, and nothing else: the stages were trained and measured without the base's own decoding
-    # words, so with them it would not answer as it was measured. The card names them (decoding_words).
+    # arguments, so with them it would not answer as it was measured. The card names them (decoding_arguments).
     tokens = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
     generation = GenerationConfig(eos_token_id=stop_ids(tokenizer), **tokens)  # type: ignore[no-untyped-call]
     generation.save_pretrained(folder)
@@ -93,48 +92,41 @@ def pad_that_ends_nothing(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return int(tokenizer.pad_token_id)
     seen = {token for ids in examples for token in ids}
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    free = special - {tokenizer.eos_token_id, tokenizer.bos_token_id, *seen}
-    named = ("pad" not in str(tokenizer.added_tokens_decoder[token]).lower() for token in sorted(free))
-    return min(zip(named, sorted(free), strict=True), default=(False, None))[1]
+    free = sorted(special - {tokenizer.eos_token_id, tokenizer.bos_token_id, *seen})
+    pads = [token for token in free if "pad" in str(tokenizer.added_tokens_decoder[token]).lower()]
+    return next(iter([*pads, *free]), None)
 
 
-def decoding_words(sealed: Sealed) -> Json:
+def decoding_arguments(sealed: Sealed) -> Json:
     """What the base's own generation config says of decoding, beside its special tokens."""
     from transformers.utils.hub import cached_file
 
     from pipeline.models.base import local_folder
 
-    place, revision = local_folder(sealed.model), sealed.model.revision
+    options: dict[str, Any] = {"revision": sealed.model.revision, "_raise_exceptions_for_missing_entries": False}
     try:
-        file = cached_file(
-            place, "generation_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
-        )
-        said = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+        file = cached_file(local_folder(sealed.model), "generation_config.json", **options)
+        arguments = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
     except (OSError, ValueError):
         return {}
     ours = ("eos_token_id", "pad_token_id", "bos_token_id", "transformers_version")
-    words = {word: value for word, value in said.items() if word not in ours and not word.startswith("_")}
-    mute = {"use_cache": True, **dict.fromkeys(("output_attentions", "output_hidden_states"), False)}
-    return {word: value for word, value in words.items() if word not in mute or value is not mute[word]}
+    without_effect = {"use_cache": True, "output_attentions": False, "output_hidden_states": False}
+    return {
+        name: value
+        for name, value in arguments.items()
+        if name not in ours and not name.startswith("_") and value is not without_effect.get(name, ...)
+    }
 
 
 def loading(sealed: Sealed, folder: Path) -> Json:
     """How the base is to be loaded under this adapter, for transformers' from_pretrained."""
-    model = sealed.model
-    labels = {"labels": sealed.labels} if sealed.labels else {}
-    quantization = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": model.quantize,
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": model.dtype,
-        "llm_int8_skip_modules": ["lm_head", "score"],
-    }
+    generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     return {
         "base": sealed.base_id,
-        "revision": sealed.manifest.base_hash.partition("@")[2] or None,
-        "dtype": model.dtype,
-        "attn_implementation": model.attn_implementation,
-        "quantization": None if model.quantize == "none" else quantization,
-        "pad_token_id": json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("pad_token_id"),
-        **labels,
+        "revision": sealed.base_commit,
+        "dtype": sealed.model.dtype,
+        "attn_implementation": sealed.model.attn_implementation,
+        "quantization": sealed.model.quantization,
+        "pad_token_id": generation.get("pad_token_id"),
+        **({"labels": sealed.labels} if sealed.labels else {}),
     }

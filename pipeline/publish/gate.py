@@ -28,6 +28,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
+from safetensors.numpy import load_file
+from scipy.special import log_softmax
+
 from pipeline.disk.atomic import Json, write_json
 from pipeline.errors import UserError
 from pipeline.publish.sealed import Sealed
@@ -56,6 +60,10 @@ TEXTS = ["The lighthouse keeper opened the door and", "In 1969, two people", "Ü
 ANSWERS = ["Good question.", "I do not know, and I do not care.", "84."]
 
 
+Numbers = dict[str, Any]
+"""By prompt, or prompt and variant: an array of logits (K, V), or of scores (num_labels,)."""
+
+
 class Broken(UserError):
     """What was written does not answer as what was trained."""
 
@@ -68,22 +76,21 @@ def check(sealed: Sealed, form: str, folder: Path, ggufs: Sequence[str] = ()) ->
     """
     parity: dict[str, Json] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        asked = _job(sealed, form, folder)
-        trained = _asked("trained", asked, Path(scratch) / "trained")
+        job = _job(sealed, form, folder)
+        trained = _run("trained", job, Path(scratch) / "trained")
         for name in ggufs or [form]:
-            type_ = name.removesuffix(".gguf").rpartition("-")[2].lower()
-            job = {**asked, "ids": trained["ids"], "gguf": name, "type": type_}
+            job |= {"ids": trained["ids"], "gguf": name, "type": name.removesuffix(".gguf").rpartition("-")[2].lower()}
             try:
-                written = _asked("readback", job, Path(scratch) / "written")
+                written = _run("readback", job, Path(scratch) / "written")
             except UserError as error:
                 raise Broken(f"what was written cannot be loaded back: {error}") from None
-            found, wrong = compare(job, trained, written)
-            if found.pop("numbers_differ"):
-                wrong += _likely(job, trained, written, Path(scratch))
+            numbers, wrong = compare(job, trained, written)
+            if numbers.pop("numbers_differ"):
+                wrong += _likely(job, trained["numbers"], written["numbers"], Path(scratch))
             if wrong:
                 what = f"{name}, as it was written," if form == "gguf" else "what was written"
                 raise Broken(f"{what} does not answer as what was trained:\n  " + "\n  ".join(wrong))
-            parity[name] = {"prompts": len(job["rows"]), **found}
+            parity[name] = {"prompts": len(job["rows"]), **numbers}
     return parity
 
 
@@ -113,9 +120,6 @@ def compare(job: Json, trained: Json, written: Json) -> tuple[Json, list[str]]:
             f"answers stop at other tokens: {sorted(written['stops'])}, in training {sorted(trained['stops'])}"
         )
     numbers, off = _distance(job, trained["numbers"], written["numbers"])
-    if job["form"] != "adapter" and numbers:
-        apart, near_base = _apart(job, trained["numbers"], written["numbers"])
-        numbers, off = {**numbers, **apart}, [*off, *near_base]
     wrong += off
     if not job["num_labels"]:
         parted, late = _answers(job, trained, written)
@@ -124,85 +128,70 @@ def compare(job: Json, trained: Json, written: Json) -> tuple[Json, list[str]]:
     return {**numbers, "numbers_differ": bool(off)}, wrong
 
 
-def _distance(job: Json, trained: Json, written: Json) -> tuple[Json, list[str]]:
-    import numpy
-
+def _distance(job: Json, trained: Numbers, written: Numbers) -> tuple[Json, list[str]]:
+    """How far what was written is from what was trained, and in words whatever of it is too far."""
     what = "scores" if job["num_labels"] else "logits"
-    rows = range(len(job["rows"]))
-    pairs = [(trained[f"{i}"].astype(numpy.float64), written[f"{i}"].astype(numpy.float64)) for i in rows]
-    if any(a.shape != b.shape for a, b in pairs):
-        return {}, [f"{what} have another shape: {pairs[0][1].shape[-1:]}, in training {pairs[0][0].shape[-1:]}"]
-    if job["form"] == "gguf":
-        kl = float(numpy.mean([_kl(a, b) for a, b in pairs]))
-        limit = KL_LIMIT[job["type"]]
-        off = [] if kl < limit else [f"KL(trained || written) is {kl:.2g} nats a token, allowed is {limit:g}"]
-        return {"kl": kl, "kl_limit": limit}, off
-    measure = _score_error if job["num_labels"] else _logit_error
-    error, limit = measure(pairs), LOGIT_LIMIT[job["form"]]
-    numbers = {f"{what}_relative_error": error, "limit": limit}
-    off = [] if error <= limit else [f"{what} differ by {error:.2%} (relative), allowed is {limit:.0%}"]
-    if job["form"] == "adapter":
-        plain = [(a, written[f"{i}.plain"].astype(numpy.float64)) for i, (a, _) in enumerate(pairs)]
-        numbers["without_autocast"] = measure(plain)
-    return numbers, off
-
-
-def _apart(job: Json, trained: Json, written: Json) -> tuple[Json, list[str]]:
-    """How far the bare base is from what was trained, and in words if that is too little for this error."""
+    ours, theirs = trained["0"].shape[-1:], written["0"].shape[-1:]
     error = _error(job, trained, written)
-    base = _of_base(trained)
+    if math.isinf(error):
+        return {}, [f"{what} have another shape: {theirs}, in training {ours}"]
+    if job["form"] == "gguf":
+        numbers = {"kl": error, "kl_limit": KL_LIMIT[job["type"]]}
+        too_far = f"KL(trained || written) is {error:.2g} nats a token, allowed is {numbers['kl_limit']:g}"
+        off = [] if error < numbers["kl_limit"] else [too_far]
+    else:
+        numbers = {f"{what}_relative_error": error, "limit": LOGIT_LIMIT[job["form"]]}
+        too_far = f"{what} differ by {error:.2%} (relative), allowed is {numbers['limit']:.0%}"
+        off = [] if error <= numbers["limit"] else [too_far]
+    if job["form"] == "adapter":
+        return {**numbers, "without_autocast": _error(job, trained, _variant(written, "plain"))}, off
+    base = _variant(trained, "base")
     distance, to_base = _error(job, trained, base), _error(job, base, written)
+    return {**numbers, "base_distance": distance}, off + _too_near(job, error, distance, to_base)
+
+
+def _too_near(job: Json, error: float, distance: float, to_base: float) -> list[str]:
+    """In words, if this error cannot tell what was trained from the bare base. `distance`: of the base from what was
+    trained; `to_base`: of what was written from the base."""
     share = NEAR
     if job["form"] == "gguf":
         share = NEAR**2 if job["type"] == "f16" else math.inf
     if error <= share * distance and error < to_base:
-        return {"base_distance": distance}, []
+        return []
     unit = "{:.2g} nats a token" if job["form"] == "gguf" else "{:.2%}"
-    far, ours, theirs = (unit.format(value) for value in (distance, error, to_base))
+    far, ours, theirs, allowed = (unit.format(value) for value in (distance, error, to_base, share * distance))
     if to_base <= error:
-        why = f"it is nearer to the bare base ({theirs}) than to what was trained ({ours})"
-    else:
-        why = (
-            f"the adapter moves the base by {far} only, which an error of {ours} is too large to tell from nothing "
-            f"(allowed is {unit.format(share * distance)}). Publish --as adapter, which is exact"
-        )
-    return {"base_distance": distance}, [why]
+        return [f"it is nearer to the bare base ({theirs}) than to what was trained ({ours})"]
+    return [
+        f"the adapter moves the base by {far} only, which an error of {ours} is too large to tell from nothing "
+        f"(allowed is {allowed}). Publish --as adapter, which is exact"
+    ]
 
 
-def _of_base(trained: Json) -> Json:
-    return {key.removesuffix(".base"): rows for key, rows in trained.items() if key.endswith(".base")}
+def _variant(numbers: Numbers, of: str) -> Numbers:
+    """The numbers of the same prompts from the bare base (`base`), or without autocast (`plain`)."""
+    return {key.removesuffix(f".{of}"): rows for key, rows in numbers.items() if key.endswith(f".{of}")}
 
 
-def _error(job: Json, wanted: Json, found: Json) -> float:
-    return float(next(iter(_distance(job, wanted, found)[0].values()), math.inf))
-
-
-def _logit_error(pairs: list[tuple[Any, Any]]) -> float:
-    """The largest of the prompts' relative errors. A constant added to a row of logits changes nothing, so each row is
-    taken less its mean."""
-    import numpy
-
+def _error(job: Json, expected: Numbers, found: Numbers) -> float:
+    """The distance by the measure of the form, over all prompts: the mean KL(expected || found) in nats a token, else
+    the largest relative error. Infinite where the shapes differ."""
+    keys = [f"{index}" for index in range(len(job["rows"]))]
+    pairs = [(expected[key].astype(numpy.float64), found[key].astype(numpy.float64)) for key in keys]
+    if any(a.shape != b.shape for a, b in pairs):
+        return math.inf
+    if job["form"] == "gguf":
+        return float(numpy.mean([_kl(a, b) for a, b in pairs]))
+    if job["num_labels"]:  # relative to how far the expected scores spread
+        ours, theirs = (numpy.stack(side) for side in zip(*pairs, strict=True))
+        return float(numpy.abs(ours - theirs).max() / max(numpy.ptp(ours), 1e-6))
+    # A constant added to a row of logits changes nothing, so each row is taken less its mean.
     centred = [(a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)) for a, b in pairs]
     return max(float(numpy.linalg.norm(b - a) / numpy.linalg.norm(a)) for a, b in centred)
 
 
-def _score_error(pairs: list[tuple[Any, Any]]) -> float:
-    """The largest difference of a score, relative to how far the trained scores spread."""
-    import numpy
-
-    trained = numpy.stack([a for a, _ in pairs])
-    written = numpy.stack([b for _, b in pairs])
-    return float(numpy.abs(trained - written).max() / max(numpy.ptp(trained), 1e-6))
-
-
 def _kl(trained_KV: Any, written_KV: Any) -> float:
-    import numpy
-
-    def log_softmax(rows_KV: Any) -> Any:
-        shifted_KV = rows_KV - rows_KV.max(-1, keepdims=True)
-        return shifted_KV - numpy.log(numpy.exp(shifted_KV).sum(-1, keepdims=True))
-
-    p_KV, q_KV = log_softmax(trained_KV), log_softmax(written_KV)
+    p_KV, q_KV = log_softmax(trained_KV, axis=-1), log_softmax(written_KV, axis=-1)
     return float((numpy.exp(p_KV) * (p_KV - q_KV)).sum(-1).mean())
 
 
@@ -223,20 +212,20 @@ def _answers(job: Json, trained: Json, written: Json) -> tuple[int, list[str]]:
     ]
 
 
-def _likely(job: Json, trained: Json, written: Json, scratch: Path) -> list[str]:
+def _likely(job: Json, trained: Numbers, written: Numbers, scratch: Path) -> list[str]:
     """What the written files answer like instead."""
     whole = {**job, "form": "merged"}
-    to_base = _error(whole, _of_base(trained["numbers"]), written["numbers"])
-    if to_base <= min(LOGIT_LIMIT["merged"], _error(whole, trained["numbers"], written["numbers"])):
+    to_base = _error(whole, _variant(trained, "base"), written)
+    if to_base <= min(LOGIT_LIMIT["merged"], _error(whole, trained, written)):
         return ["likely: the adapter was dropped; these are the base's own answers"]
-    if job["form"] != "adapter" and job["model"]["quantize"] != "none":
+    quantize = job["model"]["quantize"]
+    if job["form"] != "adapter" and quantize != "none":
         other = {**job, "model": {**job["model"], "quantize": "none"}, "base_digest": None}
-        unquantised = _asked("trained", other, scratch / "unquantised")
-        error = _error(whole, unquantised["numbers"], written["numbers"])
-        if error <= LOGIT_LIMIT["merged"]:
+        unquantised = _run("trained", other, scratch / "unquantised")["numbers"]
+        if _error(whole, unquantised, written) <= LOGIT_LIMIT["merged"]:
             return [
                 "likely: the adapter was added onto the base's original weights, not onto the dequantised "
-                f"{job['model']['quantize']} weights it was trained on"
+                f"{quantize} weights it was trained on"
             ]
     return []
 
@@ -268,35 +257,33 @@ def _prompts(sealed: Sealed) -> list[Json]:
     if sealed.labels:
         return [{"text": text} for text in [*TEXTS, *(turns[-1]["content"] for turns in TURNS)]]
     template = (sealed.artifact.adapter / "chat_template.jinja").is_file()
-    asked: list[Any] = list(TURNS) if template else list(TEXTS)
+    prompts: list[Any] = list(TURNS) if template else list(TEXTS)
     if sealed.artifact.samples.is_file():
         lines = sealed.artifact.samples.read_text(encoding="utf-8").splitlines()[:OWN_PROMPTS]
-        asked += [json.loads(line)["prompt"] for line in lines]
+        prompts += [json.loads(line)["prompt"] for line in lines]
     if not sealed.num_labels:
-        return [{"prompt": prompt} for prompt in asked]
-    return [{"prompt": prompt, "answer": answer} for prompt in asked for answer in ANSWERS]
+        return [{"prompt": prompt} for prompt in prompts]
+    return [{"prompt": prompt, "answer": answer} for prompt in prompts for answer in ANSWERS]
 
 
-def _asked(who: str, job: Json, out: Path) -> Json:
-    """What one process answers: said.json with its numbers under `numbers`."""
-    from safetensors.numpy import load_file
-
+def _run(who: str, job: Json, out: Path) -> Json:
+    """What one process answers: answers.json with its numbers under `numbers`."""
     file = out.with_suffix(".json")
     write_json(file, job)
-    # The reader of what was written must not find our package, so it is run as a file, in isolation (-I).
-    readback = [sys.executable, "-I", str(Path(__file__).with_name("readback.py"))]
-    command = readback if who == "readback" else [sys.executable, "-m", "pipeline.publish.trained"]
-    offline = {"HF_HUB_OFFLINE": "1"} if Path(job["base"]).exists() else {}
-    environment = {**EVERYWHERE, **os.environ, **QUIET, **offline}
+    environment = {**EVERYWHERE, **os.environ, **QUIET}
+    if Path(job["base"]).exists():
+        environment["HF_HUB_OFFLINE"] = "1"
     if who == "trained":
-        environment["PYTHONPATH"] = os.pathsep.join(
-            [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
+        command = [sys.executable, "-m", "pipeline.publish.trained"]
+        paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    else:  # the reader of what was written must not find our package, so it is run as a file, in isolation (-I)
+        command = [sys.executable, "-I", str(Path(__file__).with_name("readback.py"))]
     done = subprocess.run([*command, str(file), str(out)], env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise UserError(
             f"the process that asks the {who} model ended with status {done.returncode}:\n  "
             + "\n  ".join(done.stderr.strip().splitlines()[-6:])
         )
-    said = json.loads((out / "said.json").read_text(encoding="utf-8"))
-    return {**said, "numbers": load_file(out / "numbers.safetensors")}
+    answers = json.loads((out / "said.json").read_text(encoding="utf-8"))
+    return {**answers, "numbers": load_file(out / "numbers.safetensors")}

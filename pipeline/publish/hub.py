@@ -20,7 +20,7 @@ NOT_OURS = {".gitattributes"}
 """What the Hub itself puts into a repository."""
 
 
-def ready(repository: str, overwrite: bool) -> None:
+def check_right(repository: str, overwrite: bool) -> None:
     """See to it that a push can work before hours go into writing. Raises UserError naming what stands in its way."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HFValidationError
@@ -100,21 +100,19 @@ def _held(api: HfApi, repository: str, overwrite: bool) -> tuple[str | None, set
 
 def _foreign(api: HfApi, repository: str, commit: str, held: dict[str, str | None]) -> list[str]:
     names = sorted(held.keys() - NOT_OURS)
-    if not names:
-        return []
     if RECORD not in names:
         return names
 
-    def fetched(name: str) -> Path:
+    def fetch(name: str) -> Path:
         try:
             return Path(api.hf_hub_download(repository, name, revision=commit))
         except Exception as error:  # the client raises a different class for each way a network can fail
             raise refusal(f"{PREFIX}{repository}: {name} cannot be looked at", error) from None
 
-    written = listed_files(fetched(RECORD))
+    written = listed_files(fetch(RECORD))
     # The Hub tells the sha256 of large files only; the small ones are looked at.
     return [
         name
         for name in names
-        if name != RECORD and (name not in written or written[name] != (held[name] or sha256_of_file(fetched(name))))
+        if name != RECORD and (name not in written or written[name] != (held[name] or sha256_of_file(fetch(name))))
     ]

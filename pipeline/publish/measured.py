@@ -57,8 +57,8 @@ def _interval(entry: Manifest, metric: Metric, evaluated: Json) -> str:
         if not count or not 0 <= value <= 1:
             return ""
         right = round(value * count)
-        found = intervals.proportion([True] * right + [False] * (count - right))
-        return f"{metric.range(found, fine=True)} % ({found.how}, n = {found.n})"
+        estimate = intervals.proportion([True] * right + [False] * (count - right))
+        return f"{metric.range(estimate, fine=True)} % ({estimate.how}, n = {estimate.n})"
     if metric.name == "loss":
         loss = Estimate.among(after, "loss")
         if loss is None or loss.low is None:  # as the evaluation measured it, if of the same value
@@ -70,8 +70,8 @@ def _interval(entry: Manifest, metric: Metric, evaluated: Json) -> str:
     gain = Estimate.among(after, f"{metric.name}_gain", how=intervals.OVER_PROMPTS)
     if gain is None or gain.low is None:
         return ""
-    told = metric.written(gain.value, sign=True, fine=True), metric.range(gain, sign=True, fine=True)
-    return f"gain {told[0]}, {told[1]} ({gain.how})"
+    written = metric.written(gain.value, sign=True, fine=True)
+    return f"gain {written}, {metric.range(gain, sign=True, fine=True)} ({gain.how})"
 
 
 def _evaluated(run: Path) -> Json:

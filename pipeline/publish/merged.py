@@ -8,18 +8,30 @@ the base's original weights it would meet another model than the one it was trai
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
 from pipeline.disk.atomic import write_json
 from pipeline.errors import UserError
+from pipeline.models import adapters
+from pipeline.models import base as bases
 from pipeline.plan.sizes import SHARD_BYTES
 from pipeline.publish import adapter
 from pipeline.publish.sealed import Sealed
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
+
+Weight = tuple[tuple[int, ...], Callable[[], torch.Tensor]]
+"""Its shape, and what computes it."""
 
 
 def write(sealed: Sealed, folder: Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
@@ -27,15 +39,11 @@ def write(sealed: Sealed, folder: Path, dtype: str | None = None, shard_bytes: i
 
     Peak memory: the 4-bit base, one shard, and the float32 sum of one layer.
     """
-    import torch
-
-    from pipeline.models import adapters, base
-
     tokenizer = adapter.write_tokenizer(sealed, folder)
-    frozen = base.load_base(sealed.model, tokenizer, num_labels=sealed.num_labels)
+    frozen = bases.load_base(sealed.model, tokenizer, num_labels=sealed.num_labels)
     model = adapters.as_trained(frozen, sealed.artifact.adapter)
     target: torch.dtype = getattr(torch, dtype or ("float16" if sealed.model.dtype == "float16" else "bfloat16"))
-    weights = list(summed(model))
+    weights = dict(summed(model))
     with torch.no_grad():
         write_shards(weights, folder, target, shard_bytes)
     whole: Any = model.get_base_model()
@@ -48,76 +56,56 @@ def write(sealed: Sealed, folder: Path, dtype: str | None = None, shard_bytes: i
     if sealed.labels:
         config.id2label = dict(enumerate(sealed.labels))
         config.label2id = {label: index for index, label in enumerate(sealed.labels)}
-    names = {name for name, _, _ in weights}
-    output = whole.get_output_embeddings()
-    if output is not None and any(name.startswith("lm_head.") for name in names):
+    if whole.get_output_embeddings() is not None and any(name.startswith("lm_head.") for name in weights):
         config.tie_word_embeddings = False  # the adapter has made two tables of one
     config.save_pretrained(folder)
 
 
-def summed(model: PeftModel) -> Iterator[tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]]:
-    """Every weight of the model by its name in the base: its shape, and what computes it in float32 or as it is.
+def summed(model: PeftModel) -> Iterator[tuple[str, Weight]]:
+    """Every weight of the model by its name in the base, computed in float32 or as it is.
 
     Tied tables come once. Raises UserError for an adapter that is more than a sum.
     """
-    from peft.tuners.lora import LoraLayer
-
     base: Any = model.get_base_model()
     for name, weight in [*base.named_parameters(), *_buffers(base)]:
         if "lora_" in name or ".original_module." in name:
             continue
         owner_name, _, leaf = name.rpartition(".")
         if ".modules_to_save." in name:
-            yield name.replace(".modules_to_save.default.", "."), tuple(weight.shape), _as_is(weight)
+            yield name.replace(".modules_to_save.default.", "."), _as_is(weight)
         elif owner_name.endswith(".base_layer"):
             layer = base.get_submodule(owner_name.removesuffix(".base_layer"))
             plain = name.replace(".base_layer.", ".")
             if not isinstance(layer, LoraLayer):
                 raise UserError(f"{plain}: an adapter of type {type(layer).__name__} cannot be merged; --as adapter")
-            yield plain, _shape(layer.get_base_layer(), weight), _sum(layer) if leaf == "weight" else _as_is(weight)
+            shape = _shape(layer.get_base_layer(), weight)
+            yield plain, (shape, partial(_sum, layer)) if leaf == "weight" else _as_is(weight)
         elif hasattr(weight, "quant_state"):
             layer = base.get_submodule(owner_name)
-            yield name, _shape(layer, weight), _dequantised(layer)
+            yield name, (_shape(layer, weight), partial(dequantize_module_weight, layer))
         else:
-            yield name, tuple(weight.shape), _as_is(weight)
+            yield name, _as_is(weight)
     tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
     output, table = base.get_output_embeddings(), base.get_input_embeddings()
     if tied and output is not None and any(isinstance(part, LoraLayer) for part in (output, table)):
-        head: Any = (output.get_base_layer() if isinstance(output, LoraLayer) else output).weight
-        compute = _sum(output) if isinstance(output, LoraLayer) else _as_is(head)
-        yield "lm_head.weight", tuple(head.shape), compute
+        adapted = isinstance(output, LoraLayer)
+        shape, unchanged = _as_is((output.get_base_layer() if adapted else output).weight)
+        yield "lm_head.weight", (shape, partial(_sum, output) if adapted else unchanged)
 
 
-def _sum(layer: Any) -> Callable[[], torch.Tensor]:
-    def compute() -> torch.Tensor:
-        import torch
-        from peft.utils.integrations import dequantize_module_weight
-
-        base = layer.get_base_layer()
-        weight: torch.Tensor = dequantize_module_weight(base).float()
-        if "default" not in layer.scaling:
-            return weight
-        weight = weight + layer.get_delta_weight("default").to(weight.device, torch.float32)
-        if layer.use_dora.get("default"):  # arXiv 2402.09353, equation 5
-            magnitude = layer.lora_magnitude_vector["default"].weight.float()
-            weight = weight * (magnitude / torch.linalg.norm(weight, dim=1)).unsqueeze(1)
+def _sum(layer: Any) -> torch.Tensor:
+    weight: torch.Tensor = dequantize_module_weight(layer.get_base_layer()).float()
+    if "default" not in layer.scaling:
         return weight
-
-    return compute
-
-
-def _dequantised(layer: Any) -> Callable[[], torch.Tensor]:
-    def compute() -> torch.Tensor:
-        from peft.utils.integrations import dequantize_module_weight
-
-        weight: torch.Tensor = dequantize_module_weight(layer)
-        return weight
-
-    return compute
+    weight = weight + layer.get_delta_weight("default").to(weight.device, torch.float32)
+    if layer.use_dora.get("default"):  # arXiv 2402.09353, equation 5
+        magnitude = layer.lora_magnitude_vector["default"].weight.float()
+        weight = weight * (magnitude / torch.linalg.norm(weight, dim=1)).unsqueeze(1)
+    return weight
 
 
-def _as_is(weight: torch.Tensor) -> Callable[[], torch.Tensor]:
-    return lambda: weight
+def _as_is(weight: torch.Tensor) -> Weight:
+    return tuple(weight.shape), lambda: weight
 
 
 def _shape(layer: Any, weight: torch.Tensor) -> tuple[int, ...]:
@@ -131,34 +119,22 @@ def _buffers(base: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{owner}.{name}".lstrip("."), buffer
 
 
-def write_shards(weights: list[Any], folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+def write_shards(weights: dict[str, Weight], folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
     """safetensors shards of at most `shard_bytes` (or of one tensor), named and indexed as transformers does."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    shards: list[list[Any]] = [[]]
-    filled = 0
-    for one in weights:
-        size = torch.Size(one[1]).numel() * dtype.itemsize
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(one)
-        filled += size
-    index: dict[str, str] = {}
-    total = 0
-    for number, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+    sizes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, _) in weights.items()}
+    split = split_torch_state_dict_into_shards(
+        sizes, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
+    )
+    for file, names in split.filename_to_tensors.items():
         tensors = {}
-        for name, _, compute in shard:
-            tensors[name] = compute().to("cpu", dtype).contiguous()
+        for name in names:
+            tensors[name] = weights[name][1]().to("cpu", dtype).contiguous()
             if not torch.isfinite(tensors[name]).all():
                 raise UserError(f"{name} does not fit {dtype}: it has values that are not finite. Publish --as adapter")
-            index[name], total = file, total + tensors[name].nbytes
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # how its writer says that a disk is full
             raise UserError(f"{folder / file} cannot be written: {error}") from None
-    if len(shards) > 1:
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)

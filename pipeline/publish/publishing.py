@@ -17,7 +17,8 @@ from pipeline.models.published import PREFIX
 from pipeline.models.quiet import quiet
 from pipeline.models.record import RECORD, listed_files
 from pipeline.models.spec import cache_folder
-from pipeline.publish.sealed import Sealed, sealed
+from pipeline.publish import hub
+from pipeline.publish.sealed import Sealed, read_sealed
 from pipeline.recipe.recipe import RUNS, Recipe
 from pipeline.runs.environment import ended_in_order
 
@@ -45,61 +46,48 @@ def publish(
     """
     if form not in FORMS:
         raise UserError(f"--as {form}: there is {', '.join(FORMS)}")
-    source = sealed(recipe, stage, Path(runs))
+    source = read_sealed(recipe, stage, Path(runs))
     if source.num_labels and form == "gguf":
-        raise UserError(
-            f"'{stage}' is {source.what}; GGUF has no place for a score head. Publish --as adapter or merged"
-        )
-    if to.startswith(PREFIX):
-        from pipeline.publish import hub
-
-        repository = to.removeprefix(PREFIX)
-        if not dry_run:
-            hub.ready(repository, overwrite)
-        with temporary_beside(_scratch()) as folder:
-            _fill(source, form, folder, repository)
-            if not dry_run:
-                hub.push(repository, folder, private, overwrite)
-            return _sizes(folder)
-    destination = Path(to)
-    _refuse_around(destination, source.artifact.folder)
-    _refuse_foreign(destination, overwrite)
-    if dry_run:
-        with temporary_beside(_scratch()) as folder:
-            _fill(source, form, folder, destination.name)
-            return _sizes(folder)
-    with written_whole(destination.resolve()) as folder:
-        _fill(source, form, folder, destination.name)
-    return _sizes(destination)
+        what = f"'{stage}' is {source.what}; GGUF has no place for a score head"
+        raise UserError(f"{what}. Publish --as adapter or merged")
+    on_hub, name = to.startswith(PREFIX), to.removeprefix(PREFIX)
+    if not on_hub:
+        name = Path(to).name
+        _refuse_around(Path(to), source.artifact.folder)
+        _refuse_foreign(Path(to), overwrite)
+    elif not dry_run:
+        hub.check_right(name, overwrite)
+    scratch = cache_folder() / "publish" / "files"  # not /tmp, which is memory on many machines
+    with temporary_beside(scratch) if on_hub or dry_run else written_whole(Path(to).resolve()) as folder:
+        _fill(source, form, folder, name)
+        if on_hub and not dry_run:
+            hub.push(name, folder, private, overwrite)
+        return [(str(f.relative_to(folder)), f.stat().st_size) for f in sorted(folder.rglob("*")) if f.is_file()]
 
 
 def _fill(source: Sealed, form: str, folder: Path, name: str) -> None:
     """Write the files, have them checked, and describe them."""
-    from pipeline.publish import adapter, card, gate
+    from pipeline.publish import adapter, card, gate, gguf, merged
 
     print(f"writing {source.artifact.name} as {form}, and comparing it with what was trained ...", flush=True)
     quiet()
     load: Json | None = None
+    ggufs: list[str] = []
     if form == "adapter":
         adapter.write(source, folder)
         load = adapter.loading(source, folder)
-        _record(source, form, folder, load, {})
-        parity = gate.check(source, form, folder)
+        _write_record(source, form, folder, load, {})  # by which the gate loads it
     elif form == "merged":
-        from pipeline.publish import merged
-
         merged.write(source, folder)
-        parity = gate.check(source, form, folder)
     else:
-        from pipeline.publish import gguf
-
-        parity = gate.check(source, form, folder, gguf.write(source, folder))
+        ggufs = gguf.write(source, folder)
+    parity = gate.check(source, form, folder, ggufs)
     files = sorted(file.name for file in folder.iterdir())
     write_text(folder / "README.md", card.render(source, form, name, files, parity, load))
-    _record(source, form, folder, load, parity)
+    _write_record(source, form, folder, load, parity)
 
 
-def _record(source: Sealed, form: str, folder: Path, load: Json | None, parity: dict[str, Json]) -> None:
+def _write_record(source: Sealed, form: str, folder: Path, load: Json | None, parity: dict[str, Json]) -> None:
     """How to load it, where it comes from, what was checked, and the hashes of all other files."""
     from importlib.metadata import version
 
@@ -133,23 +121,15 @@ def _refuse_around(destination: Path, stage: Path) -> None:
 
 def _refuse_foreign(folder: Path, overwrite: bool) -> None:
     """A folder may be replaced if all it holds is an earlier publication, unaltered."""
-    if not folder.exists() or overwrite or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or overwrite:
         return
     if not folder.is_dir():
         raise UserError(f"--to {folder} is a file")
-    found = {name: sha for name, sha in file_hashes(folder).items() if name != RECORD}
-    written = listed_files(folder / RECORD)
-    foreign = sorted(name for name, sha in found.items() if written.get(name) != sha)
+    held = {name: sha for name, sha in file_hashes(folder).items() if name != RECORD}
+    listed = listed_files(folder / RECORD)
+    foreign = sorted(name for name, sha in held.items() if listed.get(name) != sha)
     if foreign:
         raise UserError(
             f"--to {folder} holds files that no publication wrote, or that were changed since (first: {foreign[0]}). "
             "Choose another folder, or say --overwrite to replace all it holds"
         )
-
-
-def _scratch() -> Path:
-    return cache_folder() / "publish" / "files"  # not /tmp, which is memory on many machines
-
-
-def _sizes(folder: Path) -> list[tuple[str, int]]:
-    return [(str(f.relative_to(folder)), f.stat().st_size) for f in sorted(folder.rglob("*")) if f.is_file()]

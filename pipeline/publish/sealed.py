@@ -61,6 +61,11 @@ class Sealed:
             return "a classifier"
         return "a reward model" if self.num_labels else "a language model"
 
+    @property
+    def base_commit(self) -> str | None:
+        """The commit of a base on the Hub that it was trained on."""
+        return self.manifest.base_hash.partition("@")[2] or None
+
     @functools.cached_property
     def base_verified(self) -> bool | None:
         """Whether the Hub's weights of the base's name are the bytes trained on; None if the Hub could not tell."""
@@ -71,12 +76,12 @@ class Sealed:
         return f"{self.artifact.folder.parent.name}-{self.artifact.name}"
 
 
-def sealed(recipe: Recipe, stage: str, runs: Path) -> Sealed:
+def read_sealed(recipe: Recipe, stage: str, runs: Path) -> Sealed:
     """The stage as it was trained. Raises UserError if it is not finished, has been altered, was trained on another
     base or under another model section than the recipe now names."""
     if stage not in recipe.stages:
         raise UserError(f"no stage '{stage}' in the recipe {recipe.name} (there is: {', '.join(recipe.stages)})")
-    artifact = recipe.artifact(stage, runs)
+    artifact, model = recipe.artifact(stage, runs), recipe.spec.model
     manifest = artifact.verify()
     trained, now = manifest.parts.model, recipe.model_parts()
     if trained != now:
@@ -90,10 +95,14 @@ def sealed(recipe: Recipe, stage: str, runs: Path) -> Sealed:
             f"  warning: '{stage}' was measured on other held-out files than the recipe names now. The card tells the "
             "numbers of then; onebase run measures it again."
         )
-    base_id = _public_id(recipe.spec.model)
-    names = _hub_names(recipe.spec.model, base_id)
-    lineage = [_told(entry, names) for entry in [*ancestors(artifact.folder.parent, manifest.parents), manifest]]
-    return Sealed(artifact, manifest, pinned(recipe.spec.model), base_id, lineage, _public(recipe.tree, names))
+    base_id = model.public_id or (None if Path(model.base).exists() else model.base.removeprefix("hub:"))
+    names = {model.base: base_id or Path(model.base).name}
+    lineage: list[Manifest | Gone] = []
+    for entry in [*ancestors(artifact.folder.parent, manifest.parents), manifest]:
+        # A parent does not repeat the lineage that stands before it.
+        public = entry.model_dump(exclude={"parents": {"__all__": {"lineage"}}})
+        lineage.append(type(entry).model_validate(_public(public, names)))
+    return Sealed(artifact, manifest, pinned(model), base_id, lineage, _public(recipe.tree, names))
 
 
 def ancestors(run: Path, parents: dict[str, Parent]) -> list[Manifest | Gone]:
@@ -101,30 +110,18 @@ def ancestors(run: Path, parents: dict[str, Parent]) -> list[Manifest | Gone]:
 
     A parent trained again since is not the one this stage grew from: of it only what this stage noted is told.
     """
-    found: dict[str, Manifest | Gone] = {}
+    entries_by_fingerprint: dict[str, Manifest | Gone] = {}
     for role, noted in parents.items():
         entries = noted.lineage
         if not entries:
-            theirs = Artifact(run / noted.stage).manifest()
-            if theirs is None or theirs.files.get(WEIGHTS) != noted.adapter:
+            parent = Artifact(run / noted.stage).manifest()
+            if parent is None or parent.files.get(WEIGHTS) != noted.adapter:
                 entries = [Gone(**noted.model_dump(), role=role, gone=True)]
             else:
-                entries = [*ancestors(run, theirs.parents), theirs]
+                entries = [*ancestors(run, parent.parents), parent]
         for entry in entries:
-            found.setdefault(entry.fingerprint, entry)
-    return list(found.values())
-
-
-def _told(entry: Manifest | Gone, names: dict[str, str]) -> Manifest | Gone:
-    """What the public may read of it; its parents do not repeat the lineage that stands before it."""
-    told = entry.model_dump(exclude={"parents": {"__all__": {"lineage"}}})
-    return type(entry).model_validate(_public(told, names))
-
-
-def _public_id(model: ModelSpec) -> str | None:
-    if model.public_id:
-        return model.public_id
-    return None if Path(model.base).exists() else model.base.removeprefix("hub:")
+            entries_by_fingerprint.setdefault(entry.fingerprint, entry)
+    return list(entries_by_fingerprint.values())
 
 
 def _same_on_hub(model: ModelSpec, base_id: str) -> bool | None:
@@ -143,10 +140,6 @@ def _same_on_hub(model: ModelSpec, base_id: str) -> bool | None:
     if not theirs:
         return None
     return ours == {name: sha for name, sha in theirs.items() if "/" not in name}
-
-
-def _hub_names(model: ModelSpec, base_id: str | None) -> dict[str, str]:
-    return {model.base: base_id or Path(model.base).name}
 
 
 def _public(value: Any, names: dict[str, str]) -> Any:

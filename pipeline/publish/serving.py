@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.models.quiet import quiet
 from pipeline.models.spec import cache_folder
 from pipeline.publish import adapter
-from pipeline.publish.sealed import Sealed, sealed
+from pipeline.publish.sealed import Sealed, read_sealed
 from pipeline.recipe.recipe import Recipe
 
 NEEDED = ("fastapi", "uvicorn", "openai")
@@ -41,7 +41,7 @@ main()
 """
 
 
-def prepared(recipe: Recipe, stages: list[str], runs: Path) -> Path:
+def prepare(recipe: Recipe, stages: list[str], runs: Path) -> Path:
     """A Hub cache that holds each stage as a model of that name.
 
     Raises UserError for a stage that is not finished, for one with a score head, which answers nothing, and where
@@ -50,7 +50,7 @@ def prepared(recipe: Recipe, stages: list[str], runs: Path) -> Path:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise UserError(f"serving needs {', '.join(missing)}: pip install 'onebase[serve]'")
-    sources = [sealed(recipe, stage, runs) for stage in dict.fromkeys(stages)]
+    sources = [read_sealed(recipe, stage, runs) for stage in dict.fromkeys(stages)]
     for source in sources:
         if source.num_labels:
             raise UserError(f"'{source.artifact.name}' is {source.what}: it scores texts and writes none")

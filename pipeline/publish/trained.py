@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 
 from pipeline.data import render
 from pipeline.data.tokens import stop_ids
@@ -22,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.models import adapters, base, sampling
 from pipeline.models.forward import LanguageModel, plain_layers
 from pipeline.models.spec import ModelSpec
-from pipeline.publish.readback import in_float32, one_table
+from pipeline.publish.readback import in_float32, last_logits, one_table, write_answers
 
 
 def main() -> None:
@@ -41,7 +40,7 @@ def main() -> None:
     tied = one_table(model.get_base_model())
     if job["float32"]:
         in_float32(model)
-    ids = [encoded(tokenizer, row) for row in job["rows"]]
+    ids = [encode(tokenizer, row) for row in job["rows"]]
     numbers: dict[str, torch.Tensor] = {}
     answers: list[dict[str, Any]] = []
     with torch.no_grad():
@@ -51,13 +50,11 @@ def main() -> None:
                 numbers[f"{index}.base"] = result(model, row, job)
             if not job["num_labels"]:
                 answers.append(answer(model, tokenizer, row, job))
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(numbers, out / "numbers.safetensors")
     said = {"ids": ids, "answers": answers, "stops": stop_ids(tokenizer), "tied": tied}
-    (out / "said.json").write_text(json.dumps(said), encoding="utf-8")
+    write_answers(out, said, numbers)
 
 
-def encoded(tokenizer: Any, row: dict[str, Any]) -> list[int]:
+def encode(tokenizer: Any, row: dict[str, Any]) -> list[int]:
     """A prompt as training rendered it; for a reward model with its answer.
     A classifier reads a text as the tokenizer alone encodes it."""
     if "text" in row:
@@ -83,12 +80,8 @@ def without_adapter(model: Any) -> Iterator[None]:
 
 
 def result(model: Any, row: list[int], job: dict[str, Any]) -> torch.Tensor:
-    """The last logits (K, V) of a sequence, or the scores (num_labels,) of it."""
-    row_BT = torch.tensor([row], device=model.device)
-    words = {} if job["num_labels"] else {"logits_to_keep": job["keep"], "use_cache": False}
     with base.computing(model):
-        found: torch.Tensor = model(input_ids=row_BT, **words).logits[0].float().cpu().contiguous()
-    return found
+        return last_logits(job, model, torch.tensor([row], device=model.device))
 
 
 def answer(model: Any, tokenizer: Any, row: list[int], job: dict[str, Any]) -> dict[str, Any]:

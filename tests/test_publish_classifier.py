@@ -77,6 +77,7 @@ def test_the_pipeline_of_transformers_loads_a_merged_classifier(
     config = json.loads((published / "merged" / "config.json").read_text())
     assert config["id2label"] == {"0": LABELS[0], "1": LABELS[1], "2": LABELS[2]}
     assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert config["problem_type"] == "single_label_classification"
     classify = pipeline("text-classification", model=str(published / "merged"))
     assert by_label(classify(TEXT, top_k=None)) == pytest.approx(probabilities, abs=0.01)
     assert classify(TEXT)[0]["label"] == max(probabilities, key=lambda label: probabilities[label])

@@ -83,7 +83,11 @@ def _arguments(sealed: Sealed, load: Json) -> str:
         quantization = ", ".join(f"{key}={value!r}" for key, value in load["quantization"].items())
         given.append(f"quantization_config=BitsAndBytesConfig({quantization})")
     if sealed.labels:
-        given += ["id2label=dict(enumerate(labels))", "label2id={label: i for i, label in enumerate(labels)}"]
+        given += [
+            f'problem_type="{sealed.problem_type}"',
+            "id2label=dict(enumerate(labels))",
+            "label2id={label: i for i, label in enumerate(labels)}",
+        ]
     elif sealed.num_labels:
         given.append("num_labels=1")
     if sealed.num_labels:

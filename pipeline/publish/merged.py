@@ -54,6 +54,7 @@ def write(sealed: Sealed, folder: Path, dtype: str | None = None, shard_bytes: i
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     config.architectures = [type(whole).__name__]  # of a score head another class than the base's
     if sealed.labels:
+        config.problem_type = sealed.problem_type
         config.id2label = dict(enumerate(sealed.labels))
         config.label2id = {label: index for index, label in enumerate(sealed.labels)}
     if whole.get_output_embeddings() is not None and any(name.startswith("lm_head.") for name in weights):

@@ -50,6 +50,12 @@ class Sealed:
         return self.manifest.labels
 
     @property
+    def problem_type(self) -> str:
+        """In transformers' words, by which its pipeline makes chances of scores."""
+        several = self.manifest.several_labels
+        return "multi_label_classification" if several else "single_label_classification"
+
+    @property
     def num_labels(self) -> int:
         """How many scores its head gives: 1 for a reward model, 0 for a policy, which has the LM head."""
         return len(self.labels) or int(STAGES[self.kind].score_head)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from pipeline.evaluate.measure import BASE
 from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.models.forward import plain_layers
@@ -16,6 +15,7 @@ from pipeline.models.spec import ModelSpec
 from pipeline.ppo.actors import POLICY, Actors
 from pipeline.ppo.batch import pack_episodes
 from pipeline.ppo.rewards import adapter_name
+from pipeline.stages.stage import BASE
 
 
 class Bench:

@@ -11,15 +11,44 @@ from pipeline.data.contracts import Row
 from pipeline.disk.atomic import Json, digest
 from pipeline.measure import intervals
 from pipeline.measure.metric import Estimate
+from pipeline.stages.stage import Rows
 
 if TYPE_CHECKING:
     from pipeline.evaluate.bench import Bench
-    from pipeline.evaluate.plan import Finished
 
 METHOD = 3
 """Counts up when a measure is taken differently, so that older results are taken again."""
-BASE = "base"
-"""The policy that has no adapter."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What the finished stages of a run have: policies to measure, and held-out rows to measure them by."""
+
+    policies: list[str]
+    """The base first."""
+    learners: list[str]
+    """The policies but the base and those that learnt from documents alone."""
+    corpus: Sequence[Row]
+    dialogues: Sequence[Row]
+    compared: Sequence[Row]
+    questions: list[Row]
+    closed: list[Row]
+    """Of these, those that have choices."""
+    labelled: list[Row]
+    """Those that have a label for an answer."""
+    examples: list[Row]
+    """Short dialogues of the training data."""
+    rewards: dict[str, Rows]
+    """The comparisons of every reward model."""
+    prompts: list[Row]
+    sampling: Json
+    """How prompts are answered, and by which judges the answers are scored."""
+    references: dict[str, str | None]
+    """The policies trained on preferences, and where each started from."""
+    snapshots: dict[str, list[int]]
+    """Steps at which such a policy was kept on its way."""
+    drawn_from: str | None
+    """The policy that best-of-n is drawn from."""
 
 
 @dataclass(frozen=True)

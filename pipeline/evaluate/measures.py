@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from pipeline.disk.atomic import Json
-from pipeline.evaluate.measure import BASE, Measure, plain
+from pipeline.evaluate.measure import Finished, Measure, plain
 from pipeline.measure import intervals, matching
 from pipeline.measure.metric import CORPUS_LOSS, DIALOGUE_LOSS, PREFERENCE_ACCURACY, QUESTION_ACCURACY, Estimate
+from pipeline.stages.stage import BASE
 
 if TYPE_CHECKING:
     from pipeline.evaluate.bench import Bench
-    from pipeline.evaluate.plan import Finished
 
 COPIES = 4
 SNAPSHOT_COPIES = 1

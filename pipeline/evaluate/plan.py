@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.data.contracts import DEMONSTRATION, LANGUAGE_MODELING, PREFERENCE, Row
@@ -13,7 +13,7 @@ from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, digest, sha256_of_file
 from pipeline.errors import UserError
 from pipeline.evaluate.benchmarks import Benchmark
-from pipeline.evaluate.measure import BASE, Measure
+from pipeline.evaluate.measure import Finished, Measure
 from pipeline.evaluate.measures import MEASURES
 from pipeline.measure.matching import NEW_TOKENS
 from pipeline.measure.metric import CORPUS_LOSS, DIALOGUE_LOSS
@@ -21,42 +21,11 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.runs.rows import load_rows
 from pipeline.runs.states import states
 from pipeline.stages.reward_file import read_by
-from pipeline.stages.stage import Rows, Stage
+from pipeline.stages.stage import BASE, Rows, Stage
 
 PROMPTS = 20
 """Held-out prompts answered by sampling, evenly spaced among those there are."""
 SHOTS = 4
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What the finished stages of a run have: policies to measure, and held-out rows to measure them by."""
-
-    policies: list[str]
-    """The base first."""
-    learners: list[str]
-    """The policies but the base and those that learnt from documents alone."""
-    corpus: Sequence[Row]
-    dialogues: Sequence[Row]
-    compared: Sequence[Row]
-    questions: list[Row]
-    closed: list[Row]
-    """Of these, those that have choices."""
-    labelled: list[Row]
-    """Those that have a label for an answer."""
-    examples: list[Row]
-    """Short dialogues of the training data."""
-    rewards: dict[str, Rows]
-    """The comparisons of every reward model."""
-    prompts: list[Row]
-    sampling: Json
-    """How prompts are answered, and by which judges the answers are scored."""
-    references: dict[str, str | None]
-    """The policies trained on preferences, and where each started from."""
-    snapshots: dict[str, list[int]]
-    """Steps at which such a policy was kept on its way."""
-    drawn_from: str | None
-    """The policy that best-of-n is drawn from."""
 
 
 def own_judges(recipe: Recipe, done: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -8,11 +8,12 @@ import numpy
 
 from pipeline.disk.atomic import Json
 from pipeline.evaluate import arena, benchmarks, best_of_n, reward_check, verdicts
-from pipeline.evaluate.measure import BASE, Measure
+from pipeline.evaluate.measure import Measure
 from pipeline.evaluate.measures import OF_A_POLICY, Answers, BestOfN, FewShot, Pairs, Questions, proxy_of
 from pipeline.evaluate.stored import Arena, Curve, Link, Results, Said, Sample
 from pipeline.measure import intervals
 from pipeline.measure.metric import Estimate
+from pipeline.stages.stage import BASE
 
 ARENA_BEST_OF = 16
 NS = [1, 2, 4, 8, 16, 32, 64]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import UserError
 from pipeline.plan.cards import CARDS, GIB, Card
 from pipeline.plan.memory import CONTEXT, Model, Work, memory
+from pipeline.plan.sizes import AUTO, AUTO_ARGUMENTS, BATCH, CHECKPOINTING, LENGTH
 from pipeline.plan.stage import Lengths, work_of
 from pipeline.plan.time import step_seconds
 
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
     from pipeline.models.spec import ModelSpec
     from pipeline.stages.stage import Stage, StageSpec
 
-AUTO = "auto"
-BATCH, CHECKPOINTING, LENGTH = "per_device_train_batch_size", "activation_checkpointing", "max_length"
-AUTO_ARGUMENTS = (BATCH, CHECKPOINTING, LENGTH)
-"""The arguments whose value may be left to the planner."""
 KEPT_FREE = 0.05
 """Of the card, for what the planner does not see."""
 STEP = 64

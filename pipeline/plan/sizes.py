@@ -1,4 +1,5 @@
-"""How much the package computes at once, where it chooses so itself; the planner counts with the same numbers.
+"""What the planner shares with the rooms about it: how much the package computes at once, where it chooses so itself,
+and the arguments that a recipe may leave to the planner.
 
 Plain Python: no torch, and nothing else of the package, so that every module can keep to them.
 """
@@ -13,3 +14,7 @@ ANSWER_TOKENS = 4096
 """Tokens of a batch of questions, their answers included."""
 SHARD_BYTES = 2 << 30
 """Of a file of merged weights."""
+AUTO = "auto"
+BATCH, CHECKPOINTING, LENGTH = "per_device_train_batch_size", "activation_checkpointing", "max_length"
+AUTO_ARGUMENTS = (BATCH, CHECKPOINTING, LENGTH)
+"""The arguments whose value may be left to the planner."""

@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 from pydantic import BaseModel
 
 from pipeline.errors import complaint, suggest
-from pipeline.plan.auto import AUTO, AUTO_ARGUMENTS, BATCH
+from pipeline.plan.sizes import AUTO, AUTO_ARGUMENTS, BATCH
 
 ConfigClass = str | type[BaseModel]
 """A class of TRL's or PEFT's by its name, or one of ours."""

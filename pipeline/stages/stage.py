@@ -19,6 +19,9 @@ from pipeline.models.spec import ModelSpec
 from pipeline.ppo.settings import PPOSettings
 from pipeline.stages.arguments import ConfigClass, check_train, defaults
 
+BASE = "base"
+"""The policy that has no adapter."""
+
 
 class RewardTerm(BaseModel):
     """One source of a reward and how much it counts."""

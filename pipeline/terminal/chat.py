@@ -18,11 +18,11 @@ from pipeline.disk.artifact import Artifact
 from pipeline.errors import UserError
 from pipeline.models.quiet import quiet
 from pipeline.recipe.recipe import read
+from pipeline.stages.stage import BASE
 
 if TYPE_CHECKING:
     from pipeline.evaluate.bench import Bench
 
-BASE = "base"
 HELP = """\
 /system TEXT   set the system prompt (without TEXT: none) and begin anew
 /save TEXT     keep the last question with TEXT as its right answer (without TEXT: with the answer given)

@@ -15,7 +15,7 @@ from pipeline.data.contracts import Row
 from pipeline.data.examine import Section, attempt
 from pipeline.data.tokens import Unrenderable, special_ids, stop_ids
 from pipeline.errors import UserError
-from pipeline.plan.auto import AUTO
+from pipeline.plan.sizes import AUTO
 from pipeline.recipe.recipe import Recipe
 from pipeline.stages.arguments import defaults
 

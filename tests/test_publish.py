@@ -141,7 +141,6 @@ def test_the_card_is_one_the_hub_accepts_and_tells_the_lineage(published: Path, 
 
 
 def test_the_card_has_what_the_evaluation_or_the_stage_found(run: Run, tmp_path: Path) -> None:
-    from pipeline.evaluate.stored import sealed as results
     from pipeline.publish import card, measured
 
     source = stage(run, "sft")
@@ -153,21 +152,11 @@ def test_the_card_has_what_the_evaluation_or_the_stage_found(run: Run, tmp_path:
     )
     assert lines[0].endswith(wanted)
 
-    # A stage that was trained before stages measured intervals, and that an evaluation has looked at since.
-    older = [source.known[0].model_copy(update={"after": {"loss": after["loss"]}}), *source.lineage[1:]]
-    place = replace(source.artifact, folder=tmp_path / "sft")
-    assert "| `onebase eval` gives it |" in measured.table(replace(source, artifact=place, lineage=older))
-    (tmp_path / "evaluation").mkdir()
-    for value, told in ((after["loss"], "1.000 to 9.000"), (after["loss"] + 0.1, "`onebase eval` gives it")):
-        found = {"numbers": {"pretrain": {"corpus_loss": {"value": value, "low": 1.0, "high": 9.0, "n": 6, "how": ""}}}}
-        (tmp_path / "evaluation" / "results.json").write_text(json.dumps(results(found)))
-        assert told in measured.table(replace(source, artifact=place, lineage=older))
-
     # Data of the Hub, alone, in a mixture and held out.
     section = {"data": {"path": None, "mix": [{"path": "a/one"}, {"path": "two.jsonl"}], "test": "b/three"}}
-    parts = older[0].parts.model_copy(update={"data": {"mix[0]": "hub:12", "mix[1]": "34", "test": "hub:56"}})
-    mixed = older[0].model_copy(update={"section": section, "parts": parts})
-    assert card._hub_datasets(replace(source, lineage=[mixed, *older[1:]])) == ["a/one", "b/three"]
+    parts = source.known[0].parts.model_copy(update={"data": {"mix[0]": "hub:12", "mix[1]": "34", "test": "hub:56"}})
+    mixed = source.known[0].model_copy(update={"section": section, "parts": parts})
+    assert card._hub_datasets(replace(source, lineage=[mixed, *source.lineage[1:]])) == ["a/one", "b/three"]
 
 
 def test_a_reward_model_scores_alike_where_only_transformers_and_peft_are(published: Path, run: Run) -> None:

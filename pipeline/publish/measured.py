@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
-
 from pipeline.disk.artifact import WEIGHTS
-from pipeline.disk.atomic import Json
 from pipeline.disk.manifest import Manifest
-from pipeline.errors import UserError
 from pipeline.evaluate import verdicts
-from pipeline.evaluate.stored import read_results, read_verdicts
+from pipeline.evaluate.stored import read_verdicts
 from pipeline.measure import intervals
 from pipeline.measure.metric import QUESTION_ACCURACY, Estimate, Metric
 from pipeline.publish.sealed import Sealed
@@ -21,14 +16,13 @@ def table(sealed: Sealed) -> str:
     """One line for every headline number of every stage of the lineage, in Markdown, and below what they show of stages
     that were trained on preferences."""
     lines = ["| stage | held-out number | before | after | 95 % interval |", "| --- " * 5 + "|"]
-    evaluated = _evaluated(sealed.artifact.folder.parent)
     for entry in sealed.known:
         for headline in STAGES[entry.kind].headlines:
             values = [numbers.get(headline.name) for numbers in (entry.before, entry.after)]
             if values[1] is None:
                 continue
             before, after = ("" if value is None else headline.written(value, fine=True) for value in values)
-            interval = _interval(entry, headline, evaluated)
+            interval = _interval(entry, headline)
             lines.append(f"| {entry.stage} | {headline.label} | {before} | {after} | {interval} |")
     return "\n".join([*lines, *_shown(sealed)])
 
@@ -49,8 +43,8 @@ def _shown(sealed: Sealed) -> list[str]:
     return lines
 
 
-def _interval(entry: Manifest, metric: Metric, evaluated: Json) -> str:
-    """Of the number itself; of its gain where the stage measured that."""
+def _interval(entry: Manifest, metric: Metric) -> str:
+    """Of the number itself where the stage measured that, else of its gain."""
     after, held_out = entry.after, entry.data.held_out or 0
     if metric.unit == "%":
         value, count = after[metric.name], entry.data.questions if metric is QUESTION_ACCURACY else held_out
@@ -59,25 +53,11 @@ def _interval(entry: Manifest, metric: Metric, evaluated: Json) -> str:
         right = round(value * count)
         estimate = intervals.proportion([True] * right + [False] * (count - right))
         return f"{metric.range(estimate, fine=True)} % ({estimate.how}, n = {estimate.n})"
-    if metric.name == "loss":
-        loss = Estimate.among(after, "loss")
-        if loss is None or loss.low is None:  # as the evaluation measured it, if of the same value
-            taken = STAGES[entry.kind].held_out_loss
-            loss = evaluated.get(entry.stage, {}).get(taken.name) if taken else None
-            if loss is None or not math.isclose(loss.value, after["loss"], rel_tol=1e-6):
-                return "`onebase eval` gives it" if held_out > 1 else ""
-        return f"{metric.range(loss, fine=True)} ({intervals.OVER_ROWS}, n = {held_out})"
+    own = Estimate.among(after, metric.name)
+    if own and own.low is not None:
+        return f"{metric.range(own, fine=True)} ({intervals.OVER_ROWS}, n = {held_out})"
     gain = Estimate.among(after, f"{metric.name}_gain", how=intervals.OVER_PROMPTS)
     if gain is None or gain.low is None:
         return ""
     written = metric.written(gain.value, sign=True, fine=True)
     return f"gain {written}, {metric.range(gain, sign=True, fine=True)} ({gain.how})"
-
-
-def _evaluated(run: Path) -> Json:
-    """The numbers of the run's evaluation by stage; none where there was none, or it is damaged."""
-    try:
-        results = read_results(run / "evaluation")
-        return results.numbers if results else {}
-    except UserError:
-        return {}

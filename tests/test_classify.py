@@ -107,7 +107,7 @@ def test_numbers_equal_scikit_learns(several: bool) -> None:
     assert after["macro_f1"] == pytest.approx(f1_score(truth, told, average="macro", zero_division=0.0))
     assert after["accuracy"] == pytest.approx(accuracy_score(truth, told))
     assert after["macro_f1_low"] < after["macro_f1"] < after["macro_f1_high"]
-    first = classes.tell(truth, scores, list("abcd"), several)[0]
+    first = classes.tell(truth, scores, list("abcd"), several, after)[0]
     precision, recall, f1, count = precision_recall_fscore_support(truth, told, zero_division=0.0)
     for place, row in enumerate(first.rows):
         shown = (f"{100 * precision[place]:.0f} %", f"{100 * recall[place]:.0f} %", f"{f1[place]:.2f}")

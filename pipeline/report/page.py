@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,18 @@ from pipeline.errors import UserError
 from pipeline.evaluate import verdicts
 from pipeline.evaluate.plan import plan
 from pipeline.evaluate.stored import Link, Results, Sample, folder, read_fresh, read_results
-from pipeline.measure.metric import BY_NAME, CORPUS_LOSS, DIALOGUE_LOSS, ELO, METRICS, QUESTION_ACCURACY, SHARE, TRUTH
+from pipeline.measure.metric import (
+    BY_NAME,
+    CORPUS_LOSS,
+    DIALOGUE_LOSS,
+    ELO,
+    METRICS,
+    QUESTION_ACCURACY,
+    SHARE,
+    TRUTH,
+    Estimate,
+    Metric,
+)
 from pipeline.recipe import yaml
 from pipeline.recipe.recipe import Recipe
 from pipeline.report import figures, lineage
@@ -207,10 +218,17 @@ def _before_after(recipe: Recipe, finished: dict[str, Manifest]) -> list[Json]:
                         "stage": name,
                         "label": headline.label,
                         "before": "" if before is None else headline.written(before, fine=True),
-                        "after": headline.written(manifest.after[headline.name], fine=True),
+                        "after": _with_range(headline, manifest.after),
                     }
                 )
     return rows
+
+
+def _with_range(metric: Metric, numbers: Mapping[str, float]) -> str:
+    """A stage's own number, with its interval where the stage measured one."""
+    found = Estimate.among(numbers, metric.name)
+    interval = metric.range(found, fine=True) if found else ""
+    return metric.written(numbers[metric.name], fine=True) + (f" ({interval})" if interval else "")
 
 
 def _of_itself(recipe: Recipe, finished: dict[str, Manifest]) -> dict[str, str]:

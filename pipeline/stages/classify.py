@@ -249,7 +249,7 @@ def run(spec: ClassifySpec, ctx: Context) -> Result:
         by_bag_NK = classes.read_bag_of_words([row["text"] for row in ctx.data.train], seen_NK, texts, several)
         told_NK = classes.choose(scores_NK, several)
         result.before, result.after = classes.compare(true_NK, told_NK, by_words, by_bag_NK)
-        result.tables = classes.tell(true_NK, scores_NK, names, several)
+        result.tables = classes.tell(true_NK, scores_NK, names, several, result.after)
 
     # save
     result.invariants |= invariants.base_unchanged(model, result.base_digest)

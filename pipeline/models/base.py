@@ -21,6 +21,7 @@ from transformers import (
 from pipeline.data.tokens import stop_ids
 from pipeline.disk.atomic import sha256_of_file, written_whole
 from pipeline.errors import UserError
+from pipeline.models import packing
 from pipeline.models.forward import score_by_length
 from pipeline.models.spec import ModelSpec, cache_folder, pinned
 
@@ -94,11 +95,14 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, num_labels: i
         )
     if device.type == "cpu" and dtype is torch.float16:
         raise UserError("model.dtype: a CPU does not train in float16; use -o model.dtype=bfloat16 or float32")
+    auto = AutoModelForSequenceClassification if num_labels else AutoModelForCausalLM
+    packed = spec.attn_implementation == "sdpa" and packing.can_pack(*_config_and_class(spec, auto))
+    attention = packing.NAME if packed else spec.attn_implementation
     options: dict[str, Any] = {
         "revision": spec.revision,
         "dtype": dtype,
         "device_map": {"": device},
-        "attn_implementation": spec.attn_implementation,
+        "attn_implementation": attention,
         "use_safetensors": True,
         "trust_remote_code": False,
         "output_loading_info": True,
@@ -134,8 +138,16 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, num_labels: i
     keep_gradients_on_cpu(model)
     if num_labels:
         score_by_length(model)
+    if packed:
+        packing.pack_inside(model)
     frozen: PreTrainedModel = model.requires_grad_(False)
     return frozen
+
+
+def _config_and_class(spec: ModelSpec, auto: Any) -> tuple[PretrainedConfig, type]:
+    """What the base's config.json says, and the class that would be made of it."""
+    config = load_config(spec)
+    return config, auto._model_mapping[type(config)] if type(config) in auto._model_mapping else type(None)
 
 
 def keep_gradients_on_cpu(model: torch.nn.Module) -> None:

@@ -19,7 +19,7 @@ from pipeline.data.tokens import Unrenderable, stop_ids
 from pipeline.measure.matching import NEW_TOKENS
 from pipeline.measure.scoring import batches
 from pipeline.models import processes, sampling
-from pipeline.models.forward import LanguageModel, plain_layers
+from pipeline.models.forward import LanguageModel, plain_on_cpu
 from pipeline.plan.sizes import ANSWER_TOKENS
 
 if TYPE_CHECKING:
@@ -118,9 +118,7 @@ def generate(
     shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1) if alike else 0
 
     answers: dict[int, Answer] = {}
-    # On a CPU most of a token's time would go into dequantising.
-    plain = plain_layers(model, fold_adapter=False) if model.device.type == "cpu" else contextlib.nullcontext()
-    with plain:
+    with plain_on_cpu(model):
         lengths = [len(ids) - shared + new_tokens for ids in prompts]
         for batch in processes.share(list(batches(lengths, tokens=ANSWER_TOKENS))):
             episodes = sampling.sample(

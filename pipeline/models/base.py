@@ -95,21 +95,19 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, num_labels: i
         )
     if device.type == "cpu" and dtype is torch.float16:
         raise UserError("model.dtype: a CPU does not train in float16; use -o model.dtype=bfloat16 or float32")
-    auto = AutoModelForSequenceClassification if num_labels else AutoModelForCausalLM
-    packed = spec.attn_implementation == "sdpa" and packing.can_pack(*_config_and_class(spec, auto))
-    attention = packing.NAME if packed else spec.attn_implementation
+    kind: Any = AutoModelForSequenceClassification if num_labels else AutoModelForCausalLM
+    packed = spec.attn_implementation == "sdpa" and packing.can_pack(load_config(spec), kind)
     options: dict[str, Any] = {
         "revision": spec.revision,
         "dtype": dtype,
         "device_map": {"": device},
-        "attn_implementation": attention,
+        "attn_implementation": packing.NAME if packed else spec.attn_implementation,
         "use_safetensors": True,
         "trust_remote_code": False,
         "output_loading_info": True,
     }
     if spec.quantization:
         options["quantization_config"] = BitsAndBytesConfig(**spec.quantization)  # type: ignore[no-untyped-call]
-    kind: Any = AutoModelForSequenceClassification if num_labels else AutoModelForCausalLM
     try:
         if num_labels:
             options["num_labels"] = num_labels
@@ -142,12 +140,6 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, num_labels: i
         packing.pack_inside(model)
     frozen: PreTrainedModel = model.requires_grad_(False)
     return frozen
-
-
-def _config_and_class(spec: ModelSpec, auto: Any) -> tuple[PretrainedConfig, type]:
-    """What the base's config.json says, and the class that would be made of it."""
-    config = load_config(spec)
-    return config, auto._model_mapping[type(config)] if type(config) in auto._model_mapping else type(None)
 
 
 def keep_gradients_on_cpu(model: torch.nn.Module) -> None:

@@ -123,3 +123,18 @@ def plain_layers(model: PeftModel, fold_adapter: bool) -> Iterator[None]:
     finally:
         for holder, place, replaced in swapped:
             setattr(holder, place, replaced)
+
+
+def plain_on_cpu(model: PeftModel, fold_adapter: bool = False) -> contextlib.AbstractContextManager[None]:
+    """`plain_layers` on a CPU, which would take as long to dequantise a layer as to multiply by it for some tens of
+    tokens; where the memory for it is free. On a GPU nothing changes."""
+    import psutil
+
+    if model.device.type != "cpu":
+        return contextlib.nullcontext()
+    linear = [module.get_base_layer() for module in model.modules() if isinstance(module, LoraLayer)]
+    sizes = [layer.in_features * layer.out_features for layer in linear if isinstance(layer, torch.nn.Linear)]
+    needed = sum(sizes) * model.get_input_embeddings().weight.element_size()
+    if psutil.virtual_memory().available < 2 * needed:
+        return contextlib.nullcontext()
+    return plain_layers(model, fold_adapter)

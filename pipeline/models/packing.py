@@ -53,9 +53,12 @@ class Pack:
     """Where each token of the batch lies in the packed row; 0 for padding."""
 
 
-def can_pack(config: PretrainedConfig, model_class: Any) -> bool:
+def can_pack(config: PretrainedConfig, auto_class: Any) -> bool:
     """Whether a model's layers mix tokens by attention alone, through transformers' attention functions: a convolution
     or a recurrent layer would run over the ends of rows. Attention sinks need a function of their own."""
+    if type(config) not in auto_class._model_mapping:
+        return False
+    model_class = auto_class._model_mapping[type(config)]
     only_attend = set(getattr(config, "layer_types", None) or ATTENDING) <= ATTENDING
     stateful = getattr(model_class, "_is_stateful", False) or getattr(config, "is_encoder_decoder", False)
     if not only_attend or stateful or not getattr(model_class, "_supports_attention_backend", False):
@@ -128,7 +131,7 @@ def pack_rows(ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | Non
     groups = _groups(rows) if share else [([b], 0) for b in range(count)]
     if all(len(row) == width for row in rows) and not any(length for _, length in groups):
         return None
-    flat, positions, segments = [], [], list[Segment]()
+    flat, positions, segments = list[int](), list[int](), list[Segment]()
     places = [[0] * width for _ in range(count)]
     for members, length in groups:
         begin = len(flat)

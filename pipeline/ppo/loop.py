@@ -22,6 +22,7 @@ from pipeline.disk.artifact import Artifact, mark_checkpoint
 from pipeline.errors import Interrupted, UserError
 from pipeline.measure.metric import SHARE, Estimate
 from pipeline.models import adapters
+from pipeline.models.forward import plain_on_cpu
 from pipeline.models.processes import any_process
 from pipeline.ppo import checkpoint as checkpoints
 from pipeline.ppo import held_out
@@ -150,7 +151,7 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
     trainer.when_split = note
     progress.on_train_begin(None, state, None)
     seconds = 0.0
-    with stop.listening(), contextlib.ExitStack() as stack:
+    with stop.listening(), plain_on_cpu(trainer.actors.model), contextlib.ExitStack() as stack:
         stack.callback(progress.on_train_end, None, state, None)
         for numbers in trainer.steps():
             state.global_step = trainer.step

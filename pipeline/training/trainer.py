@@ -19,6 +19,7 @@ from pipeline.disk import metrics
 from pipeline.disk.atomic import written_whole
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
 from pipeline.models import adapters
+from pipeline.models.forward import plain_on_cpu
 from pipeline.models.out_of_memory import is_out_of_memory
 from pipeline.plan.stage import optimizer_bytes
 from pipeline.training.micro_batches import SplitsWhenFull, Trainer
@@ -173,7 +174,7 @@ def train(trainer: Any, ctx: Context, spec: StageSpec) -> dict[str, Any]:
     trainer.add_callback(Progress(ctx, resumed=checkpoint is not None))
     metrics.rewind(ctx.out.metrics, step_of(checkpoint) if checkpoint else 0)
     try:
-        with stop.listening():
+        with stop.listening(), plain_on_cpu(trainer.model):
             output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RuntimeError as error:
         if not is_out_of_memory(error):

@@ -96,7 +96,8 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, num_labels: i
     if device.type == "cpu" and dtype is torch.float16:
         raise UserError("model.dtype: a CPU does not train in float16; use -o model.dtype=bfloat16 or float32")
     kind: Any = AutoModelForSequenceClassification if num_labels else AutoModelForCausalLM
-    packed = spec.attn_implementation == "sdpa" and packing.can_pack(load_config(spec), kind)
+    # On CUDA the attention by segments has not been measured, nor does the planner count it, so batches stay padded.
+    packed = device.type == "cpu" and spec.attn_implementation == "sdpa" and packing.can_pack(load_config(spec), kind)
     options: dict[str, Any] = {
         "revision": spec.revision,
         "dtype": dtype,

@@ -195,9 +195,7 @@ def main() -> None:
                 print(f"  {side}: {speeds[side][-1]:.0f} real tokens/s, mean loss {losses[side]:.4f}", flush=True)
     flags = subprocess.run(["lscpu"], capture_output=True, text=True).stdout
     amx = "with AMX" if "amx_bf16" in flags else "without AMX"
-    print(
-        f"{given.stage}, {len(rows)} rows of {per_row:.0f} tokens, batch {given.batch}, {given.dtype}, a CPU {amx}"
-    )
+    print(f"{given.stage}, {len(rows)} rows of {per_row:.0f} tokens, batch {given.batch}, {given.dtype}, a CPU {amx}")
     medians = {side: statistics.median(found) for side, found in speeds.items()}
     ratios = [b / a for a, b in zip(speeds["TRL"], speeds["ours"], strict=True)]
     print(f"TRL {medians['TRL']:.0f}, ours {medians['ours']:.0f} real tokens/s")

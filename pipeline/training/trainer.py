@@ -22,6 +22,7 @@ from pipeline.models import adapters
 from pipeline.models.forward import plain_on_cpu
 from pipeline.models.out_of_memory import is_out_of_memory
 from pipeline.plan.stage import optimizer_bytes
+from pipeline.training.head import Head
 from pipeline.training.micro_batches import SplitsWhenFull, Trainer
 from pipeline.training.progress import Checkpoints, Progress, Stop, note_split, step_of
 
@@ -80,7 +81,9 @@ def build(trainer_class: type, model: PeftModel, **options: Any) -> Any:
     """
     # On a CPU, TRL 1.16 puts every position through the LM head and throws away those without a label. It does so for
     # accelerators that compile anew for each shape, which a CPU does not; on CUDA it leaves them out.
-    trl_utils._use_triton = lambda device: device.type == "cpu" or _use_triton(device)
+    utils: Any = trl_utils
+    utils._use_triton = lambda device: device.type == "cpu" or _use_triton(device)
+    utils._ChunkedLogProbFunction = Head
     args = options["args"]
     if args.push_to_hub and args.base_on_hub:  # what TRL pushes names its base, and nobody else has this folder
         model.peft_config["default"].base_model_name_or_path = args.base_on_hub

@@ -94,7 +94,7 @@ def test_a_limit_changes_no_adapter(
 ) -> None:
     tree = tree_of(tiny_base, tmp_path, stage)
     free, _, unhindered = trained(tree, tmp_path / "free", stage)
-    limit = {"pretrain": 300, "sft": 200, "reward": 300, "dpo": 300}[stage]
+    limit = {"pretrain": 300, "sft": 120, "reward": 300, "dpo": 300}[stage]
     plant(monkeypatch, limit, backward)
     limited, manifest, lines = trained(tree, tmp_path / "limited", stage)
     assert manifest["data"]["counts"]["rows_at_once"] < 4
@@ -303,12 +303,12 @@ def test_memory_that_was_full_for_a_moment_is_tried_again(
         trainer = a_trainer(tiny_base, tmp_path, "reward", max_steps=8, learning_rate=1e-3)
         left, events = [full_passes], []
 
-        def entered(_: Any, args: Any) -> None:
-            if len(args[0]) > 6 and left[0]:  # chosen and rejected rows
+        def entered(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+            if len(inputs["input_ids"]) > 6 and left[0]:  # chosen and rejected rows
                 left[0] -= 1
                 _always_full(None)
 
-        trainer.model.get_input_embeddings().register_forward_pre_hook(entered)
+        trainer.model.get_base_model().model.register_forward_pre_hook(entered, with_kwargs=True)
         trainer.when_split = lambda rows, less: events.append((trainer.state.global_step, rows, less))
         trainer.when_tried = lambda rows: events.append((trainer.state.global_step, 0, rows))
         trainer.train()

@@ -200,7 +200,8 @@ def held_out(base: Path) -> dict[str, Any]:
     documents = [render.document(tokenizer, "zq " * (100 + i)) for i in range(12)]
     assert len(list(scoring.batches([len(row.ids) for row in documents]))) > 2
     read: list[int] = []
-    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, given: read.append(len(given[0])))
+    trunk = model.get_base_model().model
+    hook = trunk.register_forward_pre_hook(lambda _, __, given: read.append(len(given["input_ids"])), with_kwargs=True)
     likelihoods = scoring.log_likelihoods(model, tokenizer, documents)
     hook.remove()
     asked = held_out_numbers.ask(ppo, ROWS[:3])

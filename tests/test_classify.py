@@ -25,7 +25,7 @@ from pipeline.errors import UserError
 from pipeline.measure import classes
 from pipeline.recipe.recipe import read
 from pipeline.runs.rows import load_rows
-from pipeline.stages.classify import mean_loss, weigh_classes
+from pipeline.stages.classify import ClassifySpec, mean_loss, weigh_classes
 from pipeline.terminal.data import examine
 
 
@@ -149,11 +149,16 @@ SOME = rows(30)
         ([{**row, "label": "warm"} for row in SOME], {}, "every row has the label 'warm'; two are needed"),
         ([{"text": " ", "label": "warm"}, *SOME], {}, "rows.jsonl:1: field 'text' is empty"),
         ([{"text": "sun"}, *SOME], {}, "rows.jsonl:1: has no field 'label'"),
-        ([{"text": "sun", "label": None}, *SOME], {}, "field 'label' is None, expected a text, a number, or a list"),
+        (
+            [{"text": "sun", "label": None}, *SOME],
+            {},
+            "field 'label' is None, expected a text, a whole number",
+        ),
         (SOME, {"labels": ["warm", "cold", "wet", "dry"]}, "no training row has the label 'dry'"),
         (SOME, {"labels": ["warm", "cold"]}, "the label 'wet' is not among those learnt (warm, cold)"),
         ([{**row, "label": 7} for row in SOME], {"labels": ["warm", "cold"]}, "no label stands at place 7 of `labels`"),
         (SOME, {"class_weights": {"warm": 1.0}}, "class_weights: give each of cold, warm, wet a weight"),
+        ([*SOME, {"text": "sun", "label": []}], {}, "rows.jsonl:31: has 0 labels, and every training row has one"),
     ],
 )
 def test_bad_rows_are_named_before_training(
@@ -176,6 +181,10 @@ def test_a_label_never_seen_in_training_is_named(tiny_base: Path, tmp_path: Path
     ("section", "says"),
     [
         ({"labels": ["one"]}, "stages.classify.labels"),
+        ({"labels": ["one", "two", "one"]}, "names 'one' twice"),
+        ({"class_weights": {"one": float("inf"), "two": 1.0}}, "stages.classify.class_weights"),
+        ({"class_weights": {"one": -1.0, "two": 1.0}}, "greater than 0"),
+        ({"train": {"label_smoothing_factor": 1.5}}, "must be from 0 to below 1"),
         ({"class_weights": "even"}, "stages.classify.class_weights"),
         ({"instruction": "Say it"}, "must contain {text} and {labels}"),
         ({"train": {"center_rewards_coefficient": 0.1}}, "is for pairs"),
@@ -197,3 +206,28 @@ def test_a_classifier_is_no_policy_and_no_reward_model(tiny_base: Path, tmp_path
     ppo = {"reward": "classify", "data": data, "train": {"steps": 1}}
     with pytest.raises(UserError, match="'classify' is a classify stage, not a reward model"):
         read(write_recipe({**tree, "stages": {**tree["stages"], "ppo": ppo}}, path))
+
+
+def test_labels_are_read_as_they_are_meant() -> None:
+    """A number in a CSV file is text; numbers are sorted as numbers; a label that stands twice counts once."""
+    data = {"path": "rows.csv"}
+    named = ClassifySpec.model_validate({"data": data, "labels": ["low", "high"]})
+    assert [named.labels_of({"label": given}) for given in (0, "1", "high", ["1", 1])] == [
+        ["low"], ["high"], ["high"], ["high"],
+    ]  # fmt: skip
+    plain = ClassifySpec.model_validate({"data": data})
+    assert plain.classes([{"label": number} for number in (10, 2, 1)])[0] == ["1", "2", "10"]
+
+
+def test_a_classifier_is_judged_by_a_simpler_rule_where_nothing_came_before() -> None:
+    from pipeline.evaluate.stored import Link
+    from pipeline.evaluate.verdicts import _of_its_headline
+    from pipeline.stages import STAGES
+
+    numbers = {"macro_f1": 0.6, "over_bag_of_words": 0.1, "over_bag_of_words_low": 0.02, "over_bag_of_words_high": 0.2}
+    for shift, word in ((0.0, "better"), (-0.1, "unclear"), (-0.3, "worse")):
+        after = {key: value + shift * key.startswith("over") for key, value in numbers.items()}
+        found = _of_its_headline(
+            Link(name="c", kind="classify", parent=None, answers=False, after=after), STAGES["classify"]
+        )
+        assert found.word == word and found.text.startswith("Macro F1 0.60; macro F1 over a bag of words")

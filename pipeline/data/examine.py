@@ -73,7 +73,11 @@ def examine(sections: list[Section], names: list[str], tokenizer: PreTrainedToke
         stage |= {
             "files": section.files,
             "learnt": section.learnt,
-            "long_rows": {"text": "are split", "prompt": "stop the run"}.get(section.contract.kind),
+            "long_rows": "are split"
+            if section.learnt == "everything"
+            else "stop the run"
+            if section.contract.kind == "prompt"
+            else "",
             "sources": [{**source.counts().as_json(), "formats": dict(source.layouts)} for source in sources],
             "train_rows": len(split.train),
             "test_rows": len(split.test) if split.test is not None else None,

@@ -76,13 +76,27 @@ def _of_its_headline(stage: Link, kind: Stage) -> Verdict:
     before, after = stage.before, stage.after
     metric = next((metric for metric in kind.headlines if metric.name in before and metric.name in after), None)
     if metric is None:
-        return Verdict(word=UNCLEAR, text="Nothing held out to judge it by: give it a data.test.")
+        return _of_its_rivals(stage, kind)
     told = f"{metric.label} {metric.written(before[metric.name])} to {metric.written(after[metric.name])}"
     gain = Estimate.among(after, f"{metric.name}_gain")
     if gain is None or gain.low is None:
         return Verdict(word=UNCLEAR, text=f"{told[0].upper()}{told[1:]}; how far chance reaches is not known.")
     word = metric.word(gain) or UNCLEAR
     return Verdict(word=word, text=f"{COMPARED[word]} before: {told} ({metric.change(gain)}).")
+
+
+def _of_its_rivals(stage: Link, kind: Stage) -> Verdict:
+    """By how far it is over a simpler rule, where there is nothing before it to compare with."""
+    measured = [metric for metric in kind.headlines if metric.name in stage.after]
+    if not measured:
+        return Verdict(word=UNCLEAR, text="Nothing held out to judge it by: give it a data.test.")
+    first = measured[0]
+    told = f"{first.label[0].upper()}{first.label[1:]} {first.written(stage.after[first.name])}"
+    over = next((metric for metric in measured if metric.name.startswith("over_")), None)
+    gain = Estimate.among(stage.after, over.name) if over else None
+    if over is None or gain is None:
+        return Verdict(word=UNCLEAR, text=f"{told}; there is nothing to compare it with.")
+    return Verdict(word=over.word(gain) or UNCLEAR, text=f"{told}; {over.label} {over.change(gain)}.")
 
 
 def _reward(found: RewardModel | None) -> Verdict:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 Array = numpy.ndarray[Any, Any]
 READ_BY_WORDS = 400
-"""Held-out texts that are judged by the likelihood of labels, evenly spaced: each is read once a label."""
+READINGS = 2000
+"""Held-out texts that are judged by the likelihood of labels, evenly spaced, at most. Each is read once a label, and
+there are so many readings at most."""
 CONFUSED_AT_MOST = 12
 """Classes up to which is told which is taken for which."""
 
@@ -39,7 +41,9 @@ def read_label_words(
     """The class whose words a policy finds the likeliest answer to the instruction, by a text's place: of at most
     READ_BY_WORDS texts, evenly spaced, and not of those that the chat template cannot write."""
     places, answers = [], []
-    for place in numpy.unique(numpy.linspace(0, len(texts) - 1, READ_BY_WORDS).astype(int)).tolist():
+    count = min(len(texts), READ_BY_WORDS, max(1, READINGS // len(names)))
+    print(f"  {count} held-out texts are read without a head, once for each of {len(names)} labels", flush=True)
+    for place in numpy.unique(numpy.linspace(0, len(texts) - 1, count).astype(int)).tolist():
         asked = instruction.replace("{labels}", ", ".join(names)).replace("{text}", texts[place])
         prompt = [{"role": "user", "content": asked}]
         try:
@@ -116,9 +120,9 @@ def tell(true_NK: Array, scores_NK: Array, names: list[str], several: bool, numb
     rows = [
         [
             name,
-            share(hits / max(1, told)),
-            share(hits / max(1, wanted)),
-            f"{2 * hits / max(1, wanted + told):.2f}",
+            share(hits / told) if told else "–",
+            share(hits / wanted) if wanted else "–",
+            f"{2 * hits / (wanted + told):.2f}" if wanted else "–",
             f"{wanted}",
         ]
         for name, hits, wanted, told in zip(names, hits_K, wanted_K, told_K, strict=True)

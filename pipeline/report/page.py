@@ -13,7 +13,7 @@ import jinja2
 from pipeline.data.examine import read_kept
 from pipeline.disk import metrics
 from pipeline.disk.atomic import Json, write_text
-from pipeline.disk.manifest import Manifest
+from pipeline.disk.manifest import Manifest, Table
 from pipeline.errors import UserError
 from pipeline.evaluate import verdicts
 from pipeline.evaluate.plan import plan
@@ -93,7 +93,7 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
         "before_after": _before_after(recipe, finished),
         "of_itself": _of_itself(recipe, finished),
         "costs": costs,
-        "tables": [(name, table) for name, manifest in finished.items() for table in manifest.tables],
+        "tables": _tables(recipe, finished, bool(results)),
         "energy": next((row["energy_of"] for row in costs if row["energy"] is not None), None),
         "data": [
             {"stage": name, **source.as_json()}
@@ -222,6 +222,21 @@ def _before_after(recipe: Recipe, finished: dict[str, Manifest]) -> list[Json]:
                     }
                 )
     return rows
+
+
+def _tables(recipe: Recipe, finished: dict[str, Manifest], evaluated: bool) -> list[tuple[str, Table]]:
+    """What stages tell of their held-out rows. Of an evaluated run also the numbers of a stage that no measure is taken
+    of, as it answers nothing and ranks nothing."""
+    tables: list[tuple[str, Table]] = []
+    for name, manifest in finished.items():
+        kind = recipe.kind(name)
+        rows = [
+            [row["label"], row["before"], row["after"]] for row in _before_after(recipe, {name: manifest}) if evaluated
+        ]
+        if rows and not kind.answers and not kind.ranks:
+            tables.append((name, Table(title="numbers", columns=["held out", "before", "after"], rows=rows)))
+        tables += [(name, table) for table in manifest.tables]
+    return tables
 
 
 def _with_range(metric: Metric, numbers: Mapping[str, float]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 MACRO_F1 = Metric("macro_f1", "macro F1")
 ACCURACY = Metric("accuracy", "texts classified right", unit="%")
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Item = tuple[list[int], list[int]]
 """Token ids of a text; for each class 1 if the text is of it, else 0."""
 
@@ -35,10 +36,10 @@ Item = tuple[list[int], list[int]]
 def _check_row(row: Row) -> str | None:
     labels = row.get("label")
     labels = labels if isinstance(labels, list) else [labels]
-    if "label" not in row or not labels:
-        return "has no field 'label'" if "label" not in row else "field 'label' is an empty list"
+    if "label" not in row:
+        return "has no field 'label'"
     if any(isinstance(label, bool) or not isinstance(label, str | int) or label == "" for label in labels):
-        return f"field 'label' is {row['label']!r:.40}, expected a text, a number, or a list of these"
+        return f"field 'label' is {row['label']!r:.40}, expected a text, a whole number, or a list of these"
     return LANGUAGE_MODELING.check(row)
 
 
@@ -51,8 +52,9 @@ class ClassifySpec(StageSpec):
     labels: list[str] | None = Field(default=None, min_length=2)
     """The classes in the order of the head's outputs; those of the training rows, sorted, unless named. A row that
     gives a number means the class at that place, counted from 0."""
-    class_weights: Literal["balanced"] | dict[str, float] | None = None
-    """How much a class counts in the loss. `balanced`: the rarer, the more (rows / (classes * rows of the class))."""
+    class_weights: str | dict[str, Weight] | None = None
+    """How much a class counts in the loss, by its name. `balanced`: the rarer, the more (rows / (classes * rows of the
+    class))."""
     instruction: str = "Which label fits this text: {labels}?\n\n{text}"
     """What a policy is asked when labels are judged by their likelihood."""
 
@@ -61,13 +63,29 @@ class ClassifySpec(StageSpec):
     def _no_pairs(cls, train: dict[str, Any]) -> dict[str, Any]:
         if "center_rewards_coefficient" in train:
             raise complaint("is for pairs; a classify stage has none", "center_rewards_coefficient")
+        if not 0 <= (train.get("label_smoothing_factor") or 0) < 1:
+            raise complaint("must be from 0 to below 1", "label_smoothing_factor")
         return train
+
+    @field_validator("labels")
+    @classmethod
+    def _each_once(cls, labels: list[str] | None) -> list[str] | None:
+        if twice := [label for label, count in Counter(labels or ()).items() if count > 1]:
+            raise complaint(f"names {twice[0]!r} twice; each output of the head stands for one class")
+        return labels
+
+    @field_validator("class_weights")
+    @classmethod
+    def _balanced_or_each(cls, weights: str | dict[str, float] | None) -> str | dict[str, float] | None:
+        if isinstance(weights, str) and weights != "balanced":
+            raise complaint(f"is {weights!r}; write balanced, or a weight for each class, such as {{spam: 5, ham: 1}}")
+        return weights
 
     @field_validator("data")
     @classmethod
     def _whole_texts(cls, data: DataSpec) -> DataSpec:
         if data.too_long != "drop":
-            raise complaint("is for dialogues; raise max_length, or leave it out and long texts are", "too_long")
+            raise complaint("is for dialogues. Remove it: texts longer than max_length are left out", "too_long")
         return data
 
     @field_validator("instruction")
@@ -85,27 +103,37 @@ class ClassifySpec(StageSpec):
             raise UserError(f"{self.data.path}: every row has the label {next(iter(seen), None)!r}; two are needed")
         if missing := [name for name in names if name not in seen]:
             raise UserError(f"labels: no training row has the label {missing[0]!r}. Leave it out, or add rows of it")
+        several = any(len(self.labels_of(row)) > 1 for row in train)
         for row in (row for rows in (train, test or ()) for row in rows):
             if strange := [label for label in self.labels_of(row) if label not in names]:
                 raise UserError(
                     f"{row['_place']}: the label {strange[0]!r} is not among those learnt ({', '.join(names)}). "
-                    "Correct it, or add training rows of it"
+                    "Correct it, or add training rows of it; if all its rows were held out, name a file as data.test"
                 )
+            if not several and (count := len(self.labels_of(row))) != 1:
+                raise UserError(f"{row['_place']}: has {count} labels, and every training row has one. Give it one")
         if isinstance(self.class_weights, dict) and (wrong := self.class_weights.keys() ^ set(names)):
             raise UserError(f"class_weights: give each of {', '.join(names)} a weight, and no other ({min(wrong)})")
 
     def labels_of(self, row: Row) -> list[str]:
         """The names of a row's classes. Raises UserError for a number at which no class stands."""
         given = row["label"] if isinstance(row["label"], list) else [row["label"]]
-        if not self.labels or any(isinstance(label, str) for label in given):
-            return [str(label) for label in given]
-        if strange := [number for number in given if not 0 <= number < len(self.labels)]:
-            raise UserError(f"{row['_place']}: no label stands at place {strange[0]} of `labels` (from 0)")
-        return [self.labels[number] for number in given]
+        names = []
+        for label in given:
+            # A CSV file holds numbers as text.
+            if not self.labels or label in self.labels or not str(label).isdecimal():
+                names.append(str(label))
+            elif int(label) < len(self.labels):
+                names.append(self.labels[int(label)])
+            else:
+                raise UserError(f"{row['_place']}: no label stands at place {label} of `labels` (from 0)")
+        return list(dict.fromkeys(names))
 
     def classes(self, train: Sequence[Row]) -> tuple[list[str], Counter[str]]:
         """Their names in the order of the head's outputs, and how many training rows each has."""
         seen = Counter(label for row in train for label in self.labels_of(row))
+        if all(name.isdecimal() for name in seen):
+            return self.labels or sorted(seen, key=int), seen
         return self.labels or sorted(seen), seen
 
 
@@ -130,11 +158,9 @@ def leave_out_long(encoded: Iterator[tuple[Row, Item]], tally: Tally, max_length
         )
 
 
-def weigh_classes(
-    weights: Literal["balanced"] | dict[str, float] | None, names: list[str], counts: Counter[str]
-) -> list[float]:
+def weigh_classes(weights: str | dict[str, float] | None, names: list[str], counts: Counter[str]) -> list[float]:
     """What each class counts in the loss, in the order of `names`."""
-    if weights == "balanced":
+    if isinstance(weights, str):
         return [sum(counts.values()) / (len(names) * counts[name]) for name in names]
     return [float(weights[name]) if weights else 1.0 for name in names]
 
@@ -196,7 +222,7 @@ def run(spec: ClassifySpec, ctx: Context) -> Result:
     result.counts, result.refused = train_set.tally.counts, [*train_set.tally.refused, *test_set.tally.refused]
     result.labels, result.several_labels = names, several
     true_NK = numpy.array([labels for _, labels in test_set]).reshape(-1, len(names))
-    left_out = {entry["place"] for entry in test_set.tally.refused}
+    left_out = {entry["place"] for entry in result.refused}
     texts = [row["text"] for row in ctx.data.test or [] if row["_place"] not in left_out]
 
     # before there is a head: the likelihood of the labels' own words
@@ -245,8 +271,9 @@ def run(spec: ClassifySpec, ctx: Context) -> Result:
     result.invariants |= invariants.processes_agree(adapters.trainable(model))
     if texts:
         scores_NK = numpy.array(scoring.scores(model, tokenizer, [ids for ids, _ in test_set]))
-        seen_NK = numpy.array([labels for _, labels in map(labelled, ctx.data.train)])
-        by_bag_NK = classes.read_bag_of_words([row["text"] for row in ctx.data.train], seen_NK, texts, several)
+        seen = [row for row in ctx.data.train if row["_place"] not in left_out]
+        seen_NK = numpy.array([[int(name in spec.labels_of(row)) for name in names] for row in seen])
+        by_bag_NK = classes.read_bag_of_words([row["text"] for row in seen], seen_NK, texts, several)
         told_NK = classes.choose(scores_NK, several)
         result.before, result.after = classes.compare(true_NK, told_NK, by_words, by_bag_NK)
         result.tables = classes.tell(true_NK, scores_NK, names, several, result.after)

@@ -215,6 +215,9 @@ def open_chat(run: Path, policies: list[str], corrections: Path, new_tokens: int
             f"--compare {' '.join(chosen)}: name two different ones (there is: {', '.join([*there, BASE])})"
         )
     for name in chosen:
+        if name in recipe.stages and not recipe.kind(name).answers:
+            what = "a reward model" if recipe.kind(name).ranks else "a classifier"
+            raise UserError(f"'{name}' is {what}, which answers nothing (there is: {', '.join([*there, BASE])})")
         if name not in (*there, BASE):
             raise UserError(f"no finished policy '{name}' in {run} (there is: {', '.join([*there, BASE])})")
     for name in chosen:

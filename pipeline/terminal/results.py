@@ -138,7 +138,8 @@ def _numbers(metric: Metric, manifest: Manifest, own: bool) -> list[str]:
     before, after = manifest.before.get(metric.name), manifest.after[metric.name]
     if before is None:
         return ["", metric.written(after, fine=True), ""]
-    change, gain = after - before, Estimate.among(manifest.after, f"{metric.name}_gain")
+    gain = Estimate.among(manifest.after, f"{metric.name}_gain")
+    change = gain.value if gain else after - before  # a gain is of the same rows on both sides
     better = (change > 0) == (metric.direction == "higher")
     told = metric.written(change, sign=True, fine=True)
     if gain and (interval := metric.range(gain, sign=True, fine=True)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -95,3 +96,12 @@ def tiny_tree(base: Path, folder: Path, name: str = "tiny") -> dict[str, Any]:
 def write_recipe(tree: dict[str, Any], path: Path) -> Path:
     path.write_text(json.dumps(tree, indent=1), encoding="utf-8")  # JSON is YAML
     return path
+
+
+def onebase(package: Path, folder: Path, *words: str, status: int = 0) -> str:
+    """What a command prints, typed in a folder, of the package that lies in another. Its exit status is demanded."""
+    environment = {**os.environ, "PYTHONPATH": str(package), "COLUMNS": "160"}
+    command = [sys.executable, "-m", "pipeline", *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr

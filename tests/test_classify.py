@@ -4,11 +4,8 @@ and what bad rows get."""
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from conftest import ROOT, tiny_tree, write_recipe
+from conftest import ROOT, onebase, tiny_tree, write_recipe
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 from torch.nn import functional
 
@@ -114,27 +111,19 @@ def test_numbers_equal_scikit_learns(several: bool) -> None:
         assert row == ["abcd"[place], *shown, str(count[place])]
 
 
-def onebase(folder: Path, *words: str, status: int = 0) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
-    command = [sys.executable, "-m", "pipeline", *words]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 def test_from_rows_to_the_report(tiny_base: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_base, tmp_path, write(tmp_path, rows(60)), class_weights="balanced")
-    assert "sound, 1 stages: classify" in onebase(tmp_path, "check", recipe)
-    assert "classify (classify)" in onebase(tmp_path, "data", recipe)
-    assert "classify" in onebase(tmp_path, "plan", recipe, "--gpu", "rtx3060")
-    onebase(tmp_path, "run", recipe)
+    assert "sound, 1 stages: classify" in onebase(ROOT, tmp_path, "check", recipe)
+    assert "classify (classify)" in onebase(ROOT, tmp_path, "data", recipe)
+    assert "classify" in onebase(ROOT, tmp_path, "plan", recipe, "--gpu", "rtx3060")
+    onebase(ROOT, tmp_path, "run", recipe)
     manifest = json.loads((tmp_path / "runs" / "tiny" / "classify" / "manifest.json").read_text())
     assert manifest["labels"] == ["cold", "warm", "wet"]
     assert manifest["after"]["macro_f1"] > 0.9 and manifest["before"]["macro_f1"] < 0.9
     assert manifest["after"]["bag_of_words"] > 0.9
-    assert "macro F1" in onebase(tmp_path, "status", recipe)
-    onebase(tmp_path, "eval", recipe)
-    onebase(tmp_path, "report", recipe)
+    assert "macro F1" in onebase(ROOT, tmp_path, "status", recipe)
+    onebase(ROOT, tmp_path, "eval", recipe)
+    onebase(ROOT, tmp_path, "report", recipe)
     page = (tmp_path / "runs" / "tiny" / "report" / "report.md").read_text(encoding="utf-8")
     for shown in ("each class", "which class is taken for which", "is its confidence earned", "Better than before"):
         assert shown in page
@@ -216,6 +205,7 @@ def test_labels_are_read_as_they_are_meant() -> None:
         ["low"], ["high"], ["high"], ["high"],
     ]  # fmt: skip
     plain = ClassifySpec.model_validate({"data": data})
+    plain.check_rows([{"label": ["a", "b"]}, {"label": []}], None)  # where texts have several labels, one may have none
     assert plain.classes([{"label": number} for number in (10, 2, 1)])[0] == ["1", "2", "10"]
 
 

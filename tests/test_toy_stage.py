@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, tiny_tree, write_recipe
+from conftest import ROOT, onebase, tiny_tree, write_recipe
 
 TOY = ROOT / "tests" / "toy_stage.py"
 
@@ -31,14 +28,6 @@ def with_toy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def onebase(folder: Path, *words: str, status: int = 0) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "160"}
-    command = [sys.executable, "-m", "pipeline", *words]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 def test_a_stage_is_one_file_and_one_line(with_toy: Path, tiny_base: Path, tmp_path: Path) -> None:
     assert len(TOY.read_text().splitlines()) <= 60
     tree = tiny_tree(tiny_base, tmp_path)
@@ -46,21 +35,21 @@ def test_a_stage_is_one_file_and_one_line(with_toy: Path, tiny_base: Path, tmp_p
     tree["stages"] = {"toy": {"data": data, "train": {"max_steps": 3}}}
     tree["train"], tree["expect"] = {}, {"toy.loss": "< 100"}
     recipe = str(write_recipe(tree, tmp_path / "recipe.yaml"))
-    assert "sound, 1 stages: toy" in onebase(with_toy, "check", recipe)
-    assert "toy" in onebase(with_toy, "plan", recipe, "--gpu", "rtx3060")
-    onebase(with_toy, "run", recipe)
+    assert "sound, 1 stages: toy" in onebase(with_toy, with_toy, "check", recipe)
+    assert "toy" in onebase(with_toy, with_toy, "plan", recipe, "--gpu", "rtx3060")
+    onebase(with_toy, with_toy, "run", recipe)
     manifest = json.loads((with_toy / "runs" / "tiny" / "toy" / "manifest.json").read_text())
     assert manifest["kind"] == "toy" and manifest["after"]["loss"] < manifest["before"]["loss"]
-    shown = onebase(with_toy, "status", recipe)
+    shown = onebase(with_toy, with_toy, "status", recipe)
     assert "fresh, skipped" in shown and "dialogue loss" in shown
-    rows = onebase(with_toy, "data", recipe)
+    rows = onebase(with_toy, with_toy, "data", recipe)
     assert "toy (toy)" in rows and "end of turn learnt" in rows
-    assert "loss" in onebase(with_toy, "data", recipe, "toy", "--show", "1")
-    assert "dialogue loss" in onebase(with_toy, "eval", recipe)
-    onebase(with_toy, "report", recipe)
+    assert "loss" in onebase(with_toy, with_toy, "data", recipe, "toy", "--show", "1")
+    assert "dialogue loss" in onebase(with_toy, with_toy, "eval", recipe)
+    onebase(with_toy, with_toy, "report", recipe)
     page = (with_toy / "runs" / "tiny" / "report" / "report.md").read_text(encoding="utf-8")
     assert re.search(r"\*\*toy\*\* \((better|worse|no clear change)\)", page), page[:2000]
-    onebase(with_toy, "publish", recipe, "toy", "--as", "merged", "--to", str(tmp_path / "published"))
+    onebase(with_toy, with_toy, "publish", recipe, "toy", "--as", "merged", "--to", str(tmp_path / "published"))
     card = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
     assert "| toy | dialogue loss |" in card
     for wrong, says in (
@@ -69,4 +58,4 @@ def test_a_stage_is_one_file_and_one_line(with_toy: Path, tiny_base: Path, tmp_p
         ("stages.toy.reward=toy", "a toy stage takes no reward; only ppo may"),
         ("expect.toy={accuracy: '> 0'}", "toy leaves no such number"),
     ):
-        assert says in onebase(with_toy, "check", recipe, "-o", wrong, status=2)
+        assert says in onebase(with_toy, with_toy, "check", recipe, "-o", wrong, status=2)

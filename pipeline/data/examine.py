@@ -73,11 +73,7 @@ def examine(sections: list[Section], names: list[str], tokenizer: PreTrainedToke
         stage |= {
             "files": section.files,
             "learnt": section.learnt,
-            "long_rows": "are split"
-            if section.learnt == "everything"
-            else "stop the run"
-            if section.contract.kind == "prompt"
-            else "",
+            "long_rows": _tell_long_rows(section),
             "sources": [{**source.counts().as_json(), "formats": dict(source.layouts)} for source in sources],
             "train_rows": len(split.train),
             "test_rows": len(split.test) if split.test is not None else None,
@@ -100,6 +96,13 @@ def examine(sections: list[Section], names: list[str], tokenizer: PreTrainedToke
         if "duplicates" in stage:
             stage["warnings"] = _warn(name, stage, found["overlaps"])
     return found
+
+
+def _tell_long_rows(section: Section) -> str:
+    """What becomes of rows over max_length, where they are neither cut nor left out."""
+    if section.learnt == "everything":
+        return "are split"
+    return "stop the run" if section.contract.kind == "prompt" else ""
 
 
 def faults_in(found: Json) -> list[str]:

@@ -212,12 +212,9 @@ def _chain(recipe: Recipe, runs: Path) -> list[Link]:
     own = own_judges(recipe, done)
     manifests = {name: recipe.artifact(name, runs).finished() for name in done}
     return [
-        Link(
-            name=name,
-            kind=recipe.stages[name].kind,
-            parent=recipe.stages[name].from_,
-            answers=recipe.kind(name).answers,
-            rewards=[term.source for term in recipe.stages[name].reward_terms()],
+        Link.of(
+            recipe,
+            name,
             own_judges=own[name],
             before=manifests[name].before,
             after=manifests[name].after,

@@ -43,6 +43,19 @@ class Link(Written):
     adapter: str = ""
     """The sha256 of its weights."""
 
+    @classmethod
+    def of(cls, recipe: Recipe, name: str, **measured: Any) -> Link:
+        """What the recipe says of a stage, with what was measured of it."""
+        section = recipe.stages[name]
+        return cls(
+            name=name,
+            kind=section.kind,
+            parent=section.from_,
+            answers=recipe.kind(name).answers,
+            rewards=[term.source for term in section.reward_terms()],
+            **measured,
+        )
+
 
 class Third(Written):
     """A third of the pairs by margin, from the closest calls to the clearest."""

@@ -136,7 +136,8 @@ def _preference_trained(results: Results, name: str) -> Verdict:
         if rate:
             why = stage.own_judges.get(judge, "")
             said = f"wins {SHARE.shown(rate)} {_by(judge)}{', ' if why else ''}{why}"
-            tell(BETTER if (rate.low or 0) > 0.5 else WORSE if (rate.high or 1) < 0.5 else UNCLEAR, said, bool(why))
+            low, high = rate.low or 0.0, 1.0 if rate.high is None else rate.high
+            tell(BETTER if low > 0.5 else WORSE if high < 0.5 else UNCLEAR, said, bool(why))
     asked = {QUESTION_ACCURACY: QUESTION_ACCURACY.label}
     if not arenas:
         asked[PREFERENCE_ACCURACY] = f"the {PREFERENCE_ACCURACY.label}"

@@ -28,7 +28,7 @@ NAME = "segments"
 """Of the attention by segments, among transformers' attention functions."""
 ATTENDING = {"full_attention", "sliding_attention"}
 SLOW_IN_BFLOAT16 = not torch.cpu._is_amx_tile_supported()
-"""On a CPU without AMX torch's fused attention takes 5 to 15 times as long in bfloat16 as in float32."""
+"""Without AMX torch's fused attention of short rows is many times slower on a CPU in bfloat16 than in float32."""
 SHARED_AT_LEAST = 8
 """Tokens that rows have to begin with alike for these to be computed once."""
 
@@ -84,7 +84,9 @@ def _packed_forward(
     whole = type(trunk).forward
     plain = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     sampled = past_key_values is not None or (use_cache and not trunk.training)
-    watched = more.get("output_hidden_states") or more.get("output_attentions") or more.get("output_router_logits")
+    # Only the last states are given back in their places.
+    further = ("output_hidden_states", "output_attentions", "output_router_logits")
+    watched = any(more.get(name, getattr(trunk.config, name, False)) for name in further)
     pack = None
     if input_ids is not None and not sampled and not watched:
         share = not (trunk.training and _drops_out(trunk))

@@ -75,7 +75,7 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
     if examined:
         pictures["row-lengths"] = figures.row_lengths(examined, colours)
     costs = [_cost(name, manifest, recipe, runs) for name, manifest in finished.items()]
-    chain = results.chain if results else _chain(recipe, list(finished))
+    chain = results.chain if results else [Link.of(recipe, name) for name in finished]
     return {
         "recipe": recipe,
         "base": base,
@@ -136,19 +136,6 @@ def _evaluated(recipe: Recipe, typed: str, runs: Path) -> Results | None:
             f"Bring it up to date first: onebase eval {typed}"
         )
     return results
-
-
-def _chain(recipe: Recipe, names: list[str]) -> list[Link]:
-    return [
-        Link(
-            name=name,
-            kind=recipe.stages[name].kind,
-            parent=recipe.stages[name].from_,
-            answers=recipe.kind(name).answers,
-            rewards=[term.source for term in recipe.stages[name].reward_terms()],
-        )
-        for name in names
-    ]
 
 
 def _pictures(recipe: Recipe, runs: Path, results: Results | None, colours: dict[str, str]) -> dict[str, str]:

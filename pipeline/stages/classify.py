@@ -188,6 +188,7 @@ def mean_loss(
 def run(spec: ClassifySpec, ctx: Context) -> Result:
     import numpy
     import torch
+    from accelerate.utils.memory import clear_device_cache
     from transformers import Trainer, set_seed
     from trl import RewardConfig
     from trl.trainer.utils import disable_dropout_in_model
@@ -231,6 +232,7 @@ def run(spec: ClassifySpec, ctx: Context) -> Result:
         policy = shared.policy(ctx, bases.load_base(ctx.model, tokenizer))
         by_words = classes.read_label_words(policy, tokenizer, spec.instruction, texts, names)
         del policy
+        clear_device_cache(garbage_collection=True)  # else two bases are held at once
 
     # base
     set_seed(ctx.seed)
@@ -238,11 +240,7 @@ def run(spec: ClassifySpec, ctx: Context) -> Result:
     result.base_digest = bases.frozen_digest(base)
 
     # adapter
-    parent = ctx.parents.get("policy")
-    if parent is None:
-        model = adapters.fresh(base, ctx.model.lora, head=True)
-    else:
-        model = adapters.transplanted(base, parent.adapter)
+    model = shared.headed(ctx, base)
     result.invariants |= invariants.same_base(ctx, result.base_digest)
     head_at_start = invariants.head(model)
     if args.disable_dropout:

@@ -47,11 +47,7 @@ def run(spec: RewardSpec, ctx: Context) -> Result:
     result.base_digest = bases.frozen_digest(base)
 
     # adapter
-    parent = ctx.parents.get("policy")
-    if parent is None:
-        model = adapters.fresh(base, ctx.model.lora, head=True)
-    else:
-        model = adapters.transplanted(base, parent.adapter)
+    model = shared.headed(ctx, base)
     result.invariants |= invariants.same_base(ctx, result.base_digest)
     head_at_start = invariants.head(model)
 

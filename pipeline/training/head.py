@@ -36,7 +36,7 @@ class HeadInOnePass(torch.autograd.Function):
         whether the target is the likeliest token, for figures only: they carry no gradient."""
         autocast = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if autocast else hidden_NH.dtype
-        weight_VH = weight_VH.to(dtype)
+        weight_VH, bias_V = weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
         size = max(1, LOGITS_AT_ONCE // len(weight_VH))
         logp_N = torch.empty(len(hidden_NH))
         entropy_N = torch.empty(len(hidden_NH)) if "entropy" in outputs else None
@@ -65,7 +65,7 @@ class HeadInOnePass(torch.autograd.Function):
                 if inner_nV is not None:
                     slope_nV *= 1 - inner_nV.square_()
                 slope_NH[part] = slope_nV.to(dtype) @ weight_VH
-        ctx.factor = logit_scale / temperature
+        ctx.factor, ctx.dtype = logit_scale / temperature, hidden_NH.dtype
         ctx.save_for_backward(*([slope_NH] if slope_NH is not None else []))
         ctx.mark_non_differentiable(*(values for values in (entropy_N, top_N) if values is not None))
         return logp_N, entropy_N, None, None, top_N
@@ -74,7 +74,7 @@ class HeadInOnePass(torch.autograd.Function):
     def backward(ctx: Any, slope_N: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (slope_NH,) = ctx.saved_tensors
         gradient_NH = slope_NH * (slope_N * ctx.factor)[:, None]
-        return gradient_NH.to(slope_NH.dtype), *[None] * 7
+        return gradient_NH.to(ctx.dtype), *[None] * 7
 
 
 class Head:

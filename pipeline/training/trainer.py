@@ -73,6 +73,12 @@ def policy(ctx: Context, base: PreTrainedModel) -> PeftModel:
     return adapters.carried(base, parent.adapter) if parent else adapters.fresh(base, ctx.model.lora)
 
 
+def headed(ctx: Context, base: PreTrainedModel) -> PeftModel:
+    """The same under a new score head, on a base that was loaded with one."""
+    parent = ctx.parents.get("policy")
+    return adapters.transplanted(base, parent.adapter) if parent else adapters.fresh(base, ctx.model.lora, head=True)
+
+
 def build(trainer_class: type, model: PeftModel, **options: Any) -> Any:
     """A TRL trainer whose adapter is still in float32.
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from pipeline.disk.artifact import WEIGHTS
 from pipeline.errors import BrokenInvariant, UserError
+from pipeline.models.lora import fuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,7 +102,7 @@ def _beside(model: PeftModel, name: str, config: Any, tensors: dict[str, torch.T
         rounded = not trainable and (".lora_A." in key or ".lora_B." in key)
         weight.data = tensors[key].to(weight.device, compute if rounded else torch.float32, copy=True)
         weight.requires_grad_(trainable)
-    _without_cast(model)
+    _compute_once(model)
 
 
 def round_frozen(model: PeftModel) -> None:
@@ -180,12 +181,14 @@ def _ready(model: PeftModel) -> PeftModel:
     """Float32 masters: in bfloat16 an update of 1e-6 is below the rounding of most weights and vanishes."""
     for weight in trainable(model).values():
         weight.data = weight.data.float()
-    _without_cast(model)
+    _compute_once(model)
     return model
 
 
-def _without_cast(model: PeftModel) -> None:
-    """Autocast already casts what a float32 adapter is given; PEFT's own cast would keep a second copy of it."""
+def _compute_once(model: PeftModel) -> None:
+    """One operation for a layer and its adapter. Where PEFT's own run: autocast casts what a float32 adapter is given;
+    PEFT's cast would keep a second copy of it."""
+    fuse(model)
     modules: Iterable[Any] = model.modules()
     for module in modules:
         if hasattr(module, "cast_input_dtype_enabled"):

@@ -35,7 +35,8 @@ SHARED_AT_LEAST = 8
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens `start` to before `stop` of the packed row; they attend to `before` (start, stop) and to themselves."""
+    """Tokens `start` to before `stop` of the packed row; they attend to themselves and to `before` (start, stop), which
+    is an earlier segment as a whole."""
 
     start: int
     stop: int
@@ -211,31 +212,37 @@ def attend_by_segments(
     segments, which a batch for sampling does not have, over rows (B, heads, T, D) under their mask."""
     if segments is None and softcap is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    grouped = query.shape[1] != key.shape[1]
+    if softcap is not None:
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     if segments is None:
         out = _capped(query, key, value, attention_mask, scaling, softcap or 0.0)
         return out.transpose(1, 2).contiguous(), None
     dtype = query.dtype
     if SLOW_IN_BFLOAT16 and query.device.type == "cpu":
         query, key, value = query.float(), key.float(), value.float()
+    # Split at once and not sliced one by one: the way back of a slice passes over the whole row.
+    lengths = [segment.stop - segment.start for segment in segments]
+    own = zip(segments, *(states.split(lengths, 2) for states in (query, key, value)), strict=True)
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
     parts = []
-    for segment in segments:
+    for segment, states, keys, values in own:
+        seen[segment.start] = keys, values
         first, last = segment.before
-        length, before = segment.stop - segment.start, last - first
-        keys, values = (states[:, :, segment.start : segment.stop] for states in (key, value))
+        before, length = last - first, segment.stop - segment.start
         if before:
-            keys = torch.cat([key[:, :, first:last], keys], 2)
-            values = torch.cat([value[:, :, first:last], values], 2)
+            shared_keys, shared_values = seen[first]
+            keys, values = torch.cat([shared_keys, keys], 2), torch.cat([shared_values, values], 2)
         far = sliding_window is not None and before + length > sliding_window
         mask_QK = _mask(length, before, sliding_window if far else None, query.device) if before or far else None
-        states = query[:, :, segment.start : segment.stop]
         if softcap is not None:
             parts.append(_capped(states, keys, values, mask_QK, scaling, softcap))
             continue
         with torch.autocast(query.device.type, enabled=False):
             fused = functional.scaled_dot_product_attention
-            parts.append(fused(states, keys, values, mask_QK, dropout, is_causal=mask_QK is None, scale=scaling))
+            causal = mask_QK is None
+            parts.append(fused(states, keys, values, mask_QK, dropout, causal, scale=scaling, enable_gqa=grouped))
     return torch.cat(parts, 2).to(dtype).transpose(1, 2).contiguous(), None
 
 

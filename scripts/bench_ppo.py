@@ -42,8 +42,8 @@ def fresh_adapters(spec: Any, folder: Path) -> None:
     torch.manual_seed(0)
     tokenizer = bases.load_tokenizer(spec)
     adapters.save(adapters.fresh(bases.load_base(spec, tokenizer), spec.lora), folder / "policy")
-    judge = bases.load_base(spec, tokenizer, reward=True)
-    adapters.save(adapters.fresh(judge, spec.lora, reward=True), folder / "reward")
+    judge = bases.load_base(spec, tokenizer, num_labels=1)
+    adapters.save(adapters.fresh(judge, spec.lora, head=True), folder / "reward")
 
 
 class Ours:
@@ -94,7 +94,7 @@ class Theirs:
         tokenizer.pad_token_id, tokenizer.padding_side = 0, "left"
 
         def headed(trainable: bool) -> Any:
-            base = bases.load_base(spec, tokenizer, reward=True)
+            base = bases.load_base(spec, tokenizer, num_labels=1)
             return PeftModel.from_pretrained(base, folder / "reward", is_trainable=trainable).base_model.model
 
         policy = PeftModel.from_pretrained(bases.load_base(spec, tokenizer), folder / "policy", is_trainable=True)

@@ -1,32 +1,42 @@
 """Training steps of ours beside TRL's own trainer on the same rows, model, LoRA and checkpointing, in one run.
 
-    python scripts/bench_train.py [--stage sft|reward|dpo] [--rows 48] [--batch 8] [--rounds 3] [--dtype bfloat16]
+    python scripts/bench_train.py [--stage pretrain|sft|reward|dpo] [--rows 48] [--batch 8] [--rounds 3]
+    python scripts/bench_train.py --stage ppo --trl /tmp/trl112     as scripts/bench_ppo.py, which says how to get it
+    python scripts/bench_train.py --grow 1024 2048 4096 8192 16384 32768    seconds of our sft steps of so many tokens
 
-TRL is configured at its best: sft packed (bfd) with its fused head; reward and dpo have no packing in TRL 1.16. Rounds
-of the two take turns. Real tokens are those of the rows, whatever either side pads, packs or shares. Both sides get the
-guard that keeps bitsandbytes from losing gradients on CPUs with AVX512-BF16. The rows are made of words of the demo
-corpus: for sft dialogues of 64 to 512 tokens, for pairs prompts of about 256 tokens and answers of 64 to 128.
+TRL is configured at its best: pretrain and sft packed (bfd) with its fused head; reward and dpo have no packing in TRL
+1.16. Rounds of the sides take turns. Real tokens are those of the rows, whatever a side pads, packs or shares. All
+sides get the guard that keeps bitsandbytes from losing gradients on CPUs with AVX512-BF16. The third side is TRL with
+our LM head in place of its own, whose CPU version is a fallback: what it gains is what that fallback costs. The rows
+are made of words of the demo corpus: documents and dialogues of 64 to 512 tokens, and for pairs prompts of about 256
+tokens with answers of 64 to 128. The losses of the first batch are compared under the same adapter of random numbers.
+Live bytes are counted in one more step of ours and of TRL (counting is slow).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 from datasets import Dataset
+from live_bytes import LiveBytes
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl.trainer import utils as trl_utils
 
 from pipeline.data import render
 from pipeline.models import adapters
@@ -35,42 +45,170 @@ from pipeline.models.forward import plain_on_cpu
 from pipeline.models.spec import ModelSpec
 from pipeline.training import sequences
 from pipeline.training import trainer as shared
+from pipeline.training.head import Head
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 ROOT = Path(__file__).resolve().parent.parent
+TRAINERS: dict[str, Any] = {"pretrain": SFTTrainer, "sft": SFTTrainer, "reward": RewardTrainer, "dpo": DPOTrainer}
+CONFIGS: dict[str, Any] = {"pretrain": SFTConfig, "sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}
+LENGTH = 1024
+OURS, TRLS, WITH_HEAD = "ours", "TRL", "TRL with our head"
+TRLS_HEAD = {name: getattr(trl_utils, name) for name in ("_use_triton", "_ChunkedLogProbFunction")}
 
 
-def text(draw: random.Random, words: list[str], count: int) -> str:
-    return " ".join(draw.choice(words) for _ in range(count))
-
-
-def make_rows(stage: str, count: int) -> list[dict[str, Any]]:
+def make_rows(stage: str, count: int, least: int = 64, most: int = 512) -> list[dict[str, Any]]:
     draw = random.Random(17)
-    words = sorted(
-        {word for line in (ROOT / "data" / "corpus.jsonl").read_text().split() for word in [line] if word.isalpha()}
-    )
+    words = sorted({word for word in (ROOT / "data" / "corpus.jsonl").read_text().split() if word.isalpha()})
 
-    def says(role: str, length: int) -> list[dict[str, str]]:
-        return [{"role": role, "content": text(draw, words, length)}]
+    def text(tokens: int) -> str:
+        return " ".join(draw.choice(words) for _ in range(round(tokens / 1.4)))
 
-    if stage == "sft":  # a word is 1.4 tokens
-        return [
-            {
-                "messages": says("user", draw.randint(12, 120)) + says("assistant", draw.randint(24, 230)),
-                "_place": str(i),
-            }
-            for i in range(count)
-        ]
-    rows = []
+    def says(role: str, tokens: int) -> list[dict[str, str]]:
+        return [{"role": role, "content": text(tokens)}]
+
+    rows: list[dict[str, Any]] = []
     for i in range(count):
-        prompt = says("user", draw.randint(150, 170))
-        answers = {key: says("assistant", draw.randint(45, 90)) for key in ("chosen", "rejected")}
-        rows.append({"prompt": prompt, **answers, "_place": str(i)})
+        length = draw.randint(least, most)
+        if stage == "pretrain":
+            rows.append({"text": text(length)})
+        elif stage == "sft":
+            rows.append({"messages": says("user", length // 3) + says("assistant", length - length // 3)})
+        else:
+            answers = {key: says("assistant", draw.randint(64, 128)) for key in ("chosen", "rejected")}
+            rows.append({"prompt": says("user", draw.randint(224, 256)), **answers})
+        rows[-1]["_place"] = str(i)
     return rows
 
 
+def encoded(stage: str, tokenizer: Any, rows: list[dict[str, Any]]) -> Any:
+    def pair(row: dict[str, Any]) -> tuple[list[int], list[int]]:
+        return render.conversation(tokenizer, row, "chosen"), render.conversation(tokenizer, row, "rejected")
+
+    ways: dict[str, tuple[Any, Any]] = {
+        "pretrain": (lambda row: render.document(tokenizer, row["text"]), sequences.TEXTS),
+        "sft": (lambda row: render.demonstration(tokenizer, row), sequences.TEXTS),
+        "reward": (pair, sequences.SCORED_PAIRS),
+        "dpo": (lambda row: render.pair(tokenizer, row), sequences.REPLY_PAIRS),
+    }
+    return sequences.store(rows, *ways[stage], sequences.Tally(stage, False))
+
+
+def real_tokens(stage: str, tokenizer: Any, rows: list[dict[str, Any]]) -> int:
+    items = encoded(stage, tokenizer, rows)
+    if stage in ("pretrain", "sft"):
+        return sum(len(item.ids) for item in items)
+    return sum(len(side) for pair in items for side in pair)
+
+
+class Bench:
+    """One stage's rows and settings, and the trainers made of them."""
+
+    def __init__(self, given: argparse.Namespace, rows: list[dict[str, Any]], folder: str) -> None:
+        self.stage, self.folder, self.dtype, self.checkpointing = given.stage, folder, given.dtype, given.checkpointing
+        self.spec = ModelSpec(base=given.base, quantize="nf4", dtype=given.dtype, lora=LORA)
+        self.tokenizer = bases.load_tokenizer(self.spec)
+        self.rows, self.batch = rows, given.batch
+        self.tokens = real_tokens(self.stage, self.tokenizer, rows)
+
+    def packed(self, side: str) -> bool:
+        return self.stage == "pretrain" or (self.stage == "sft" and side != OURS)
+
+    def arguments(self, packed: bool, steps: int = -1) -> Any:
+        more = {"packing": True, "packing_strategy": "bfd"} if packed else {}
+        # As many tokens a step as rows in `batch`: a packed row holds LENGTH.
+        batch = max(1, round(self.batch * self.tokens / len(self.rows) / LENGTH)) if packed else self.batch
+        return CONFIGS[self.stage](
+            output_dir=self.folder, per_device_train_batch_size=batch, bf16=self.dtype == "bfloat16", use_cpu=True,
+            report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=17, max_length=LENGTH,
+            gradient_checkpointing=self.checkpointing, dataloader_pin_memory=False, num_train_epochs=1,
+            max_steps=steps, **more,
+        )  # fmt: skip
+
+    def make(self, side: str, packed: bool, steps: int = -1) -> Any:
+        args = self.arguments(packed, steps)
+        trainer = self._ours(args) if side == OURS else self._theirs(args)
+        names: dict[str, Any] = TRLS_HEAD if side == TRLS else {
+            "_use_triton": lambda device: True, "_ChunkedLogProbFunction": Head
+        }  # fmt: skip
+        vars(trl_utils).update(names)
+        return trainer
+
+    def _theirs(self, args: Any) -> Any:
+        reward = self.stage == "reward"
+        auto: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+        labels: dict[str, Any] = {"num_labels": 1} if reward else {}
+        quantization: dict[str, Any] = self.spec.quantization or {}
+        model = auto.from_pretrained(
+            self.spec.base,
+            dtype=getattr(torch, self.dtype),
+            quantization_config=BitsAndBytesConfig(**quantization),  # type: ignore[no-untyped-call]
+            **labels,
+        )
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+        bases.keep_gradients_on_cpu(model)
+        torch.manual_seed(17)
+        task: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if reward else {}
+        lora: dict[str, Any] = {**LORA, "task_type": "CAUSAL_LM", **task}
+        model = get_peft_model(model, LoraConfig(**lora))
+        if self.stage in ("pretrain", "sft"):
+            dataset = encoded(self.stage, self.tokenizer, self.rows).dataset
+        else:
+            keys = ("prompt", "chosen", "rejected")
+            dataset = Dataset.from_list([{key: row[key] for key in keys} for row in self.rows])
+        return TRAINERS[self.stage](model=model, args=args, train_dataset=dataset, processing_class=self.tokenizer)
+
+    def _ours(self, args: Any) -> Any:
+        args.checkpointed_layers, args.base_on_hub = None, None
+        reward = self.stage == "reward"
+        torch.manual_seed(17)
+        base = bases.load_base(self.spec, self.tokenizer, num_labels=int(reward))
+        model = adapters.fresh(base, self.spec.lora, head=reward)
+        dataset = encoded(self.stage, self.tokenizer, self.rows).dataset
+        options: dict[str, Any] = {"args": args, "train_dataset": dataset, "processing_class": self.tokenizer}
+        trainer = TRAINERS[self.stage]
+        if self.stage == "dpo":
+            trainer = type("DPOTrainer", (shared.TakesEncoded, DPOTrainer), {})
+            options["data_collator"] = shared.LearntTokens(self.tokenizer.pad_token_id)
+        return shared.build(trainer, model, **options)
+
+    def speed(self, side: str) -> float:
+        """Real tokens a second, by the median step; the first, which warms up, does not count."""
+        trainer = self.make(side, self.packed(side))
+        clock = Clock()
+        trainer.add_callback(clock)
+        with plain_on_cpu(trainer.model) if side == OURS else torch.enable_grad():
+            trainer.train()
+        a_step = self.tokens / float(trainer.state.global_step)
+        return a_step / statistics.median(clock.steps[1:])
+
+    def peak(self, side: str) -> tuple[int, int]:
+        """Live bytes before a first step and their peak in it."""
+        trainer = self.make(side, self.packed(side), steps=1)
+        live = LiveBytes().count(trainer.model)
+        weights = live.now
+        with plain_on_cpu(trainer.model) if side == OURS else torch.enable_grad(), live:
+            trainer.train()
+        return weights, live.peak
+
+    def first_losses(self) -> dict[str, float]:
+        """The loss of the first rows, not packed by TRL, under one adapter of random numbers."""
+        losses, numbers = {}, dict[str, torch.Tensor]()
+        for side in (OURS, TRLS):
+            trainer = self.make(side, packed=False)
+            draw = torch.Generator().manual_seed(1)
+            for name, weight in sorted(adapters.trainable(trainer.model).items()):
+                numbers.setdefault(name, torch.randn(weight.shape, generator=draw) * 0.02)
+                weight.data.copy_(numbers[name])
+            trainer.model = trainer.accelerator.prepare(trainer.model).train()
+            trainer.current_gradient_accumulation_steps = 1
+            rows = [trainer.train_dataset[i] for i in range(self.batch)]
+            with torch.no_grad():
+                losses[side] = float(trainer.compute_loss(trainer.model, trainer.data_collator(rows)))
+        return losses
+
+
 class Clock(TrainerCallback):
-    """Seconds of every step but the first, which warms up."""
+    """Seconds of every step."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -82,124 +220,69 @@ class Clock(TrainerCallback):
         self.steps.append(time.perf_counter() - self.begun)
 
 
-def arguments(stage: str, batch: int, steps: int, folder: str, dtype: str, checkpointing: bool, **more: Any) -> Any:
-    config = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}[stage]
-    return config(
-        output_dir=folder, per_device_train_batch_size=batch, max_steps=steps, bf16=dtype == "bfloat16", use_cpu=True,
-        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=17, max_length=1024,
-        gradient_checkpointing=checkpointing, dataloader_pin_memory=False, **more,
-    )  # fmt: skip
+def grow(given: argparse.Namespace, folder: str) -> None:
+    """How the seconds of a step of rows of 64 to 128 tokens grow with the tokens of its batch."""
+    points = []
+    for tokens in given.grow:
+        given.batch = tokens // 96
+        bench = Bench(given, make_rows("sft", 3 * given.batch, 64, 128), folder)
+        step = bench.tokens / 3
+        points.append((math.log(step), math.log(step / bench.speed(OURS))))
+        print(f"  {step:.0f} tokens: {math.exp(points[-1][1]):.1f} s a step", flush=True)
+    print(f"seconds grow as tokens to the power {statistics.linear_regression(*zip(*points, strict=True)).slope:.2f}")
 
 
-def theirs(stage: str, spec: ModelSpec, tokenizer: Any, rows: list[dict[str, Any]], args: Any) -> Any:
-    auto: Any = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
-    options: dict[str, Any] = {"num_labels": 1} if stage == "reward" else {}
-    model = auto.from_pretrained(
-        spec.base,
-        dtype=getattr(torch, spec.dtype),
-        quantization_config=BitsAndBytesConfig(**spec.quantization),
-        **options,
+def compare(given: argparse.Namespace, folder: str) -> None:
+    bench = Bench(given, make_rows(given.stage, given.rows), folder)
+    sides = [TRLS, OURS] if given.stage == "reward" else [TRLS, WITH_HEAD, OURS]  # a reward model has no LM head
+    speeds: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(given.rounds):
+        for side in sides:
+            speeds[side].append(bench.speed(side))
+            print(f"  {side}: {speeds[side][-1]:.0f} real tokens/s", flush=True)
+    losses = bench.first_losses()
+    print(f"first batch, one adapter: loss {losses[OURS]:.5f}, TRL {losses[TRLS]:.5f}")
+    above = {}
+    for side in (TRLS, OURS):
+        weights, peak = bench.peak(side)
+        above[side] = peak - weights
+        print(f"{side}: {above[side] / 2**20:.0f} MiB at the peak above the {weights / 2**20:.0f} it began with")
+    print(f"peak above the beginning: {above[OURS] / above[TRLS]:.2f} of TRL's")
+    per_row = bench.tokens / len(bench.rows)
+    print(
+        f"{given.stage}, {given.rows} rows of {per_row:.0f} tokens, batch {given.batch}, {given.dtype}, {processor()}"
     )
-    model.config.pad_token_id = tokenizer.pad_token_id
-    bases.keep_gradients_on_cpu(model)
-    torch.manual_seed(17)
-    task = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if stage == "reward" else {"task_type": "CAUSAL_LM"}
-    model = get_peft_model(model, LoraConfig(**LORA, **task))
-    trainer = {"sft": SFTTrainer, "reward": RewardTrainer, "dpo": DPOTrainer}[stage]
-    if stage == "sft":
-        dataset = encoded(stage, tokenizer, rows).dataset
-    else:
-        dataset = Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows])
-    return trainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    for side in sides[:-1]:
+        ratios = sorted(ours / other for ours, other in zip(speeds[OURS], speeds[side], strict=True))
+        print(f"ratio to {side}: {statistics.median(ratios):.2f} (rounds: {ratios[0]:.2f} to {ratios[-1]:.2f})")
 
 
-def encoded(stage: str, tokenizer: Any, rows: list[dict[str, Any]]) -> Any:
-    tally = sequences.Tally(stage, False)
-    if stage == "sft":
-        return sequences.store(rows, lambda row: render.demonstration(tokenizer, row), sequences.TEXTS, tally)
-    if stage == "dpo":
-        return sequences.store(rows, lambda row: render.pair(tokenizer, row), sequences.REPLY_PAIRS, tally)
-
-    def pair(row: dict[str, Any]) -> tuple[list[int], list[int]]:
-        return render.conversation(tokenizer, row, "chosen"), render.conversation(tokenizer, row, "rejected")
-
-    return sequences.store(rows, pair, sequences.SCORED_PAIRS, tally)
-
-
-def ours(stage: str, spec: ModelSpec, tokenizer: Any, rows: list[dict[str, Any]], args: Any) -> Any:
-    args.checkpointed_layers, args.base_on_hub = None, None
-    torch.manual_seed(17)
-    base = bases.load_base(spec, tokenizer, num_labels=int(stage == "reward"))
-    model = adapters.fresh(base, spec.lora, head=stage == "reward")
-    options: dict[str, Any] = {"args": args, "train_dataset": encoded(stage, tokenizer, rows).dataset}
-    trainer: Any = {"sft": SFTTrainer, "reward": RewardTrainer}.get(stage)
-    if stage == "dpo":
-        trainer = type("DPOTrainer", (shared.TakesEncoded, DPOTrainer), {})
-        options["data_collator"] = shared.LearntTokens(tokenizer.pad_token_id)
-    return shared.build(trainer, model, processing_class=tokenizer, **options)
-
-
-def real_tokens(stage: str, tokenizer: Any, rows: list[dict[str, Any]]) -> int:
-    items = encoded(stage, tokenizer, rows)
-    if stage == "sft":
-        return sum(len(item.ids) for item in items)
-    return sum(len(side) for pair in items for side in pair)
-
-
-def measure(trainer: Any, context: Any) -> list[float]:
-    clock = Clock()
-    trainer.add_callback(clock)
-    with context:
-        trainer.train()
-    return clock.steps[1:]
+def processor() -> str:
+    said = subprocess.run(["lscpu"], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}).stdout
+    name = next((line.split(":")[1].strip() for line in said.splitlines() if line.startswith("Model name")), "a CPU")
+    found = [flag for flag in ("amx_bf16", "avx512_bf16", "avx2") if flag in said]
+    return f"{torch.get_num_threads()} threads, {name} ({found[0] if found else 'no vector instructions known'})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("sft", "reward", "dpo"), default="sft")
+    parser.add_argument("--stage", choices=(*TRAINERS, "ppo"), default="sft")
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--base", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--grow", type=int, nargs="+")
+    parser.add_argument("--trl", help="folder of TRL 1.12, for ppo")
     given = parser.parse_args()
-    spec = ModelSpec(base=given.base, quantize="nf4", dtype=given.dtype, lora=LORA)
-    tokenizer = bases.load_tokenizer(spec)
-    rows = make_rows(given.stage, given.rows)
-    total = real_tokens(given.stage, tokenizer, rows)
-    per_row = total / len(rows)
-    speeds: dict[str, list[float]] = {"TRL": [], "ours": []}
-    losses: dict[str, float] = {}
-    for _ in range(given.rounds):
-        for side in speeds:
-            with tempfile.TemporaryDirectory() as folder:
-                common = (given.stage, given.batch)
-                if side == "TRL":
-                    packed = {"packing": True, "packing_strategy": "bfd"} if given.stage == "sft" else {}
-                    # As many tokens a step as ours has: a packed row holds max_length.
-                    batch = max(1, round(given.batch * per_row / 1024)) if packed else given.batch
-                    steps = max(2, round(total / (batch * 1024))) if packed else len(rows) // given.batch
-                    args = arguments(given.stage, batch, steps, folder, given.dtype, given.checkpointing, **packed)
-                    trainer = theirs(given.stage, spec, tokenizer, rows, args)
-                    lengths = [len(row["input_ids"]) for row in trainer.train_dataset] if packed else []
-                    seconds = measure(trainer, torch.enable_grad())
-                    done = sum(lengths) / len(lengths) * batch if packed else per_row * given.batch
-                else:
-                    args = arguments(*common, len(rows) // given.batch, folder, given.dtype, given.checkpointing)
-                    trainer = ours(given.stage, spec, tokenizer, rows, args)
-                    seconds = measure(trainer, plain_on_cpu(trainer.model))
-                    done = per_row * given.batch
-                speeds[side].append(done / statistics.median(seconds))
-                losses[side] = trainer.state.log_history[-1].get("train_loss", float("nan"))
-                print(f"  {side}: {speeds[side][-1]:.0f} real tokens/s, mean loss {losses[side]:.4f}", flush=True)
-    flags = subprocess.run(["lscpu"], capture_output=True, text=True).stdout
-    amx = "with AMX" if "amx_bf16" in flags else "without AMX"
-    print(f"{given.stage}, {len(rows)} rows of {per_row:.0f} tokens, batch {given.batch}, {given.dtype}, a CPU {amx}")
-    medians = {side: statistics.median(found) for side, found in speeds.items()}
-    ratios = [b / a for a, b in zip(speeds["TRL"], speeds["ours"], strict=True)]
-    print(f"TRL {medians['TRL']:.0f}, ours {medians['ours']:.0f} real tokens/s")
-    print(f"ratio {statistics.median(ratios):.2f} (rounds: {', '.join(f'{ratio:.2f}' for ratio in ratios)})")
+    if given.stage == "ppo":
+        if not given.trl:
+            parser.error("--stage ppo needs --trl, the folder of TRL 1.12: see scripts/bench_ppo.py")
+        script = str(Path(__file__).with_name("bench_ppo.py"))
+        os.execv(sys.executable, [sys.executable, script, given.trl, "--rounds", str(given.rounds)])
+    with tempfile.TemporaryDirectory() as folder:
+        (grow if given.grow else compare)(given, folder)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def main() -> None:
         torch.manual_seed(0)
         adapters.save(moved(adapters.fresh(load_base(spec, tokenizer), LORA), 1), folder / "policy")
         adapters.save(
-            moved(adapters.fresh(load_base(spec, tokenizer, reward=True), LORA, reward=True), 2), folder / "value"
+            moved(adapters.fresh(load_base(spec, tokenizer, num_labels=1), LORA, head=True), 2), folder / "value"
         )
         chance = torch.Generator().manual_seed(3)
         ids_BT = torch.randint(20, 500, (B, P + G), generator=chance)

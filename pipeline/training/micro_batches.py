@@ -21,7 +21,6 @@ from datasets import Dataset
 from pipeline.errors import UserError
 from pipeline.models.forward import checkpoint_first
 from pipeline.models.out_of_memory import CHECKPOINT, WhenSplit, does_not_fit, gradients_aside, halve, is_out_of_memory
-from pipeline.models.processes import add_up
 from pipeline.plan.auto import STEP, find_longest
 from pipeline.plan.memory import Model, Work
 from pipeline.plan.shapes import Adapter, shapes_of
@@ -70,9 +69,7 @@ class SplitsWhenFull(Trainer):  # type: ignore[misc]
     def get_batch_samples(self, *args: Any) -> tuple[list[Batch], Any]:
         batches, items = super().get_batch_samples(*args)
         if batches and getattr(self.args, TOKENS, None):
-            everywhere = len(batches) * self.accelerator.num_processes
-            weight, chosen = (sum(map(of, batches)) for of in (_weight, _chosen))
-            self._usual = add_up(weight).item() / everywhere, add_up(chosen).item() / everywhere
+            self._usual = sum(map(_weight, batches)) / len(batches), sum(map(_chosen, batches)) / len(batches)
         return batches, items
 
     def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,7 @@ from pipeline.errors import BrokenInvariant, Interrupted, UserError
 from pipeline.models import adapters
 from pipeline.models.forward import plain_on_cpu
 from pipeline.models.out_of_memory import is_out_of_memory
-from pipeline.plan.sizes import TOKENS
+from pipeline.plan.sizes import BATCH, TOKENS
 from pipeline.plan.stage import optimizer_bytes
 from pipeline.training.head import Head
 from pipeline.training.micro_batches import SplitsWhenFull, Trainer
@@ -85,7 +85,7 @@ def headed(ctx: Context, base: PreTrainedModel) -> PeftModel:
 
 
 def build(trainer_class: type, model: PeftModel, **options: Any) -> Any:
-    """A TRL trainer whose adapter is still in float32.
+    """A TRL trainer whose adapter is still in float32. Raises UserError for a budget of tokens that it cannot keep to.
 
     TRL 1.16 rounds a QLoRA adapter to bfloat16 when the trainer is made; at the learning rates of DPO and PPO most
     updates then vanish. The masters are put back before the optimizer is created from them.
@@ -96,6 +96,12 @@ def build(trainer_class: type, model: PeftModel, **options: Any) -> Any:
     utils._use_triton = lambda device: device.type == "cpu" or _use_triton(device)
     utils._ChunkedLogProbFunction = Head
     args = options["args"]
+    pairs = "chosen_ids" in options["train_dataset"].column_names
+    if getattr(args, TOKENS, None) and pairs and args.world_size > 1:
+        raise UserError(
+            f"{TOKENS} gives each of {args.world_size} processes another number of pairs, and TRL's trainers gather "
+            f"equally many. Say {BATCH} instead, or start one process"
+        )
     if args.push_to_hub and args.base_on_hub:  # what TRL pushes names its base, and nobody else has this folder
         model.peft_config["default"].base_model_name_or_path = args.base_on_hub
         model.get_base_model().config._name_or_path = args.base_on_hub  # type: ignore[union-attr]

@@ -180,6 +180,23 @@ def test_stopped_anywhere_and_run_again_equals_unbroken(
         assert all(line["computed_per_token"] <= 1 <= line["padded_per_token"] for line in lines)
 
 
+def test_pretrain_that_does_not_pack_and_classify_take_it_too(tiny_base: Path, tmp_path: Path) -> None:
+    tree = tiny_tree(tiny_base, tmp_path)
+    labelled = tmp_path / "labelled.jsonl"
+    rows = [{"text": f"{'sun ' * (n % 7)}{n}", "label": n % 2} for n in range(40)]
+    labelled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree["stages"] = {
+        "pretrain": {**tree["stages"]["pretrain"], "train": {TOKENS: 500, "packing": False, "num_train_epochs": 1}},
+        "classify": {"data": {"path": str(labelled)}, "train": {TOKENS: 100, "num_train_epochs": 2}},
+    }
+    recipe = build(tree)
+    for name in tree["stages"]:
+        run_stage(recipe, name, tmp_path)
+        lines = (tmp_path / "tiny" / name / "metrics.jsonl").read_text().splitlines()
+        counts = json.loads((tmp_path / "tiny" / name / "manifest.json").read_text())["data"]["counts"]
+        assert len(lines) == counts["steps"] > 2
+
+
 def test_two_processes_are_one_that_accumulates(tiny_base: Path, tmp_path: Path) -> None:
     words = {
         "gradient_accumulation_steps": 1,

@@ -12,7 +12,7 @@ from pipeline.data import render
 from pipeline.data.contracts import LANGUAGE_MODELING, Row
 from pipeline.errors import complaint
 from pipeline.measure.metric import CORPUS_LOSS, QUESTION_ACCURACY
-from pipeline.plan.sizes import TOKENS
+from pipeline.plan.sizes import BATCH, TOKENS
 from pipeline.stages.stage import Context, PolicySpec, Result, Stage
 
 HOUSE = {"packing": True, "packing_strategy": "bfd_split"}
@@ -27,8 +27,8 @@ class PretrainSpec(PolicySpec):
     @classmethod
     def _packs(cls, train: dict[str, Any]) -> dict[str, Any]:
         if train.get(TOKENS) and train.get("packing", HOUSE["packing"]):
-            problem = "is for batches of whole rows, and this stage packs. Set packing: false; or leave it out, as a "
-            raise complaint(f"{problem}packed row holds max_length tokens and no padding", TOKENS)
+            problem = "is for batches of whole rows, and this stage packs: set packing: false"
+            raise complaint(f"{problem}, or say {BATCH} here, of packed rows of max_length tokens", TOKENS)
         return train
 
 

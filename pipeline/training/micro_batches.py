@@ -123,8 +123,8 @@ class SplitsWhenFull(Trainer):  # type: ignore[misc]
 
     def _share_of(self, some: Batch, whole: Batch) -> float:
         """How much the mean over a part of a batch counts in that over the batch, or in an average one of the step."""
-        usual, own = self._usual[0] if self._usual else _weight(whole), _weight(some)
-        return own / usual if own else 1.0
+        usual = self._usual[0] if self._usual else _weight(whole)
+        return _weight(some) / usual if usual else 1.0
 
     def _split(self, size: int, left: int) -> None:
         self.patience *= 2 if self._tried else 1

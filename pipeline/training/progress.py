@@ -46,7 +46,7 @@ class Progress(TrainerCallback):
         self.loss, self.speed, self.seen = "", "", (0.0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if model:
+        if model is not None:
             take_computed(model)  # what was measured before training is none of it
         if not state.is_world_process_zero:
             return
@@ -67,18 +67,12 @@ class Progress(TrainerCallback):
         if self.bar:
             self.bar.update(self.task, completed=state.global_step, note=f"{self.loss} {self.speed}".strip())
 
-    def on_log(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        logs: dict[str, float] | None = None,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
-        metrics.append(self.ctx.out.metrics, state.global_step, logs | (take_computed(model) if model else {}))
+        metrics.append(
+            self.ctx.out.metrics, state.global_step, logs | (take_computed(model) if model is not None else {})
+        )
         tokens, then = self.seen
         now = time.monotonic()
         fresh = float(logs.get("num_tokens", 0)) - tokens

@@ -70,9 +70,8 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
-        metrics.append(
-            self.ctx.out.metrics, state.global_step, logs | (take_computed(model) if model is not None else {})
-        )
+        packed = {} if model is None else take_computed(model)
+        metrics.append(self.ctx.out.metrics, state.global_step, logs | packed)
         tokens, then = self.seen
         now = time.monotonic()
         fresh = float(logs.get("num_tokens", 0)) - tokens

@@ -20,6 +20,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from pipeline.models.computed import Computed
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -70,6 +72,7 @@ def can_pack(config: PretrainedConfig, auto_class: Any) -> bool:
 def pack_inside(model: PreTrainedModel) -> None:
     """Make the trunk of a model, loaded with attention by segments, compute its batches packed."""
     trunk = getattr(model, model.base_model_prefix)
+    trunk.computed = Computed()
     trunk.forward = MethodType(_packed_forward, trunk)
 
 
@@ -92,6 +95,8 @@ def _packed_forward(
     if input_ids is not None and not sampled and not watched:
         share = not (trunk.training and _drops_out(trunk))
         pack = pack_rows(input_ids, attention_mask, position_ids, share)
+    if input_ids is not None and not sampled:
+        trunk.computed.add(input_ids, attention_mask, input_ids.numel() if pack is None else pack.ids_1N.numel())
     if pack is None:
         return whole(trunk, **plain, past_key_values=past_key_values, use_cache=use_cache, **more)
     # A mask of four dimensions is passed on as it is; attention by segments does not read it.

@@ -18,3 +18,5 @@ AUTO = "auto"
 BATCH, CHECKPOINTING, LENGTH = "per_device_train_batch_size", "activation_checkpointing", "max_length"
 AUTO_ARGUMENTS = (BATCH, CHECKPOINTING, LENGTH)
 """The arguments whose value may be left to the planner."""
+TOKENS = "per_device_train_batch_tokens"
+"""Our own word for a batch of as many rows as these tokens hold, in place of BATCH."""

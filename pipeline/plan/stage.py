@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.data.load import read_split
 from pipeline.errors import UserError
+from pipeline.plan.batches import take
 from pipeline.plan.cards import Card
 from pipeline.plan.memory import ANSWER_ROW, Memory, Model, Work, memory
 from pipeline.plan.shapes import Adapter, Shapes
-from pipeline.plan.sizes import ANSWER_TOKENS
+from pipeline.plan.sizes import ANSWER_TOKENS, TOKENS
 from pipeline.plan.time import ppo_seconds, step_seconds
 
 if TYPE_CHECKING:
@@ -136,6 +137,11 @@ def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, leng
     limit = arguments.get("max_length") or model.shapes.window
     longest = min(limit, lengths.longest) if lengths else limit
     packed = bool(arguments.get("packing"))
+    if budget := arguments.get(TOKENS):
+        # What is counted are real tokens; where a batch is not packed, padding comes on top.
+        groups = _batches(arguments, longest, kind.sequences, lengths) if lengths else []
+        heaviest = max([budget // kind.sequences, *(max(group) * len(group) for group in groups)])
+        rows = max(1, math.ceil(heaviest / longest))
     common: dict[str, Any] = {
         "masked": "flash" not in spec.attn_implementation,
         "eager": spec.attn_implementation == "eager",
@@ -182,13 +188,26 @@ def plan_stage(
     else:
         seconds = step_seconds(model, work, card, 1.0 if kind.every_token else ANSWER_SHARE) if card else None
         tokens = work.tokens
-        passes = _passes(arguments, work, lengths)
+        passes = _passes(arguments, work, kind.sequences, lengths)
     speed = tokens / seconds if seconds else None
     minutes = passes * seconds / 60 if seconds and passes is not None else None
     return Planned(work, memory(model, work), card, speed, minutes, disk)
 
 
-def _passes(arguments: dict[str, Any], work: Work, lengths: Lengths | None) -> float | None:
+def _batches(arguments: Mapping[str, Any], limit: int, sequences: int, lengths: Lengths) -> list[list[int]]:
+    """The lengths of an epoch's rows, batch by batch. They are taken in the order of the file, for want of the one in
+    which they will be drawn."""
+    tokens = [min(length, limit) for length in lengths.rows]
+    if arguments.get("train_sampling_strategy") == "group_by_length":
+        tokens.sort()
+    if budget := arguments.get(TOKENS):
+        groups = take(range(len(tokens)), [sequences * length for length in tokens], budget)
+        return [[tokens[row] for row in group] for group in groups]
+    per_device = int(arguments.get("per_device_train_batch_size", 1))
+    return [tokens[start : start + per_device] for start in range(0, len(tokens), per_device)]
+
+
+def _passes(arguments: dict[str, Any], work: Work, sequences: int, lengths: Lengths | None) -> float | None:
     """Forward and backward passes of the longest batch that take as long as all of a stage's."""
     accumulated = int(arguments.get("gradient_accumulation_steps", 1))
     steps = int(arguments.get("max_steps") or -1)
@@ -198,13 +217,9 @@ def _passes(arguments: dict[str, Any], work: Work, lengths: Lengths | None) -> f
         batches = math.ceil(sum(lengths.rows) / work.tokens)
         longest_batches = float(batches)
     else:
-        per_device = int(arguments.get("per_device_train_batch_size", 1))
-        tokens = [min(length, work.length) for length in lengths.rows]
-        if arguments.get("train_sampling_strategy") == "group_by_length":
-            tokens.sort()
-        groups = [tokens[start : start + per_device] for start in range(0, len(tokens), per_device)]
+        groups = _batches(arguments, work.length, sequences, lengths)
         batches = len(groups)
-        longest_batches = sum(max(group) * len(group) for group in groups) / (per_device * work.length)
+        longest_batches = sum(max(group) * len(group) for group in groups) * sequences / work.tokens
     passes = steps * accumulated if steps > 0 else float(arguments.get("num_train_epochs", 1)) * batches
     return longest_batches / batches * passes
 

@@ -26,6 +26,7 @@ from pipeline.data.contracts import Row
 from pipeline.data.tokens import stop_ids
 from pipeline.errors import UserError
 from pipeline.models import processes
+from pipeline.models.computed import take_computed
 from pipeline.models.forward import plain_layers
 from pipeline.models.out_of_memory import CHECKPOINT, EPISODE, ROLLOUT, WhenSplit, gradients_aside, run_in_parts
 from pipeline.models.sampling import Episode, sample
@@ -92,6 +93,7 @@ class PPOTrainer:
             if self.step - self.split_at >= WHOLE_AGAIN:
                 self.at_once.clear()
             started = time.monotonic()
+            take_computed(self.actors.model)  # what was measured between two steps is none of this one
             # 1. prompts and answers
             rollout = self.rollout(self.step)
             rolled_out = time.monotonic()
@@ -105,7 +107,7 @@ class PPOTrainer:
             # 4. the updates
             numbers |= self.update(batch)
             # 5. steer, count, judge
-            numbers |= self._account(rollout, by_source, totals)
+            numbers |= self._account(rollout, by_source, totals) | take_computed(self.actors.model)
             self.kl.update(numbers["kl"], self.settings.batch_size)
             self.step += 1
             numbers |= {

@@ -23,7 +23,7 @@ from pipeline.models import published
 from pipeline.models.spec import ModelSpec
 from pipeline.recipe import gates
 from pipeline.stages import STAGES
-from pipeline.stages.arguments import check_words, words
+from pipeline.stages.arguments import check_words, one_of_both, words
 from pipeline.stages.stage import Stage, StageSpec
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ class RecipeSpec(BaseModel):
             own, train = words(STAGES[kind].config_class), section.get("train", {})
             known |= own
             if isinstance(train, dict):
-                train = {**{key: value for key, value in shared.items() if key in own}, **train}
+                starts_from = {key: value for key, value in one_of_both(shared, train).items() if key in own}
+                train = {**starts_from, **train}
             stages[name] = {"kind": kind, **section, "train": train}
         check_words(shared, known, "train")
         return {**tree, "stages": stages}

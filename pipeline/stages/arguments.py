@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 from pydantic import BaseModel
 
 from pipeline.errors import complaint, suggest
-from pipeline.plan.sizes import AUTO, AUTO_ARGUMENTS, BATCH
+from pipeline.plan.sizes import AUTO, AUTO_ARGUMENTS, BATCH, TOKENS
 
 ConfigClass = str | type[BaseModel]
 """A class of TRL's or PEFT's by its name, or one of ours."""
@@ -54,18 +54,24 @@ OUR_WORDS = {  # the trainers' words that something else here decides; passed on
 NUMBERS: dict[str, tuple[type, float]] = {
     # Words whose slips the libraries find late or never, with the least that makes sense.
     "learning_rate": (float, 0), "num_train_epochs": (float, 0), "max_steps": (int, -1),
-    "per_device_train_batch_size": (int, 1), "gradient_accumulation_steps": (int, 1), "max_length": (int, 1),
+    BATCH: (int, 1), TOKENS: (int, 1), "gradient_accumulation_steps": (int, 1), "max_length": (int, 1),
     "weight_decay": (float, 0), "max_grad_norm": (float, 0), "warmup_steps": (float, 0), "logging_steps": (float, 0),
     "save_steps": (float, 0), "save_total_limit": (int, 1), "beta": (float, 0), "r": (int, 1),
     "lora_alpha": (float, 0), "lora_dropout": (float, 0),
+}  # fmt: skip
+NOT_BY_TOKENS = {  # words that a batch by tokens makes meaningless, each with the values under which it stays so
+    "packing": (False, None), "dataloader_drop_last": (False, None), "auto_find_batch_size": (False, None),
+    "train_sampling_strategy": ("random", "sequential", "group_by_length"),
 }  # fmt: skip
 WHY_NOT = {word: why for why, listed in OUR_WORDS.items() for word in listed}
 
 
 @cache
 def words(config: ConfigClass) -> frozenset[str]:
-    """The field names of a config class, its parents' included."""
-    return frozenset(config.model_fields if isinstance(config, type) else (name for name, _ in _fields(config)))
+    """The field names of a config class, its parents' included; of a trainer's of TRL also the one we add."""
+    if isinstance(config, type):
+        return frozenset(config.model_fields)
+    return frozenset(name for name, _ in _fields(config)) | (set() if config == "LoraConfig" else {TOKENS})
 
 
 @cache
@@ -104,6 +110,8 @@ def check_words(given: dict[str, Any], known: Collection[str], *place: str) -> N
 def check_train(given: dict[str, Any], config: ConfigClass) -> None:
     """Raises a complaint, or what our own config class says, at the first word of `train:` that makes no sense."""
     check_words(given, words(config))
+    if given.get(TOKENS):
+        _check_by_tokens(given)
     if isinstance(config, type):
         config(**without_auto(given))
     elif given.get(BATCH) == AUTO and not isinstance(given.get("gradient_accumulation_steps"), int):
@@ -111,6 +119,22 @@ def check_train(given: dict[str, Any], config: ConfigClass) -> None:
             "is auto; gradient_accumulation_steps then says the rows of an optimizer step: give it, say 16",
             BATCH,
         )
+
+
+def _check_by_tokens(given: dict[str, Any]) -> None:
+    if BATCH in given:
+        raise complaint(f"says the rows of a batch, and {TOKENS} its tokens: leave one of them out", BATCH)
+    for word, fitting in NOT_BY_TOKENS.items():
+        if given.get(word, fitting[0]) not in fitting:
+            problem = f"is {given[word]!r}, which does not go with {TOKENS}: leave one of them out"
+            raise complaint(problem, word)
+
+
+def one_of_both(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe says for every stage, without the word for a batch in place of which a stage's own says the
+    other."""
+    gone = BATCH if own.get(TOKENS) else TOKENS if own.get(BATCH) else None
+    return {word: value for word, value in shared.items() if word != gone}
 
 
 def without_auto(given: dict[str, Any]) -> dict[str, Any]:

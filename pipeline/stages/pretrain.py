@@ -6,9 +6,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+from pydantic import field_validator
+
 from pipeline.data import render
 from pipeline.data.contracts import LANGUAGE_MODELING, Row
+from pipeline.errors import complaint
 from pipeline.measure.metric import CORPUS_LOSS, QUESTION_ACCURACY
+from pipeline.plan.sizes import BATCH, TOKENS
 from pipeline.stages.stage import Context, PolicySpec, Result, Stage
 
 HOUSE = {"packing": True, "packing_strategy": "bfd_split"}
@@ -18,6 +22,14 @@ HOUSE = {"packing": True, "packing_strategy": "bfd_split"}
 class PretrainSpec(PolicySpec):
     kind: Literal["pretrain"] = "pretrain"
     config_class = "SFTConfig"
+
+    @field_validator("train")
+    @classmethod
+    def _packs(cls, train: dict[str, Any]) -> dict[str, Any]:
+        if train.get(TOKENS) and train.get("packing", HOUSE["packing"]):
+            problem = "is for batches of whole rows, and this stage packs: set packing: false"
+            raise complaint(f"{problem}, or say {BATCH} here, of packed rows of max_length tokens", TOKENS)
+        return train
 
 
 def encode(tokenizer: Any, row: Row) -> list[render.Encoded]:

@@ -24,6 +24,7 @@ from pipeline.models.out_of_memory import CHECKPOINT, WhenSplit, does_not_fit, g
 from pipeline.plan.auto import STEP, find_longest
 from pipeline.plan.memory import Model, Work
 from pipeline.plan.shapes import Adapter, shapes_of
+from pipeline.plan.sizes import BATCH, TOKENS
 from pipeline.plan.stage import checkpointed_layers, optimizer_bytes
 
 Batch = dict[str, Any]
@@ -52,6 +53,9 @@ class SplitsWhenFull(Trainer):  # type: ignore[misc]
     _metrics: Any
     _total_train_tokens: Any
     _share = 1.0
+    _usual: tuple[float, float] | None = None
+    """Of batches by tokens, which differ in rows: what a batch of this optimizer step weighs on average, as `_weight`
+    and `_chosen` have it. A mean over a batch then counts by its rows, and every row the same."""
     _probed = False
     _most, _since, _tried = 0, 0, False
 
@@ -61,6 +65,12 @@ class SplitsWhenFull(Trainer):  # type: ignore[misc]
         self._probed = True
         self._try_more()
         return self._in_parts(model, inputs, num_items_in_batch)
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[Batch], Any]:
+        batches, items = super().get_batch_samples(*args)
+        if batches and getattr(self.args, TOKENS, None):
+            self._usual = sum(map(_weight, batches)) / len(batches), sum(map(_chosen, batches)) / len(batches)
+        return batches, items
 
     def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         result = super().compute_loss(model, inputs, *args, **kwargs)
@@ -88,7 +98,7 @@ class SplitsWhenFull(Trainer):  # type: ignore[misc]
                     for start in range(0, count, size):
                         some = part(inputs, start, min(start + size, count))
                         # A sum over tokens, divided by all of the step's, needs no weight; a mean over a part does.
-                        self._share = 1.0 if num_items is not None or size == count else _weight(some) / _weight(inputs)
+                        self._share = 1.0 if num_items is not None else self._share_of(some, inputs)
                         if "sft" in getattr(self, "loss_types", ()):
                             self.loss_weights = self._by_tokens(weights, some, inputs)
                         if self.args.checkpointed_layers:  # TRL's DPO trainer has turned it on for all by then
@@ -99,7 +109,8 @@ class SplitsWhenFull(Trainer):  # type: ignore[misc]
                 if is_out_of_memory(error) and (why := self._why_whole()):
                     raise UserError(
                         f"out of memory with {size} rows at once, which cannot be done in parts: {why}. Halve "
-                        "per_device_train_batch_size and double gradient_accumulation_steps, lower max_length"
+                        f"{TOKENS if getattr(self.args, TOKENS, None) else BATCH} and double "
+                        "gradient_accumulation_steps, lower max_length"
                         + ("." if self._checkpointed(1) else f"{CHECKPOINT}.")
                     ) from error
                 raise
@@ -109,6 +120,11 @@ class SplitsWhenFull(Trainer):  # type: ignore[misc]
                     self.loss_weights = weights
 
         return halve(step, min(count, self.rows_at_once or count), lambda: self._too_long(inputs), self._split)
+
+    def _share_of(self, some: Batch, whole: Batch) -> float:
+        """How much the mean over a part of a batch counts in that over the batch, or in an average one of the step."""
+        usual = self._usual[0] if self._usual else _weight(whole)
+        return _weight(some) / usual if usual else 1.0
 
     def _split(self, size: int, left: int) -> None:
         self.patience *= 2 if self._tried else 1
@@ -126,15 +142,14 @@ class SplitsWhenFull(Trainer):  # type: ignore[misc]
 
     def _by_tokens(self, weights: list[float], some: Batch, whole: Batch) -> list[float]:
         """DPO's weights of its losses for a part: `sft` is a mean over the chosen answers' tokens, not over pairs."""
-        chosen, all_chosen = (int(batch["completion_mask"].chunk(2)[0][:, 1:].sum()) for batch in (some, whole))
-        share = chosen / all_chosen / self._share
+        share = _chosen(some) / (self._usual[1] if self._usual else _chosen(whole)) / self._share
         return [
             weight * share if loss == "sft" else weight for loss, weight in zip(self.loss_types, weights, strict=True)
         ]
 
     def _probe(self, model: Any) -> None:
         """Try the longest rows as one batch, so that what does not fit is found before the first step."""
-        longest = numpy.argsort(lengths(self.train_dataset), kind="stable")[-self.args.per_device_train_batch_size :]
+        longest: Any = self._get_train_sampler().heaviest() if getattr(self.args, TOKENS, None) else self._longest()
         room = self._room_for_later(model)
         metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -143,6 +158,9 @@ class SplitsWhenFull(Trainer):  # type: ignore[misc]
         del room
         self._metrics, self._total_train_tokens = metrics, tokens
         model.zero_grad()
+
+    def _longest(self) -> numpy.ndarray[Any, Any]:
+        return numpy.argsort(lengths(self.train_dataset), kind="stable")[-self.args.per_device_train_batch_size :]
 
     def _room_for_later(self, model: Any) -> list[torch.Tensor]:
         """As much memory as the steps will take for good: the optimizer's state, which its first step makes, and the
@@ -229,6 +247,11 @@ def rows(inputs: Batch) -> int:
 def _weight(inputs: Batch) -> int:
     """What a batch's mean is over: pairs, or tokens with a label."""
     return rows(inputs) if _pairs(inputs) else int((inputs["labels"][..., 1:] != -100).sum())
+
+
+def _chosen(inputs: Batch) -> int:
+    """Tokens of the chosen answers, of DPO's batches; else nothing."""
+    return int(inputs["completion_mask"].chunk(2)[0][:, 1:].sum()) if "completion_mask" in inputs else 0
 
 
 def part(inputs: Batch, start: int, stop: int) -> Batch:

@@ -24,6 +24,7 @@ from pipeline.disk import metrics
 from pipeline.disk.artifact import mark_checkpoint
 from pipeline.disk.atomic import written_whole
 from pipeline.models import adapters
+from pipeline.models.computed import take_computed
 from pipeline.models.out_of_memory import say_split
 from pipeline.models.processes import any_process
 
@@ -44,7 +45,9 @@ class Progress(TrainerCallback):
         self.bar: Bar | None = None
         self.loss, self.speed, self.seen = "", "", (0.0, 0.0)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if model is not None:
+            take_computed(model)  # what was measured before training is none of it
         if not state.is_world_process_zero:
             return
         if self.resumed:
@@ -64,10 +67,11 @@ class Progress(TrainerCallback):
         if self.bar:
             self.bar.update(self.task, completed=state.global_step, note=f"{self.loss} {self.speed}".strip())
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
-        metrics.append(self.ctx.out.metrics, state.global_step, logs)
+        packed = {} if model is None else take_computed(model)
+        metrics.append(self.ctx.out.metrics, state.global_step, logs | packed)
         tokens, then = self.seen
         now = time.monotonic()
         fresh = float(logs.get("num_tokens", 0)) - tokens

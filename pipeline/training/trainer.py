@@ -21,10 +21,12 @@ from pipeline.errors import BrokenInvariant, Interrupted, UserError
 from pipeline.models import adapters
 from pipeline.models.forward import plain_on_cpu
 from pipeline.models.out_of_memory import is_out_of_memory
+from pipeline.plan.sizes import BATCH, TOKENS
 from pipeline.plan.stage import optimizer_bytes
 from pipeline.training.head import Head
 from pipeline.training.micro_batches import SplitsWhenFull, Trainer
 from pipeline.training.progress import Checkpoints, Progress, Stop, note_split, step_of
+from pipeline.training.token_batches import TokenBatches, count_tokens
 
 if TYPE_CHECKING:
     from pipeline.stages.stage import Context, StageSpec
@@ -33,10 +35,12 @@ if TYPE_CHECKING:
 def arguments(config_class: Any, spec: StageSpec, ctx: Context, **stage_defaults: Any) -> Any:
     """The trainer's config: our defaults and the stage's, then the recipe's arguments, then what only we may say.
 
-    `checkpointed_layers` is added to it: in how many layers activations are checkpointed, None if in all or none.
+    Added to it are `checkpointed_layers`: in how many layers activations are checkpointed, None if in all or none; and
+    the budget of a batch in tokens, None if its rows are counted.
     Raises UserError naming the stage if the config refuses a value.
     """
     given = dict(spec.train)
+    budget = given.pop(TOKENS, None)
     layers: Any = given.get("activation_checkpointing")
     counted = isinstance(layers, int) and not isinstance(layers, bool)
     if counted:
@@ -64,6 +68,7 @@ def arguments(config_class: Any, spec: StageSpec, ctx: Context, **stage_defaults
         raise UserError(f"stages.{ctx.out.name}.train: {config_class.__name__} refuses it: {error}") from error
     args.checkpointed_layers = layers if counted and layers else None
     args.base_on_hub = ctx.model.public_id
+    setattr(args, TOKENS, budget)
     return args
 
 
@@ -80,7 +85,7 @@ def headed(ctx: Context, base: PreTrainedModel) -> PeftModel:
 
 
 def build(trainer_class: type, model: PeftModel, **options: Any) -> Any:
-    """A TRL trainer whose adapter is still in float32.
+    """A TRL trainer whose adapter is still in float32. Raises UserError for a budget of tokens that it cannot keep to.
 
     TRL 1.16 rounds a QLoRA adapter to bfloat16 when the trainer is made; at the learning rates of DPO and PPO most
     updates then vanish. The masters are put back before the optimizer is created from them.
@@ -91,6 +96,12 @@ def build(trainer_class: type, model: PeftModel, **options: Any) -> Any:
     utils._use_triton = lambda device: device.type == "cpu" or _use_triton(device)
     utils._ChunkedLogProbFunction = Head
     args = options["args"]
+    pairs = "chosen_ids" in options["train_dataset"].column_names
+    if getattr(args, TOKENS, None) and pairs and args.world_size > 1:
+        raise UserError(
+            f"{TOKENS} gives each of {args.world_size} processes another number of pairs, and TRL's trainers gather "
+            f"equally many. Say {BATCH} instead, or start one process"
+        )
     if args.push_to_hub and args.base_on_hub:  # what TRL pushes names its base, and nobody else has this folder
         model.peft_config["default"].base_model_name_or_path = args.base_on_hub
         model.get_base_model().config._name_or_path = args.base_on_hub  # type: ignore[union-attr]
@@ -104,9 +115,11 @@ def build(trainer_class: type, model: PeftModel, **options: Any) -> Any:
 
 
 class ResumableOrder(Trainer):  # type: ignore[misc]
-    """For a Trainer: `train_sampling_strategy: group_by_length` in an order that depends on seed and epoch alone.
+    """For a Trainer: `train_sampling_strategy: group_by_length` in an order that depends on seed and epoch alone, and
+    batches by a budget of tokens.
 
-    transformers draws it from the global generator, whose state at the start of an epoch a checkpoint does not hold.
+    transformers draws that order from the global generator, whose state at the start of an epoch a checkpoint does not
+    hold.
     """
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
@@ -115,6 +128,8 @@ class ResumableOrder(Trainer):  # type: ignore[misc]
         if isinstance(sampler, LengthGroupedSampler):
             sampler.__class__ = _SeededByEpoch
             vars(sampler).update(seed=self.args.seed, epoch=0)
+        if getattr(self.args, TOKENS, None):
+            return TokenBatches(sampler, count_tokens(self.train_dataset), self.args)
         return sampler
 
 
@@ -193,7 +208,7 @@ def train(trainer: Any, ctx: Context, spec: StageSpec) -> dict[str, Any]:
         raise UserError(
             f"stage '{ctx.out.name}' ran out of memory in step {trainer.state.global_step + 1}, after the passes over "
             f"its rows: most likely in the optimizer's step, whose state takes {state:.0f} MiB from the first step on. "
-            "Set optim: adamw_8bit, lower model.lora.r or per_device_train_batch_size, or end what else uses the GPU. "
+            "Set optim: adamw_8bit, lower model.lora.r or the size of a batch, or end what else uses the GPU. "
             "Run again to go on from the last checkpoint."
         ) from error
     if stop.requested:

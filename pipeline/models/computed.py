@@ -1,0 +1,42 @@
+"""How many tokens packing leaves to compute: counted in the trunk's forward passes, read once a logged step.
+
+Activation checkpointing repeats layers, not the trunk, so what it computes again is not counted. Nor is sampling, whose
+passes are not packed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Computed:
+    """Tokens of the passes since `take` was last called."""
+
+    real: int = 0
+    """Of the batches, without padding."""
+    computed: int = 0
+    padded: int = 0
+    """What the same batches are with their padding."""
+
+    def add(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None, computed: int) -> None:
+        self.real += ids_BT.numel() if mask_BT is None or mask_BT.dim() != 2 else int(mask_BT.sum())
+        self.computed += computed
+        self.padded += ids_BT.numel()
+
+    def take(self) -> dict[str, float]:
+        """For each real token what was computed, and what a padded pass would have computed; counts anew from here."""
+        real, computed, padded = self.real, self.computed, self.padded
+        self.real = self.computed = self.padded = 0
+        if not real:
+            return {}
+        return {"computed_per_token": computed / real, "padded_per_token": padded / real}
+
+
+def take_computed(model: torch.nn.Module) -> dict[str, float]:
+    """The figures of a model's trunk; none of one that is not packed."""
+    counts = (vars(module).get("computed") for module in model.modules())
+    found = next((count for count in counts if isinstance(count, Computed)), None)
+    return found.take() if found else {}

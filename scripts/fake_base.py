@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
+from pipeline.models import lora
+
 
 class MatMul4(torch.autograd.Function):
     """x W^T with W dequantised for the moment of use, in the forward and again in the backward pass."""
@@ -50,6 +52,9 @@ class StandInLinear4bit(bnb.nn.Linear4bit):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # The kernel adds the bias itself, without a second result.
         return MatMul4.apply(x.to(self.compute_dtype), self.weight, (self.out_features, self.in_features))  # type: ignore[no-any-return]
+
+    def unpacked(self) -> torch.Tensor:
+        return torch.empty((self.out_features, self.in_features), dtype=self.compute_dtype, device=self.weight.device)
 
 
 def fake_base(config: Any, reward: bool = False, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -93,12 +98,14 @@ def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bo
 
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Fake tensors, and TRL's fused LM head as its CUDA kernels are: they work inside the tile they are given."""
+    """Fake tensors, and TRL's own fused LM head as its CUDA kernels are: they work inside the tile they are given."""
     kept = {name: getattr(chunked_logprob, name) for name in ("_forward_tile", "_backward_tile", "_addmm_fp32")}
     moved, attend = torch.nn.Module.to, torch.nn.functional.scaled_dot_product_attention
     dropout, torch.nn.functional.dropout = torch.nn.functional.dropout, _dropout
     # Which positions have labels is not known of a fake tensor: all go through the head.
     compacts, trl_utils._use_triton = trl_utils._use_triton, lambda device: False
+    heads, trl_utils._ChunkedLogProbFunction = trl_utils._ChunkedLogProbFunction, chunked_logprob.ChunkedLogProbFunction
+    unpack, lora.dequantize_module_weight = lora.dequantize_module_weight, StandInLinear4bit.unpacked
     for name in kept:
         setattr(chunked_logprob, name, lambda *args, **kwargs: None)
     torch.nn.functional.scaled_dot_product_attention = partial(_attention, attend)
@@ -111,6 +118,7 @@ def as_on_cuda() -> Iterator[None]:
         torch.nn.Module.to = moved  # type: ignore[method-assign]
         torch.nn.functional.scaled_dot_product_attention = attend
         torch.nn.functional.dropout = dropout
-        trl_utils._use_triton = compacts
+        trl_utils._use_triton, trl_utils._ChunkedLogProbFunction = compacts, heads
+        lora.dequantize_module_weight = unpack
         for name, function in kept.items():
             setattr(chunked_logprob, name, function)

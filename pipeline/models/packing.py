@@ -229,7 +229,7 @@ def attend_by_segments(
         query, key, value = query.float(), key.float(), value.float()
     # Split at once and not sliced one by one: the way back of a slice passes over the whole row.
     lengths = [segment.stop - segment.start for segment in segments]
-    own = zip(segments, *(states.split(lengths, 2) for states in (query, key, value)), strict=True)
+    own = zip(segments, *(torch.split(states, lengths, 2) for states in (query, key, value)), strict=True)
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     parts = []
     for segment, states, keys, values in own:

@@ -111,7 +111,7 @@ def _drops_out(trunk: torch.nn.Module) -> bool:
 
 
 def pack_rows(ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None, share: bool) -> Pack | None:
-    """The real tokens of a batch end to end; None where it has nothing to gain. On a GPU it always has: no mask is made.
+    """The real tokens of a batch end to end; None where it has nothing to gain. On a GPU it always has: no mask.
 
     mask_BT: 1 on real tokens, which may lie right or left; None: all are real, and where `positions_BT` of a single row
     restart, it holds several.  share: compute once what rows begin with alike.
@@ -127,9 +127,9 @@ def pack_rows(ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | Non
     if any(sum(mask[b][at[b] : at[b] + len(rows[b])]) != len(rows[b]) for b in range(count)):
         return None  # a hole among the real tokens
     groups = _groups(rows) if share else [([b], 0) for b in range(count)]
-    if all(len(row) == width for row in rows) and not any(length for _, length in groups):
-        if device.type != varlen.DEVICE:
-            return None
+    full = all(len(row) == width for row in rows) and not any(length for _, length in groups)
+    if full and device.type != varlen.DEVICE:
+        return None
     flat, positions, segments = list[int](), list[int](), list[Segment]()
     places = [[0] * width for _ in range(count)]
     for members, length in groups:

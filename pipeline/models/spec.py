@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.disk.atomic import digest, sha256_of_file, write_json
 from pipeline.errors import UserError
 
-
 SEGMENTS = "segments"
 """The attention of models/packing.py, which computes batches without padding: on a CPU sdpa does so too."""
 

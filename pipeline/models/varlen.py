@@ -1,7 +1,7 @@
 """Attention by segments on CUDA, all segments in one kernel: torch's own FlashAttention for rows of unlike length.
 
-It has never run on a card. What is computed once on the way to it, where each segment's queries and keys lie, is checked
-against the loop over segments (tests/test_varlen.py), with the kernel stood in for by plain torch.
+It has never run on a card. Where each segment's queries and keys lie, which is computed once on the way to it, is
+checked against the loop over segments (tests/test_varlen.py), with the kernel stood in for by plain torch.
 
 A segment that attends to a beginning before it has more keys than queries. The kernel takes its queries to be the last
 of its keys (csrc/flash_attn/src/mask.h of FlashAttention 2.1 and later), which they are.
@@ -110,9 +110,12 @@ def why_not(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) 
     if getattr(config, "v_head_dim", None):
         return "the model's keys and values are of unlike width"
     if not 0 < width <= WIDEST_HEAD or width % HEAD_STEP:
-        return f"the kernel takes heads of a multiple of {HEAD_STEP} up to {WIDEST_HEAD}, and the model's are of {width}"
+        return (
+            f"the kernel takes heads of a multiple of {HEAD_STEP} up to {WIDEST_HEAD}, and the model's are of {width}"
+        )
     if capability < OLDEST:
-        return f"the kernel needs compute capability {OLDEST[0]}.{OLDEST[1]}, and the card has {'%d.%d' % capability}"
+        needed, found = (".".join(map(str, version)) for version in (OLDEST, capability))
+        return f"the kernel needs compute capability {needed}, and the card has {found}"
     if not torch.backends.cuda.is_flash_attention_available():
         return "this build of torch has no FlashAttention"
     return ""

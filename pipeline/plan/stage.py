@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.data.load import read_split
 from pipeline.errors import UserError
+from pipeline.models.spec import SEGMENTS
 from pipeline.plan.cards import Card
 from pipeline.plan.memory import ANSWER_ROW, Memory, Model, Work, memory
 from pipeline.plan.shapes import Adapter, Shapes
@@ -106,6 +107,12 @@ def checkpointed_layers(arguments: Mapping[str, Any], layers: int) -> int:
     return (layers if value else 0) if isinstance(value, bool) else min(int(value), layers)
 
 
+def attention(name: str) -> dict[str, bool]:
+    """What Work is told of an attn_implementation."""
+    segments = name == SEGMENTS
+    return {"masked": "flash" not in name and not segments, "eager": name == "eager", "segments": segments}
+
+
 def lengths_of(section: StageSpec, contract: Contract, seed: int) -> Lengths | None:
     """None where the rows are not on this disk, or are too many to be read for an estimate."""
     paths = [Path(part.path) for part in section.data.parts()]
@@ -131,14 +138,15 @@ def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, leng
     arguments = kind.arguments(section)
     if arguments.get("label_smoothing_factor") and not kind.score_head:
         raise UserError(f"{section.kind}: label_smoothing_factor makes all logits at once, which is not planned")
+    if arguments.get("activation_offloading"):
+        raise UserError(f"{section.kind}: activation_offloading keeps activations in RAM, which is not planned")
     rows = int(arguments.get("per_device_train_batch_size", 1))
     checkpointed = checkpointed_layers(arguments, model.shapes.layers)
     limit = arguments.get("max_length") or model.shapes.window
     longest = min(limit, lengths.longest) if lengths else limit
     packed = bool(arguments.get("packing"))
     common: dict[str, Any] = {
-        "masked": "flash" not in spec.attn_implementation,
-        "eager": spec.attn_implementation == "eager",
+        **attention(spec.attn_implementation),
         "answering": _question_tokens(section, longest),
     }
     if sampling := section.sampling():
@@ -204,7 +212,8 @@ def _passes(arguments: dict[str, Any], work: Work, lengths: Lengths | None) -> f
             tokens.sort()
         groups = [tokens[start : start + per_device] for start in range(0, len(tokens), per_device)]
         batches = len(groups)
-        longest_batches = sum(max(group) * len(group) for group in groups) / (per_device * work.length)
+        computed = sum(sum(group) if work.segments else max(group) * len(group) for group in groups)
+        longest_batches = computed / (per_device * work.length)
     passes = steps * accumulated if steps > 0 else float(arguments.get("num_train_epochs", 1)) * batches
     return longest_batches / batches * passes
 

@@ -33,12 +33,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), "."]
 from datasets import Dataset
 from make_tiny_base import make_tiny_base
 from peft import LoraConfig, get_peft_model
-from plan_oracle import LORA, MODELS, checkpoint_first, hf_config
+from plan_oracle import LORA, MODELS, Variant, checkpoint_first, hf_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from pipeline.disk.atomic import write_json
-from pipeline.models import adapters
+from pipeline.models import adapters, packing
 from pipeline.models.base import keep_gradients_on_cpu
 from pipeline.models.out_of_memory import is_out_of_memory
 from pipeline.plan import cards
@@ -89,10 +89,10 @@ class StepTimes(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-def random_base(config: dict[str, Any], device: torch.device, reward: bool = False) -> Any:
+def random_base(config: dict[str, Any], device: torch.device, reward: bool = False, attention: str = "sdpa") -> Any:
     """A base of these shapes with random weights, linear layers in nf4 with double quantisation."""
     made = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
-    hf = hf_config(config, num_labels=1) if reward else hf_config(config)
+    hf = hf_config(config, Variant(attention=attention), **({"num_labels": 1} if reward else {}))
     with torch.device("meta"):
         model = made.from_config(hf, dtype=torch.bfloat16)
     for name, module in list(model.named_modules()):
@@ -120,6 +120,8 @@ def random_base(config: dict[str, Any], device: torch.device, reward: bool = Fal
     model.model.rotary_emb = type(model.model.rotary_emb)(hf).to(device)
     keep_gradients_on_cpu(model)
     model.is_loaded_in_4bit = True
+    if attention == packing.NAME:
+        packing.pack_inside(model)
     return model
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
-from pipeline.models import lora
+from pipeline.models import lora, packing, varlen
 
 
 class MatMul4(torch.autograd.Function):
@@ -80,7 +80,39 @@ def fake_base(config: Any, reward: bool = False, dtype: torch.dtype = torch.bflo
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
     model.is_loaded_in_4bit = True
+    if config._attn_implementation == packing.NAME:
+        packing.pack_inside(model)
     return model
+
+
+def _worst_pack(ids_BT: torch.Tensor, mask_BT: Any, positions_BT: Any, share: bool) -> packing.Pack:
+    """A batch packed where no row is shorter than the longest and none begins as another does. Which do is not known of
+    a fake tensor."""
+    count, width = ids_BT.shape
+    if mask_BT is None and positions_BT is not None:  # rows that a collator has packed: to memory one is as several
+        count, width = 1, ids_BT.numel()
+    segments = [varlen.Segment(row * width, (row + 1) * width) for row in range(count)]
+    flat = ids_BT.reshape(1, -1).clone()
+    return packing.Pack(flat, torch.zeros_like(flat), segments, torch.zeros_like(ids_BT), ids_BT.numel())
+
+
+def _kernel(attend: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """torch's varlen kernel with what its backward pass works in (mha_varlen_bwd in flash_api.cpp): the queries'
+    gradient in float32 and, for grouped heads, the keys' and values' gradients for each query head."""
+    result: torch.Tensor = attend(query, key, *args, **kwargs)
+    room: list[torch.Tensor] = []
+    # A hook that held the tensors themselves would keep what checkpointing lets go.
+    (count, heads, width), (keys, kv_heads, _), rows, dtype = query.shape, key.shape, len(args[1]) - 1, query.dtype
+
+    def begin(gradient: torch.Tensor) -> None:
+        room.append(torch.empty((count + 128 * rows, heads, width), dtype=torch.float32))
+        if heads != kv_heads:
+            room.extend(torch.empty((keys, heads, width), dtype=dtype) for _ in ("keys", "values"))
+
+    if result.requires_grad:
+        result.register_hook(begin)
+        query.register_hook(lambda gradient: room.clear())
+    return result
 
 
 def _attention(attend: Any, *args: Any, attn_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
@@ -109,6 +141,9 @@ def as_on_cuda() -> Iterator[None]:
     for name in kept:
         setattr(chunked_logprob, name, lambda *args, **kwargs: None)
     torch.nn.functional.scaled_dot_product_attention = partial(_attention, attend)
+    packed = packing.pack_rows, varlen.DEVICE, varlen.varlen_attn
+    packing.pack_rows, varlen.DEVICE = _worst_pack, "cpu"  # where the fake tensors are
+    varlen.varlen_attn = partial(_kernel, varlen.varlen_attn)
     # Fake parameters cannot be moved, and are where they should be.
     torch.nn.Module.to = lambda module, *args, **kwargs: module  # type: ignore[method-assign]
     try:
@@ -120,5 +155,6 @@ def as_on_cuda() -> Iterator[None]:
         torch.nn.functional.dropout = dropout
         trl_utils._use_triton, trl_utils._ChunkedLogProbFunction = compacts, heads
         lora.dequantize_module_weight = unpack
+        packing.pack_rows, varlen.DEVICE, varlen.varlen_attn = packed
         for name, function in kept.items():
             setattr(chunked_logprob, name, function)

@@ -5,6 +5,7 @@
     float16    reward model and PPO in float16, as cards without bfloat16 run them
     resume     stages killed by SIGKILL end with the adapters that they have unkilled
     full ...   a batch that does not fit is halved, and the adapter is the one that an ample card gives
+    segments   batches without padding: the kernel against the loop, gradients, tokens/s and memory against padded ones
     8B ...     peak memory, planned and measured, and tokens/s against plain TRL + PEFT, at the shapes of an 8B model
 
 Each row is a process of its own with a time limit: whatever one dies of, the others still run, and the JSON is written
@@ -244,6 +245,15 @@ def check_bench(stage: str, given: argparse.Namespace, scratch: Path) -> dict[st
     return found
 
 
+def segments(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    import check_segments
+
+    found, wrong = check_segments.check(given)
+    if wrong:
+        raise Wrong(wrong, found)
+    return found
+
+
 Check = Callable[[argparse.Namespace, Path], dict[str, Any]]
 
 
@@ -256,6 +266,7 @@ ROWS: dict[str, tuple[Check, int]] = {
     "bytes": (check_bytes, 60),
     "chain": (check_chain, 180),
     **{f"8B {stage}": (of_stage(check_bench, stage), 120) for stage in TRAINED},
+    "segments": (segments, 90),
     **{f"full {stage}": (of_stage(check_full, stage), 60) for stage in TRAINED},
     "float16": (check_float16, 120),
     "resume": (check_resume, 180),
@@ -376,6 +387,10 @@ def figures(row: Row) -> str:
             f"halved to {found['at_once']}; adapters apart by {found['apart']:.1g} of their way; "
             f"{found['limit_gib']:.2f} of {found['peak_gib']:.2f} GiB"
         )
+    if row.name == "segments" and found:
+        import check_segments
+
+        return check_segments.told(found)
     if row.name == "bytes" and found:
         return f"{len(found['differing'])} of {found['matrices']} differ, by {found['worst_relative_error']:.1g}"
     return "; ".join(f"{key} {value}" for key, value in found.items())[:160]

@@ -40,6 +40,7 @@ from pipeline.models.forward import LanguageModel
 from pipeline.models.out_of_memory import gradients_aside
 from pipeline.plan.memory import Model, Work, memory, scored
 from pipeline.plan.shapes import Adapter, shapes_of
+from pipeline.plan.stage import attention
 from pipeline.ppo.actors import REFERENCE, VALUE, Actors
 from pipeline.ppo.settings import PPOSettings
 from pipeline.ppo.trainer import PPOTrainer
@@ -120,6 +121,12 @@ class Variant:
 USUAL = Variant()
 VARIED = ("Llama-3.1-8B", "Qwen2.5-1.5B", "SmolLM2-1.7B")
 """Models of which the variants are counted too."""
+SEGMENTS = Variant(attention="segments")
+SEGMENTED = (
+    *(("sft", rows, length) for rows, length in ((2, 512), (2, 2048), (1, 4096))),
+    *((kind, 2, 512) for kind in ("pretrain", "dpo", "reward", "ppo")),
+)
+"""What is counted of attention by segments: of rows that are all as long as the longest, none beginning as another."""
 VARIANTS = (Variant(dtype="float32"), Variant(attention="eager"), Variant(dropout=0.1), Variant(r=128))
 
 
@@ -286,7 +293,7 @@ def against_plan(
     """Every entry of a stage as the planner has it and as it was counted."""
     config = {**MODELS[name], "num_hidden_layers": layers}
     model = Model(shapes_of(config), Adapter(variant.r, variant.dropout), bytes=4 if variant.dtype == "float32" else 2)
-    how = {"masked": True, "eager": variant.attention == "eager"}
+    how: dict[str, Any] = attention(variant.attention)
     if kind == "ppo":
         settings = PPOSettings(batch_size=4 * rows, per_device_train_batch_size=rows, response_length=length // 2)
         counted = ppo(config, settings, length - length // 2, checkpointed, variant)
@@ -317,13 +324,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--model", action="append", choices=MODELS, help="these alone (may be repeated)")
     parser.add_argument("--stage", action="append", choices=STAGES, help="these alone (may be repeated); ppo is slow")
+    parser.add_argument("--attention", choices=("sdpa", "segments", "eager"), help="this alone")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     counted: list[Entry] = []
     print("| model | stage | batch | checkpointed | variant | planned MiB | counted MiB | error | worst other entry |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in given.model or MODELS:
-        for case in (case for case in cases(name, given.layers) if case[0] in (given.stage or STAGES)):
+        wanted = (case for case in cases(name, given.layers) if case[0] in (given.stage or STAGES))
+        for case in (case for case in wanted if given.attention in (None, case[-1].attention)):
             entries = list(against_plan(name, given.layers, *case))
             counted += entries
             peak = next(e for e in entries if e.part in ("activations", "evaluation"))
@@ -359,6 +368,14 @@ def cases(name: str, layers: int) -> Iterator[tuple[str, int, int, int, Variant]
         for checkpointed in (0, layers):
             yield kind, 2, 512, checkpointed, USUAL
     yield "evaluation", 2, 512, 0, USUAL
+    for checkpointed in (0, layers):
+        yield "sft", 2, 2048, checkpointed, USUAL
+    for kind, rows, length in SEGMENTED:
+        if kind == "reward" and MODELS[name]["model_type"] == "granite":
+            continue
+        for checkpointed in (0, layers):
+            yield kind, rows, length, checkpointed, SEGMENTS
+    yield "evaluation", 2, 512, 0, SEGMENTS
     for variant in VARIANTS if name in VARIED else ():
         for kind in ("sft", "dpo"):
             for checkpointed in (0, layers):

@@ -224,6 +224,19 @@ def test_the_routers_loss_is_not_added_once_a_part(
         trainer.training_step(trainer.model, dict(batch))
 
 
+def test_offloaded_activations_are_not_done_in_parts_nor_without_a_gpu(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL's context of offloading needs a GPU to be made, so its word is set once the trainer is."""
+    with pytest.raises(UserError, match="train.activation_offloading: there is no GPU here"):
+        a_trainer(tiny_base, tmp_path, "sft", activation_offloading=True)
+    plant(monkeypatch, 40)
+    trainer = a_trainer(tiny_base, tmp_path, "sft")
+    trainer.args.activation_offloading = True
+    with pytest.raises(UserError, match="activation_offloading has no way to drop .* Halve per_device_train_batch"):
+        trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
+
+
 def mixture_of_experts(like: Path, folder: Path) -> Path:
     from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, tiny_tree, write_recipe
 from hub_server import serve
-from plan_oracle import MODELS, Variant, against_plan
+from plan_oracle import MODELS, SEGMENTS, Variant, against_plan
 
 from pipeline.errors import UserError
 from pipeline.plan.cards import CARDS, find_card
@@ -45,6 +45,12 @@ CASES = [
     *(("Llama-3.1-8B", stage, 2, 512, checkpointed) for stage in ("dpo", "reward") for checkpointed in (0, 2)),
     *(("Qwen2.5-1.5B", "ppo", 2, 64, checkpointed) for checkpointed in (0, 2)),
     ("Llama-3.1-8B", "evaluation", 2, 512, 0),
+    *((name, "sft", 2, 512, checkpointed, SEGMENTS) for checkpointed in (0, 2) for name in
+      ("Llama-3.1-8B", "SmolLM2-1.7B", "Qwen2.5-1.5B", "Granite-3-2B")),
+    ("Gemma-3-1B", "sft", 1, 4096, 2, SEGMENTS),
+    ("Phi-3-mini", "pretrain", 2, 512, 0, SEGMENTS),
+    *(("Llama-3.1-8B", stage, 2, 512, 0, SEGMENTS) for stage in ("dpo", "reward")),
+    ("Qwen2.5-1.5B", "ppo", 2, 64, 2, SEGMENTS),
 ]  # fmt: skip
 GIB, GB = 2**30, 1e9
 
@@ -249,6 +255,29 @@ def test_the_text_is_counted_in_bytes_and_the_reference_always(tmp_path: Path) -
     spec = ModelSpec(base="x")
     model = planned_model(spec, shapes("Llama-3.1-8B"))
     assert work_of(STAGES["dpo"], STAGES["dpo"].section(data=DataSpec(path="x")), model, spec, None).frozen == 1
+
+
+def test_segments_are_planned_without_mask_or_padding_and_sampled_with_them() -> None:
+    """And what TRL moves to RAM is not guessed."""
+    from pipeline.data.load import DataSpec
+    from pipeline.models.spec import ModelSpec
+    from pipeline.plan.stage import Lengths, plan_stage, planned_model, work_of
+    from pipeline.stages import STAGES
+
+    kind, card, found = STAGES["sft"], CARDS["rtx4090"], {}
+    section = kind.section(data=DataSpec(path="x"), train={"per_device_train_batch_size": 2, "max_length": 1000})
+    for attention in ("sdpa", "segments", "eager"):
+        spec = ModelSpec(base="x", attn_implementation=attention)
+        model = planned_model(spec, shapes("Llama-3.1-8B"))
+        planned = plan_stage(kind, section, model, spec, Lengths([1000, 100, 100, 100]), card)
+        found[attention] = planned
+    padded, segments = found["sdpa"], found["segments"]
+    assert (segments.work.masked, segments.work.eager, segments.work.segments) == (False, False, True)
+    assert segments.memory.training < padded.memory.training and segments.memory.evaluation == padded.memory.evaluation
+    assert padded.minutes and segments.minutes == pytest.approx(padded.minutes * 1300 / 2200)
+    offloading = kind.section(data=DataSpec(path="x"), train={"activation_offloading": True})
+    with pytest.raises(UserError, match="activation_offloading keeps activations in RAM, which is not planned"):
+        work_of(kind, offloading, model, spec, None)
 
 
 @pytest.mark.parametrize(

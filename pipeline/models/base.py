@@ -21,7 +21,7 @@ from transformers import (
 from pipeline.data.tokens import stop_ids
 from pipeline.disk.atomic import sha256_of_file, written_whole
 from pipeline.errors import UserError
-from pipeline.models import packing
+from pipeline.models import packing, varlen
 from pipeline.models.forward import score_by_length
 from pipeline.models.spec import ModelSpec, cache_folder, pinned
 
@@ -96,8 +96,7 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, num_labels: i
     if device.type == "cpu" and dtype is torch.float16:
         raise UserError("model.dtype: a CPU does not train in float16; use -o model.dtype=bfloat16 or float32")
     kind: Any = AutoModelForSequenceClassification if num_labels else AutoModelForCausalLM
-    # On CUDA the attention by segments has not been measured, nor does the planner count it, so batches stay padded.
-    packed = device.type == "cpu" and spec.attn_implementation == "sdpa" and packing.can_pack(load_config(spec), kind)
+    packed = packs(spec, kind, device)
     options: dict[str, Any] = {
         "revision": spec.revision,
         "dtype": dtype,
@@ -141,6 +140,27 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, num_labels: i
         packing.pack_inside(model)
     frozen: PreTrainedModel = model.requires_grad_(False)
     return frozen
+
+
+def packs(spec: ModelSpec, kind: Any, device: torch.device) -> bool:
+    """Whether batches are computed without padding: on a CPU wherever they can be, on CUDA, where that has not been
+    measured, if the recipe asks for it. Raises UserError where it asks and they cannot be.
+
+    kind: the class of transformers' that the base is loaded with.
+    """
+    asked = spec.attn_implementation == packing.NAME
+    if not asked and not (device.type == "cpu" and spec.attn_implementation == "sdpa"):
+        return False
+    config = load_config(spec)
+    why_not = "" if packing.can_pack(config, kind) else "its layers do more to a row than attend to it"
+    if device.type == varlen.DEVICE:
+        why_not = why_not or varlen.why_not(config, getattr(torch, spec.dtype), device)
+    if asked and why_not:
+        raise UserError(
+            f"model.attn_implementation: {packing.NAME} does not work for {spec.base}: {why_not}. "
+            "Use -o model.attn_implementation=sdpa"
+        )
+    return not why_not
 
 
 def keep_gradients_on_cpu(model: torch.nn.Module) -> None:

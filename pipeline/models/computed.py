@@ -21,10 +21,10 @@ class Computed:
     padded: int = 0
     """What the same batches are with their padding."""
 
-    def add(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None, computed: int) -> None:
-        self.real += ids_BT.numel() if mask_BT is None or mask_BT.dim() != 2 else int(mask_BT.sum())
+    def add(self, real: int, computed: int, padded: int) -> None:
+        self.real += real
         self.computed += computed
-        self.padded += ids_BT.numel()
+        self.padded += padded
 
     def take(self) -> dict[str, float]:
         """For each real token what was computed, and what a padded pass would have computed; counts anew from here."""

@@ -20,29 +20,22 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from pipeline.models import varlen
 from pipeline.models.computed import Computed
+from pipeline.models.spec import SEGMENTS
+from pipeline.models.varlen import Segment
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Tensor = torch.Tensor
-NAME = "segments"
+NAME = SEGMENTS
 """Of the attention by segments, among transformers' attention functions."""
 ATTENDING = {"full_attention", "sliding_attention"}
 SLOW_IN_BFLOAT16 = not torch.cpu._is_amx_tile_supported()
 """Without AMX torch's fused attention of short rows is many times slower on a CPU in bfloat16 than in float32."""
 SHARED_AT_LEAST = 8
 """Tokens that rows have to begin with alike for these to be computed once."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Tokens `start` to before `stop` of the packed row; they attend to themselves and to `before` (start, stop), which
-    is an earlier segment as a whole."""
-
-    start: int
-    stop: int
-    before: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -54,6 +47,8 @@ class Pack:
     segments: list[Segment]
     places_BT: Tensor
     """Where each token of the batch lies in the packed row; 0 for padding."""
+    real: int
+    """Tokens of the batch without its padding. Where beginnings are shared the packed row has fewer."""
 
 
 def can_pack(config: PretrainedConfig, auto_class: Any) -> bool:
@@ -96,11 +91,14 @@ def _packed_forward(
         share = not (trunk.training and _drops_out(trunk))
         pack = pack_rows(input_ids, attention_mask, position_ids, share)
     if input_ids is not None and not sampled:
-        trunk.computed.add(input_ids, attention_mask, input_ids.numel() if pack is None else pack.ids_1N.numel())
+        whole_batch = input_ids.numel()
+        real, computed = (pack.real, pack.ids_1N.numel()) if pack else (whole_batch, whole_batch)
+        trunk.computed.add(real, computed, padded=whole_batch)
     if pack is None:
         return whole(trunk, **plain, past_key_values=past_key_values, use_cache=use_cache, **more)
     # A mask of four dimensions is passed on as it is; attention by segments does not read it.
-    unread = torch.empty((1, 1, 1, 1), device=pack.ids_1N.device)
+    device = pack.ids_1N.device
+    unread = torch.empty((1, 1, 1, 1), device=device)
     for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "cache_position"):
         more.pop(name, None)
     out = whole(
@@ -109,7 +107,7 @@ def _packed_forward(
         attention_mask=unread,
         position_ids=pack.positions_1N,
         use_cache=False,
-        segments=pack.segments,
+        segments=varlen.bounds_of(pack.segments, device) if device.type == varlen.DEVICE else pack.segments,
         **more,
     )
     return BaseModelOutputWithPast(last_hidden_state=out.last_hidden_state[0][pack.places_BT])
@@ -121,7 +119,7 @@ def _drops_out(trunk: torch.nn.Module) -> bool:
 
 
 def pack_rows(ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None, share: bool) -> Pack | None:
-    """The real tokens of a batch end to end; None where it has nothing to gain.
+    """The real tokens of a batch end to end; None where it has nothing to gain. On a GPU it always has: no mask.
 
     mask_BT: 1 on real tokens, which may lie right or left; None: all are real, and where `positions_BT` of a single row
     restart, it holds several.  share: compute once what rows begin with alike.
@@ -137,7 +135,8 @@ def pack_rows(ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | Non
     if any(sum(mask[b][at[b] : at[b] + len(rows[b])]) != len(rows[b]) for b in range(count)):
         return None  # a hole among the real tokens
     groups = _groups(rows) if share else [([b], 0) for b in range(count)]
-    if all(len(row) == width for row in rows) and not any(length for _, length in groups):
+    full = all(len(row) == width for row in rows) and not any(length for _, length in groups)
+    if full and device.type != varlen.DEVICE:
         return None
     flat, positions, segments = list[int](), list[int](), list[Segment]()
     places = [[0] * width for _ in range(count)]
@@ -159,7 +158,8 @@ def pack_rows(ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | Non
     def tensor(values: Any) -> Tensor:
         return torch.tensor(values, device=device)
 
-    return Pack(tensor(flat)[None], tensor(positions)[None], segments, tensor(places))
+    real = sum(map(len, rows))
+    return Pack(tensor(flat)[None], tensor(positions)[None], segments, tensor(places), real)
 
 
 def _pack_of_packed(ids_BT: Tensor, positions_BT: Tensor | None) -> Pack | None:
@@ -167,11 +167,11 @@ def _pack_of_packed(ids_BT: Tensor, positions_BT: Tensor | None) -> Pack | None:
     if positions_BT is None or len(ids_BT) > 1 or positions_BT.shape != ids_BT.shape:
         return None
     starts = (positions_BT[0] == 0).nonzero()[:, 0].tolist()
-    if starts[:1] != [0] or len(starts) < 2:
+    if starts[:1] != [0] or (len(starts) < 2 and ids_BT.device.type != varlen.DEVICE):
         return None
     bounds = zip(starts, [*starts[1:], ids_BT.shape[1]], strict=True)
     places_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
-    return Pack(ids_BT, positions_BT, [Segment(start, stop) for start, stop in bounds], places_BT)
+    return Pack(ids_BT, positions_BT, [Segment(start, stop) for start, stop in bounds], places_BT, ids_BT.numel())
 
 
 def _groups(rows: list[list[int]]) -> list[tuple[list[int], int]]:
@@ -210,13 +210,15 @@ def attend_by_segments(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    segments: list[Segment] | None = None,
+    segments: list[Segment] | varlen.Bounds | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention (1, heads, N, D) within each segment and to what comes before it: (1, N, heads, D). Without
     segments, which a batch for sampling does not have, over rows (B, heads, T, D) under their mask."""
     if segments is None and softcap is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
+    if isinstance(segments, varlen.Bounds):
+        return varlen.attend(query, key, value, segments, scaling, sliding_window), None
     grouped = query.shape[1] != key.shape[1]
     if softcap is not None:
         groups = query.shape[1] // key.shape[1]

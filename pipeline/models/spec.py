@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.disk.atomic import digest, sha256_of_file, write_json
 from pipeline.errors import UserError
 
+SEGMENTS = "segments"
+"""The attention of models/packing.py, which computes batches without padding: on a CPU sdpa does so too."""
+
 
 class ModelSpec(BaseModel):
     """The frozen base and the shape of the adapter that is trained on it."""
@@ -33,7 +36,7 @@ class ModelSpec(BaseModel):
     chat_template: str | None = None
     """A Jinja file that replaces the tokenizer's own template."""
     attn_implementation: str = "sdpa"
-    """Attention as transformers names it."""
+    """Attention as transformers names it, or `segments`: batches without padding, on a GPU too."""
     lora: dict[str, Any] = Field(
         default={"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
     )
@@ -51,6 +54,11 @@ class ModelSpec(BaseModel):
             "bnb_4bit_compute_dtype": self.dtype,
             "llm_int8_skip_modules": ["lm_head", "score"],
         }
+
+    @property
+    def stock_attention(self) -> str:
+        """For what is loaded without this package: attention that transformers itself has."""
+        return "sdpa" if self.attn_implementation == SEGMENTS else self.attn_implementation
 
 
 WEIGHTS = (".safetensors", ".json", ".model", ".jinja", ".txt")

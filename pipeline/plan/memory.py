@@ -38,6 +38,8 @@ class Work:
     """Attention is given an explicit mask (sdpa and padding); flash attention takes none."""
     eager: bool = False
     """Attention keeps its scores: for each head a matrix of rows x length x length."""
+    segments: bool = False
+    """Rows lie end to end in the layers, as if none began alike; only batches for sampling have a mask."""
     accumulates: bool = True
     """An optimizer step has several passes: the gradients of those before wait aside while a pass makes its own."""
     optimizer_bytes: float = 8.0
@@ -202,7 +204,7 @@ class Model:
         if work.checkpointed == s.layers:  # the last layer is computed again first
             held += work.tokens * self.saved(work) + round(self.rounded() / s.layers)
         down = b * s.intermediate * s.hidden if self.quantised else 0
-        entering = held + work.tokens * b * (s.intermediate + s.hidden) + down
+        entering = held + work.tokens * b * (s.intermediate + s.hidden * (1 + s.scaled)) + down
         # as the way back passes the product of gate and up, with nothing unpacked
         product = held + work.tokens * b * ((3 if s.fused else 2) * s.intermediate + s.hidden)
         # where gate and up are one matrix it is the larger one, and its gradient comes when less is held
@@ -272,7 +274,7 @@ def _decoding(model: Model, work: Work, cache: int, rows: int) -> int:
     """A step of sampling: one layer's keys and values are copied to make room for the next token, and again, once for
     each head that shares them; the distribution is made in float32."""
     s, b = model.shapes, model.bytes
-    shared = s.heads // s.kv_heads if work.masked or work.eager else 1
+    shared = s.heads // s.kv_heads if work.masked or work.eager or work.segments else 1
     return cache + max(cache // s.layers * shared, rows * s.vocab * (b + 4))
 
 

@@ -21,7 +21,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
     "smollm3": {},
-    "granite": {},
+    "granite": {"scaled": True},
     "qwen2": {"attention_bias": True},
     "qwen3": {"qk_norm": True},
     "gemma": {"tied": True},
@@ -71,6 +71,8 @@ class Shapes:
     """q and k are normalised head by head (Qwen3, Gemma 3)."""
     norms: int = 2
     """Norms of a layer beside those; with 4 the outputs of attention and MLP are normalised too (Gemma 3)."""
+    scaled: bool = False
+    """What a layer adds to the residual stream is multiplied by a number first (Granite)."""
     attention_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -174,6 +176,7 @@ def shapes_of(config: dict[str, Any], where: str = "config.json") -> Shapes:
             fused=own.get("fused", False),
             qk_norm=own.get("qk_norm", False),
             norms=own.get("norms", 2),
+            scaled=own.get("scaled", False),
             attention_bias=bool(config.get("attention_bias", own.get("attention_bias", False))),
             output_bias=bool(config.get("attention_bias", False)),
             mlp_bias=bool(config.get("mlp_bias", False)),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.data.load import read_split
 from pipeline.errors import UserError
+from pipeline.models.spec import SEGMENTS
 from pipeline.plan.batches import take
 from pipeline.plan.cards import Card
 from pipeline.plan.memory import ANSWER_ROW, Memory, Model, Work, memory
@@ -107,6 +108,12 @@ def checkpointed_layers(arguments: Mapping[str, Any], layers: int) -> int:
     return (layers if value else 0) if isinstance(value, bool) else min(int(value), layers)
 
 
+def attention(name: str) -> dict[str, bool]:
+    """What Work is told of an attn_implementation."""
+    segments = name == SEGMENTS
+    return {"masked": "flash" not in name and not segments, "eager": name == "eager", "segments": segments}
+
+
 def lengths_of(section: StageSpec, contract: Contract, seed: int) -> Lengths | None:
     """None where the rows are not on this disk, or are too many to be read for an estimate."""
     paths = [Path(part.path) for part in section.data.parts()]
@@ -132,6 +139,8 @@ def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, leng
     arguments = kind.arguments(section)
     if arguments.get("label_smoothing_factor") and not kind.score_head:
         raise UserError(f"{section.kind}: label_smoothing_factor makes all logits at once, which is not planned")
+    if arguments.get("activation_offloading"):
+        raise UserError(f"{section.kind}: activation_offloading keeps activations in RAM, which is not planned")
     rows = int(arguments.get("per_device_train_batch_size", 1))
     checkpointed = checkpointed_layers(arguments, model.shapes.layers)
     limit = arguments.get("max_length") or model.shapes.window
@@ -143,8 +152,7 @@ def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, leng
         heaviest = max([budget // kind.sequences, *(max(group) * len(group) for group in groups)])
         rows = max(1, math.ceil(heaviest / longest))
     common: dict[str, Any] = {
-        "masked": "flash" not in spec.attn_implementation,
-        "eager": spec.attn_implementation == "eager",
+        **attention(spec.attn_implementation),
         "answering": _question_tokens(section, longest),
     }
     if sampling := section.sampling():
@@ -219,7 +227,8 @@ def _passes(arguments: dict[str, Any], work: Work, sequences: int, lengths: Leng
     else:
         groups = _batches(arguments, work.length, sequences, lengths)
         batches = len(groups)
-        longest_batches = sum(max(group) * len(group) for group in groups) * sequences / work.tokens
+        computed = sum(sum(group) if work.segments else max(group) * len(group) for group in groups)
+        longest_batches = computed * sequences / work.tokens
     passes = steps * accumulated if steps > 0 else float(arguments.get("num_train_epochs", 1)) * batches
     return longest_batches / batches * passes
 

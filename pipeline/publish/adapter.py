@@ -125,7 +125,7 @@ def loading(sealed: Sealed, folder: Path) -> Json:
         "base": sealed.base_id,
         "revision": sealed.base_commit,
         "dtype": sealed.model.dtype,
-        "attn_implementation": sealed.model.attn_implementation,
+        "attn_implementation": sealed.model.stock_attention,
         "quantization": sealed.model.quantization,
         "pad_token_id": generation.get("pad_token_id"),
         **({"labels": sealed.labels} if sealed.labels else {}),

@@ -243,7 +243,7 @@ def _job(sealed: Sealed, form: str, folder: Path) -> Json:
         "base": local_folder(sealed.model),
         "revision": sealed.model.revision,
         "dtype": sealed.model.dtype,
-        "attention": sealed.model.attn_implementation,
+        "attention": sealed.model.stock_attention,
         "base_digest": sealed.manifest.base_digest,
         "float32": form != "adapter",
         "rows": _prompts(sealed),

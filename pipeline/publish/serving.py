@@ -97,7 +97,7 @@ def serve(recipe: Recipe, folder: Path, port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except (OSError, OverflowError) as error:
             raise UserError(f"port {port} of 127.0.0.1 cannot be used: {error}; name another with --port") from None
-    attention = ["--attn-implementation", recipe.spec.model.attn_implementation]
+    attention = ["--attn-implementation", recipe.spec.model.stock_attention]
     where = ["--host", "127.0.0.1", "--port", str(port)]
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error"}
     os.chdir(folder)  # a model's name is not to be taken for a folder of the user's

@@ -25,7 +25,7 @@ from pipeline.plan.auto import STEP, find_longest
 from pipeline.plan.memory import Model, Work
 from pipeline.plan.shapes import Adapter, shapes_of
 from pipeline.plan.sizes import BATCH, TOKENS
-from pipeline.plan.stage import checkpointed_layers, optimizer_bytes
+from pipeline.plan.stage import attention, checkpointed_layers, optimizer_bytes
 
 Batch = dict[str, Any]
 Trainer: Any = object
@@ -182,6 +182,8 @@ class SplitsWhenFull(Trainer):  # type: ignore[misc]
             return f"loss_type {sorting[0]} compares all pairs of a batch with each other"
         if "sft" in losses and self.use_weighting:
             return "use_weighting multiplies a mean over tokens (loss_type sft) by one over pairs"
+        if getattr(self.args, "activation_offloading", False):
+            return "TRL's activation_offloading has no way to drop what it moved to RAM in a pass that broke off"
         if getattr(self, "aux_loss_enabled", False):
             return (
                 "the router's loss of a mixture of experts is one of the whole batch (router_aux_loss_coef: 0 ends it)"
@@ -209,14 +211,13 @@ class SplitsWhenFull(Trainer):  # type: ignore[misc]
             shapes = shapes_of(model.config.get_text_config().to_dict())
         except UserError:
             return None
-        lora, attention = model.peft_config["default"], model.config._attn_implementation
+        lora = model.peft_config["default"]
         reference = len(model.peft_config) > 1
         work = Work(
             sequences,
             length,
             self._checkpointed(shapes.layers),
-            masked="flash" not in attention,
-            eager=attention == "eager",
+            **attention(model.config._attn_implementation),
             accumulates=args.gradient_accumulation_steps > 1,
             optimizer_bytes=optimizer_bytes(args.optim),
             frozen=int(reference),

@@ -102,6 +102,8 @@ def build(trainer_class: type, model: PeftModel, **options: Any) -> Any:
             f"{TOKENS} gives each of {args.world_size} processes another number of pairs, and TRL's trainers gather "
             f"equally many. Say {BATCH} instead, or start one process"
         )
+    if getattr(args, "activation_offloading", False) and not torch.cuda.is_available():
+        raise UserError("train.activation_offloading: there is no GPU here whose memory it could spare; leave it out")
     if args.push_to_hub and args.base_on_hub:  # what TRL pushes names its base, and nobody else has this folder
         model.peft_config["default"].base_model_name_or_path = args.base_on_hub
         model.get_base_model().config._name_or_path = args.base_on_hub  # type: ignore[union-attr]

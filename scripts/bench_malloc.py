@@ -29,7 +29,9 @@ def measure() -> float:
     from pipeline.models import base as bases
     from pipeline.models.spec import ModelSpec
 
-    spec = ModelSpec(base="models/SmolLM2-135M-Instruct", chat_template="recipes/templates/chatml.jinja")
+    spec = ModelSpec(
+        base="models/SmolLM2-135M-Instruct", dtype="bfloat16", chat_template="recipes/templates/chatml.jinja"
+    )
     tokenizer = bases.load_tokenizer(spec)
     model = adapters.fresh(bases.load_base(spec, tokenizer), spec.lora).train()
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))

@@ -156,8 +156,9 @@ def main() -> None:
 
     assert trl.__version__.startswith("1.12"), f"found trl {trl.__version__} in {given.trl}"
     spec = ModelSpec(
-        base="models/SmolLM2-135M-Instruct", chat_template="recipes/templates/chatml.jinja", attn_implementation="eager"
-    )
+        base="models/SmolLM2-135M-Instruct", dtype="bfloat16", chat_template="recipes/templates/chatml.jinja",
+        attn_implementation="eager",
+    )  # fmt: skip
     folder = Path(tempfile.mkdtemp())
     fresh_adapters(spec, folder)
     sides: dict[str, Any] = {

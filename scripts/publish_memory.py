@@ -44,7 +44,7 @@ def main() -> None:
             num_attention_heads=8, num_key_value_heads=2, head_dim=128,
         )  # fmt: skip
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-        spec = ModelSpec(base=str(folder))
+        spec = ModelSpec(base=str(folder), dtype="bfloat16")
         tokenizer = base.load_tokenizer(spec)
         model = adapters.fresh(base.load_base(spec, tokenizer), {"r": 16, "target_modules": "all-linear"})
         held = psutil.Process().memory_info().rss

@@ -57,7 +57,7 @@ def seal(recipe: Recipe, stage: str, runs: Path, after: dict[str, float], **more
         section=recipe.stages[stage].model_dump(by_alias=True), parents=parents, base=recipe.spec.model.base,
         base_hash=parts["model"]["base"], base_digest="", seed=recipe.spec.seed, before={}, after=after,
         data=Data(sources=[], held_out=None, questions=0, counts={}, measured_on=recipe.measured_on(stage)),
-        invariants={}, processes=1, versions_changed={}, started="", seconds=1.0, device="cpu",
+        dtype="bfloat16", invariants={}, processes=1, versions_changed={}, started="", seconds=1.0, device="cpu",
         peak_memory_mib=1, peak_memory_is="", energy_wh=None, energy_of="", versions={},
     )  # fmt: skip
     artifact.seal(whole.model_copy(update=more))
@@ -76,7 +76,10 @@ def tiny_tree(base: Path, folder: Path, name: str = "tiny") -> dict[str, Any]:
     return {
         "name": name,
         "seed": 7,
-        "model": {"base": str(base), "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}},
+        "model": {
+            "base": str(base), "dtype": "bfloat16",
+            "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+        },
         "train": {
             "per_device_train_batch_size": 4, "gradient_checkpointing": False, "max_length": 128,
             "logging_steps": 1, "save_steps": 2, "learning_rate": 1e-3, "train_sampling_strategy": "group_by_length",

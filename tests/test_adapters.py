@@ -16,7 +16,7 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
 
 def policy(base: Path, **model):  # type: ignore[no-untyped-def]
-    spec = ModelSpec(base=str(base), lora=LORA, **model)
+    spec = ModelSpec(base=str(base), lora=LORA, **{"dtype": "bfloat16", **model})
     tokenizer = bases.load_tokenizer(spec)
     torch.manual_seed(0)
     return adapters.fresh(bases.load_base(spec, tokenizer), spec.lora), tokenizer, spec
@@ -131,7 +131,7 @@ def test_the_trunk_keeps_its_digest_under_a_score_head(tiny_base: Path) -> None:
 
 @pytest.mark.parametrize("option", [{"use_rslora": True}, {"use_dora": True}, {"target_modules": ["q_proj"]}])
 def test_options_of_peft_pass_through(tiny_base: Path, option: dict) -> None:
-    spec = ModelSpec(base=str(tiny_base), lora={**LORA, **option})
+    spec = ModelSpec(base=str(tiny_base), dtype="bfloat16", lora={**LORA, **option})
     tokenizer = bases.load_tokenizer(spec)
     model = adapters.fresh(bases.load_base(spec, tokenizer), spec.lora)
     key, value = next(iter(option.items()))

@@ -157,15 +157,19 @@ def test_a_choice_is_kept_and_is_no_part_of_the_fingerprint(
     assert f"# stages.sft.train.max_length: {train['max_length']}\n" in noted
     # on a larger card what was begun goes on as it was begun
     monkeypatch.setattr(choose, "_this_machine", lambda: Card("another card", 80 << 30))
-    again = choose.choose_section(recipe, "sft", tmp_path, manifest["fingerprint"], PartialState(cpu=True))
+    everyone = PartialState(cpu=True)
+    again = choose.choose_section(recipe, "sft", recipe.spec.model, tmp_path, manifest["fingerprint"], everyone)
     assert again.train == train
 
 
 TWO_CARDS = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 from accelerate import PartialState
+from pipeline.disk.atomic import write_json
+from pipeline.models import dtype
 from pipeline.runs import choose
+from pipeline.runs.dtype import settle_run
 from pipeline.plan.cards import Card
 from pipeline.recipe.recipe import read
 
@@ -178,16 +182,20 @@ def machine():
 
 choose._this_machine = machine
 recipe, runs = read(sys.argv[1]), Path(sys.argv[2])
-section = choose.choose_section(recipe, "sft", runs, "f", everyone)
-(runs / f"{rank}.json").write_text(json.dumps([section.train, asked]))
+os.environ["ONEBASE_CACHE"] = str(runs / f"cache-{rank}")
+write_json(dtype._memory(64, 128), {"dtype": ("float32", "bfloat16")[rank], "why": "it was measured"})
+model = settle_run(recipe, runs, everyone)
+section = choose.choose_section(recipe, "sft", model, runs, "f", everyone)
+(runs / f"{rank}.json").write_text(json.dumps([{**section.train, "dtype": model.dtype}, asked]))
 everyone.wait_for_everyone()
 everyone.destroy_process_group()  # else a process may die of threads that still talk to the other
 """
 
 
 def test_the_first_process_chooses_for_all(tiny_base: Path, tmp_path: Path) -> None:
-    """Two processes, of which each would choose otherwise for the memory that it sees."""
+    """Two processes, of which each would choose otherwise for the memory that it sees, and for what it remembers."""
     tree = tiny_tree(tiny_base, tmp_path)
+    tree["model"].pop("dtype")
     tree["stages"] = {"sft": {**tree["stages"]["sft"], "train": {**ALL, "max_length": "auto"}}}
     tree["stages"]["sft"].pop("from")
     tree["train"] = {}
@@ -202,6 +210,7 @@ def test_the_first_process_chooses_for_all(tiny_base: Path, tmp_path: Path) -> N
     assert said.returncode == 0, said.stdout + said.stderr
     (first, asked), (second, asked_too) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second and isinstance(first["per_device_train_batch_size"], int)
+    assert first["dtype"] == "float32"
     assert (asked, asked_too) == ([0], [])
 
 

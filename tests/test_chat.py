@@ -25,7 +25,7 @@ from pipeline.terminal.chat import Chat, Say, open_chat
 def bench(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     folder = tmp_path_factory.mktemp("chat")
     base = with_decoding_words(tiny_base, folder / "base")
-    spec = ModelSpec(base=str(base), lora={"r": 4, "target_modules": "all-linear"})
+    spec = ModelSpec(base=str(base), dtype="bfloat16", lora={"r": 4, "target_modules": "all-linear"})
     tokenizer = bases.load_tokenizer(spec)
     for seed, name in enumerate(("sft", "dpo")):
         torch.manual_seed(seed)

@@ -136,7 +136,7 @@ def test_no_mutated_recipe_gives_a_traceback(tiny_base: Path, tmp_path: Path) ->
                 file.write_text(json.dumps(spoilt), encoding="utf-8")
                 recipe = read(file)
             with contextlib.suppress(UserError):
-                show_needs(recipe, card, console)
+                show_needs(recipe, {}, card, console)
             recipe.parts()
             for stage in recipe.order():
                 load_rows(recipe, stage)

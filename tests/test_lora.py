@@ -20,7 +20,7 @@ IDS = torch.randint(10, 200, (3, 20), generator=torch.Generator().manual_seed(2)
 def adapted(base: Path, **options: Any) -> Any:
     """A small model under an adapter with two matrices that both count."""
     lora = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", **options.pop("lora", {})}
-    spec = ModelSpec(base=str(base), lora=lora, **options)
+    spec = ModelSpec(base=str(base), lora=lora, **{"dtype": "bfloat16", **options})
     model = adapters.fresh(load_base(spec, load_tokenizer(spec)), spec.lora)
     torch.manual_seed(3)
     for weight in adapters.trainable(model).values():

@@ -273,7 +273,7 @@ def test_a_base_on_the_hub_is_loaded_at_the_commit_it_was_fingerprinted_at(
     from pipeline.models import base
     from pipeline.models.spec import ModelSpec
 
-    local = ModelSpec(base=str(tiny_base))
+    local = ModelSpec(base=str(tiny_base), dtype="bfloat16")
     tokenizer = base.load_tokenizer(local)
     seen = base.frozen_digest(base.load_base(local, tokenizer))
     first, machine = uploaded(hub, tiny_base, BASE_ID), environment(hub, tmp_path / "home")

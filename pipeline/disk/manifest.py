@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.disk.atomic import Json
 
+Dtype = Literal["bfloat16", "float16", "float32"]
+"""What a model computes in, as torch names it."""
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -110,6 +113,8 @@ class Manifest(Cost):
     base_hash: str
     base_digest: str
     """Of the frozen base's bytes in memory."""
+    dtype: Dtype
+    """What the model computed in, also where the recipe says auto."""
     data: Data
     seed: int
     before: dict[str, float]

@@ -25,6 +25,7 @@ from pipeline.evaluate.measures import Answers
 from pipeline.evaluate.plan import own_judges, plan
 from pipeline.evaluate.stored import RESULTS, Arena, Link, Results, folder, read_fresh, read_results
 from pipeline.recipe.recipe import Recipe
+from pipeline.runs.dtype import begun_in, settle
 from pipeline.runs.environment import ERROR_MARK, make_environment
 from pipeline.runs.recipe_file import write_recipe
 from pipeline.runs.states import states
@@ -88,7 +89,7 @@ def take(recipe: Recipe, runs: Path, missing: list[Measure]) -> None:
     folders = {name: folder for measure in missing for name, folder in measure.folders.items()}
     rewards = [name for name in folders if name in recipe.stages and not recipe.kind(name).answers]
     bench = Bench(
-        recipe.spec.model,
+        settle(recipe.spec.model, begun_in(recipe, runs)),
         {name: adapter for name, adapter in folders.items() if name not in rewards},
         {name: folders[name] for name in rewards},
         next((m.more["temperature"] for m in missing if "temperature" in m.more), 1.0),

@@ -72,7 +72,7 @@ def plan(recipe: Recipe, runs: Path, benchmarks: Sequence[Row] = ()) -> list[Mea
     wanted = [measure for kind in MEASURES for measure in kind.wanted(run)]
     wanted += [Benchmark(policy, [task]) for policy in run.policies for task in benchmarks]
     hashes = {name: recipe.artifact(name, runs).verify().files[WEIGHTS] for name in done}
-    model = recipe.parts()[done[0]]["model"]
+    model = {**recipe.parts()[done[0]]["model"], "dtype": recipe.artifact(done[0], runs).finished().dtype}
     found = []
     for measure in (measure for measure in wanted if measure.rows):
         folders = {name: recipe.artifact(name, runs).adapter for name in measure.others if name in done}

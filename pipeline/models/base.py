@@ -83,7 +83,7 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, num_labels: i
     The new score head is drawn from torch's generator: seed before the call. Scores are read by length, in float32.
     """
     spec = pinned(spec)
-    dtype = getattr(torch, spec.dtype)
+    dtype = getattr(torch, spec.computes_in)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if (
         device.type == "cuda"

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstra
 
 from pipeline.disk.artifact import NAME, WEIGHTS
 from pipeline.disk.atomic import read_json
-from pipeline.disk.manifest import Gone, Manifest, Parent
+from pipeline.disk.manifest import Dtype, Gone, Manifest, Parent
 from pipeline.errors import UserError
 
 RECORD = "onebase.json"
@@ -63,7 +63,7 @@ class Quantization(Strict):
     load_in_4bit: Literal[True]
     bnb_4bit_quant_type: Literal["nf4", "fp4"]
     bnb_4bit_use_double_quant: Literal[True]
-    bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"]
+    bnb_4bit_compute_dtype: Dtype
     llm_int8_skip_modules: Annotated[list[Literal["lm_head", "score"]], Field(max_length=2)]
 
 
@@ -72,7 +72,7 @@ class Load(Strict):
 
     base: HubId
     revision: Commit | None
-    dtype: Literal["bfloat16", "float16", "float32"]
+    dtype: Dtype
     attn_implementation: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$", max_length=40)]
     quantization: Quantization | None
     pad_token_id: Count | None
@@ -180,6 +180,8 @@ class Record(Strict):
                 raise ValueError(f"its lineage ends with another {word}")
         if self.form == "adapter" and (self.load is None or self.files.get(WEIGHTS) != own.files.get(WEIGHTS)):
             raise ValueError("it does not say how to load the adapter that it describes")
+        if self.load and self.load.dtype != own.dtype:
+            raise ValueError("its lineage ends with another dtype than the one to load the base in")
         return self
 
     def manifest(self, hub: str) -> Manifest:

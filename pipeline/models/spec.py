@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.disk.atomic import digest, sha256_of_file, write_json
+from pipeline.disk.manifest import Dtype
 from pipeline.errors import UserError
 
 SEGMENTS = "segments"
@@ -31,8 +32,9 @@ class ModelSpec(BaseModel):
     quantize: Literal["nf4", "fp4", "none"] = "nf4"
     """4-bit data type of the frozen linear layers, constants quantised again (QLoRA, arXiv 2305.14314); `none` for
     plain LoRA on a base held in `dtype`."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """What the model computes in. The adapter itself is always held and updated in float32."""
+    dtype: Dtype | Literal["auto"] = "auto"
+    """What the model computes in. `auto` is what is faster on the machine where the run begins; all its stages keep to
+    that. The adapter itself is always held and updated in float32."""
     chat_template: str | None = None
     """A Jinja file that replaces the tokenizer's own template."""
     attn_implementation: str = "sdpa"
@@ -43,6 +45,12 @@ class ModelSpec(BaseModel):
     """PEFT's LoraConfig, word for word (r, lora_alpha, target_modules, use_rslora, use_dora, ...)."""
 
     @property
+    def computes_in(self) -> Dtype:
+        """The dtype of a spec that a model is loaded by, where auto stands no longer (runs/dtype.py)."""
+        assert self.dtype != "auto", "model.dtype: auto is settled before a model is loaded"
+        return self.dtype
+
+    @property
     def quantization(self) -> dict[str, Any] | None:
         """The arguments of transformers' BitsAndBytesConfig; None for a base that is not quantised."""
         if self.quantize == "none":
@@ -51,7 +59,7 @@ class ModelSpec(BaseModel):
             "load_in_4bit": True,
             "bnb_4bit_quant_type": self.quantize,
             "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": self.dtype,
+            "bnb_4bit_compute_dtype": self.computes_in,
             "llm_int8_skip_modules": ["lm_head", "score"],
         }
 

@@ -29,6 +29,7 @@ class Sealed:
     artifact: Artifact
     manifest: Manifest
     model: ModelSpec
+    """With the dtype it was trained in."""
     base_id: str | None
     """The base's name on the Hub, never a path; None where it has none."""
     lineage: list[Manifest | Gone]
@@ -108,7 +109,8 @@ def read_sealed(recipe: Recipe, stage: str, runs: Path) -> Sealed:
         # A parent does not repeat the lineage that stands before it.
         public = entry.model_dump(exclude={"parents": {"__all__": {"lineage"}}})
         lineage.append(type(entry).model_validate(_public(public, names)))
-    return Sealed(artifact, manifest, pinned(model), base_id, lineage, _public(recipe.tree, names))
+    trained_in = pinned(model).model_copy(update={"dtype": manifest.dtype})
+    return Sealed(artifact, manifest, trained_in, base_id, lineage, _public(recipe.tree, names))
 
 
 def ancestors(run: Path, parents: dict[str, Parent]) -> list[Manifest | Gone]:

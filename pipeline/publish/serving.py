@@ -78,7 +78,7 @@ def _base(recipe: Recipe, source: Sealed) -> Path:
 
     from pipeline.models import base
 
-    folder = cache_folder() / "serve" / f".base-{digest(recipe.model_parts())[:16]}"
+    folder = cache_folder() / "serve" / f".base-{digest({**recipe.model_parts(), 'dtype': source.model.dtype})[:16]}"
     if not (folder / "config.json").is_file():
         print(f"writing the base in {source.model.quantize} to {folder}, once ...", flush=True)
         with written_whole(folder) as new:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.disk.atomic import Json, read_json, write_json
+from pipeline.models.spec import ModelSpec
 from pipeline.plan import auto, cards
 from pipeline.plan.cards import Card
 from pipeline.plan.memory import CONTEXT
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 
-def choose_section(recipe: Recipe, stage: str, runs: Path, fingerprint: str, processes: PartialState) -> StageSpec:
+def choose_section(
+    recipe: Recipe, stage: str, model: ModelSpec, runs: Path, fingerprint: str, processes: PartialState
+) -> StageSpec:
     """The stage's section with a number for every auto: those an earlier start of this stage chose, or those that fit
     this machine best. The first process chooses and notes it, also in comments of the run's recipe.yaml, for the word
     itself is what counts; the others, whose memory may differ, take what it has chosen."""
@@ -28,15 +31,15 @@ def choose_section(recipe: Recipe, stage: str, runs: Path, fingerprint: str, pro
     section = recipe.stages[stage]
     if not auto.find_autos(section):
         return section
-    chosen = _choose(recipe, stage, runs, fingerprint) if processes.is_main_process else {}
+    chosen = _choose(recipe, stage, model, runs, fingerprint) if processes.is_main_process else {}
     return auto.fill_in(section, broadcast_object_list([chosen])[0])
 
 
-def _choose(recipe: Recipe, stage: str, runs: Path, fingerprint: str) -> Json:
+def _choose(recipe: Recipe, stage: str, spec: ModelSpec, runs: Path, fingerprint: str) -> Json:
     section, file = recipe.stages[stage], recipe.artifact(stage, runs).chosen
     noted = read_json(file) or {}
     if noted.get("fingerprint") != fingerprint:
-        kind, spec, card = recipe.kind(stage), recipe.spec.model, _this_machine()
+        kind, card = recipe.kind(stage), _this_machine()
         lengths = lengths_of(section, kind.contract, recipe.spec.seed)
         model = planned_model(spec, read_shapes(spec))
         chosen = auto.choose(kind, section, model, spec, lengths, card)

@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs import sharding
 from pipeline.runs.choose import choose_section
+from pipeline.runs.dtype import settle_run
 from pipeline.runs.energy import Meter
 from pipeline.runs.rows import load_rows
 from pipeline.stages.stage import Context
@@ -60,7 +61,8 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
     refusal = f"{out.folder} is being written by process {{pid}}. Wait for it, or end it."
     with locked(out.folder / ".lock", refusal, ORPHAN_PATIENCE) if is_main else contextlib.nullcontext():
         started, meter = time.time(), Meter()
-        writer = {"processes": processes.num_processes, "versions": versions.installed()}
+        model = settle_run(recipe, runs, processes)
+        writer = {"processes": processes.num_processes, "versions": versions.installed(), "dtype": model.computes_in}
         begun = _find_checkpoint_claim(out, fingerprint, processes.num_processes)
         changed = _compare_versions(writer["versions"], begun, parents)
         for what, others in changed.items() if is_main else ():
@@ -78,9 +80,9 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
             processes.wait_for_everyone()
             return out.last_checkpoint(fingerprint)
 
-        section = choose_section(recipe, stage, runs, fingerprint, processes)
+        section = choose_section(recipe, stage, model, runs, fingerprint, processes)
         context = Context(
-            model=recipe.spec.model,
+            model=model,
             data=rows,
             parents=parents,
             out=out,
@@ -120,6 +122,7 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
                 base=recipe.spec.model.base,
                 base_hash=parts[stage]["model"]["base"],
                 base_digest=result.base_digest,
+                dtype=model.computes_in,
                 seed=recipe.spec.seed,
                 invariants=result.invariants,
                 labels=result.labels,

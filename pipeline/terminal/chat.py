@@ -18,6 +18,7 @@ from pipeline.disk.artifact import Artifact
 from pipeline.errors import UserError
 from pipeline.models.quiet import quiet
 from pipeline.recipe.recipe import read
+from pipeline.runs.dtype import settle
 from pipeline.stages.stage import BASE
 
 if TYPE_CHECKING:
@@ -227,8 +228,10 @@ def open_chat(run: Path, policies: list[str], corrections: Path, new_tokens: int
     quiet()
     from pipeline.evaluate.bench import Bench
 
+    asked = [name for name in chosen if name != BASE] or there
+    model = settle(recipe.spec.model, {name: Artifact(run / name).finished().dtype for name in asked})
     folders = {name: Artifact(run / name).adapter for name in chosen if name != BASE}
-    return Chat(Bench(recipe.spec.model, folders, {}, 1.0), chosen, corrections, new_tokens, temperature)
+    return Chat(Bench(model, folders, {}, 1.0), chosen, corrections, new_tokens, temperature)
 
 
 def talk(chat: Chat) -> None:

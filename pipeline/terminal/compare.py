@@ -127,7 +127,7 @@ def _sources(manifests: dict[str, Manifest | None]) -> dict[str, str]:
     for stage, manifest in manifests.items():
         if manifest is None:
             continue
-        found[f"{stage} base"] = str(manifest.parts.model["base"])[:24]
+        found[f"{stage} base"] = f"{str(manifest.parts.model['base'])[:24]}, in {manifest.dtype}"
         used = {source.path: f"{source.used} rows, " for source in manifest.data.sources}
         named = {**manifest.section["data"], "questions": manifest.section.get("questions")}
         for role, sha256 in manifest.data_hashes.items():

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Column, Table
 
+from pipeline.disk.manifest import Dtype
 from pipeline.errors import UserError
+from pipeline.models.dtype import known_for_cpu
 from pipeline.models.spec import hub_commit
 from pipeline.plan import auto, cards
 from pipeline.plan.cards import Card
 from pipeline.plan.memory import CONTEXT
 from pipeline.plan.shapes import Shapes, read_shapes
+from pipeline.plan.sizes import AUTO
 from pipeline.plan.stage import Planned, lengths_of, plan_stage, planned_model
 from pipeline.recipe.recipe import Recipe
+from pipeline.runs.dtype import begun_in
 from pipeline.runs.states import states
 from pipeline.terminal.states import show_states
 
@@ -42,14 +46,15 @@ def show_plan(recipe: Recipe, runs: Path, card: Card | None, console: Console) -
 
     Raises UserError if what would run cannot be told and the shapes are no known ones either.
     """
-    unknown = None
+    unknown, begun = None, dict[str, Dtype]()
     try:
         show_states(states(recipe, runs), console)
+        begun = begun_in(recipe, runs)
     except UserError as error:  # its needs follow from shapes alone
         unknown = error
     noted = ""
     try:
-        noted = show_needs(recipe, card, console).noted
+        noted = show_needs(recipe, begun, card, console).noted
     except UserError as error:
         console.print(f"memory and time: not planned: {error}", highlight=False, markup=False)
     base = recipe.spec.model
@@ -59,13 +64,18 @@ def show_plan(recipe: Recipe, runs: Path, card: Card | None, console: Console) -
         raise unknown
 
 
-def show_needs(recipe: Recipe, card: Card | None, console: Console) -> Shapes:
+def show_needs(recipe: Recipe, begun: Mapping[str, Dtype], card: Card | None, console: Console) -> Shapes:
     """What every stage needs: memory, time, disk; from the shapes in the base's config.json, which are returned.
+    `begun`: what the run's stages compute in, of those that have begun.
 
     Raises UserError with the reason where the shapes cannot be read or are not of a known kind.
     """
     spec = recipe.spec.model
     shapes = read_shapes(spec)
+    if spec.dtype == AUTO:
+        dtype, why = _planned_dtype(begun, shapes, card)
+        spec = spec.model_copy(update={"dtype": dtype})
+        console.print(f"\nmodel.dtype: auto is planned as {dtype}: {why}", highlight=False, markup=False)
     model = planned_model(spec, shapes)
     planned = {}
     if card is None and any(auto.find_autos(section) for section in recipe.stages.values()):
@@ -77,7 +87,7 @@ def show_needs(recipe: Recipe, card: Card | None, console: Console) -> Shapes:
         if card:
             section = auto.resolve(kind, section, model, spec, lengths, card)
         planned[name] = plan_stage(kind, section, model, spec, lengths, card)
-    half = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[spec.dtype]
+    half = {"bfloat16": "bf16", "float16": "fp16"}.get(spec.dtype, "fp32")
     console.print()
     _show_table(planned, shapes, card, half, console)
     if shapes.noted:
@@ -87,6 +97,18 @@ def show_needs(recipe: Recipe, card: Card | None, console: Console) -> Shapes:
             style="dim", highlight=False, markup=False,
         )  # fmt: skip
     return shapes
+
+
+def _planned_dtype(begun: Mapping[str, Dtype], shapes: Shapes, card: Card | None) -> tuple[Dtype, str]:
+    """What auto stands for, and why; where only the first run finds out, what takes the most memory."""
+    for name, dtype in begun.items():
+        return dtype, f"as in '{name}'"
+    if card:
+        return "bfloat16", "on a GPU that, or float16, which takes as much"
+    known = known_for_cpu(shapes.hidden, shapes.intermediate)
+    if known:
+        return known.dtype, known.why
+    return "float32", "the most it takes on a CPU; the first run measures what is faster here"
 
 
 def _show_table(planned: dict[str, Planned], shapes: Shapes, card: Card | None, half: str, console: Console) -> None:

@@ -82,7 +82,7 @@ def data(
         faults = show_examination(chain, names, runs, as_json, Console())
     if faults:
         what = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise UserError(f"{what} in the data, as told above: a run would stop there")
+        raise UserError(f"{what} in the data, listed above: a run would stop at them")
 
 
 @app.command()

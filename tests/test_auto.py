@@ -127,14 +127,16 @@ def test_ppo_divides_its_minibatch() -> None:
 
 
 def test_nothing_fits_says_by_how_much() -> None:
-    with pytest.raises(UserError, match=r"the least needs \d+\.\d GiB, \d+\.\d too many"):
+    with pytest.raises(UserError, match=r"the smallest setting needs \d+\.\d GiB, \d+\.\d GiB more than there is"):
         chosen("sft", "6GB", max_length=1024, **ALL)
 
 
 def test_the_batch_must_be_said(tiny_base: Path, tmp_path: Path) -> None:
     tree = tiny_tree(tiny_base, tmp_path)
     tree["train"]["per_device_train_batch_size"] = "auto"
-    with pytest.raises(UserError, match=r"stages.pretrain.train.per_device_train_batch_size: is auto; gradient_acc"):
+    with pytest.raises(
+        UserError, match=r"stages.pretrain.train.per_device_train_batch_size: is auto; then give gradient_acc"
+    ):
         build(tree)
 
 

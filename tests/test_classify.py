@@ -145,8 +145,8 @@ SOME = rows(30)
         ),
         (SOME, {"labels": ["warm", "cold", "wet", "dry"]}, "no training row has the label 'dry'"),
         (SOME, {"labels": ["warm", "cold"]}, "the label 'wet' is not among those learnt (warm, cold)"),
-        ([{**row, "label": 7} for row in SOME], {"labels": ["warm", "cold"]}, "no label stands at place 7 of `labels`"),
-        (SOME, {"class_weights": {"warm": 1.0}}, "class_weights: give each of cold, warm, wet a weight"),
+        ([{**row, "label": 7} for row in SOME], {"labels": ["warm", "cold"]}, "there is no label number 7 of `labels`"),
+        (SOME, {"class_weights": {"warm": 1.0}}, "class_weights: give exactly these labels a weight: cold, warm, wet"),
         ([*SOME, {"text": "sun", "label": []}], {}, "rows.jsonl:31: has 0 labels, and every training row has one"),
     ],
 )

@@ -37,7 +37,7 @@ def rows_file(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> str:
         (LANGUAGE_MODELING, [1], "is not a JSON object"),
         (LANGUAGE_MODELING, '{"text": "x"', "is broken JSON"),
         (LANGUAGE_MODELING, '{"text": "\\ud800"}', "half of a surrogate pair"),
-        (DEMONSTRATION, {"messages": [USER]}, "ends on the role 'user', expected 'assistant'"),
+        (DEMONSTRATION, {"messages": [USER]}, "ends with the role 'user', expected 'assistant'"),
         (DEMONSTRATION, {"messages": [USER, {"role": "bot", "content": "x"}]}, "messages[1].role is 'bot'"),
         (
             DEMONSTRATION,
@@ -50,10 +50,10 @@ def rows_file(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> str:
         (DEMONSTRATION, {"messages": []}, "field 'messages' is empty"),
         (DEMONSTRATION, {"messages": ["hello"]}, "messages[0] is text, expected"),
         (DEMONSTRATION, {"prompt": "x"}, "has no field 'completion'"),
-        (DEMONSTRATION, {"prompt": [USER], "completion": "x"}, "both must be of one kind"),
-        (PREFERENCE, {"prompt": "p", "chosen": "c", "rejected": "c"}, "are equal: the pair says nothing"),
+        (DEMONSTRATION, {"prompt": [USER], "completion": "x"}, "both must be text, or both lists of messages"),
+        (PREFERENCE, {"prompt": "p", "chosen": "c", "rejected": "c"}, "are equal, so the pair teaches nothing"),
         (PREFERENCE, {"prompt": "p", "chosen": "", "rejected": "c"}, "field 'chosen' is empty"),
-        (PREFERENCE, {"prompt": [USER, SAYS], "chosen": [SAYS], "rejected": [USER]}, "ends on the role 'assistant'"),
+        (PREFERENCE, {"prompt": [USER, SAYS], "chosen": [SAYS], "rejected": [USER]}, "ends with the role 'assistant'"),
         (QUESTION, {"prompt": [USER], "answer": "x", "choices": ["y"]}, "not among 'choices'"),
     ],
 )

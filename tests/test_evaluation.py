@@ -274,7 +274,7 @@ def test_what_is_declared_the_truth_must_be_one_function_and_say_0_or_1(
 ) -> None:
     tree, _, file = paid
     half, right = ({"source": f"{file}:{name}", "truth": True} for name in ("half", "right"))
-    with pytest.raises(UserError, match=r"stages.ppo.reward: a second truth, .*half.*right is it already"):
+    with pytest.raises(UserError, match=r"stages.ppo.reward: .*half.* is a second truth; .*right already"):
         _paid_by(tree, right, half)
     pairs = {**tiny_reward(tree), "ppo": {**tree["stages"]["ppo"], "reward": [{"source": "reward", "truth": True}]}}
     with pytest.raises(UserError, match=r"stages.ppo.reward: 'reward' is a reward model.*a function that gives 0 or 1"):

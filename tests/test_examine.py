@@ -173,7 +173,10 @@ def test_marks_in_what_is_said_are_faults_and_in_texts_are_told(tiny_base: Path,
         "sft": {"data": {"path": write(tmp_path / "d.jsonl", [*dialogues, forged])}, "questions": asked},
     }
     found = terminal.examine(build(tree), ["pretrain", "sft"])["stages"]
-    assert found["pretrain"]["faults"] == [] and "1 texts spell special tokens" in found["pretrain"]["warnings"][0]
+    assert (
+        found["pretrain"]["faults"] == []
+        and "1 texts contain the text of special tokens" in found["pretrain"]["warnings"][0]
+    )
     questions, rows = found["sft"]["faults"]
     assert "1 rows cannot be rendered" in rows and "d.jsonl:5: message 0 holds '<|im_end|>'" in rows
     assert "asked.jsonl:1: message 0 holds '<|im_end|>'" in questions

@@ -94,15 +94,15 @@ def test_formats_are_told_by_their_keys(tmp_path: Path, case: int) -> None:
     ("row", "contract", "reason"),
     [
         ({"instruction": "do", "output": True}, DEMONSTRATION, "field 'output' is True, expected text"),
-        ({"instruction": "do", "output": ["a"]}, PREFERENCE, "a comparison takes two"),
-        ({"instruction": "do", "output": "o", "history": ["x"]}, DEMONSTRATION, r"history\[0\] is no pair"),
+        ({"instruction": "do", "output": ["a"]}, PREFERENCE, "a comparison needs two"),
+        ({"instruction": "do", "output": "o", "history": ["x"]}, DEMONSTRATION, r"history\[0\] is not a pair"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, DEMONSTRATION, "from is 'alien'"),
         ({"messages": [user("q"), {"role": "assistant", "content": [{"type": "image", "url": "x"}]}]}, DEMONSTRATION,
-         "part of type 'image', which is no text"),
+         "part of type 'image', which is not text"),
         ({"messages": [user("q"), {"role": "tool", "content": "4"}, says("a")]}, DEMONSTRATION,
          "no tool was called before it"),
         ({"messages": [user("q"), {"role": "assistant", "content": "", "tool_calls": [CALL]}, user("x"), says("a")]},
-         DEMONSTRATION, r"messages\[1\] calls a tool, but messages\[2\] is no result"),
+         DEMONSTRATION, r"messages\[1\] calls a tool, but messages\[2\] is not its result"),
         ({"messages": [user("q"), says("a")], "tools": "{"}, DEMONSTRATION, "'tools' is broken JSON"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: y"}, PREFERENCE,
          "the prompts of 'chosen' and 'rejected' differ"),
@@ -218,7 +218,7 @@ def test_one_question_is_one_key_however_it_is_written() -> None:
 def test_tables_with_torn_quotes_splits_and_nested_cells(tmp_path: Path) -> None:
     torn = tmp_path / "torn.csv"
     torn.write_text('text\nfirst\n"never closed\nthird\n')
-    with pytest.raises(UserError, match=r"torn.csv:3: a quote is opened here and not closed"):
+    with pytest.raises(UserError, match=r"torn.csv:3: a quote opens here and is not closed"):
         read_source(str(torn), LANGUAGE_MODELING, DataSpec(path="-"))
     kto = tmp_path / "kto.csv"
     kto.write_text("prompt,completion,label\np,good,True\np,bad,false\n")
@@ -253,7 +253,7 @@ def test_a_byte_that_is_no_utf8_condemns_its_row_alone(
     written = text.encode("latin-1")
     path = tmp_path / name
     path.write_bytes(gzip.compress(written) if name.endswith(".gz") else written)
-    with pytest.raises(UserError, match=rf"{place}: holds bytes that are no UTF-8 \({where}\): .* data\.encoding"):
+    with pytest.raises(UserError, match=rf"{place}: holds bytes that are not UTF-8 \({where}\): .* data\.encoding"):
         read_source(str(path), LANGUAGE_MODELING, DataSpec(path=str(path)))
     source = read_source(str(path), LANGUAGE_MODELING, DataSpec(path=str(path), on_bad_row="skip"))
     assert len(source.rows) == fit and len(source.refused) == 1
@@ -275,10 +275,10 @@ def test_encodings_of_several_bytes_and_unknown_ones(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not one row is fit"):
         read_source(str(path), LANGUAGE_MODELING, DataSpec(path="-", encoding="utf-16-le"))
     (tmp_path / "b.csv").write_bytes("text,caf\u00e9\none,1\n".encode("latin-1"))
-    with pytest.raises(UserError, match=r"b.csv:1: the header holds bytes that are no UTF-8"):
+    with pytest.raises(UserError, match=r"b.csv:1: the header holds bytes that are not UTF-8"):
         read_source(str(tmp_path / "b.csv"), LANGUAGE_MODELING, DataSpec(path="-"))
     for unknown in ("latin-0", "base64", "x\0y", ""):
-        with pytest.raises(ValueError, match="is no encoding of text that Python knows"):
+        with pytest.raises(ValueError, match="is not a text encoding that Python knows"):
             DataSpec(path="-", encoding=unknown)
 
 
@@ -315,7 +315,7 @@ def test_an_encoding_that_is_not_the_files_is_said_and_one_of_no_text_is_refused
     with pytest.raises(UserError, match="is not in the encoding 'utf-16' that the recipe names"):
         read_source(str(path), LANGUAGE_MODELING, DataSpec(path=str(path), encoding="utf-16"))
     for word in ("idna", "punycode", "base64"):
-        with pytest.raises(ValidationError, match="is no encoding of text"):
+        with pytest.raises(ValidationError, match="is not a text encoding"):
             DataSpec(path=str(path), encoding=word)
 
 

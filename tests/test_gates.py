@@ -84,8 +84,8 @@ def test_demands_change_no_fingerprint(started: tuple[dict[str, Any], Path, list
         ({"sft.loss": "< one"}, r"expected a comparison"),
         ({"sft.loss": 1}, r"expect.sft.loss: is 1, expected a comparison with a number in quotes"),
         ({"sft": {"loss": None}}, r"expect.sft.loss: is None, expected a comparison"),
-        ({"sft.acuracy": "> 0"}, r"expect.sft.acuracy: sft leaves no such number .*question_accuracy"),
-        ({"reward.loss": "> 0"}, r"expect.reward.loss: reward leaves no such number .*accuracy, margin"),
+        ({"sft.acuracy": "> 0"}, r"expect.sft.acuracy: sft does not give this number .*question_accuracy"),
+        ({"reward.loss": "> 0"}, r"expect.reward.loss: reward does not give this number .*accuracy, margin"),
     ],
 )
 def test_demands_that_say_nothing_are_refused(

@@ -106,7 +106,7 @@ def test_all_against_all(url: str) -> None:
 
 def test_nothing_leaves_the_machine(url: str) -> None:
     for elsewhere in ("http://example.com/v1", "http://10.0.0.1/v1", "file:///etc/passwd", "127.0.0.1:80"):
-        with pytest.raises(UserError, match="expected an endpoint on this machine"):
+        with pytest.raises(UserError, match="expected an address on this machine"):
             Judge(elsewhere, "m")
     with pytest.raises(UserError, match="did not give a verdict"):
         Judge("http://127.0.0.1:1/v1", "m").points("q", "a", "b")

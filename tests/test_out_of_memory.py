@@ -192,7 +192,7 @@ def test_the_gradients_of_parts_are_those_of_the_whole(
     [
         ("dpo", {"loss_type": ["aot"]}, "loss_type aot compares all pairs of a batch"),
         ("dpo", {"loss_type": ["sft"], "use_weighting": True}, "use_weighting multiplies a mean over tokens"),
-        ("sft", {"packing": True, "neftune_noise_alpha": 5.0}, "neftune_noise_alpha measures its noise by the length"),
+        ("sft", {"packing": True, "neftune_noise_alpha": 5.0}, "neftune_noise_alpha scales its noise with the length"),
     ],
 )
 def test_a_loss_that_is_no_sum_over_rows_is_refused_by_name(
@@ -220,7 +220,9 @@ def test_the_routers_loss_is_not_added_once_a_part(
     assert max((found[0][name] - found[1][name]).abs().max().item() for name in found[0]) < 2e-5
     plant(monkeypatch, 40)
     trainer = a_trainer(experts, tmp_path, stage, router_aux_loss_coef=0.5)
-    with pytest.raises(UserError, match="the router's loss .* is one of the whole batch .router_aux_loss_coef: 0"):
+    with pytest.raises(
+        UserError, match="the router's loss .* is computed over the whole batch .router_aux_loss_coef: 0"
+    ):
         trainer.training_step(trainer.model, dict(batch))
 
 
@@ -228,7 +230,7 @@ def test_offloaded_activations_are_not_done_in_parts_nor_without_a_gpu(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TRL's context of offloading needs a GPU to be made, so its word is set once the trainer is."""
-    with pytest.raises(UserError, match="train.activation_offloading: there is no GPU here"):
+    with pytest.raises(UserError, match="train.activation_offloading: it saves GPU memory, and there is no GPU here"):
         a_trainer(tiny_base, tmp_path, "sft", activation_offloading=True)
     plant(monkeypatch, 40)
     trainer = a_trainer(tiny_base, tmp_path, "sft")

@@ -342,7 +342,7 @@ def test_the_shipped_cards_are_planned_without_a_hub(tmp_path: Path) -> None:
     told = " ".join(shown.stdout.split())
     assert shown.returncode == 0 and shown.stdout.count("yes") == 5, shown.stdout + shown.stderr
     assert re.search(r"Qwen/Qwen3-8B-Base: .* as this package noted them on 20\d\d-\d\d-\d\d", told)
-    assert "would run is not told" in told and "8.19B parameters" in told
+    assert "would run is not known" in told and "8.19B parameters" in told
     hidden = {"HF_HUB_OFFLINE": "1", "PATH": str(tmp_path)}  # no nvidia-smi
     shown = plan(ROOT / "recipes" / "cards" / "smollm3-3b-8gb.yaml", **hidden)
     assert shown.returncode == 0 and "on half of this machine's RAM" in shown.stdout, shown.stdout + shown.stderr

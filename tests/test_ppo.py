@@ -478,7 +478,7 @@ def test_missing_columns_are_filled(tiny_base: Path, parents: Path, tmp_path: Pa
         ({"reward": "nowhere.py:f"}, "no such file: nowhere.py"),
         ({"reward": None}, "is missing: name a reward stage"),
         ({"reward": "recipes/rewards/number.py:wrong"}, "defines no 'wrong'"),
-        ({"reward": [{"source": "reward", "weight": 0}]}, "pays for nothing"),
+        ({"reward": [{"source": "reward", "weight": 0}]}, "pays nothing"),
         ({"train": {"max_length": 10, "response_length": 12}}, "leaves no token for a prompt"),
         ({"train": {"kl_target": 1.0, "kl_coef": 0.0}}, "0 stays 0"),
         ({"train": {"learning_rate": float("inf")}}, "stages.ppo.train.learning_rate"),
@@ -544,11 +544,11 @@ def test_health_stops_and_warns_by_its_rules() -> None:
     assert never_ends[:-1] == [None] * (WINDOW - 1) and "ended by itself" in (never_ends[-1] or "")
     assert "empty" in (told([numbers(empty_share=1.0)] * WINDOW)[0][-1] or "")
     assert "stopped learning" in (told([numbers(grad_norm=0.0)] * WINDOW)[0][-1] or "")
-    assert "paid alike" in told([numbers(score_std=1e-8)] * WINDOW)[1][0]
+    assert "got the same reward" in told([numbers(score_std=1e-8)] * WINDOW)[1][0]
     _, warned = told([numbers(), numbers(entropy=0.05), numbers(entropy=0.04)])
     assert len(warned) == 1 and "entropy has collapsed" in warned[0]
     growing = [numbers(reward=step / 10, answer_length=20.0 + 2 * step) for step in range(20)]
-    assert any("pay for length" in warning for warning in told(growing)[1])
+    assert any("favour length" in warning for warning in told(growing)[1])
     falling = [numbers(reward=-step / 10, answer_length=20.0 + 2 * step) for step in range(20)]
     assert not told(falling)[1]
 

@@ -133,7 +133,9 @@ def test_a_server_that_dies_leaves_nothing_partial_and_a_retry_sends_no_large_fi
 ) -> None:
     hub.fail.append(("POST /api/models/tester/model/commit", 500, 99))
     told = push(hub, folder, tmp_path / "home")
-    assert "was not published, and the repository is there, empty" in told and "HF_HUB_DISABLE_XET" in told
+    assert (
+        "was not published, and its repository exists, without published files" in told and "HF_HUB_DISABLE_XET" in told
+    )
     assert on_hub(hub)[0] == []
     hub.fail.clear()
     uploads = sum(line.startswith("PUT /_lfs/") for line in hub.log)

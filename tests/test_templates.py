@@ -213,7 +213,9 @@ def test_a_template_that_closes_no_turn_is_refused_without_sft_too(tiny_base: Pa
             "stages": {kind: {"data": {"path": str(tmp_path / "rows.jsonl")}, **paid}},
         }
     )
-    with pytest.raises(UserError, match=r"no token that the model could stop at|does not close .*(?s:.*)chat_template"):
+    with pytest.raises(
+        UserError, match=r"without a token at which the model could stop|does not close .*(?s:.*)chat_template"
+    ):
         run_stage(recipe, kind, tmp_path / "runs")
 
 

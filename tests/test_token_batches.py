@@ -265,7 +265,7 @@ def test_the_longest_batch_that_is_tried_is_the_heaviest(tiny_base: Path, tmp_pa
         ("dpo", {"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy: is 'batch_rebalance'"),
         ("pretrain", {}, f"{TOKENS}: is for batches of whole rows, .* packing: false"),
         ("reward", {TOKENS: "auto"}, f"{TOKENS}: is 'auto', expected a whole number"),
-        ("reward", {TOKENS: 0}, f"{TOKENS}: is 0, expected a whole number from 1 up"),
+        ("reward", {TOKENS: 0}, f"{TOKENS}: is 0, expected a whole number of at least 1"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused_by_name(

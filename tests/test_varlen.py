@@ -135,11 +135,11 @@ def test_autocast_reaches_the_kernel(kernel: None, monkeypatch: pytest.MonkeyPat
     [
         ("llama", {}, "bfloat16", (8, 0), ""),
         ("llama", {}, "float16", (7, 5), "compute capability 8.0, and the card has 7.5"),
-        ("llama", {}, "float32", (9, 0), "16 bits alone"),
-        ("llama", {"head_dim": 20}, "bfloat16", (9, 0), "heads of a multiple of 8"),
-        ("llama", {"attention_dropout": 0.1}, "bfloat16", (9, 0), "drops out attention"),
+        ("llama", {}, "float32", (9, 0), "16 bits only"),
+        ("llama", {"head_dim": 20}, "bfloat16", (9, 0), "heads whose width is a multiple of 8"),
+        ("llama", {"attention_dropout": 0.1}, "bfloat16", (9, 0), "uses dropout in its attention"),
         ("gemma2", {}, "bfloat16", (9, 0), "caps its attention scores"),
-        ("deepseek_v3", {}, "bfloat16", (9, 0), "unlike width"),
+        ("deepseek_v3", {}, "bfloat16", (9, 0), "different widths"),
     ],
 )
 def test_what_the_kernel_cannot_compute_is_known_beforehand(

@@ -41,7 +41,7 @@ def check_text(row: Row, key: str) -> str | None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        return f"field '{key}' holds half of a surrogate pair, which is no character"
+        return f"field '{key}' holds half of a surrogate pair, which is not a character"
     return None
 
 
@@ -67,7 +67,7 @@ def check_messages(row: Row, key: str, last: str | None = None) -> str | None:
             return f"{place} {reason}"
     reason = _check_calls(messages, key)
     if reason is None and last and messages[-1]["role"] != last:
-        return f"field '{key}' ends on the role '{messages[-1]['role']}', expected '{last}'"
+        return f"field '{key}' ends with the role '{messages[-1]['role']}', expected '{last}'"
     return reason
 
 
@@ -79,7 +79,7 @@ def _check_calls(messages: list[dict[str, Any]], key: str) -> str | None:
             if index == 0 or (not called and messages[index - 1]["role"] != "tool"):
                 return f"{key}[{index}] is a tool's result, but no tool was called before it"
         elif called:
-            return f"{key}[{index - 1}] calls a tool, but {key}[{index}] is no result of it"
+            return f"{key}[{index - 1}] calls a tool, but {key}[{index}] is not its result"
         called = bool(message.get("tool_calls"))
     return None
 
@@ -106,7 +106,7 @@ def check_prompt(row: Row) -> str | None:
     if isinstance(row.get("prompt"), list):
         reason = check_messages(row, "prompt")
         if reason is None and row["prompt"][-1]["role"] == "assistant":
-            return "field 'prompt' ends on the role 'assistant', expected 'user'"
+            return "field 'prompt' ends with the role 'assistant', expected 'user'"
         return reason
     return check_text(row, "prompt")
 
@@ -115,7 +115,10 @@ def check_reply(row: Row, key: str) -> str | None:
     """An answer to `prompt`: messages where the prompt is messages, text where it is text."""
     conversational = isinstance(row["prompt"], list)
     if key in row and isinstance(row[key], str if conversational else list):
-        return f"field '{key}' is {_kind(row[key])}, but 'prompt' is {_kind(row['prompt'])}: both must be of one kind"
+        return (
+            f"field '{key}' is {_kind(row[key])}, but 'prompt' is {_kind(row['prompt'])}: both must be text, or both "
+            "lists of messages"
+        )
     if not conversational:
         return check_text(row, key)
     reason = check_messages(row, key, last="assistant")
@@ -126,10 +129,13 @@ def check_reply(row: Row, key: str) -> str | None:
 
 def check_preference(row: Row) -> str | None:
     if "prompt" not in row and isinstance(row.get("chosen"), list):
-        return "has no field 'prompt' (the shared start of both answers must be given apart from them)"
+        return (
+            "has no field 'prompt' (give the shared start of both answers as 'prompt', and only the answers as "
+            "'chosen' and 'rejected')"
+        )
     reason = check_prompt(row) or check_reply(row, "chosen") or check_reply(row, "rejected")
     if reason is None and row["chosen"] == row["rejected"]:
-        return "fields 'chosen' and 'rejected' are equal: the pair says nothing"
+        return "fields 'chosen' and 'rejected' are equal, so the pair teaches nothing"
     return reason
 
 

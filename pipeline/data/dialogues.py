@@ -42,7 +42,7 @@ def read_messages(row: Row, key: str) -> Messages:
     """
     messages = row.get(key)
     if not isinstance(messages, list):
-        raise Unreadable(f"field '{key}' is no list of messages")
+        raise Unreadable(f"field '{key}' is not a list of messages")
     return [_normalize(each) if isinstance(each, dict) else each for each in messages]
 
 
@@ -59,7 +59,7 @@ def _normalize(given: dict[str, Any]) -> dict[str, Any]:
     if not calls:
         return result
     if not isinstance(calls, list):
-        raise Unreadable("field 'tool_calls' is no list")
+        raise Unreadable("field 'tool_calls' is not a list")
     return {**result, "content": result.get("content") or "", "tool_calls": [_normalize_call(call) for call in calls]}
 
 
@@ -76,7 +76,7 @@ def _join_parts(parts: list[Any]) -> dict[str, Any]:
         elif isinstance(text, str) and kind in ("text", "tools", "tool_result", None):
             texts.append(text)
         else:
-            raise Unreadable(f"holds a part of type '{kind}', which is no text: only text is trained on here")
+            raise Unreadable(f"holds a part of type '{kind}', which is not text: OneBase trains on text only")
     return {"content": "".join(texts)} | ({"tool_calls": calls} if calls else {})
 
 
@@ -96,17 +96,17 @@ def read_sharegpt(row: Row) -> Messages:
     """`conversations` of {from, value}, with `system` beside them."""
     turns = row.get("conversations", row.get("conversation"))
     if not isinstance(turns, list):
-        raise Unreadable("field 'conversations' is no list")
+        raise Unreadable("field 'conversations' is not a list")
     messages = [message("system", row["system"])] if isinstance(row.get("system"), str) and row["system"] else []
     for index, turn in enumerate(turns):
         if not isinstance(turn, dict):
-            raise Unreadable(f"conversations[{index}] is no object with 'from' and 'value'")
+            raise Unreadable(f"conversations[{index}] is not an object with 'from' and 'value'")
         speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             raise Unreadable(f"conversations[{index}].from is {speaker!r:.40}, expected one of {', '.join(SPEAKERS)}")
         if not isinstance(text, str):
-            raise Unreadable(f"conversations[{index}].value is no text")
+            raise Unreadable(f"conversations[{index}].value is not text")
         if speaker == "function_call":
             calls = parse_json(text, f"conversations[{index}] is a call in")
             calls = [_normalize_call(call) for call in (calls if isinstance(calls, list) else [calls])]
@@ -121,14 +121,14 @@ def read_history(row: Row) -> Messages:
     messages = []
     if row.get("system"):
         if not isinstance(row["system"], str):
-            raise Unreadable("field 'system' is no text")
+            raise Unreadable("field 'system' is not text")
         messages.append(message("system", row["system"]))
     pairs = row.get("history") or []
     if not isinstance(pairs, list):
-        raise Unreadable("field 'history' is no list of pairs")
+        raise Unreadable("field 'history' is not a list of pairs")
     for index, pair in enumerate(pairs):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(s, str) and s.strip() for s in pair)):
-            raise Unreadable(f"history[{index}] is no pair of a question and its answer")
+            raise Unreadable(f"history[{index}] is not a pair of a question and its answer")
         messages += [message("user", pair[0]), message("assistant", pair[1])]
     return messages
 
@@ -143,9 +143,9 @@ def read_transcript(row: Row, key: str) -> Messages:
         raise Unreadable(f"field '{key}' is not a Human/Assistant transcript")
     turns = [message(TRANSCRIPT_ROLES[who], words.strip()) for who, words in zip(parts[1::2], parts[2::2], strict=True)]
     if turns[-1]["role"] != "assistant":
-        raise Unreadable(f"field '{key}' does not end on an Assistant turn")
+        raise Unreadable(f"field '{key}' does not end with an Assistant turn")
     if any(first["role"] == second["role"] for first, second in zip(turns, turns[1:], strict=False)):
-        raise Unreadable(f"field '{key}' has two turns of one speaker in a row")
+        raise Unreadable(f"field '{key}' has two turns of the same speaker in a row")
     return turns
 
 

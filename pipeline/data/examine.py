@@ -205,7 +205,7 @@ def _object(stage: Json) -> Iterator[tuple[str, bool]]:
     if stage["learnt"] == "answers" and (
         missing := tokens["rows_kept"] - tokens["rows_whose_end_of_turn_is_supervised"]
     ):
-        yield f"in {missing} rows the end of the turn carries no loss: the model would not learn to stop", True
+        yield f"in {missing} rows the end-of-turn token carries no loss: the model would not learn to stop", True
 
 
 def _warn(name: str, stage: Json, overlaps: list[Json]) -> list[str]:
@@ -215,9 +215,14 @@ def _warn(name: str, stage: Json, overlaps: list[Json]) -> list[str]:
         if any(int(count) > 1 for count in tokens["bos_at_the_start"]):
             warned.append("some rows begin with more than one beginning-of-sequence token")
         if count := tokens["texts_with_special_tokens"]:
-            warned.append(f"{count} texts spell special tokens, which the model will read as such and not as words")
+            warned.append(
+                f"{count} texts contain the text of special tokens: the model reads it as these tokens, not as words"
+            )
         if tokens["bytes_per_token"] and tokens["bytes_per_token"] < FEW_BYTES_A_TOKEN:
-            warned.append(f"a token is {tokens['bytes_per_token']} bytes: this tokenizer hardly knows the language")
+            warned.append(
+                f"a token is {tokens['bytes_per_token']} bytes: this tokenizer splits the language into very small "
+                "pieces"
+            )
     for how, sign in (("exact", "="), ("near", "~")):
         if alike[how]:
             a, b = alike[f"{how}_named"][0]
@@ -242,5 +247,8 @@ def _warn_of_pairs(pairs: Json | None) -> list[str]:
         return warned
     if (share := max(pairs["longer_wins"], 1 - pairs["longer_wins"])) > LENGTH_TELLS:
         word = "longer" if pairs["longer_wins"] > 0.5 else "shorter"
-        warned.append(f"the {word} answer wins {share:.1%} of the comparisons: length alone would score that")
+        warned.append(
+            f"the {word} answer wins {share:.1%} of the comparisons: a rule that looks only at length would be right "
+            "as often"
+        )
     return warned

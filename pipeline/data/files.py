@@ -104,7 +104,9 @@ def _list_files(folder: Path) -> list[Path]:
     # A README beside rows is about them, and none of them.
     files = [file for file in files if _ending(file) not in TEXTS] or files
     if not files:
-        raise UserError(f"{folder} is a folder without any file this reads ({', '.join(sorted(ENDINGS))}, .gz, .zst)")
+        raise UserError(
+            f"{folder} is a folder without a file that OneBase reads ({', '.join(sorted(ENDINGS))}, .gz, .zst)"
+        )
     return files
 
 
@@ -125,7 +127,9 @@ def _list_split(folder: Path, split: str) -> list[Path]:
 def _read_file(file: Path, lines: bool, encoding: str) -> Iterator[Placed]:
     ending = _ending(file)
     if ending not in ENDINGS:
-        raise UserError(f"{file}: unknown kind of file. Read are {', '.join(sorted(ENDINGS))}, also as .gz or .zst")
+        raise UserError(
+            f"{file}: unknown kind of file. OneBase reads {', '.join(sorted(ENDINGS))}, also as .gz or .zst"
+        )
     try:
         if ending == ".parquet":
             from pyarrow import parquet
@@ -194,16 +198,18 @@ def _check_object(row: Any) -> Row | Unreadable:
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except (UnicodeEncodeError, RecursionError):
-        return Unreadable("holds half of a surrogate pair, which is no character")
+        return Unreadable("holds half of a surrogate pair, which is not a character")
     return row
 
 
 def _not_utf8(where: str) -> Unreadable:
-    return Unreadable(f"holds bytes that are no UTF-8 ({where}): name their encoding as data.encoding, say latin-1")
+    return Unreadable(
+        f"holds bytes that are not UTF-8 ({where}): name their encoding as data.encoding, for example latin-1"
+    )
 
 
 def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is no JSON")
+    raise ValueError(f"{word} is not JSON")
 
 
 def _read_list(file: Path, encoding: str) -> Iterator[Placed]:
@@ -249,7 +255,7 @@ def _read_table(file: Path, encoding: str) -> Iterator[Placed]:
                 yield place, {column: _parse_cell(column, text) for column, text in row.items()}
     except csv.Error as error:
         raise UserError(
-            f"{file}:{last + 1}: a quote is opened here and not closed as CSV closes it ({error}). "
+            f"{file}:{last + 1}: a quote opens here and is not closed as CSV requires ({error}). "
             "Double the quotes inside a field, or use .jsonl"
         ) from error
 

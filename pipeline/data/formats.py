@@ -66,7 +66,7 @@ def read_rows(row: Row, form: Format, kind: RowKind) -> Iterator[Row]:
         yield row
         return
     if named == "kto" and kind in ("text", "question"):
-        raise Unreadable("is one answer with a label (KTO), which this stage has no use for")
+        raise Unreadable("is one answer with a label (KTO), which this stage cannot use")
     empty = True
     try:
         for given in READERS[named](row, kind):
@@ -99,7 +99,7 @@ def _select(row: Row, kind: RowKind) -> Iterator[Row]:
 def _select_ranked(row: Row, replies: list[Any], kind: RowKind) -> Iterator[Row]:
     """Replies to one prompt, best first: every two of them are a comparison (InstructGPT, arXiv 2203.02155, 3.5)."""
     if not all(isinstance(reply, str) and reply.strip() for reply in replies):
-        raise Unreadable("one of the ranked replies is empty or no text")
+        raise Unreadable("one of the ranked replies is empty or not text")
     if isinstance(row["prompt"], list):
         replies = [[message("assistant", reply)] for reply in replies]
     if kind == "prompt":
@@ -108,7 +108,7 @@ def _select_ranked(row: Row, replies: list[Any], kind: RowKind) -> Iterator[Row]
         yield {**row, "completion": replies[0]}
     elif kind == "preference":
         if len(replies) < 2:
-            raise Unreadable(f"has {len(replies)} ranked reply, a comparison takes two")
+            raise Unreadable(f"has {len(replies)} ranked reply, and a comparison needs two")
         for better, worse in combinations(replies, 2):
             yield {**row, "chosen": better, "rejected": worse}
 
@@ -116,12 +116,12 @@ def _select_ranked(row: Row, replies: list[Any], kind: RowKind) -> Iterator[Row]
 def _cut_last_answer(messages: Any) -> list[Any]:
     """A dialogue as a prompt: all before the assistant's last turn, or all of it where it ends on the question."""
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
-        raise Unreadable("field 'messages' is no list of messages")
+        raise Unreadable("field 'messages' is not a list of messages")
     answers = [index for index, each in enumerate(messages) if each.get("role") == "assistant"]
     ends_on_answer = bool(messages) and messages[-1].get("role") == "assistant"
     prompt = messages[: answers[-1]] if ends_on_answer else messages
     if not prompt:
-        raise Unreadable("field 'messages' asks nothing before the assistant speaks")
+        raise Unreadable("field 'messages' has no question before the first answer of the assistant")
     return prompt
 
 
@@ -143,7 +143,7 @@ def _openai(row: Row, kind: RowKind) -> Iterator[Row]:
 
 def _kto(row: Row, kind: RowKind) -> Iterator[Row]:
     if not read_label(row) and kind == "demonstration":
-        raise Unreadable("is labelled as an undesirable answer, which is no demonstration")
+        raise Unreadable("is labelled as an undesirable answer, so it is not an example to learn from")
     rest = drop_label(row)
     yield from READERS[find_format(rest) or "trl"](rest, kind)
 
@@ -168,7 +168,7 @@ def _alpaca(row: Row, kind: RowKind) -> Iterator[Row]:
         return
     for instance in row["instances"]:
         if not isinstance(instance, dict):
-            raise Unreadable("field 'instances' holds something that is no object")
+            raise Unreadable("field 'instances' holds something that is not an object")
         yield from _alpaca({**_without(row, "instances"), **instance}, kind)
 
 
@@ -218,7 +218,7 @@ def _sharegpt(row: Row, kind: RowKind) -> Iterator[Row]:
         reply = row.get(key)
         text = reply.get("value", reply.get("content")) if isinstance(reply, dict) else reply
         if not isinstance(text, str):
-            raise Unreadable(f"field '{key}' is no text")
+            raise Unreadable(f"field '{key}' is not text")
         pair[key] = [message("assistant", text)]
     yield {**rest, "prompt": messages, **pair}
 

@@ -57,7 +57,7 @@ def _read_answer(row: Row) -> Row:
     messages = shaped.get("messages")
     if messages is not None:
         if not isinstance(messages, list) or len(messages) < 2 or not isinstance(messages[-1], dict):
-            raise Unreadable("field 'messages' does not end on an answer of the assistant")
+            raise Unreadable("field 'messages' does not end with an answer of the assistant")
         del shaped["messages"]
         shaped |= {"prompt": messages[:-1], "completion": messages[-1:]}
     if "prompt" not in shaped or "completion" not in shaped:

@@ -31,7 +31,7 @@ def _of_text(encoding: str) -> str:
     try:
         "a".encode(encoding).decode(encoding, "surrogateescape")
     except (LookupError, ValueError) as error:  # of ValueError: a null byte in the name, or an encoding of no text
-        raise ValueError("is no encoding of text that Python knows, such as latin-1, cp1252 or utf-16") from error
+        raise ValueError("is not a text encoding that Python knows, such as latin-1, cp1252 or utf-16") from error
     return encoding
 
 
@@ -86,7 +86,7 @@ class DataSpec(BaseModel):
         if (self.path is None) == (self.mix is None):
             raise ValueError("takes either 'path' or 'mix', a list of {path, weight or epochs}")
         if self.mix and (self.limit or self.split != "train"):
-            raise ValueError("with 'mix', 'limit' and 'split' belong to its entries")
+            raise ValueError("with 'mix', write 'limit' and 'split' in its entries")
         if self.mix and len({part.weight is None for part in self.mix}) > 1:
             raise ValueError("gives a weight to some entries of 'mix' and none to others; give one to all or to none")
         if isinstance(self.test, int | float) and not (0 < self.test < 1 or (self.test > 1 and self.test % 1 == 0)):
@@ -172,9 +172,9 @@ def _keep(rows: Shelf[Row], row: Row) -> str | None:
     try:
         rows.append(row)
     except UnicodeEncodeError:
-        return "holds half of a surrogate pair, which is no character"
+        return "holds half of a surrogate pair, which is not a character"
     except (ValueError, RecursionError) as error:
-        return f"holds what is no JSON: {error}"
+        return f"holds something that is not JSON: {error}"
     return None
 
 
@@ -201,7 +201,7 @@ def read_split(spec: DataSpec, contract: Contract, seed: int) -> Split:
             why = "raise its weight or epochs, or leave it out"
             if not of_source:
                 why = f"data.test ({spec.test:g}) holds all of them out; hold out fewer"
-            raise UserError(f"data.mix: not one row of {source.path} is drawn: {why}")
+            raise UserError(f"data.mix: no row of {source.path} is used: {why}")
     places = [kept[s][i] for s, i in zip(which.tolist(), index.tolist(), strict=True)]
     return Split(Picked(rows, which.tolist(), places), test, sources)
 
@@ -282,7 +282,7 @@ def _hold_out(
 
 def _digest(row: Row, group: str | None) -> bytes:
     if group is not None and group not in row:
-        raise UserError(f"{row['_place']}: has no column '{group}', by which data.group splits")
+        raise UserError(f"{row['_place']}: has no column '{group}', which data.group names")
     key = prompt_key(row) if group is None else json.dumps(row[group], sort_keys=True)
     return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 

@@ -170,7 +170,7 @@ def reply(tokenizer: Tokenizer, row: Row, key: str) -> Reply:
     with_loss = [place for place, label in enumerate(whole.labels) if label != IGNORED]
     start, stop = with_loss[0], with_loss[-1] + 1
     if whole.ids[stop - 1] not in stop_ids(tokenizer):
-        raise Unrenderable(f"the chat template ends '{key}' with no token that the model could stop at")
+        raise Unrenderable(f"the chat template ends '{key}' without a token at which the model could stop")
     return Reply(whole.ids[:start], whole.ids[start:stop], whole.labels[start:stop])
 
 

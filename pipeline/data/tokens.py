@@ -61,7 +61,7 @@ def tokenize_text(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tupl
         ids.pop(), offsets.pop()
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
-        raise Unrenderable("begins with two beginning-of-sequence tokens: take the one out of the text")
+        raise Unrenderable("begins with two beginning-of-sequence tokens: remove the one in the text")
     return ids, offsets
 
 

@@ -51,7 +51,7 @@ def _replies(node: dict[str, Any]) -> list[dict[str, Any]]:
     """The replies to a message, without deleted ones."""
     replies = node.get("replies") or []
     if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
-        raise Unreadable("field 'replies' is no list of messages")
+        raise Unreadable("field 'replies' is not a list of messages")
     return [reply for reply in replies if not reply.get("deleted")]
 
 

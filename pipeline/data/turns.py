@@ -54,7 +54,8 @@ def _find_by_change(tokenizer: Tokenizer, messages: Messages, index: int, text: 
     start = _find_opening(tokenizer, messages[:index], row, text, place) if place >= 0 and text.endswith(rest) else None
     if start is None:
         raise Unrenderable(
-            f"the chat template renders turn {index} differently once more turns follow, so its place cannot be told"
+            f"the chat template renders turn {index} differently when more turns follow, so OneBase cannot tell "
+            "which tokens belong to it"
         )
     end, closing = len(text) - len(rest), rest.lstrip()
     mark = next((mark for mark in closing_marks(tokenizer) if closing.startswith(mark)), None)
@@ -105,8 +106,8 @@ def refuse_forged(tokenizer: Tokenizer, messages: Messages, row: Row) -> None:
         for text in _find_texts(value):
             if spelled := marks(tokenizer, text):
                 raise Unrenderable(
-                    f"{place} holds '{spelled[0]}', which is a special token of this base: it would end or forge a "
-                    "turn. Take it out, or write it otherwise"
+                    f"{place} holds '{spelled[0]}', which is a special token of this base: it would end a turn or "
+                    "fake one. Remove it, or write it differently"
                 )
 
 

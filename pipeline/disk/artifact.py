@@ -118,7 +118,7 @@ class Artifact:
             if hashes.get(name) != sha256:
                 state = "is missing" if name not in hashes else "is corrupted or truncated (its sha256 has changed)"
                 raise UserError(
-                    f"{self.adapter / name} {state}. The stage '{self.name}' cannot be built upon: "
+                    f"{self.adapter / name} {state}. No stage can continue from '{self.name}': "
                     f"delete {self.folder} and run again to train it anew."
                 )
         return manifest

@@ -105,8 +105,8 @@ def loadable(tasks: list[str]) -> None:
             _manager().load([task])
         except KeyError:
             raise UserError(
-                f"--lm-eval {task}: lm-eval has no task of that name (its own list: lm-eval ls tasks); "
-                "a task file ends in .yaml"
+                f"--lm-eval {task}: lm-eval has no task of that name (`lm-eval ls tasks` lists them); the name of a "
+                "task file ends in .yaml"
             ) from None
         except Exception as error:  # whatever a data set, a task's code or the network has to say
             raise UserError(f"--lm-eval {task} cannot be loaded: {type(error).__name__}: {error}") from error

@@ -77,7 +77,7 @@ def results_of(recipe: Recipe, runs: Path) -> Results:
     """The results of the last evaluation. Raises UserError if there was none, or if they are not as written."""
     results = read_results(folder(recipe, runs))
     if results is None:
-        raise UserError(f"{recipe.name} has not been evaluated. Do it with: onebase eval RECIPE")
+        raise UserError(f"{recipe.name} has not been evaluated. Type: onebase eval RECIPE")
     return results
 
 
@@ -141,7 +141,7 @@ def judged(answers: dict[str, Json], where: Path, judge: Judge | None) -> Arena 
         held, verdicts = judges.arena(judge, questions, told)
         unread = [row["reply"] for row in verdicts if row["verdict"] is None]
         if unread:
-            print(f"  {len(unread)} replies were no verdict and count as ties, such as {unread[0]!r}", flush=True)
+            print(f"  {len(unread)} replies were not A, B or tie and count as ties, such as {unread[0]!r}", flush=True)
         found = held.described(model=model, unread=len(unread)).model_dump()
         write_text(rows, (judges.line(row) for row in verdicts))
         print(f"  every verdict is in {rows}", flush=True)

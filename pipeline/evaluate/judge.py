@@ -59,7 +59,7 @@ class Judge:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not _is_loopback(parts.hostname or ""):
             raise UserError(
-                f"--judge {self.url}: expected an endpoint on this machine, as http://127.0.0.1:8080/v1. "
+                f"--judge {self.url}: expected an address on this machine, such as http://127.0.0.1:8080/v1. "
                 "Held-out data and answers are not sent anywhere else."
             )
 

@@ -83,7 +83,7 @@ def plan(recipe: Recipe, runs: Path, benchmarks: Sequence[Row] = ()) -> list[Mea
         found.append(replace(measure, adapters=used, folders=folders, model=model))
     twice = [file for file, count in Counter(measure.file for measure in found).items() if count > 1]
     if twice:
-        raise UserError(f"two tasks of --lm-eval would both be kept as {twice[0]}: give them other names")
+        raise UserError(f"two tasks of --lm-eval would both be stored as {twice[0]}: give them other names")
     return found
 
 

@@ -72,8 +72,8 @@ def _knows_the_marks(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> Non
     if unknown:
         raise UserError(
             f"model.chat_template: {spec.chat_template} writes {', '.join(unknown)}, which {spec.base} has no token "
-            "for, and a frozen 4-bit base cannot grow new ones. Leave chat_template out: a template of tokens the base "
-            "has is used then"
+            "for, and a frozen 4-bit base cannot get new ones. Leave chat_template out: then OneBase uses a template "
+            "of tokens that the base has"
         )
 
 
@@ -130,7 +130,7 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, num_labels: i
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(
             f"model.base: the tokenizer has {len(tokenizer)} tokens, the base only "
-            f"{model.get_input_embeddings().num_embeddings} embeddings; a frozen 4-bit base cannot grow new ones"
+            f"{model.get_input_embeddings().num_embeddings} embeddings; a frozen 4-bit base cannot get new ones"
         )
     model.config.pad_token_id = tokenizer.pad_token_id
     keep_gradients_on_cpu(model)

@@ -79,7 +79,9 @@ def _check_weights(file: Path, reference: str) -> None:
     except SafetensorError as error:
         raise UserError(f"{reference}: its {WEIGHTS} cannot be read: {error}") from None
     if strange:
-        raise UserError(f"{reference}: its {WEIGHTS} holds tensors that are no adapter's, first {strange[0][:60]!a}")
+        raise UserError(
+            f"{reference}: its {WEIGHTS} holds tensors that do not belong to an adapter, first {strange[0][:60]!a}"
+        )
 
 
 def load_words(reference: str) -> Json:

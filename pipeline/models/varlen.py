@@ -102,16 +102,17 @@ def why_not(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) 
     width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     capability = torch.cuda.get_device_capability(device)
     if dtype is torch.float32:
-        return "the kernel takes 16 bits alone, and model.dtype is float32 (bfloat16 would do)"
+        return "the kernel computes in 16 bits only, and model.dtype is float32 (bfloat16 works)"
     if getattr(config, "attn_logit_softcapping", None):
-        return "the model caps its attention scores, which the kernel does not"
+        return "the model caps its attention scores, and the kernel cannot"
     if getattr(config, "attention_dropout", 0.0):
-        return "the model drops out attention weights, which the kernel does not"
+        return "the model uses dropout in its attention, and the kernel cannot"
     if getattr(config, "v_head_dim", None):
-        return "the model's keys and values are of unlike width"
+        return "the model's keys and values have different widths"
     if not 0 < width <= WIDEST_HEAD or width % HEAD_STEP:
         return (
-            f"the kernel takes heads of a multiple of {HEAD_STEP} up to {WIDEST_HEAD}, and the model's are of {width}"
+            f"the kernel needs heads whose width is a multiple of {HEAD_STEP} and at most {WIDEST_HEAD}, and the "
+            f"model's have {width}"
         )
     if capability < OLDEST:
         needed, found = (".".join(map(str, version)) for version in (OLDEST, capability))

@@ -69,8 +69,9 @@ def choose(
     def refusal(work: Work) -> UserError:
         needs = memory(model, work)
         return UserError(
-            f"auto finds nothing that fits {card.name} ({card.room / GIB:.3g} GiB, 5 % kept free): the least needs "
-            f"{needs.total / GIB:.1f} GiB, {(needs.total - room) / GIB:.1f} too many, {needs.stays / GIB:.1f} of them "
+            f"auto finds nothing that fits {card.name} ({card.room / GIB:.3g} GiB, 5 % kept free): the smallest "
+            f"setting needs {needs.total / GIB:.1f} GiB, {(needs.total - room) / GIB:.1f} GiB more than there is, "
+            f"{needs.stays / GIB:.1f} of them "
             f"for weights, adapters and optimizer, {CONTEXT / GIB:.1f} for the CUDA context. Take a smaller model or "
             "r, a lower max_length, or optim: adamw_8bit."
         )

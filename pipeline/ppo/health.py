@@ -49,7 +49,7 @@ class Health:
                 "policy it starts from stops at all"
             )
         if all(past["empty_share"] == 1 for past in recent):
-            return f"all answers of the last {WINDOW} steps were empty: the reward pays for saying nothing"
+            return f"all answers of the last {WINDOW} steps were empty: the reward favours empty answers"
         if all(past["grad_norm"] == 0 for past in recent):
             return f"the policy's gradient was zero in the last {WINDOW} steps: it has stopped learning"
         return None
@@ -58,16 +58,19 @@ class Health:
         notes = []
         first, last = self.history[:WINDOW], self.history[-WINDOW:]
         if step["entropy"] < COLLAPSED * self.history[0]["entropy"]:
-            notes.append("the entropy has collapsed: the policy says one thing only. Raise kl_coef or temperature")
+            notes.append(
+                "the entropy has collapsed: the policy gives almost always the same answer. Raise kl_coef or "
+                "temperature"
+            )
         if step["eos_share"] < 0.5:
             notes.append("more than half of the answers are cut at response_length: raise it, or missing_eos_penalty")
         if len(last) == WINDOW and all(past["score_std"] <= ALIKE * abs(past["score"]) for past in last):
-            notes.append(f"all answers of the last {WINDOW} steps were paid alike: there is nothing to learn from")
+            notes.append(f"all answers of the last {WINDOW} steps got the same reward: there is nothing to learn from")
         if len(self.history) >= 2 * WINDOW:
             longer = _mean(last, "answer_length") / max(_mean(first, "answer_length"), 1.0)
             if longer > RUNAWAY and _mean(last, "reward") > _mean(first, "reward"):
                 notes.append(
-                    f"reward rises while answers have grown {longer:.1f} times as long: the reward model may pay for "
+                    f"reward rises while answers have grown {longer:.1f} times as long: the reward model may favour "
                     "length"
                 )
         return notes

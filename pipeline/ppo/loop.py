@@ -49,7 +49,7 @@ def leave_out_unrenderable(
     if any(isinstance(row["prompt"], list) for row in ctx.data.train) and not closes_turns(tokenizer):
         raise UserError(
             f"stage '{ctx.out.name}': the chat template does not close the assistant's turn with a token that the "
-            "model could stop at, so no answer would end. Name another one as model.chat_template, say "
+            "model could stop at, so no answer would end. Name another one as model.chat_template, for example "
             "recipes/templates/chatml.jinja"
         )
     room = min(limit for limit in (settings.max_length, window, 1 << 62) if limit) - settings.response_length
@@ -207,5 +207,7 @@ def _unhealthy(ctx: Context, step: int, reason: str) -> str:
     good = max((number for number in steps if number < step - 1), default=min(steps, default=0))
     kept = ctx.out.checkpoints / f"checkpoint-{good}"
     where = f"The policy as it was at step {good} is in {kept / 'adapter'}." if good else "No checkpoint was written."
-    where += " A changed setting or reward starts anew and removes it: copy it away first."
+    where += (
+        " If you change a setting or the reward, the stage starts anew and removes it: copy it to another place first."
+    )
     return f"stage '{ctx.out.name}' was stopped at step {step}: {reason}. {where}"

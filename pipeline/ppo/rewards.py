@@ -166,6 +166,6 @@ def _call(source: Source, rows: Sequence[Row], answers: list[str]) -> list[float
         if source.truth and numbers[-1] not in (0, 1):
             raise UserError(
                 f"the reward function {source.name} is declared the truth and returned {where}: truth is 0 or 1. "
-                "Mend the function, or take `truth: true` away from it."
+                "Correct the function, or remove `truth: true`."
             )
     return numbers

@@ -128,7 +128,9 @@ class PPOSettings(BaseModel):
                 f"{self.response_length}"
             )
         if self.kl_target is not None and self.kl_coef == 0:
-            raise ValueError("kl_target steers by multiplying kl_coef, and 0 stays 0: give kl_coef a start, say 0.05")
+            raise ValueError(
+                "kl_target steers by multiplying kl_coef, and 0 stays 0: set kl_coef above 0, for example 0.05"
+            )
         if self.kl_target is not None and self.kl_horizon < self.batch_size:
             raise ValueError(f"kl_horizon {self.kl_horizon} is less than one batch ({self.batch_size} episodes)")
         return self

@@ -20,7 +20,7 @@ def write(sealed: Sealed, folder: Path) -> None:
     """Raises UserError if the base has no public name, or the Hub holds other weights under it."""
     if sealed.base_id is None:
         raise UserError(
-            f"the base {sealed.model.base} is a local folder, and nobody else has it: name what it is on the Hub "
+            f"the base {sealed.model.base} is a local folder, which others do not have: give its name on the Hub "
             "(model.public_id: OWNER/NAME in the recipe, or -o model.public_id=OWNER/NAME), or publish "
             "--as merged or gguf, which carry the base"
         )

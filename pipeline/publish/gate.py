@@ -110,14 +110,15 @@ def compare(job: Json, trained: Json, written: Json) -> tuple[Json, list[str]]:
         ours, theirs = trained["ids"][unlike[0]], written["ids"][unlike[0]]
         at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(theirs))
         wrong.append(
-            f"the chat template or the tokenizer is another: {len(unlike)} of {len(job['rows'])} prompts become other "
-            f"tokens than in training; the first parts at token {at} ({ours[at : at + 3]} became {theirs[at : at + 3]})"
+            f"the chat template or the tokenizer is a different one: {len(unlike)} of {len(job['rows'])} prompts "
+            f"become different tokens than in training; the first differs at token {at} ({ours[at : at + 3]} became "
+            f"{theirs[at : at + 3]})"
         )
     if written["labels"] != job["labels"]:
         wrong.append(f"the labels are named {written['labels']}, in training {job['labels']}")
     if not job["num_labels"] and set(trained["stops"]) != set(written["stops"]):
         wrong.append(
-            f"answers stop at other tokens: {sorted(written['stops'])}, in training {sorted(trained['stops'])}"
+            f"answers stop at different tokens: {sorted(written['stops'])}, in training {sorted(trained['stops'])}"
         )
     numbers, off = _distance(job, trained["numbers"], written["numbers"])
     wrong += off
@@ -163,8 +164,8 @@ def _too_near(job: Json, error: float, distance: float, to_base: float) -> list[
     if to_base <= error:
         return [f"it is nearer to the bare base ({theirs}) than to what was trained ({ours})"]
     return [
-        f"the adapter moves the base by {far} only, which an error of {ours} is too large to tell from nothing "
-        f"(allowed is {allowed}). Publish --as adapter, which is exact"
+        f"the adapter changes the base by {far} only, and what was written is off by {ours} (allowed is {allowed}): "
+        "too much to tell it from the bare base. Publish --as adapter, which is exact"
     ]
 
 

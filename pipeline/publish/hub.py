@@ -60,7 +60,7 @@ def push(repository: str, folder: Path, private: bool, overwrite: bool) -> str:
         head, held = _held(api, repository, overwrite)
         if not held - NOT_OURS:
             # Not deleted: what was uploaded to it need not be sent again, and a commit may still be under way.
-            failed += ", and the repository is there, empty when the upload began"
+            failed += ", and its repository exists, without published files"
         names = {str(file.relative_to(folder)) for file in files}
         commit = api.create_commit(
             repository,

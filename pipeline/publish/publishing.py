@@ -45,7 +45,7 @@ def publish(
     Raises UserError, and leaves the destination as it was, if what was written does not answer as what was trained.
     """
     if form not in FORMS:
-        raise UserError(f"--as {form}: there is {', '.join(FORMS)}")
+        raise UserError(f"--as {form}: unknown form (there is: {', '.join(FORMS)})")
     source = read_sealed(recipe, stage, Path(runs))
     if source.num_labels and form == "gguf":
         what = f"'{stage}' is {source.what}; GGUF has no place for a score head"
@@ -115,7 +115,7 @@ def _refuse_around(destination: Path, stage: Path) -> None:
     for inside, what in ((stage, "the stage itself"), (Path.cwd(), "the current folder"), (Path.home(), "your home")):
         if inside.resolve().is_relative_to(destination.resolve()):
             raise UserError(
-                f"--to {destination}: it holds {what}, and would be replaced whole; name a folder of its own"
+                f"--to {destination}: it holds {what}, and publishing replaces the whole folder; name a new folder"
             )
 
 

@@ -94,12 +94,12 @@ def read_sealed(recipe: Recipe, stage: str, runs: Path) -> Sealed:
     if trained != now:
         changed = sorted(key for key in {*trained, *now} if trained.get(key) != now.get(key))
         raise UserError(
-            f"{artifact.folder} was trained under another model section than the recipe's: {', '.join(changed)} "
+            f"{artifact.folder} was trained with another model section than the recipe has: {', '.join(changed)} "
             f"differ. Publish from the run's own recipe ({artifact.folder.parent}), or run '{stage}' again."
         )
     if manifest.data.measured_on != recipe.measured_on(stage):
         print(
-            f"  warning: '{stage}' was measured on other held-out files than the recipe names now. The card tells the "
+            f"  warning: '{stage}' was measured on other held-out files than the recipe names now. The card gives the "
             "numbers of then; onebase run measures it again."
         )
     base_id = model.public_id or (None if Path(model.base).exists() else model.base.removeprefix("hub:"))

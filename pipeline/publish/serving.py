@@ -53,7 +53,7 @@ def prepare(recipe: Recipe, stages: list[str], runs: Path) -> Path:
     sources = [read_sealed(recipe, stage, runs) for stage in dict.fromkeys(stages)]
     for source in sources:
         if source.num_labels:
-            raise UserError(f"'{source.artifact.name}' is {source.what}: it scores texts and writes none")
+            raise UserError(f"'{source.artifact.name}' is {source.what}: it scores texts and writes no answers")
     quiet()
     base = _base(recipe, sources[0])
     folder = cache_folder() / "serve" / recipe.name

@@ -37,7 +37,7 @@ def check(expect: Expect, numbers: dict[str, list[str]]) -> None:
             example = f"{next(iter(numbers))}.loss (there is: {', '.join(numbers)})"
             raise complaint(f"name a stage and its number, as in {example}", "expect", key)
         if number not in numbers[stage]:
-            raise complaint(f"{stage} leaves no such number (there is: {', '.join(numbers[stage])})", "expect", key)
+            raise complaint(f"{stage} does not give this number (there is: {', '.join(numbers[stage])})", "expect", key)
         if not isinstance(comparison, str) or not COMPARISON.fullmatch(comparison.strip()):
             problem = f'is {comparison!r}, expected a comparison with a number in quotes, as in ">= 0.6"'
             raise complaint(problem, "expect", key)
@@ -66,6 +66,6 @@ def hold(expect: Expect, artifact: Artifact, force: bool) -> None:
     if not force:
         raise UserError(
             f"stage '{stage}' does not reach what the recipe expects, so the run stops here:\n{listed}\n"
-            "Its adapter is kept. Go on all the same with --force, or change the stage or the expectation."
+            "Its adapter is kept. Continue all the same with --force, or change the stage or the expectation."
         )
     print(f"  warning: going on although stage '{stage}' misses what is expected:\n{listed}", flush=True)

@@ -175,7 +175,7 @@ def build(
             recipe.order()
         except graphlib.CycleError as error:
             circle = " -> ".join(reversed(error.args[1]))
-            raise complaint(f"the stages go on from each other in a circle: {circle}", "stages") from None
+            raise complaint(f"the stages continue each other in a circle: {circle}", "stages") from None
     except ValidationError as error:
         raise UserError(sections.locate(error, path, lines or {})) from None
     return recipe

@@ -103,7 +103,10 @@ def check(tree: Json) -> RecipeSpec:
         raise complaint(f"no such file: {template}", "model", "chat_template")
     for name, section in spec.stages.items():
         if section.train.get("push_to_hub") and os.path.exists(spec.model.base) and not spec.model.public_id:
-            unnamed = "names the base, and nobody else has this folder: say what it is on the Hub (model.public_id)"
+            unnamed = (
+                "pushes the name of the base, which is a local folder that others do not have: give its name on the "
+                "Hub (model.public_id)"
+            )
             raise complaint(unnamed, "stages", name, "train", "push_to_hub")
     gates.check(spec.expect, {name: [*kinds[name].numbers, *of.source_numbers()] for name, of in spec.stages.items()})
     return spec
@@ -133,7 +136,7 @@ def _check_from(from_: str | None, kinds: dict[str, Stage], *place: str) -> None
         manifest = published.pulled(from_).finished()
         lineage = [entry.kind for entry in manifest.lineage if isinstance(entry, Manifest)]
         if unknown := [kind for kind in lineage if kind not in STAGES]:
-            raise complaint(f"{from_} grew from a {unknown[0]} stage, which this version does not have", *place)
+            raise complaint(f"{from_} continues a {unknown[0]} stage, which this version does not have", *place)
         kind, named = STAGES[manifest.kind], f"{from_} is"
     elif from_ in kinds:
         kind, named = kinds[from_], f"'{from_}' leaves"
@@ -141,7 +144,8 @@ def _check_from(from_: str | None, kinds: dict[str, Stage], *place: str) -> None
         raise complaint(f"no stage '{from_}' in this recipe{suggest(from_, kinds)}", *place)
     if not kind.answers:
         raise complaint(
-            f"{named} a {'reward model' if kind.ranks else 'classifier'}, not a policy to go on with", *place
+            f"{named} a {'reward model' if kind.ranks else 'classifier'}, not a policy that a stage can continue",
+            *place,
         )
 
 
@@ -155,7 +159,12 @@ def _check_truth(spec: RecipeSpec) -> None:
                 raise complaint(problem, "stages", name, "reward")
             first = first or term.source
             if term.source != first:
-                raise complaint(f"a second truth, {term.source}; {first} is it already", "stages", name, "reward")
+                raise complaint(
+                    f"{term.source} is a second truth; a recipe has one, and it is {first} already",
+                    "stages",
+                    name,
+                    "reward",
+                )
 
 
 def locate(error: ValidationError, path: str, lines: Json) -> str:

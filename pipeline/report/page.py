@@ -133,7 +133,7 @@ def _evaluated(recipe: Recipe, typed: str, runs: Path) -> Results | None:
         raise UserError(
             f"the evaluation in {where} is damaged or older than the run ({len(old)} of {len(wanted)} measures, first "
             f"{old[0]}). "
-            f"Bring it up to date first: onebase eval {typed}"
+            f"Evaluate again first: onebase eval {typed}"
         )
     return results
 

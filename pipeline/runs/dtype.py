@@ -41,8 +41,8 @@ def settle(model: ModelSpec, begun: Mapping[str, Dtype]) -> ModelSpec:
     if len(set(begun.values())) > 1:
         told = ", ".join(f"'{name}' in {dtype}" for name, dtype in begun.items())
         raise UserError(
-            f"model.dtype: auto stands for one in the whole run, and what is there computes in several: {told}. Name "
-            "one in the recipe (model.dtype: bfloat16); stages that were trained in another are then trained again"
+            f"model.dtype: auto means one type for the whole run, and its finished stages have several: {told}. Name "
+            "one in the recipe (model.dtype: bfloat16); stages that were trained in another type are then trained again"
         )
     if begun:
         name, dtype = next(iter(begun.items()))

@@ -73,7 +73,7 @@ def _check_before(recipe: Recipe, state: State, by_name: dict[str, State], chose
             raise UserError(parent.why)
         if not parent.fresh:
             raise UserError(
-                f"'{state.name}' goes on from '{parent.name}', which is {parent.word} ({parent.why}). "
+                f"'{state.name}' continues '{parent.name}', which is {parent.word} ({parent.why}). "
                 f"Run it too: --only {parent.name} --only {state.name}, or leave --only and --from away."
             )
     load_rows(recipe, state.name)
@@ -133,7 +133,8 @@ def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path
         raise KeyboardInterrupt
     tail = "\n  ".join(logged.strip().splitlines()[-8:])
     raise UserError(
-        f"stage '{stage}' ended without a word (status {status}): killed from outside, or out of memory.\n  {tail}\n"
+        f"stage '{stage}' ended without a message (status {status}): it was killed by the system or by another "
+        f"program, for example because memory ran out.\n  {tail}\n"
         f"Its log is {out.log}. Run again to go on from the last checkpoint."
     )
 

@@ -34,7 +34,7 @@ def refuse(launch_config: Path | None = None) -> None:
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: is no accelerate config: {error}") from error
+        raise UserError(f"{file}: is not an accelerate config: {error}") from error
     if not isinstance(config, dict):
         return
     for shard, name in SHARDS.items():

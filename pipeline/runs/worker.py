@@ -42,7 +42,7 @@ def _guarded(recipe: str, stage: str, runs: Path) -> int:
     except UserError as error:
         return _fail(str(error), 2)
     except BrokenInvariant as error:
-        return _fail(f"stage '{stage}' stopped, a hand-over is not what it must be:\n  {error}", 3)
+        return _fail(f"stage '{stage}' stopped, because a check of what it works with failed:\n  {error}", 3)
     except Interrupted as error:
         print(f"  {stage}: {error}; a checkpoint was saved", flush=True)
         return 130

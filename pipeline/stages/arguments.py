@@ -44,7 +44,7 @@ OUR_WORDS = {  # the trainers' words that something else here decides; passed on
     "is set by the stage": (
         "task_type", "inference_mode", "base_model_name_or_path", "peft_type", "modules_to_save",
     ),
-    "is not supported, each GPU holds the whole base; for several: --launch-config recipes/accelerate/ddp.yaml": (
+    "is not supported: each GPU holds the whole base. For several: --launch-config recipes/accelerate/ddp.yaml": (
         "deepspeed", "fsdp", "fsdp_config", "parallelism_config",
     ),
     "does not belong in a recipe; log in with `hf auth login` or set HF_TOKEN": (
@@ -104,7 +104,7 @@ def check_words(given: dict[str, Any], known: Collection[str], *place: str) -> N
         if word in NUMBERS and not _in_range(value, *NUMBERS[word]):
             kind, least = NUMBERS[word]
             wanted = "a whole number" if kind is int else "a number"
-            raise complaint(f"is {value!r}, expected {wanted} from {least} up", *place, word)
+            raise complaint(f"is {value!r}, expected {wanted} of at least {least}", *place, word)
 
 
 def check_train(given: dict[str, Any], config: ConfigClass) -> None:
@@ -116,14 +116,15 @@ def check_train(given: dict[str, Any], config: ConfigClass) -> None:
         config(**without_auto(given))
     elif given.get(BATCH) == AUTO and not isinstance(given.get("gradient_accumulation_steps"), int):
         raise complaint(
-            "is auto; gradient_accumulation_steps then says the rows of an optimizer step: give it, say 16",
+            "is auto; then give gradient_accumulation_steps too: it says how many rows an optimizer step has, for "
+            "example 16",
             BATCH,
         )
 
 
 def _check_by_tokens(given: dict[str, Any]) -> None:
     if BATCH in given:
-        raise complaint(f"says the rows of a batch, and {TOKENS} its tokens: leave one of them out", BATCH)
+        raise complaint(f"counts a batch in rows, and {TOKENS} counts it in tokens: leave one of them out", BATCH)
     for word, fitting in NOT_BY_TOKENS.items():
         if given.get(word, fitting[0]) not in fitting:
             problem = f"is {given[word]!r}, which does not go with {TOKENS}: leave one of them out"

@@ -111,9 +111,13 @@ class ClassifySpec(StageSpec):
                     "Correct it, or add training rows of it; if all its rows were held out, name a file as data.test"
                 )
             if not several and (count := len(self.labels_of(row))) != 1:
-                raise UserError(f"{row['_place']}: has {count} labels, and every training row has one. Give it one")
+                raise UserError(
+                    f"{row['_place']}: has {count} labels, and every training row has one label. Give it one label"
+                )
         if isinstance(self.class_weights, dict) and (wrong := self.class_weights.keys() ^ set(names)):
-            raise UserError(f"class_weights: give each of {', '.join(names)} a weight, and no other ({min(wrong)})")
+            raise UserError(
+                f"class_weights: give exactly these labels a weight: {', '.join(names)} (wrong: {min(wrong)})"
+            )
 
     def labels_of(self, row: Row) -> list[str]:
         """The names of a row's classes. Raises UserError for a number at which no class stands."""
@@ -126,7 +130,7 @@ class ClassifySpec(StageSpec):
             elif int(label) < len(self.labels):
                 names.append(self.labels[int(label)])
             else:
-                raise UserError(f"{row['_place']}: no label stands at place {label} of `labels` (from 0)")
+                raise UserError(f"{row['_place']}: there is no label number {label} of `labels` (from 0)")
         return list(dict.fromkeys(names))
 
     def classes(self, train: Sequence[Row]) -> tuple[list[str], Counter[str]]:

@@ -30,9 +30,9 @@ class PPOSpec(PolicySpec):
             raise complaint("is missing: name a reward stage, or a function as path.py:function")
         terms = _terms(reward)
         if len({term.source for term in terms}) < len(terms):
-            raise complaint("names a source twice; give it one weight")
+            raise complaint("names a source twice; name it once, with one weight")
         if not any(term.weight for term in terms):
-            raise complaint("pays for nothing: every weight is 0, which measures a source without paying for it")
+            raise complaint("pays nothing: every weight is 0, and a source with weight 0 is only measured")
         return reward
 
     def reward_terms(self) -> list[RewardTerm]:
@@ -52,7 +52,7 @@ class PPOSpec(PolicySpec):
                 if not os.path.isfile(term.file):
                     raise complaint(f"no such file: {term.file}", *place, "reward")
                 if not defines(Path(term.file), name):
-                    raise complaint(f"{term.file} defines no '{name}', or is no Python", *place, "reward")
+                    raise complaint(f"{term.file} defines no '{name}', or is not Python", *place, "reward")
             elif term.source not in stages:
                 meant = suggest(term.source, stages)
                 raise complaint(f"no stage '{term.source}' in this recipe{meant}; path.py:function", *place, "reward")

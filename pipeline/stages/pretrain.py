@@ -27,8 +27,8 @@ class PretrainSpec(PolicySpec):
     @classmethod
     def _packs(cls, train: dict[str, Any]) -> dict[str, Any]:
         if train.get(TOKENS) and train.get("packing", HOUSE["packing"]):
-            problem = "is for batches of whole rows, and this stage packs: set packing: false"
-            raise complaint(f"{problem}, or say {BATCH} here, of packed rows of max_length tokens", TOKENS)
+            problem = "is for batches of whole rows, and this stage packs its rows: set packing: false"
+            raise complaint(f"{problem}, or use {BATCH} instead, which counts packed rows of max_length tokens", TOKENS)
         return train
 
 

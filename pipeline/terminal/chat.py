@@ -205,7 +205,9 @@ class Chat:
 def open_chat(run: Path, policies: list[str], corrections: Path, new_tokens: int, temperature: float) -> Chat:
     """Load what a run left. Raises UserError naming the policies there are."""
     if not os.path.isfile(run / "recipe.yaml"):
-        raise UserError(f"{run} is no run (it has no recipe.yaml). Name a folder such as runs/quickstart")
+        raise UserError(
+            f"{run} is not the folder of a run (it has no recipe.yaml). Name a folder such as runs/quickstart"
+        )
     recipe = read(run / "recipe.yaml")
     there = [
         name for name in recipe.order() if recipe.kind(name).answers and Artifact(run / name).manifest() is not None
@@ -218,7 +220,7 @@ def open_chat(run: Path, policies: list[str], corrections: Path, new_tokens: int
     for name in chosen:
         if name in recipe.stages and not recipe.kind(name).answers:
             what = "a reward model" if recipe.kind(name).ranks else "a classifier"
-            raise UserError(f"'{name}' is {what}, which answers nothing (there is: {', '.join([*there, BASE])})")
+            raise UserError(f"'{name}' is {what}, which gives no answers (there is: {', '.join([*there, BASE])})")
         if name not in (*there, BASE):
             raise UserError(f"no finished policy '{name}' in {run} (there is: {', '.join([*there, BASE])})")
     for name in chosen:

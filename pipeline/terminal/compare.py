@@ -27,7 +27,9 @@ def show(first: Path, second: Path, console: Console) -> None:
     """Print everything in which two run folders differ. Raises UserError if one of them is no run."""
     for folder in (first, second):
         if not os.path.isfile(folder / "recipe.yaml"):
-            raise UserError(f"{folder} is no run (it has no recipe.yaml). Name folders such as runs/quickstart")
+            raise UserError(
+                f"{folder} is not the folder of a run (it has no recipe.yaml). Name folders such as runs/quickstart"
+            )
     trees = [yaml.load(folder / "recipe.yaml")[0] for folder in (first, second)]
     console.print(Text(f"A = {first}\nB = {second}", style="bold"))
     _table(console, "recipe", "key", [(key, *pair) for key, pair in _differences(trees[0], trees[1]).items()])

@@ -59,7 +59,7 @@ def show_plan(recipe: Recipe, runs: Path, card: Card | None, console: Console) -
         console.print(f"memory and time: not planned: {error}", highlight=False, markup=False)
     base = recipe.spec.model
     if unknown and noted and hub_commit(base.base, base.revision)[1]:  # well known; only the Hub is out of reach
-        console.print(f"\nwhat would run is not told: {unknown}", highlight=False, markup=False)
+        console.print(f"\nwhat would run is not known: {unknown}", highlight=False, markup=False)
     elif unknown:
         raise unknown
 

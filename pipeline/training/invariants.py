@@ -213,6 +213,6 @@ def processes_agree(trained: dict[str, torch.nn.Parameter]) -> Found:
         total.update(name.encode() + weight.detach().cpu().numpy().tobytes())
     if len(set(processes.gather(total.hexdigest()))) > 1:
         raise BrokenInvariant(
-            f"one adapter in all {count} processes", "different ones", "a gradient that was not reduced"
+            f"the same adapter in all {count} processes", "different ones", "a gradient that was not reduced"
         )
     return {"processes": count, "adapters_equal_on_all_processes": True}

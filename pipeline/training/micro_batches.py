@@ -186,10 +186,11 @@ class SplitsWhenFull(Trainer):  # type: ignore[misc]
             return "TRL's activation_offloading has no way to drop what it moved to RAM in a pass that broke off"
         if getattr(self, "aux_loss_enabled", False):
             return (
-                "the router's loss of a mixture of experts is one of the whole batch (router_aux_loss_coef: 0 ends it)"
+                "the router's loss of a mixture of experts is computed over the whole batch (router_aux_loss_coef: 0 "
+                "ends it)"
             )
         if self.args.neftune_noise_alpha and getattr(self, "padding_free", False):
-            return "neftune_noise_alpha measures its noise by the length of the packed row"
+            return "neftune_noise_alpha scales its noise with the length of the packed row"
         return None
 
     def _checkpointed(self, layers: int) -> int:

@@ -216,7 +216,7 @@ def fit_texts(
         )
     if none_left:
         raise UserError(
-            f"not one of the {rows} rows, first {first}, fits max_length {max_length}. "
+            f"none of the {rows} rows, first {first}, fits max_length {max_length}. "
             "Raise it in the stage's train section, or set data.too_long: keep_end"
         )
     if first_cut:

@@ -35,8 +35,8 @@ class TokenBatches(BatchRebalanceSampler):
         self.count = self._count(args)
         if self.count * self.processes > len(tokens):
             raise UserError(
-                f"{TOKENS} {self.budget} makes batches of single rows, and {len(tokens)} rows are no whole number for "
-                f"each of {self.processes} processes: raise it, or start fewer processes"
+                f"{TOKENS} {self.budget} makes batches of single rows, and {len(tokens)} rows cannot be divided "
+                f"equally among {self.processes} processes: raise it, or start fewer processes"
             )
 
     def _count(self, args: Any) -> int:

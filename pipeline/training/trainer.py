@@ -103,7 +103,7 @@ def build(trainer_class: type, model: PeftModel, **options: Any) -> Any:
             f"equally many. Say {BATCH} instead, or start one process"
         )
     if getattr(args, "activation_offloading", False) and not torch.cuda.is_available():
-        raise UserError("train.activation_offloading: there is no GPU here whose memory it could spare; leave it out")
+        raise UserError("train.activation_offloading: it saves GPU memory, and there is no GPU here; leave it out")
     if args.push_to_hub and args.base_on_hub:  # what TRL pushes names its base, and nobody else has this folder
         model.peft_config["default"].base_model_name_or_path = args.base_on_hub
         model.get_base_model().config._name_or_path = args.base_on_hub  # type: ignore[union-attr]
@@ -216,7 +216,7 @@ def train(trainer: Any, ctx: Context, spec: StageSpec) -> dict[str, Any]:
     if stop.requested:
         raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
     if trainer.state.global_step == 0:
-        raise UserError(f"stages.{ctx.out.name}.train asks for no step at all: raise num_train_epochs or max_steps")
+        raise UserError(f"stages.{ctx.out.name}.train trains no step: raise num_train_epochs or max_steps")
     loss = output.training_loss
     if not math.isfinite(loss) and not checkpoint:
         raise UserError(f"stage '{ctx.out.name}' ended with a loss of {loss}: lower the learning rate")

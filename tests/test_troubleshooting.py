@@ -1,0 +1,61 @@
+"""docs/troubleshooting.md has an entry for every message of the source, and no entry for a message that is gone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from messages import Message, messages
+
+PAGES = sorted((ROOT / "docs").rglob("troubleshooting.md"))
+WIDEST = 24  # as many messages may one fragment stand for: a family, not everything
+of_each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def fragments(page: Path) -> dict[str, int]:
+    """The fixed words of messages that the page's tables quote in their first column, each with its line."""
+    quoted = {}
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if line.startswith("| `"):
+            for fragment in re.findall(r"`([^`]+)`", re.split(r"(?<!\\)\|", line)[1]):
+                quoted[fragment] = number
+    return quoted
+
+
+def stands_for(fragment: str, message: Message) -> bool:
+    """Whether its parts, between each `...`, stand in the message in this order."""
+    at = 0
+    for part in filter(str.strip, fragment.split("...")):
+        at = message.text.find(part.strip(), at)
+        if at < 0:
+            return False
+        at += len(part.strip())
+    return True
+
+
+@of_each_page
+def test_every_message_has_an_entry(page: Path) -> None:
+    quoted = fragments(page)
+    missing = [
+        f"{message.place}: {message.text!r}"
+        for message in messages()
+        if not any(stands_for(fragment, message) for fragment in quoted)
+    ]
+    assert not missing, f"{page.name} has no entry for:\n" + "\n".join(missing)
+
+
+@of_each_page
+def test_every_entry_is_of_some_messages_and_not_of_all(page: Path) -> None:
+    said, wrong = messages(), []
+    for fragment, line in fragments(page).items():
+        count = sum(stands_for(fragment, message) for message in said)
+        if not 1 <= count <= WIDEST:
+            wrong.append(f"{page.name}:{line}: `{fragment}` stands for {count} messages")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_messages_are_found() -> None:
+    """As many as there were when this was written, or nearly: if the collector breaks, the tests above say nothing."""
+    assert len(messages()) > 400

@@ -1,11 +1,12 @@
 # make quickstart   a real model through the whole chain, set-up included
 # make test         the test suite, set-up included
+# make docs         these pages as a site in build/site, which needs no network to be read
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 MODEL  := models/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test lint model clean
+.PHONY: quickstart test lint docs model clean
 
 quickstart: $(BIN)/.installed $(MODEL)/config.json
 	$(BIN)/onebase run recipes/quickstart.yaml
@@ -16,6 +17,11 @@ test: $(BIN)/.installed lint
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --constraint scripts/constraints.txt --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --quiet --strict
+	@echo build/site/index.html
 
 model: $(MODEL)/config.json
 

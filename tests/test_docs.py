@@ -117,3 +117,22 @@ def test_the_reference_is_what_the_code_says() -> None:
     """If not: python scripts/make_reference.py"""
     shown = subprocess.run([sys.executable, "scripts/make_reference.py", "--check"], cwd=ROOT)
     assert shown.returncode == 0
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
+    assert not [page for page in pages if f": {page}\n" not in navigation]
+
+
+def test_the_site_builds_and_needs_no_network(tmp_path: Path) -> None:
+    """Strictly: a link or a heading that the site lacks is an error."""
+    for package in ("mkdocs", "material"):
+        pytest.importorskip(package, reason="pip install -e '.[docs]'")
+    build = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    assert subprocess.run(build, cwd=ROOT).returncode == 0
+    for page in tmp_path.rglob("*.html"):
+        loaded = re.findall(
+            r"<(?:script|link|img)\b[^>]*\b(?:src|href)=\"(https?:[^\"]*)", page.read_text(encoding="utf-8")
+        )
+        assert not loaded, f"{page.name} loads {loaded[0]}"

@@ -19,7 +19,7 @@ def fragments(page: Path) -> dict[str, int]:
     quoted = {}
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         if line.startswith("| `"):
-            for fragment in re.findall(r"`([^`]+)`", re.split(r"(?<!\\)\|", line)[1]):
+            for fragment in re.findall(r"`([^`]+)`", line.split("|")[1]):
                 quoted[fragment] = number
     return quoted
 

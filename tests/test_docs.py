@@ -104,7 +104,17 @@ def test_every_named_file_is_there(page: Path) -> None:
 def test_every_page_of_the_docs_is_named_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     unnamed = [page.name for page in (ROOT / "docs").glob("*.md") if f"(docs/{page.name})" not in readme]
+    chinese = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+    unnamed += [page.name for page in (ROOT / "docs" / "zh").glob("*.md") if f"(docs/zh/{page.name})" not in chinese]
     assert not unnamed
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "zh").glob("*.md")), ids=lambda page: page.name)
+def test_a_chinese_page_shows_the_same_commands_and_recipes(page: Path) -> None:
+    english = ROOT / "docs" / page.name
+    assert list(command_lines(page)) == list(command_lines(english))
+    here, there = ([yaml.safe_load(text) for text in blocks(one, "yaml")] for one in (page, english))
+    assert here == there
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])

@@ -152,7 +152,7 @@ def test_all_is_diagnosed_whatever_is_wrong_with_some(
     terminal.show(terminal.examine(read(recipe), ["sft", "pretrain"]), shown)
     text = shown.file.getvalue()  # type: ignore[attr-defined]
     assert "d.jsonl:14: " in text and "pretrain (pretrain)" in text
-    assert "stage 'reward' has faults of its own" in text and "stage 'dpo' has faults of its own" in text
+    assert "stage 'reward' has faults itself" in text and "stage 'dpo' has faults itself" in text
     assert len(terminal.show_rows(read(recipe), "sft", 4, shown)) == 1  # good rows are shown, and what is wrong
     assert "── " + str(tmp_path / "d.jsonl:5") in shown.file.getvalue()  # type: ignore[attr-defined]
 

@@ -82,7 +82,7 @@ def test_replies_that_are_no_verdict_are_counted_and_most_of_them_are_refused(ur
     assert [one["reply"] for one in kept if one["verdict"] is None] == [""] and found.win_rate(
         "sft", "dpo"
     ).value == 0.5
-    with pytest.raises(UserError, match=r"chatty gave no verdict .* in 4 of 4 replies, such as 'I would rather"):
+    with pytest.raises(UserError, match=r"chatty is rejected: 4 of its 4 replies are not .*, such as 'I would rather"):
         arena(Judge(url, "chatty"), ["q1", "q2"], told)
 
 

@@ -61,7 +61,7 @@ def examine(sections: list[Section], names: list[str], tokenizer: PreTrainedToke
         if name in names:
             found["stages"][name] = {"kind": section.kind, "faults": faults, "warnings": []}
         elif faults:
-            found["faults"].append(f"stage '{name}' has faults of its own: onebase data RECIPE {name} shows them")
+            found["faults"].append(f"stage '{name}' has faults itself: onebase data RECIPE {name} shows them")
         if split is None:
             continue
         asked[f"{name} train"] = examine_rows.digest_prompts(split.train)

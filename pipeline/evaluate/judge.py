@@ -137,8 +137,8 @@ def arena(judge: Judge, questions: list[str], answers: dict[str, list[str]]) -> 
     unread = [row["reply"] for row in kept if row["verdict"] is None]
     if 2 * len(unread) > asked:
         raise UserError(
-            f"the judge {judge.model} gave no verdict (A, B or tie) in {len(unread)} of {asked} replies, "
-            f"such as {unread[0][:SHOWN]!r}. It gets {TOKENS} tokens to reply: ask one that does not think aloud."
+            f"the judge {judge.model} is rejected: {len(unread)} of its {asked} replies are not A, B or tie, "
+            f"such as {unread[0][:SHOWN]!r}. A reply may have {TOKENS} tokens: use a judge that does not think aloud."
         )
     return Played(names, points_PKK), kept
 

@@ -124,7 +124,7 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, num_labels: i
     if missing or info["mismatched_keys"]:
         wrong = [*missing, *(str(key) for key in info["mismatched_keys"])]
         raise UserError(
-            f"model.base: the weights of {spec.base} do not fill the model its config.json describes: "
+            f"model.base: the weights of {spec.base} do not fit the model that its config.json describes: "
             f"{len(wrong)} tensors are missing or of another shape, first {wrong[0]}"
         )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:

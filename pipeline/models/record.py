@@ -134,13 +134,13 @@ def _entry(tree: Any) -> Entry | Lost:
     free: dict[str, Any] = {"section": True, "invariants": True, "parts": {"stage", "model"}, "data": {"counts"}}
     _check_bounds([entry.model_dump(exclude=free), list(entry.data.counts)])
     if not all(FILE_HASH.fullmatch(sha or "") for sha in entry.data_hashes.values()):
-        raise ValueError("it tells a file by what is neither a hash nor a place on the Hub")
+        raise ValueError("it names a file by something that is neither a hash nor a place on the Hub")
     if WEIGHTS not in entry.files:
         raise ValueError(f"it names no {WEIGHTS}")
     if max(entry.data.held_out or 0, entry.data.questions) > LARGEST_SAMPLE:
-        raise ValueError(f"it tells of more than {LARGEST_SAMPLE} held-out rows")
+        raise ValueError(f"it names more than {LARGEST_SAMPLE} held-out rows")
     if entry.hub or entry.load or entry.lineage or any(parent.lineage for parent in entry.parents.values()):
-        raise ValueError("it brings a lineage of its own")
+        raise ValueError("it has a lineage of its own")
     return entry
 
 
@@ -227,7 +227,7 @@ class Adapter(BaseModel):
     def _nothing_else(self) -> Adapter:
         for word, value in (self.model_extra or {}).items():
             if value not in EMPTY:
-                raise ValueError(f"{_shown(word)} is set, which is not taken from elsewhere")
+                raise ValueError(f"{_shown(word)} is set, which OneBase accepts from no other machine")
         return self
 
 

@@ -80,13 +80,13 @@ def planned_model(spec: ModelSpec, shapes: Shapes) -> Model:
     lora = spec.lora
     for argument in NOT_KNOWN_OF_LORA:
         if lora.get(argument) not in (None, False, "none"):
-            raise UserError(f"model.lora.{argument}: what it needs is not known here")
+            raise UserError(f"model.lora.{argument}: how much memory it needs is not known here")
     targets = lora.get("target_modules", "all-linear")
     names = {linear.name for linear in shapes.linears()}
     if targets != "all-linear" and not (isinstance(targets, list) and targets and names >= set(targets)):
         raise UserError(
-            f"model.lora.target_modules: what {targets} needs is not known here; known are all-linear and a list of "
-            f"{', '.join(sorted(names))}"
+            f"model.lora.target_modules: how much memory {targets} needs is not known here; known are all-linear "
+            f"and a list of {', '.join(sorted(names))}"
         )
     adapter = Adapter(
         r=int(lora.get("r", 8)),

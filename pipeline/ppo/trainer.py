@@ -76,8 +76,8 @@ class PPOTrainer:
         share, rest = divmod(settings.mini, self.processes)
         if rest or share % min(settings.per_device_train_batch_size, share):
             raise UserError(
-                f"a minibatch of {settings.mini} episodes on {self.processes} process(es) is not a whole number of "
-                f"per_device_train_batch_size {settings.per_device_train_batch_size}: change one of them"
+                f"a minibatch of {settings.mini} episodes on {self.processes} process(es) cannot be divided into "
+                f"batches of per_device_train_batch_size {settings.per_device_train_batch_size}: change one of them"
             )
         self.pack_size = min(settings.per_device_train_batch_size, share)
         self.packs_per_minibatch = share // self.pack_size

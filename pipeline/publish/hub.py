@@ -93,7 +93,7 @@ def _held(api: HfApi, repository: str, overwrite: bool) -> tuple[str | None, set
     if foreign:
         raise UserError(
             f"--to {PREFIX}{repository}: it holds files that no publication wrote, or that were changed since "
-            f"(first: {foreign[0]}). Choose another name, or say --overwrite to replace all it holds"
+            f"(first: {foreign[0]}). Choose another name, or add --overwrite to replace all that it holds"
         )
     return info.sha, set(held)
 

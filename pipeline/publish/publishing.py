@@ -131,5 +131,5 @@ def _refuse_foreign(folder: Path, overwrite: bool) -> None:
     if foreign:
         raise UserError(
             f"--to {folder} holds files that no publication wrote, or that were changed since (first: {foreign[0]}). "
-            "Choose another folder, or say --overwrite to replace all it holds"
+            "Choose another folder, or add --overwrite to replace all that it holds"
         )

@@ -146,8 +146,8 @@ def _find_checkpoint_claim(out: Artifact, fingerprint: str, processes: int) -> J
     if claim.get("processes") != processes:
         raise UserError(
             f"{checkpoint} was made by {claim.get('processes')} processes, and here there are {processes}: a step "
-            f"would learn from another number of rows. Go on with as many (the file of --launch-config says how many; "
-            f"without it there is 1), or delete {out.checkpoints} to begin the stage again."
+            "would learn from another number of rows. Continue with the same number (the file of --launch-config "
+            f"says how many; without it there is 1), or delete {out.checkpoints} to begin the stage again."
         )
     return claim
 

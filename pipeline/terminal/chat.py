@@ -107,11 +107,11 @@ class Chat:
         try:
             ids = render.prompt(tokenizer, {"prompt": history})
         except Unrenderable as error:
-            raise UserError(f"{error}. Ask in other words, or begin anew with /reset") from error
+            raise UserError(f"{error}. Use other words, or start again with /reset") from error
         window = getattr(actors.config, "max_position_embeddings", None) or len(ids) + self.new_tokens
         room = min(self.new_tokens, window - len(ids))
         if room < 1:
-            raise UserError(f"the conversation fills the model's window of {window} tokens. Begin anew with /reset")
+            raise UserError(f"the conversation fills the model's window of {window} tokens. Start again with /reset")
         prompt_BT = torch.tensor([ids], device=actors.device)
         # From all tokens, as training and evaluation sample; transformers alone would take the 50 likeliest.
         whole = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}

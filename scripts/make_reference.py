@@ -1,7 +1,7 @@
 """Write docs/recipe.md: every word that a recipe may have, from the sections' own docstrings and defaults.
 
-    python scripts/make_reference.py            writes the file
-    python scripts/make_reference.py --check    writes nothing; exits with 1 if the file is not what would be written
+python scripts/make_reference.py            writes the file
+python scripts/make_reference.py --check    writes nothing; exits with 1 if the file is not what would be written
 """
 
 from __future__ import annotations

@@ -11,7 +11,25 @@ Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE", help="W
 
 
 def add_to(app: typer.Typer) -> None:
+    app.command()(env)
     app.command()(schema)
+
+
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="Print it for machines.")] = False,
+    runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where runs would be kept.")] = Path("runs"),
+) -> None:
+    """Show what of this machine works, and what to do about the rest.
+
+    The exit status is 0 unless something that every run needs is broken.
+    """
+    from rich.console import Console
+
+    from pipeline.errors import UserError
+    from pipeline.terminal.env import show_environment
+
+    if broken := show_environment(runs, as_json, Console()):
+        raise UserError(f"every run needs what is broken here: {', '.join(broken)}")
 
 
 def schema(out: Out = None) -> None:

@@ -11,8 +11,25 @@ Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE", help="W
 
 
 def add_to(app: typer.Typer) -> None:
+    app.command()(init)
     app.command()(env)
     app.command()(schema)
+
+
+def init(
+    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="Where to write it.")] = Path("recipe.yaml"),
+    base: Annotated[str, typer.Option(metavar="BASE", help="A Hub id, a local folder, or a .gguf file.")] = "",
+    data: Annotated[str, typer.Option(metavar="PATH", help="A file, a folder, or a data set on the Hub.")] = "",
+    card: Annotated[str, typer.Option(metavar="CARD", help="rtx3060, 12GB, or none.")] = "",
+    goal: Annotated[str, typer.Option(metavar="GOAL", help="follow, prefer, classify, corpus or chain.")] = "",
+    language: Annotated[str, typer.Option(metavar="LANGUAGE", help="Of the data.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing; take the default of what is not given.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:
+    """Write a first recipe: five questions, each of which is also an option."""
+    from pipeline.bring.init import Given, start
+
+    start(file, Given(base, data, card, goal, language), asking=not yes, force=force)
 
 
 def env(

@@ -21,6 +21,11 @@ def load(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+    return parse(text, str(path))
+
+
+def parse(text: str, path: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The same of a text; `path` is for messages."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()

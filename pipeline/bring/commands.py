@@ -12,6 +12,7 @@ Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE", help="W
 
 def add_to(app: typer.Typer) -> None:
     app.command()(init)
+    app.command("import")(bring)
     app.command()(env)
     app.command()(schema)
 
@@ -30,6 +31,21 @@ def init(
     from pipeline.bring.init import Given, start
 
     start(file, Given(base, data, card, goal, language), asking=not yes, force=force)
+
+
+def bring(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="LLaMA-Factory or axolotl YAML, TRL YAML or command line.")
+    ],
+    out: Out = None,
+) -> None:
+    """Make a recipe of other trainers' configs; say what has no counterpart.
+
+    Several configs of one chain become one recipe. With LLaMA-Factory's give its dataset_info.json too.
+    """
+    from pipeline.bring.importing import bring as brought
+
+    brought(files, out)
 
 
 def env(

@@ -149,7 +149,7 @@ def test_axolotl_qlora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     }  # fmt: skip
     recipe, left = imported(tmp_path, capsys, ("a.yml", config))
     sft = recipe.stages["sft"]
-    assert recipe.name == "mine" and recipe.spec.model.attn_implementation == "flash_attention_2"
+    assert recipe.name == "mine" and recipe.spec.model.attn_implementation == "sdpa"
     assert recipe.spec.model.lora["target_modules"] == "all-linear" and recipe.spec.model.quantize == "nf4"
     assert [(part.path, part.format) for part in sft.data.parts()] == [
         ("a.jsonl", "alpaca"), ("b.jsonl", "sharegpt"), ("c.jsonl", "openai"),
@@ -160,7 +160,10 @@ def test_axolotl_qlora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     }  # fmt: skip
     assert wanted.items() <= sft.train.items()
     nested = {"datasets[0].ds_type", "datasets[2].roles_to_train"}
-    assert left.keys() == {"special_tokens", "wandb_project", "saves_per_epoch", "frob", "deepspeed"} | nested
+    assert (
+        left.keys()
+        == {"special_tokens", "wandb_project", "saves_per_epoch", "frob", "deepspeed", "flash_attention"} | nested
+    )
 
 
 def test_axolotl_dpo_and_its_like(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,6 +183,27 @@ def test_axolotl_dpo_and_its_like(tmp_path: Path, capsys: pytest.CaptureFixture[
     config = {**AXOLOTL, "rl": "dpo", "datasets": [{"path": "pairs.jsonl", "type": fields}]}
     recipe, left = imported(tmp_path, capsys, ("a.yml", config))
     assert recipe.stages["dpo"].data.format == "trl" and left.keys() == {"datasets[0].type[0].prompt_format"}
+
+
+def test_answers_with_labels_go_to_dpo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {**AXOLOTL, "rl": "kto", "datasets": [{"path": "labels.jsonl", "type": "llama3.prompt_pairs"}]}
+    recipe, left = imported(tmp_path, capsys, ("a.yml", config))
+    assert recipe.stages["dpo"].data.format == "kto" and left.keys() == {"rl"}
+    info = {
+        "flat": {
+            "file_name": "flat.json",
+            "columns": {"prompt": "instruction", "response": "output", "kto_tag": "label"},
+        },
+        "turns": {
+            "file_name": "t.json",
+            "formatting": "sharegpt",
+            "columns": {"system": "persona", "kto_tag": "label"},
+        },
+    }
+    config = {**LF, "stage": "kto", "dataset": "flat,turns"}
+    recipe, left = imported(tmp_path, capsys, ("k.yaml", config), ("dataset_info.json", info))
+    assert [part.format for part in recipe.stages["dpo"].data.parts()] == ["kto", "sharegpt"]
+    assert left.keys() == {"stage", "turns.columns"}
 
 
 def test_axolotl_documents_and_full_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from pipeline.bring.axolotl_rows import LOSS, PEER
 from pipeline.bring.words import (
     Imported,
     Words,
+    attention,
     base_of,
     only_lora,
     plain_number,
@@ -24,6 +25,7 @@ RENAMED = {
     "dpo_label_smoothing": "label_smoothing",
     "dpo_use_weighting": "use_weighting",
 }
+ATTENTION = {"flash_attention": "flash_attention_2", "eager_attention": "eager", "sdp_attention": "sdpa"}
 DEFAULTS = {"num_train_epochs": 1.0, "optim": "adamw_torch_fused", "lr_scheduler_type": "cosine"}
 """Where its trainer takes other values than TRL's does."""
 OWN_OPTIMIZERS = (
@@ -82,6 +84,7 @@ def speaks(given: Json) -> bool:
 
 
 def take(words: Words) -> Imported:
+    labelled = words.given.get("rl") == "kto"
     kind = _kind(words)
     model, train = _model(words), dict(DEFAULTS)
     train["max_length"] = words.whole("sequence_len", 512)
@@ -106,7 +109,7 @@ def take(words: Words) -> Imported:
         words.leave("sample_packing", f"is not for {kind}", packed)
     if words.flag("train_on_inputs"):
         words.leave("train_on_inputs", LOSS, True)
-    data, documents = axolotl_rows.take(words)
+    data, documents = axolotl_rows.take(words, labelled)
     if documents and kind == "sft":
         kind = "pretrain"
     if kind == "ipo":
@@ -153,15 +156,12 @@ def _model(words: Words) -> Json:
         data_type = settings.text("bnb_4bit_quant_type", "nf4")
         settings.leave_rest(PEER)
     model: Json = {"base": base_of(words, "base_model"), "quantize": quantized(words, bits, data_type, "load_in_8bit")}
-    if revision := words.text("revision_of_model"):
-        model["revision"] = revision
-    for word, attention in (
-        ("flash_attention", "flash_attention_2"),
-        ("eager_attention", "eager"),
-        ("sdp_attention", "sdpa"),
-    ):
+    for word in ("revision_of_model", "model_revision"):
+        if revision := words.text(word):
+            model["revision"] = revision
+    for word, asked in ATTENTION.items():
         if words.flag(word):
-            model["attn_implementation"] = attention
+            model |= attention(words, word, asked)
     for word in ("xformers_attention", "flex_attention", "s2_attention"):
         if words.flag(word):
             words.leave(word, "is not known here: sdpa is taken", True)

@@ -25,14 +25,14 @@ FORMATS = {
 """By its `type`; of DPO by what comes after the template's name and a dot."""
 
 
-def take(words: Words) -> tuple[Json, bool]:
-    """The data section, and whether its rows are documents."""
+def take(words: Words, labelled: bool) -> tuple[Json, bool]:
+    """The data section, and whether its rows are documents. `labelled`: rows of KTO, whose keys tell what they are."""
     documents = words.sections("pretraining_dataset")
     sources = words.sections("datasets") or documents
     parts, kinds = [], set()
     for source in sources:
         part, is_text = _part(source)
-        parts.append(part)
+        parts.append({**part, "format": "kto"} if labelled else part)
         kinds.add(is_text or source in documents)
     if not parts:
         words.leave("datasets", "is missing: name the rows as data.path")

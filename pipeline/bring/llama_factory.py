@@ -8,6 +8,7 @@ from pipeline.bring import columns
 from pipeline.bring.words import (
     Imported,
     Words,
+    attention,
     base_of,
     only_lora,
     plain_number,
@@ -137,11 +138,11 @@ def _model(words: Words) -> Json:
     }
     if (revision := words.text("model_revision", "main")) != "main":
         model["revision"] = revision
-    attention = words.text("flash_attn", "auto")
-    if attention == "fa2":
-        model["attn_implementation"] = "flash_attention_2"
-    elif attention not in ("auto", "sdpa"):
-        words.leave("flash_attn", "is not known here: sdpa is taken", attention)
+    asked = words.text("flash_attn", "auto")
+    if asked in ("fa2", "fa3"):
+        model |= attention(words, "flash_attn", f"flash_attention_{asked[-1]}")
+    elif asked not in ("auto", "sdpa"):
+        words.leave("flash_attn", "is not known here: sdpa is taken", asked)
     return {**model, "lora": lora}
 
 
@@ -255,6 +256,10 @@ def _format(entry: Words) -> str | None:
             entry.leave(
                 "columns", f"calls the turns '{column}', '{role}', '{content}': rename them as sharegpt has them", given
             )
+        if found == "sharegpt" and "label" in given:
+            entry.leave("columns", "are dialogues with a label, which are read where their turns are `messages`", given)
+        if renamed := {use: name for use, name in given.items() if use not in ("messages", "label", name)}:
+            entry.leave("columns", f"are called otherwise here ({columns.told(renamed)}): rename them", renamed)
         for tag in tags.rest:
             _check_tag(entry, tag, str(tags.rest[tag]))
         return found

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from pipeline.bring.words import (
     Imported,
     Words,
+    attention,
     base_of,
     only_lora,
     plain_number,
@@ -147,8 +148,8 @@ def _model(words: Words) -> Json:
     }
     if (revision := words.text("model_revision", "main")) != "main":
         model["revision"] = revision
-    if attention := words.text("attn_implementation"):
-        model["attn_implementation"] = attention
+    if asked := words.text("attn_implementation"):
+        model |= attention(words, "attn_implementation", asked)
     for word in ("dtype", "torch_dtype"):
         if (dtype := words.text(word)) in ("bfloat16", "float16", "float32", "auto"):
             model["dtype"] = dtype

@@ -190,6 +190,15 @@ def quantized(words: Words, bits: int | None, data_type: str, word: str) -> str:
     return data_type
 
 
+def attention(words: Words, word: str, asked: str) -> Json:
+    """What the model section says of attention. Another package is not asked for unasked: without it no run begins."""
+    if asked.startswith("flash_attention"):
+        why = f"needs the package flash-attn: torch's own is taken; where it is installed, attn_implementation: {asked}"
+        words.leave(word, why, asked)
+        return {}
+    return {"attn_implementation": asked}
+
+
 def only_lora(words: Words, word: str, value: str) -> None:
     words.leave(word, "is not offered: a stage trains a LoRA adapter on a frozen base", value)
 

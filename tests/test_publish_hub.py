@@ -253,7 +253,7 @@ def test_what_trl_pushes_from_a_local_base_names_no_folder(hub: Hub, tiny_base: 
     assert f"base_model: {BASE_ID}" in pushed["README.md"].decode()
     paths = [str(tiny_base).encode(), str(tmp_path).encode()]
     named = {name for name, content in pushed.items() if any(path in content for path in paths)}
-    assert named <= {"training_args.bin"}  # transformers' own, which holds all arguments; README.md says so
+    assert named <= {"training_args.bin"}  # transformers' own, which holds all arguments; docs/publishing.md says so
 
 
 def uploaded(hub: Hub, folder: Path, repository: str) -> str:

@@ -1,4 +1,4 @@
-"""Every shipped recipe is sound, and the README's commands do what they say."""
+"""Every shipped recipe is sound, and the commands of docs/commands.md do what they say."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def test_launch_configs_are_what_accelerate_reads(path: Path) -> None:
     assert load_config_from_file(str(path)).num_processes == yaml.safe_load(path.read_text())["num_processes"]
 
 
-def readme_commands() -> list[str]:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = re.search(r"## Commands\n\n```\n(.*?)```", readme, re.DOTALL)
+def shown_commands() -> list[str]:
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    block = re.search(r"# Commands\n\n```\n(.*?)```", page, re.DOTALL)
     assert block
     return [line.split(" #")[0].strip() for line in block[1].splitlines()]
 
 
-def test_the_commands_of_the_readme(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_commands_of_the_docs(tiny_base: Path, tmp_path: Path) -> None:
     """Each is typed as it stands, with a tiny base and two steps a stage in place of the demo model."""
     small = ["-o", f"model.base={tiny_base}", "-o", "train.max_steps=2", "-o", "train.max_length=512"]
     small += ["-o", "stages.ppo.train.steps=2", "-o", "stages.ppo.train.batch_size=8"]
     said = {}
-    for command in readme_commands():
+    for command in shown_commands():
         words = shlex.split(command)
         assert words[0] == "onebase"
         if words[1] == "cp":

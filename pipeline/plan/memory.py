@@ -181,8 +181,8 @@ class Model:
         return kept + round(self.rounded() * free / s.layers)
 
     def rounded(self) -> int:
-        """Autocast's rounded copies of the adapter's weights, kept while they may be used again."""
-        return self.bytes * self.adapter.parameters(self.shapes) if self.bytes < 4 else 0
+        """Autocast's rounded copies of an adapter that has dropout and so is not computed in one with its layer."""
+        return self.bytes * self.adapter.parameters(self.shapes) if self.bytes < 4 and self.adapter.dropout else 0
 
     def backward(self, work: Work) -> int:
         """Peak of the backward pass. While it goes back, what it holds falls and the gradients it makes grow; those of

@@ -125,6 +125,16 @@ def test_unfit_rows_and_few_rows_are_told(tiny_base: Path, tmp_path: Path) -> No
     assert read(tmp_path / "mine.yaml").stages["sft"].data.on_bad_row == "skip"
 
 
+@pytest.mark.parametrize(
+    "name", ["a, b", "x: y", "#1", "null", "1e-5", "caf\u00e9 \U0001f600", "line\u2028break", "{a}", "'q'"]
+)
+def test_any_name_is_written_as_it_is(name: str, tiny_base: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"{name}.jsonl"
+    path.write_bytes(Path(data_for("follow", tmp_path)).read_bytes())
+    start(tmp_path / "mine.yaml", Given(str(tiny_base), str(path), "8GB"), asking=False, force=False)
+    assert read(tmp_path / "mine.yaml").stages["sft"].data.path == str(path)
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     given = Given("Qwen/Qwen3-32B", data_for("follow", tmp_path), "8GB")
     with pytest.raises(UserError, match="8 GB"):

@@ -98,7 +98,7 @@ class Draft:
 
     def text(self, file: str) -> str:
         """The recipe with its comments."""
-        card = self.answers.card
+        card, file = self.answers.card, " ".join(file.split())
         gpu = f" --gpu {_word(card.name.replace(' ', ''))}" if card and not self.answers.card_is_here else ""
         goal = f"{GOALS[self.answers.goal].does}, in {self.answers.language}"
         commands = [f"onebase {word}" for word in (f"check {file}", f"data {file}", f"plan {file}{gpu}", f"run {file}")]
@@ -249,7 +249,11 @@ def _flow(value: Any) -> str:
 
 
 def _word(text: str) -> str:
-    """A text as YAML reads it back, whatever is in it."""
-    plain = all(letter.isalnum() or letter in "_-./" for letter in text) and text[:1] not in "-."
-    same = plain and yaml.parse(f"word: {text}", "word")[0]["word"] == text
-    return text if same else json.dumps(text, ensure_ascii=False)
+    """A text as YAML reads it back, whatever is in it. Raises UserError for what YAML cannot hold."""
+    for written in (text, json.dumps(text, ensure_ascii=False), json.dumps(text)):
+        try:
+            if yaml.parse("{word: " + written + ", end: here}", text)[0] == {"word": text, "end": "here"}:
+                return written
+        except UserError:
+            continue
+    raise UserError(f"{text!r} cannot be written into a recipe: rename it")

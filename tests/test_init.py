@@ -72,6 +72,30 @@ def test_a_folder_gives_each_stage_the_files_made_for_it(tiny_base: Path, tmp_pa
     }
 
 
+def test_files_of_no_use_are_left_out_of_a_mixture(tiny_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for file in ("demonstrations.jsonl", "demonstrations_test.jsonl"):
+        head(file, 12, folder / file)
+    given = Given(str(tiny_base), str(folder), "8GB")
+    start(tmp_path / "mine.yaml", given, asking=False, force=False)
+    assert read(tmp_path / "mine.yaml").stages["sft"].data.path == str(folder)
+    (folder / "notes.json").write_text("{}", encoding="utf-8")
+    start(tmp_path / "mine.yaml", given, asking=False, force=True)
+    parts = read(tmp_path / "mine.yaml").stages["sft"].data.parts()
+    assert [Path(part.path).stem for part in parts] == ["demonstrations", "demonstrations_test"]
+
+
+def test_a_rare_class_is_not_held_out_whole(tiny_base: Path, tmp_path: Path) -> None:
+    path = labelled(tmp_path)
+    with path.open("a", encoding="utf-8") as file:
+        for letter in "cdefghijklmnop":
+            file.write(json.dumps({"text": f"only {letter}", "label": letter}) + "\n")
+    start(tmp_path / "mine.yaml", Given(str(tiny_base), str(path), "8GB"), asking=False, force=False)
+    assert read(tmp_path / "mine.yaml").stages["classify"].data.test is None
+    assert "none held out" in (tmp_path / "mine.yaml").read_text(encoding="utf-8")
+
+
 def test_bad_answers_are_asked_again(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

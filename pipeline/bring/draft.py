@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from pipeline.bring.rows import File
+from pipeline.bring.rows import File, list_parts
 from pipeline.data.load import DataSpec, Part, prompt_key, read_split
 from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec
@@ -133,8 +133,19 @@ def draft(answers: Answers) -> Draft:
             data[kind], told[kind] = _data_of(kind, files, answers)
     lines = _write(answers, data, told, shapes)
     recipe = build(*_parsed("\n".join(lines)))
-    for stage in recipe.order():
-        load_rows(recipe, stage)
+    for kind in recipe.order():
+        try:
+            load_rows(recipe, kind)
+        except UserError:
+            if "test" not in data[kind]:
+                raise
+            # Held out at random, a rare class may be missing on one side: then all rows are trained on.
+            del data[kind]["test"]
+            told[kind] += "; none held out, as rows of each kind are few"
+    lines = _write(answers, data, told, shapes)
+    recipe = build(*_parsed("\n".join(lines)))
+    for kind in recipe.order():
+        load_rows(recipe, kind)
     if shapes is None:
         return Draft(answers, lines, told, problem=problem)
     return Draft(answers, lines, told, _plan(recipe, shapes, answers.card))
@@ -170,7 +181,7 @@ def _files_for(kind: str, files: list[File]) -> list[File]:
 
 def _data_of(kind: str, files: list[File], answers: Answers) -> tuple[dict[str, Any], str]:
     """The data section of a stage, and what it comes to in words."""
-    if len(files) == len(answers.files):
+    if len(files) == len(list_parts(answers.path)):
         source: dict[str, Any] = {"path": answers.path}
     elif len(files) == 1:
         source = {"path": files[0].path}

@@ -34,7 +34,7 @@ class File:
 def look_at(path: str) -> list[File]:
     """The files at a path: itself, or those of a folder, each by itself. Raises UserError if none is of use."""
     files_there, problems = [], []
-    for each in _parts(path):
+    for each in list_parts(path):
         try:
             files_there.append(_look_at_one(each))
         except UserError as error:
@@ -46,7 +46,8 @@ def look_at(path: str) -> list[File]:
     return useful
 
 
-def _parts(path: str) -> list[str]:
+def list_parts(path: str) -> list[str]:
+    """The files of a folder; what is one data set is one."""
     folder = Path(path)
     if not os.path.isdir(folder) or hub.saved_by_datasets(folder):
         return [path]

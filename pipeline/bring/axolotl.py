@@ -42,7 +42,7 @@ CACHED = "is not needed: rows are read anew and kept on disk"
 TOLD = "is told by the base's own config"
 KERNELS = "is another library's kernel"
 TOKENS = "is the base's own here: a frozen base keeps its tokens"
-SEEN = "is not offered: onebase report shows a run, and train.report_to names a tracker"
+SEEN = "is not offered: onebase report shows a run, and train.report_to says where else"
 HELD_OUT = "is not needed: held-out numbers are taken before and after every stage"
 REASONS = {
     **dict.fromkeys(("model_type", "tokenizer_type", "base_model_config", "tokenizer_config"), TOLD),

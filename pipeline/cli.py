@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.bring import commands as bringing
+
 if TYPE_CHECKING:
     from pipeline.recipe.recipe import Recipe
 
@@ -24,6 +26,7 @@ Overrides = Annotated[
     list[str], typer.Option("-o", "--override", metavar="KEY=VALUE", help="Dotted, e.g. stages.dpo.train.beta=0.05")
 ]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where runs are kept.")]
+bringing.add_to(app)
 
 
 @app.command()

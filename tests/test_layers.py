@@ -19,6 +19,7 @@ LAYERS = [
     ["runs"],
     ["evaluate"],
     ["terminal", "report", "publish"],
+    ["bring"],
     ["cli"],
 ]
 

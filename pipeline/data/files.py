@@ -76,7 +76,7 @@ def hash_content(path: str) -> str:
     if os.path.isfile(local):
         return sha256_of_file(local)
     if os.path.isdir(local):
-        listed = sorted(local.rglob("*")) if hub.saved_by_datasets(local) else _list_files(local)
+        listed = sorted(local.rglob("*")) if hub.saved_by_datasets(local) else list_files(local)
         names = "".join(f"{at.relative_to(local)} {sha256_of_file(at)}\n" for at in listed if at.is_file())
         return hashlib.sha256(names.encode()).hexdigest()
     if not is_hub_id(path):
@@ -95,7 +95,7 @@ def _ending(file: Path) -> str:
     return next((suffix.lower() for suffix in reversed(file.suffixes) if suffix.lower() not in PACKED), "")
 
 
-def _list_files(folder: Path) -> list[Path]:
+def list_files(folder: Path) -> list[Path]:
     try:
         seen = [at for at in folder.rglob("*") if not any(p.startswith(".") for p in at.relative_to(folder).parts)]
         files = sorted(file for file in seen if file.is_file() and _ending(file) in ENDINGS)
@@ -112,7 +112,7 @@ def _list_files(folder: Path) -> list[Path]:
 
 def _list_split(folder: Path, split: str) -> list[Path]:
     """A folder's files; of one whose files are named by splits (train-00000.parquet, test.jsonl), that split's."""
-    files = _list_files(folder)
+    files = list_files(folder)
     named = [file for file in files if SPLIT.match(file.name)]
     if not named:
         if split != "train":

@@ -50,14 +50,14 @@ def choose(hidden: int, intermediate: int) -> Choice:
     if known := known_for_cpu(hidden, intermediate):
         return known
     choice = decide(*race(hidden, intermediate))
-    noted = {"cpu": _cpu()["model name"], "torch": version("torch"), "shape": [hidden, intermediate]}
+    noted = {"cpu": describe_cpu()["model name"], "torch": version("torch"), "shape": [hidden, intermediate]}
     write_json(_memory(hidden, intermediate), {**noted, "dtype": choice.dtype, "why": choice.why})
     return choice
 
 
 def known_for_cpu(hidden: int, intermediate: int) -> Choice | None:
     """What is chosen on this machine's CPU, if that is known without measuring."""
-    if not BFLOAT16_INSTRUCTIONS & set(_cpu()["flags"].split()):
+    if not BFLOAT16_INSTRUCTIONS & set(describe_cpu()["flags"].split()):
         return Choice("float32", "this CPU has no instructions for bfloat16")
     try:
         noted = read_json(_memory(hidden, intermediate)) or {}
@@ -95,7 +95,7 @@ def race(hidden: int, intermediate: int) -> tuple[float, float]:
     return least[0], least[1]
 
 
-def _cpu() -> dict[str, str]:
+def describe_cpu() -> dict[str, str]:
     """Name and flags of the first processor; empty where the system does not say."""
     said = {"model name": "", "flags": ""}
     try:
@@ -112,5 +112,5 @@ def _cpu() -> dict[str, str]:
 
 def _memory(hidden: int, intermediate: int) -> Path:
     """Where the choice is remembered: for this processor, with as many cores, under this torch, for these shapes."""
-    machine = [_cpu(), os.cpu_count(), version("torch")]
+    machine = [describe_cpu(), os.cpu_count(), version("torch")]
     return cache_folder() / "dtype" / f"{digest([machine, hidden, intermediate])}.json"

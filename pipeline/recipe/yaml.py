@@ -11,6 +11,8 @@ import yaml
 
 from pipeline.errors import UserError, suggest
 
+SECTIONS = "the sections name, model and stages"
+
 
 def load(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
     """A YAML file as plain data, and the line (from 1) of each dotted key.
@@ -21,6 +23,11 @@ def load(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+    return parse(text, str(path))
+
+
+def parse(text: str, path: str, expected: str = SECTIONS) -> tuple[dict[str, Any], dict[str, int]]:
+    """The same of a text; `path` and what is expected there are for messages."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -30,7 +37,7 @@ def load(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{place}: is not YAML: {getattr(error, 'problem', None) or error}") from error
     if node is None or not isinstance(tree, dict):
-        raise UserError(f"{path}: expected the sections name, model and stages")
+        raise UserError(f"{path}: expected a file with {expected}")
     lines = dict(_find_lines(node))
     if not_plain := _find_not_plain(tree):
         key, problem = not_plain

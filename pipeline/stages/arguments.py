@@ -89,6 +89,21 @@ def defaults(config: ConfigClass) -> dict[str, Any]:
     return found
 
 
+@cache
+def explanations(config: str) -> dict[str, str]:
+    """What a library's config class says of its words, where its source says so as plain text."""
+    found: dict[str, str] = {}
+    for name, value in _fields(config):
+        if name in found or value is None or not _is_field(value):
+            continue
+        metadata = next((k.value for k in value.keywords if k.arg == "metadata"), None)
+        told = dict(zip(metadata.keys, metadata.values, strict=True)) if isinstance(metadata, ast.Dict) else {}
+        for key, text in told.items():
+            if isinstance(key, ast.Constant) and key.value == "help" and isinstance(text, ast.Constant):
+                found[name] = str(text.value)
+    return found
+
+
 def check_words(given: dict[str, Any], known: Collection[str], *place: str) -> None:
     """Raises a complaint at the first word that is not known here, is not a recipe's to say, or is no number where the
     library would find out late."""

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from pipeline.disk.manifest import Dtype
 from pipeline.errors import UserError
 from pipeline.models.dtype import known_for_cpu
-from pipeline.models.spec import hub_commit
+from pipeline.models.spec import ModelSpec, hub_commit
 from pipeline.plan import auto, cards
 from pipeline.plan.cards import Card
 from pipeline.plan.memory import CONTEXT
@@ -76,17 +76,10 @@ def show_needs(recipe: Recipe, begun: Mapping[str, Dtype], card: Card | None, co
         dtype, why = _planned_dtype(begun, shapes, card)
         spec = spec.model_copy(update={"dtype": dtype})
         console.print(f"\nmodel.dtype: auto is planned as {dtype}: {why}", highlight=False, markup=False)
-    model = planned_model(spec, shapes)
-    planned = {}
     if card is None and any(auto.find_autos(section) for section in recipe.stages.values()):
         card = cards.half_of_ram()  # as `onebase run` takes it
         console.print("\nno GPU here: auto is planned as it would be chosen on this machine; --gpu names a card")
-    for name in recipe.order():
-        kind, section = recipe.kind(name), recipe.stages[name]
-        lengths = lengths_of(section, kind.contract, recipe.spec.seed)
-        if card:
-            section = auto.resolve(kind, section, model, spec, lengths, card)
-        planned[name] = plan_stage(kind, section, model, spec, lengths, card)
+    planned = plan_stages(recipe, spec, shapes, card)
     half = {"bfloat16": "bf16", "float16": "fp16"}.get(spec.dtype, "fp32")
     console.print()
     _show_table(planned, shapes, card, half, console)
@@ -97,6 +90,21 @@ def show_needs(recipe: Recipe, begun: Mapping[str, Dtype], card: Card | None, co
             style="dim", highlight=False, markup=False,
         )  # fmt: skip
     return shapes
+
+
+def plan_stages(recipe: Recipe, spec: ModelSpec, shapes: Shapes, card: Card | None) -> dict[str, Planned]:
+    """What each stage needs, autos chosen. `spec`: of the base, its dtype settled.
+
+    Raises UserError where that cannot be told, or where auto finds nothing that fits."""
+    model = planned_model(spec, shapes)
+    planned = {}
+    for name in recipe.order():
+        kind, section = recipe.kind(name), recipe.stages[name]
+        lengths = lengths_of(section, kind.contract, recipe.spec.seed)
+        if card:
+            section = auto.resolve(kind, section, model, spec, lengths, card)
+        planned[name] = plan_stage(kind, section, model, spec, lengths, card)
+    return planned
 
 
 def _planned_dtype(begun: Mapping[str, Dtype], shapes: Shapes, card: Card | None) -> tuple[Dtype, str]:

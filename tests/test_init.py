@@ -1,0 +1,196 @@
+"""Five answers make a recipe that is sound and fits; what is answered badly is asked again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, head, onebase
+
+from pipeline.bring.init import Given, start
+from pipeline.errors import UserError
+from pipeline.recipe.recipe import read
+from pipeline.runs.rows import load_rows
+
+DATA = {"follow": "demonstrations.jsonl", "prefer": "comparisons.jsonl", "corpus": "corpus.jsonl"}
+STAGES = {
+    "follow": ["sft"],
+    "prefer": ["sft", "dpo"],
+    "classify": ["classify"],
+    "corpus": ["pretrain"],
+    "chain": ["sft", "reward", "dpo", "ppo"],
+}
+
+
+def labelled(folder: Path, rows: int = 60) -> Path:
+    path = folder / "texts.jsonl"
+    texts = [{"text": f"text {number} about {number % 7}", "label": "ab"[number % 2]} for number in range(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
+    return path
+
+
+def data_for(goal: str, folder: Path) -> str:
+    if goal == "classify":
+        return str(labelled(folder))
+    return head(DATA.get(goal, DATA["prefer"]), 40, folder / "rows.jsonl")
+
+
+@pytest.mark.parametrize("goal", STAGES)
+def test_each_goal_gives_a_recipe_that_is_sound_and_fits(goal: str, tiny_base: Path, tmp_path: Path) -> None:
+    data = data_for(goal, tmp_path)
+    words = ["--base", str(tiny_base), "--data", data, "--card", "8GB", "--goal", goal, "--yes"]
+    printed = onebase(ROOT, tmp_path, "init", "mine.yaml", *words)
+    assert "mine.yaml is written" in printed
+    assert f"sound, {len(STAGES[goal])} stages" in onebase(ROOT, tmp_path, "check", "mine.yaml")
+    planned = onebase(ROOT, tmp_path, "plan", "mine.yaml", "--gpu", "8GB")
+    assert planned.count("yes, ") == len(STAGES[goal]) and "over" not in planned
+    recipe = read(tmp_path / "mine.yaml")
+    assert recipe.name == "mine" and recipe.order() == STAGES[goal]
+    for stage in recipe.order():
+        rows, _ = load_rows(recipe, stage)
+        assert rows.train and rows.test
+
+
+def test_a_folder_gives_each_stage_the_files_made_for_it(tiny_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for file in ("corpus.jsonl", "demonstrations.jsonl", "comparisons.jsonl", "prompts.jsonl"):
+        head(file, 30, folder / file)
+    (folder / "notes.json").write_text("{}", encoding="utf-8")
+    start(tmp_path / "mine.yaml", Given(str(tiny_base), str(folder), "8GB", "chain"), asking=False, force=False)
+    recipe = read(tmp_path / "mine.yaml")
+    assert recipe.order() == ["pretrain", "sft", "reward", "dpo", "ppo"]
+    taken = {name: Path(str(stage.data.path)).stem for name, stage in recipe.stages.items()}
+    assert taken == {
+        "pretrain": "corpus",
+        "sft": "demonstrations",
+        "reward": "comparisons",
+        "dpo": "comparisons",
+        "ppo": "prompts",
+    }
+
+
+def test_files_of_no_use_are_left_out_of_a_mixture(tiny_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for file in ("demonstrations.jsonl", "demonstrations_test.jsonl"):
+        head(file, 12, folder / file)
+    given = Given(str(tiny_base), str(folder), "8GB")
+    start(tmp_path / "mine.yaml", given, asking=False, force=False)
+    assert read(tmp_path / "mine.yaml").stages["sft"].data.path == str(folder)
+    (folder / "notes.json").write_text("{}", encoding="utf-8")
+    start(tmp_path / "mine.yaml", given, asking=False, force=True)
+    parts = read(tmp_path / "mine.yaml").stages["sft"].data.parts()
+    assert [Path(part.path).stem for part in parts] == ["demonstrations", "demonstrations_test"]
+
+
+def test_a_rare_class_is_not_held_out_whole(tiny_base: Path, tmp_path: Path) -> None:
+    path = labelled(tmp_path)
+    with path.open("a", encoding="utf-8") as file:
+        for letter in "cdefghijklmnop":
+            file.write(json.dumps({"text": f"only {letter}", "label": letter}) + "\n")
+    start(tmp_path / "mine.yaml", Given(str(tiny_base), str(path), "8GB"), asking=False, force=False)
+    assert read(tmp_path / "mine.yaml").stages["classify"].data.test is None
+    assert "none held out" in (tmp_path / "mine.yaml").read_text(encoding="utf-8")
+
+
+def test_bad_answers_are_asked_again(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = data_for("prefer", tmp_path)
+    typed = iter([
+        "", "no/such/file.jsonl", data, "chian", "classify", "", "4711", "german", "rtx9999", "rtx3060",
+        "nowhere", str(tiny_base),
+    ])  # fmt: skip
+    monkeypatch.setattr("builtins.input", lambda question: next(typed))
+    start(tmp_path / "mine.yaml", Given(), asking=True, force=False)
+    said = capsys.readouterr().out
+    for reason in (
+        "no such file",
+        "did you mean 'chain'",
+        "takes rows like",
+        "is not the name of a language",
+        "--card rtx9999",
+    ):
+        assert reason in said
+    assert "nowhere is no local folder" in said
+    text = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
+    assert "in German" in text and "--gpu rtx3060" in text
+    assert read(tmp_path / "mine.yaml").order() == ["sft", "dpo"]  # told by the rows, which are comparisons
+    assert next(typed, None) is None
+
+
+def test_answers_that_end_too_soon_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ends(question: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", ends)
+    with pytest.raises(UserError, match="Give it as --data"):
+        start(tmp_path / "mine.yaml", Given(), asking=True, force=False)
+    with pytest.raises(UserError, match="--data is missing"):
+        start(tmp_path / "mine.yaml", Given(), asking=False, force=False)
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_a_file_that_is_there_stays_unless_forced(tiny_base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("mine\n", encoding="utf-8")
+    given = Given(str(tiny_base), data_for("follow", tmp_path), "none")
+    with pytest.raises(UserError, match="--force"):
+        start(file, given, asking=False, force=False)
+    assert file.read_text(encoding="utf-8") == "mine\n"
+    start(file, given, asking=False, force=True)
+    assert read(file).order() == ["sft"]
+
+
+def test_unfit_rows_and_few_rows_are_told(tiny_base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a few: rows.jsonl"  # a name that YAML would read as a mapping
+    rows = [{"prompt": f"q{number}", "completion": "a"} for number in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "x", "completion": ""}]))
+    start(tmp_path / "mine.yaml", Given(str(tiny_base), str(path), "8GB"), asking=False, force=False)
+    text = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
+    assert "1 unfit" in text and "too few to hold some out" in text
+    assert read(tmp_path / "mine.yaml").stages["sft"].data.on_bad_row == "skip"
+
+
+@pytest.mark.parametrize(
+    "name", ["a, b", "x: y", "#1", "null", "1e-5", "caf\u00e9 \U0001f600", "line\u2028break", "{a}", "'q'"]
+)
+def test_any_name_is_written_as_it_is(name: str, tiny_base: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"{name}.jsonl"
+    path.write_bytes(Path(data_for("follow", tmp_path)).read_bytes())
+    start(tmp_path / "mine.yaml", Given(str(tiny_base), str(path), "8GB"), asking=False, force=False)
+    assert read(tmp_path / "mine.yaml").stages["sft"].data.path == str(path)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    given = Given("Qwen/Qwen3-32B", data_for("follow", tmp_path), "8GB")
+    with pytest.raises(UserError, match="8 GB"):
+        start(tmp_path / "mine.yaml", given, asking=False, force=False)
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+@pytest.mark.parametrize("card", ["8GB", "12GB", "24GB"])
+@pytest.mark.parametrize("language", ["English", "German"])
+def test_the_base_that_is_proposed_fits_the_card(card: str, language: str, tmp_path: Path) -> None:
+    given = Given(data=data_for("chain", tmp_path), card=card, goal="chain", language=language)
+    start(tmp_path / "mine.yaml", given, asking=False, force=False)
+    assert ("SmolLM" in read_base(tmp_path)) is (card == "8GB" and language == "English")
+
+
+def read_base(folder: Path) -> str:
+    return read(folder / "mine.yaml").spec.model.base
+
+
+def test_a_classifier_is_asked_in_the_language_of_its_texts(tiny_base: Path, tmp_path: Path) -> None:
+    given = Given(str(tiny_base), str(labelled(tmp_path)), "8GB", language="german")
+    start(tmp_path / "mine.yaml", given, asking=False, force=False)
+    assert "Welches Etikett" in str(read(tmp_path / "mine.yaml").tree["stages"]["classify"]["instruction"])
+
+
+@pytest.fixture(autouse=True)
+def _no_card_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("pipeline.plan.cards.detect_card", lambda: None)
+    yield

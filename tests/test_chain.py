@@ -257,7 +257,7 @@ def test_a_stale_or_absent_parent_is_refused(chain: tuple[dict[str, Any], Path],
         run_stage(build(chain[0], ["stages.sft.train.learning_rate=1e-5"]), "dpo", chain[1])
     with pytest.raises(UserError, match="holds no finished stage"):
         run_stage(build(chain[0]), "dpo", tmp_path)
-    with pytest.raises(UserError, match="'dpo' goes on from 'sft', which is new"):
+    with pytest.raises(UserError, match="'dpo' continues 'sft', which is new"):
         run(build(chain[0]), only=["dpo"], runs=tmp_path)
 
 

@@ -134,5 +134,5 @@ def test_a_turn_ends_at_the_templates_end_of_turn(bench: Bench) -> None:
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not the folder of a run"):
         open_chat(tmp_path, [], tmp_path / "c.jsonl", 4, 0.0)

@@ -305,7 +305,7 @@ def test_a_wrong_format_is_named(tmp_path: Path, form: str) -> None:
 
 def test_a_mixture_that_draws_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text(json.dumps({"text": "x"}))
-    with pytest.raises(UserError, match=r"not one row of .*one.jsonl is drawn: raise its weight"):
+    with pytest.raises(UserError, match=r"no row of .*one.jsonl is used: raise its weight"):
         read_split(DataSpec(mix=[Part(path=str(tmp_path / "one.jsonl"), epochs=0.3)]), LANGUAGE_MODELING, seed=1)
 
 

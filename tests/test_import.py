@@ -260,7 +260,7 @@ def test_trl_yaml_alone_and_with_its_command(tmp_path: Path, capsys: pytest.Capt
 
 def test_a_trainer_that_has_no_stage_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.txt").write_text("trl grpo --model_name_or_path a/b", encoding="utf-8")
-    with pytest.raises(UserError, match="trl grpo: has no stage"):
+    with pytest.raises(UserError, match="trl grpo: OneBase has no stage"):
         bring([tmp_path / "run.txt"], None)
 
 

@@ -156,7 +156,7 @@ def test_a_stage_of_a_kind_that_is_not_known_here_is_refused(
     record = json.loads((honest[1] / "onebase.json").read_text())
     record["kind"] = record["lineage"][-1]["kind"] = "distil"
     artifact = taken(offered(onebase=json.dumps(record).encode()))
-    told = r"stages.sft.from: hub:evil/x grew from a distil stage, which this version"
+    told = r"stages.sft.from: hub:evil/x continues a distil stage, which this version"
     with monkeypatch.context() as patch, pytest.raises(UserError, match=told):
         patch.setattr(published, "pulled", lambda reference: artifact)
         build(tree_of(tmp_path, "hub:evil/x"))

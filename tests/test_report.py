@@ -456,7 +456,7 @@ def test_compare_shows_what_differs_item_by_item(tmp_path: Path, tiny_base: Path
     )
     changed = [line for line in told.splitlines() if "answered right" in line]
     assert len(changed) == 1 and "sft" in changed[0] and "+25 points (+" in changed[0]  # 10 of 40
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not the folder of a run"):
         compare.show(tmp_path / "a", tmp_path, console)
 
 

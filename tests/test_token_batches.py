@@ -260,7 +260,7 @@ def test_the_longest_batch_that_is_tried_is_the_heaviest(tiny_base: Path, tmp_pa
 @pytest.mark.parametrize(
     ("stage", "train", "why"),
     [
-        ("sft", {"per_device_train_batch_size": 4}, "per_device_train_batch_size: says the rows of a batch"),
+        ("sft", {"per_device_train_batch_size": 4}, "per_device_train_batch_size: counts a batch in rows"),
         ("sft", {"packing": True}, f"packing: is True, which does not go with {TOKENS}"),
         ("dpo", {"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy: is 'batch_rebalance'"),
         ("pretrain", {}, f"{TOKENS}: is for batches of whole rows, .* packing: false"),

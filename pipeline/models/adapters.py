@@ -63,8 +63,9 @@ def transplanted(base: PreTrainedModel, parent: Path) -> PeftModel:
 
 
 def as_trained(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """A finished stage's adapter, frozen, bit for bit as it is on disk."""
-    model = _ready(PeftModel.from_pretrained(base, str(folder), is_trainable=True))
+    """A finished stage's adapter, frozen, bit for bit as it is on disk. It is computed by PEFT's own operations, as by
+    whoever loads what is published: in 16 bits ours round otherwise."""
+    model = _ready(PeftModel.from_pretrained(base, str(folder), is_trainable=True), fused=False)
     _lay_in(model, folder, "default")  # PEFT has rounded a reward model's head to the base's dtype
     prove_same(model, folder)
     return model.requires_grad_(False)
@@ -102,7 +103,8 @@ def _beside(model: PeftModel, name: str, config: Any, tensors: dict[str, torch.T
         rounded = not trainable and (".lora_A." in key or ".lora_B." in key)
         weight.data = tensors[key].to(weight.device, compute if rounded else torch.float32, copy=True)
         weight.requires_grad_(trainable)
-    _compute_once(model)
+    _without_cast(model)
+    fuse(model)
 
 
 def round_frozen(model: PeftModel) -> None:
@@ -177,18 +179,18 @@ def _lay_in(model: PeftModel, folder: Path, adapter: str) -> None:
             own[name].copy_(tensor)
 
 
-def _ready(model: PeftModel) -> PeftModel:
+def _ready(model: PeftModel, fused: bool = True) -> PeftModel:
     """Float32 masters: in bfloat16 an update of 1e-6 is below the rounding of most weights and vanishes."""
     for weight in trainable(model).values():
         weight.data = weight.data.float()
-    _compute_once(model)
+    _without_cast(model)
+    if fused:
+        fuse(model)
     return model
 
 
-def _compute_once(model: PeftModel) -> None:
-    """One operation for a layer and its adapter. Where PEFT's own run: autocast casts what a float32 adapter is given;
-    PEFT's cast would keep a second copy of it."""
-    fuse(model)
+def _without_cast(model: PeftModel) -> None:
+    """Autocast already casts what a float32 adapter is given; PEFT's own cast would keep a second copy of it."""
     modules: Iterable[Any] = model.modules()
     for module in modules:
         if hasattr(module, "cast_input_dtype_enabled"):

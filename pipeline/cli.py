@@ -279,9 +279,11 @@ def serve(
 def main() -> None:
     """Run the command line; a UserError becomes one message and status 2."""
     from pipeline.errors import UserError
+    from pipeline.models.quiet import quiet_from_the_start
     from pipeline.runs.environment import QUIET, complete_own
 
     complete_own(QUIET)
+    quiet_from_the_start()
     try:
         app()
     except (UserError, OSError) as error:

@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import gates
 from pipeline.recipe.recipe import RUNS, Recipe
 from pipeline.runs import sharding
-from pipeline.runs.environment import ERROR_MARK, WATCH, ended_in_order, make_environment
+from pipeline.runs.environment import ERROR_MARK, QUIET, WATCH, ended_in_order, make_environment
 from pipeline.runs.recipe_file import write_recipe
 from pipeline.runs.rows import load_rows
 from pipeline.runs.states import State, states
@@ -108,6 +108,8 @@ def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path
     worker = ["-m", "pipeline.runs.worker", str(resolved), stage, "--runs", str(runs)]
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, *worker]
     variables = {**make_environment(), WATCH: "1", "PYTHONUNBUFFERED": "1"}
+    if variables["TRANSFORMERS_VERBOSITY"] == QUIET["TRANSFORMERS_VERBOSITY"]:
+        variables["TRANSFORMERS_VERBOSITY"] = "warning"  # nobody reads it on the terminal, and the log is to keep it
     if config is None:
         # TRL's trainers refuse a process that sees several GPUs; one is what a run without a config is about.
         variables.setdefault("CUDA_VISIBLE_DEVICES", "0")

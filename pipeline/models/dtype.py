@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.disk.atomic import digest, read_json, write_json
+from pipeline.disk.atomic import Json, digest, read_json, write_json
 from pipeline.disk.manifest import Dtype
 from pipeline.errors import UserError
 from pipeline.models.spec import cache_folder
@@ -24,6 +24,8 @@ TOKENS = 256
 ELEMENTS = 1 << 20
 """Of the matrix that is measured with: of a larger layer only some columns, which say the same in less time."""
 SECONDS = 0.2
+LATELY = 3600.0
+"""Seconds for which a speed is taken to stay: what else a machine has to do changes. The choice of a dtype stays."""
 TIE = 1.1
 """bfloat16 may take so many times as long: it takes half the memory."""
 
@@ -58,18 +60,22 @@ def measure(hidden: int, intermediate: int, seconds: float) -> Choice:
     float32, bfloat16 = race(hidden, intermediate, seconds)
     choice = known_for_cpu(hidden, intermediate) or decide(float32, bfloat16)
     operations = 4 * TOKENS * hidden * _columns(hidden, intermediate)
-    noted = {"cpu": _cpu()["model name"], "torch": version("torch"), "shape": [hidden, intermediate]}
-    noted["operations_per_second"] = {"float32": operations / float32, "bfloat16": operations / bfloat16}
+    speeds = {"float32": operations / float32, "bfloat16": operations / bfloat16}
+    noted: Json = {"cpu": _cpu()["model name"], "torch": version("torch"), "shape": [hidden, intermediate]}
+    noted["operations_per_second"] = speeds
     write_json(_memory(hidden, intermediate), {**noted, "dtype": choice.dtype, "why": choice.why})
     return choice
 
 
 def known_speed(hidden: int, intermediate: int, dtype: str) -> float | None:
-    """Operations per second of a matrix product in that dtype on this machine's CPU, if they have been measured."""
+    """Operations per second of a matrix product in that dtype on this machine's CPU, if they were measured lately."""
+    memory = _memory(hidden, intermediate)
     try:
-        noted = read_json(_memory(hidden, intermediate)) or {}
+        if time.time() - memory.stat().st_mtime > LATELY:
+            return None
+        noted = read_json(memory) or {}
         return float(noted["operations_per_second"][dtype])
-    except (UserError, KeyError, TypeError, ValueError):
+    except (UserError, OSError, KeyError, TypeError, ValueError):
         return None
 
 

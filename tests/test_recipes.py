@@ -67,7 +67,14 @@ def test_the_commands_of_the_docs(tiny_base: Path, tmp_path: Path) -> None:
     assert "sound, 5 stages: pretrain -> sft -> reward -> dpo -> ppo" in said["onebase check recipes/quickstart.yaml"]
     assert said["onebase plan recipes/quickstart.yaml"].count("new, would run") == 5
     whole = said["onebase run recipes/quickstart.yaml"]
-    for shown_to_a_person in ("comparisons ranked right", "Q: ", "base", "onebase status", "Adapters, manifests, logs"):
+    for shown_to_a_person in (
+        "comparisons ranked right",
+        "Q: ",
+        "base",
+        "onebase status",
+        "Adapters, manifests, logs",
+        "in short",
+    ):
         assert shown_to_a_person in whole
     only = said["onebase run recipes/quickstart.yaml --only dpo -o stages.dpo.train.beta=0.05"]
     assert "[1/1] dpo: stale, train.beta was 0.1, is 0.05" in only

@@ -98,7 +98,7 @@ class Questions(Measure):
         pairs = [(row, answer.text) for row, answer in zip(self.rows, told, strict=True)]
         return {
             "text": [text for _, text in pairs],
-            "right": [answers.correct(row, text) for row, text in pairs],
+            "right": [matching.correct(row, text) for row, text in pairs],
             "exact": [matching.exact_match(text, row["answer"]) for row, text in pairs],
             "f1": [matching.token_f1(text, row["answer"]) for row, text in pairs],
             "stopped": [answer.stopped for answer in told],

@@ -15,8 +15,8 @@ from pipeline.errors import UserError
 from pipeline.evaluate.benchmarks import Benchmark
 from pipeline.evaluate.measure import Finished, Measure
 from pipeline.evaluate.measures import MEASURES
-from pipeline.measure.matching import NEW_TOKENS
 from pipeline.measure.metric import CORPUS_LOSS, DIALOGUE_LOSS
+from pipeline.plan.sizes import NEW_TOKENS
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.rows import load_rows
 from pipeline.runs.states import states

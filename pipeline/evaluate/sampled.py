@@ -10,7 +10,7 @@ from pipeline.data import render
 from pipeline.data.contracts import Row
 from pipeline.data.tokens import stop_ids
 from pipeline.disk.atomic import Json
-from pipeline.measure import answers
+from pipeline.measure import matching
 from pipeline.models import sampling
 from pipeline.ppo import rewards
 
@@ -48,7 +48,7 @@ def take(bench: Bench, policy: str, rows: list[Row], settings: Json) -> Json:
         "kl": None,
     }
     if truth == "answer":
-        found["truth"] = _rows([float(answers.correct(r, t)) for r, t in zip(asked, texts, strict=True)], copies)
+        found["truth"] = _rows([float(matching.correct(r, t)) for r, t in zip(asked, texts, strict=True)], copies)
     elif truth:
         found["truth"] = found["scores"].get(truth) or _rows(_scores(bench, truth, asked, texts, True), copies)
     if settings.get("reference"):

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,11 @@ import torch
 from pipeline.data import render
 from pipeline.data.contracts import Row
 from pipeline.data.tokens import Unrenderable, stop_ids
-from pipeline.measure.matching import NEW_TOKENS
+from pipeline.measure.matching import correct
 from pipeline.measure.scoring import batches
 from pipeline.models import processes, sampling
 from pipeline.models.forward import LanguageModel, plain_on_cpu
-from pipeline.plan.sizes import ANSWER_TOKENS
+from pipeline.plan.sizes import ANSWER_TOKENS, NEW_TOKENS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
     from pipeline.stages.stage import Context
 
 SHOWN = 3
+ASKED = ("prompt", "answer", "choices")
+"""What a sample keeps of its question, as far as it has them."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def ask(
         if known is not None:
             samples.extend(known[1])
             return known[0]
-        samples.extend({"prompt": row["prompt"], "answer": row.get("answer")} for row in shown)
+        samples.extend({key: row[key] for key in ASKED if key in row} for row in shown)
         with model.disable_adapter():
             _note(samples, "base", generate(model, tokenizer, shown))
     answers = generate(model, tokenizer, questions)
@@ -86,18 +87,10 @@ def _parents_answers(ctx: Context, shown: list[Row]) -> tuple[dict[str, float], 
     if told != [row["prompt"] for row in shown]:
         return None
     numbers = {name: manifest.after[name] for name in ("question_accuracy", "stopped")}
-    keys = ("prompt", "answer", "base")
-    return numbers, [{**{key: sample[key] for key in keys}, "before": sample["after"]} for sample in samples]
-
-
-def correct(question: Row, text: str) -> bool:
-    """The answer stands in the text as words of its own, and none of the other choices does."""
-    others = [choice for choice in question.get("choices", []) if choice != question["answer"]]
-    return _says(text, question["answer"]) and not any(_says(text, other) for other in others)
-
-
-def _says(text: str, phrase: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(phrase.casefold())}(?!\w)", text.casefold()) is not None
+    kept = (*ASKED, "base")
+    return numbers, [
+        {**{key: sample[key] for key in kept if key in sample}, "before": sample["after"]} for sample in samples
+    ]
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""How near an answer comes to a reference, by the measures of SQuAD (arXiv 1606.05250): exact match and token F1."""
+"""How near an answer comes to a reference: right or wrong, and by the measures of SQuAD (arXiv 1606.05250), exact match
+and token F1."""
 
 from __future__ import annotations
 
@@ -6,9 +7,19 @@ import re
 import string
 from collections import Counter
 
-NEW_TOKENS = 32
-"""Of an answer to a question, at most."""
+from pipeline.data.contracts import Row
+
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def correct(question: Row, text: str) -> bool:
+    """The answer stands in the text as words of its own, and none of the other choices does."""
+    others = [choice for choice in question.get("choices", []) if choice != question["answer"]]
+    return _says(text, question["answer"]) and not any(_says(text, other) for other in others)
+
+
+def _says(text: str, phrase: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(phrase.casefold())}(?!\w)", text.casefold()) is not None
 
 
 def exact_match(text: str, reference: str) -> bool:

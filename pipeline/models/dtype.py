@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.disk.atomic import digest, read_json, write_json
+from pipeline.disk.atomic import Json, digest, read_json, write_json
 from pipeline.disk.manifest import Dtype
 from pipeline.errors import UserError
 from pipeline.models.spec import cache_folder
@@ -24,6 +24,8 @@ TOKENS = 256
 ELEMENTS = 1 << 20
 """Of the matrix that is measured with: of a larger layer only some columns, which say the same in less time."""
 SECONDS = 0.2
+LATELY = 3600.0
+"""Seconds for which a speed is taken to stay: what else a machine has to do changes. The choice of a dtype stays."""
 TIE = 1.1
 """bfloat16 may take so many times as long: it takes half the memory."""
 
@@ -49,10 +51,32 @@ def choose(hidden: int, intermediate: int) -> Choice:
         return Choice("float16", f"{name} has no bfloat16")
     if known := known_for_cpu(hidden, intermediate):
         return known
-    choice = decide(*race(hidden, intermediate))
-    noted = {"cpu": describe_cpu()["model name"], "torch": version("torch"), "shape": [hidden, intermediate]}
+    return measure(hidden, intermediate, SECONDS)
+
+
+def measure(hidden: int, intermediate: int, seconds: float) -> Choice:
+    """Race the two for so many seconds, and remember who is faster, and how fast each was. A choice that is known
+    already stays."""
+    float32, bfloat16 = race(hidden, intermediate, seconds)
+    choice = known_for_cpu(hidden, intermediate) or decide(float32, bfloat16)
+    operations = 4 * TOKENS * hidden * _columns(hidden, intermediate)
+    speeds = {"float32": operations / float32, "bfloat16": operations / bfloat16}
+    noted: Json = {"cpu": describe_cpu()["model name"], "torch": version("torch"), "shape": [hidden, intermediate]}
+    noted["operations_per_second"] = speeds
     write_json(_memory(hidden, intermediate), {**noted, "dtype": choice.dtype, "why": choice.why})
     return choice
+
+
+def known_speed(hidden: int, intermediate: int, dtype: str) -> float | None:
+    """Operations per second of a matrix product in that dtype on this machine's CPU, if they were measured lately."""
+    memory = _memory(hidden, intermediate)
+    try:
+        if time.time() - memory.stat().st_mtime > LATELY:
+            return None
+        noted = read_json(memory) or {}
+        return float(noted["operations_per_second"][dtype])
+    except (UserError, OSError, KeyError, TypeError, ValueError):
+        return None
 
 
 def known_for_cpu(hidden: int, intermediate: int) -> Choice | None:
@@ -77,22 +101,26 @@ def decide(float32: float, bfloat16: float) -> Choice:
     return Choice("bfloat16", "as fast as float32 here, in half the memory")
 
 
-def race(hidden: int, intermediate: int) -> tuple[float, float]:
+def race(hidden: int, intermediate: int, seconds: float = SECONDS) -> tuple[float, float]:
     """The least seconds in float32 and in bfloat16 of one product through a frozen matrix and its gradient's way back,
     which training consists of."""
     import torch
 
-    columns = max(1, min(intermediate, ELEMENTS // hidden))
+    columns = _columns(hidden, intermediate)
     dtypes = (torch.float32, torch.bfloat16)
     inputs = [torch.full((TOKENS, hidden), 0.5, dtype=dtype) for dtype in dtypes]
     weights = [torch.full((columns, hidden), 0.01, dtype=dtype) for dtype in dtypes]
-    least, end = [float("inf")] * 2, time.perf_counter() + SECONDS
+    least, end = [float("inf")] * 2, time.perf_counter() + seconds
     while time.perf_counter() < end:
         for index in range(2):  # in turns, so that what else the machine does falls on both
             begun = time.perf_counter()
             _ = inputs[index] @ weights[index].t() @ weights[index]
             least[index] = min(least[index], time.perf_counter() - begun)
     return least[0], least[1]
+
+
+def _columns(hidden: int, intermediate: int) -> int:
+    return max(1, min(intermediate, ELEMENTS // hidden))
 
 
 def describe_cpu() -> dict[str, str]:

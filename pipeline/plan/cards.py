@@ -28,6 +28,8 @@ class Card:
     usable: float = 0.975
     """Of the memory as it is sold, what CUDA hands out: its messages speak of 7.79 GiB on cards of 8, 11.76 on cards
     of 12 and 23.69 on cards of 24. What torch itself says is usable whole."""
+    layer: float = 0.0
+    """Seconds of a layer's pass, forward or backward, beside its matrix products; known of a CPU alone."""
 
     @property
     def room(self) -> int:
@@ -101,6 +103,12 @@ def half_of_ram() -> Card:
     import psutil
 
     return Card("half of this machine's RAM", psutil.virtual_memory().total // 2, usable=1.0)
+
+
+def this_cpu(operations: float) -> Card:
+    """This machine's CPU, of which was measured how many operations a second a matrix product reaches. The other
+    figures are of one machine (2 cores of an AMD EPYC), on which the stages of recipes/quickstart.yaml were timed."""
+    return replace(half_of_ram(), teraflops=operations / 1e12, bandwidth=15.0, reached=0.7, layer=0.006)
 
 
 def describe_card(name: str, memory: int, used: int = 0, usable: float = 0.975) -> Card:

@@ -12,6 +12,11 @@ EVALUATION_TOKENS = 1536
 """Tokens of a batch of held-out rows."""
 ANSWER_TOKENS = 4096
 """Tokens of a batch of questions, their answers included."""
+NEW_TOKENS = 32
+"""Of an answer to a question, at most."""
+HELD_OUT_ANSWERS = 4
+"""Sampled by PPO to each held-out prompt: most of what one answer's reward tells of a policy is the luck of the
+draw."""
 SHARD_BYTES = 2 << 30
 """Of a file of merged weights."""
 AUTO = "auto"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from pipeline.plan.sizes import ANSWER_TOKENS, TOKENS
 from pipeline.plan.time import ppo_seconds, step_seconds
 
 if TYPE_CHECKING:
-    from pipeline.data.contracts import Contract
+    from pipeline.data.contracts import Contract, Row
     from pipeline.models.spec import ModelSpec
     from pipeline.stages.stage import Stage, StageSpec
 
@@ -119,8 +119,12 @@ def lengths_of(section: StageSpec, contract: Contract, seed: int) -> Lengths | N
     paths = [Path(part.path) for part in section.data.parts()]
     if not all(os.path.isfile(path) and path.stat().st_size <= READ_AT_MOST for path in paths):
         return None
-    rows = read_split(section.data, contract, seed).train
-    return Lengths([max(1, round(_text_bytes(row) / TOKEN_BYTES)) for row in rows])
+    return Lengths(tokens_of(read_split(section.data, contract, seed).train))
+
+
+def tokens_of(rows: Iterable[Row]) -> list[int]:
+    """Of each row, estimated."""
+    return [max(1, round(_text_bytes(row) / TOKEN_BYTES)) for row in rows]
 
 
 def _question_tokens(section: StageSpec, longest: int) -> int:

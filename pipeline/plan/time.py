@@ -50,7 +50,13 @@ def step_seconds(model: Model, work: Work, card: Card, head_share: float = 1.0) 
     if work.reference:  # and its forward pass
         operations += work.tokens * forward_operations(model, work.length, head_share)
         passes += 1
-    return _seconds(card, operations, _dequantised(model, passes))
+    return _seconds(card, operations, _dequantised(model, passes)) + passes * model.shapes.layers * card.layer
+
+
+def forward_seconds(model: Model, card: Card, tokens: float, length: float, passes: float, head_share: float) -> float:
+    """So many tokens, in sequences of `length`, through so many forward passes."""
+    operations = tokens * forward_operations(model, round(length), head_share)
+    return _seconds(card, operations, _dequantised(model, passes)) + passes * model.shapes.layers * card.layer
 
 
 def ppo_seconds(model: Model, work: Work, card: Card, epochs: int) -> float | None:
@@ -67,12 +73,15 @@ def ppo_seconds(model: Model, work: Work, card: Card, epochs: int) -> float | No
         read += s.linear_parameters * model.bytes
     cache = work.episodes * (work.length - work.answer / 2) * model.cached
     decoding = work.answer * max((read + cache) / (card.bandwidth * 1e9 * STREAMED), LAUNCHES * s.layers / 32)
+    if card.layer:  # a CPU has no arithmetic to spare while it reads
+        decoding += forward_seconds(model, card, tokens, work.length, 0, share) + work.answer * s.layers * card.layer
     # scoring: the trained adapters (policy, perhaps a critic) and the frozen ones (reference, reward models)
     scored = work.trained + work.frozen
     scoring = tokens * scored * forward_operations(model, work.length, share)
     update = (epochs * tokens) * work.trained * training_operations(model, work, share)
     passes = packs * (scored + epochs * work.trained * (2 + work.checkpointed / s.layers))
-    return decoding + _seconds(card, scoring + update, _dequantised(model, passes))
+    beside = passes * s.layers * card.layer
+    return decoding + _seconds(card, scoring + update, _dequantised(model, passes)) + beside
 
 
 def _seconds(card: Card, operations: float, moved: float) -> float:

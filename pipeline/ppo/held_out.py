@@ -11,13 +11,13 @@ import torch
 from pipeline.data.contracts import Row
 from pipeline.measure import intervals
 from pipeline.models import processes
+from pipeline.plan.sizes import HELD_OUT_ANSWERS
 from pipeline.ppo import rewards
 from pipeline.ppo.actors import POLICY, REFERENCE, Actors
 from pipeline.ppo.batch import Pack, pack_episodes, run_forward
 from pipeline.ppo.trainer import PPOTrainer
 
-ANSWERS = 4
-"""Sampled to each prompt: most of what one answer's reward tells of a policy is the luck of the draw."""
+ANSWERS = HELD_OUT_ANSWERS
 Answers = dict[str, numpy.ndarray[Any, Any]]
 """Of the answers to P held-out prompts, each (P, ANSWERS), nothing where there are no prompts:
 

@@ -15,11 +15,14 @@ from pipeline.errors import UserError
 from pipeline.recipe import gates
 from pipeline.recipe.recipe import RUNS, Recipe
 from pipeline.runs import sharding
-from pipeline.runs.environment import ERROR_MARK, WATCH, ended_in_order, make_environment
+from pipeline.runs.environment import ERROR_MARK, QUIET, WATCH, ended_in_order, make_environment
+from pipeline.runs.estimate import Clock, estimate, spoken
 from pipeline.runs.recipe_file import write_recipe
 from pipeline.runs.rows import load_rows
 from pipeline.runs.states import State, states
+from pipeline.runs.told import Told
 from pipeline.stages.check import check_base
+from pipeline.stages.stage import Rows
 
 
 def run(
@@ -45,29 +48,48 @@ def run(
     with ended_in_order(), locked(runs / recipe.name / ".lock", refusal):
         by_name = {state.name: state for state in states(recipe, runs)}
         planned = [state for state in by_name.values() if state.name in chosen]
-        for state in planned:
-            _check_before(recipe, state, by_name, chosen)
+        rows = {state.name: _check_before(recipe, state, by_name, chosen) for state in planned}
         resolved = runs / recipe.name / "recipe.yaml"
         write_recipe(recipe, resolved, runs)
-        done = []
+        clock = _look_ahead(recipe, runs, rows, planned, launch_config)
+        done, told = [], Told(recipe, runs)
         for index, state in enumerate(planned, 1):
             why = f", {state.why}" if state.why else ""
             print(f"[{index}/{len(planned)}] {state.name}: {state.word}{why}", flush=True)
             if state.due:
                 for parent in sorted(set(recipe.parents(state.name).values()) - chosen):  # held below otherwise
                     gates.hold(recipe.spec.expect, recipe.artifact(parent, runs), force)
-                _launch(recipe, state.name, resolved, runs, launch_config)
+                told.begin(state.name)
+                _launch(recipe, state.name, resolved, runs, launch_config, clock.after_training(state.name))
+                clock.finish(state.name)
+                told.end(state.name)
                 done.append(state.name)
             gates.hold(recipe.spec.expect, recipe.artifact(state.name, runs), force)
         return done
 
 
-def _check_before(recipe: Recipe, state: State, by_name: dict[str, State], chosen: set[str]) -> None:
-    """Whatever would stop a stage and can be known without a model is said before the first stage is launched."""
+def _look_ahead(
+    recipe: Recipe, runs: Path, rows: dict[str, Rows | None], planned: list[State], launch_config: Path | None
+) -> Clock:
+    """The time that the stages which are due will take, said where it is known."""
+    due = {name: own for name, own in rows.items() if own is not None}
+    if not due or launch_config:  # what several GPUs share is not estimated
+        return Clock({})
+    trained = {state.name for state in planned if state.word == "unmeasured"}
+    clock = estimate(recipe, runs, due, trained, _cores())
+    if clock.durations:
+        stages = "1 stage" if len(due) == 1 else f"{len(due)} stages"
+        print(f"{stages}, {spoken(clock.whole)} on this machine", flush=True)
+    return clock
+
+
+def _check_before(recipe: Recipe, state: State, by_name: dict[str, State], chosen: set[str]) -> Rows | None:
+    """Whatever would stop a stage and can be known without a model is said before the first stage is launched. Gives
+    the rows of a stage that is due."""
     if state.word == "damaged":
         raise UserError(state.why)
     if not state.due:
-        return
+        return None
     for parent in (by_name[name] for name in recipe.parents(state.name).values() if name not in chosen):
         if parent.word == "damaged":
             raise UserError(parent.why)
@@ -76,8 +98,9 @@ def _check_before(recipe: Recipe, state: State, by_name: dict[str, State], chose
                 f"'{state.name}' continues '{parent.name}', which is {parent.word} ({parent.why}). "
                 f"Run it too: --only {parent.name} --only {state.name}, or leave --only and --from away."
             )
-    load_rows(recipe, state.name)
+    rows, _ = load_rows(recipe, state.name)
     check_base(recipe.spec.model, {state.name: recipe.stages[state.name]})
+    return rows
 
 
 def _choose_stages(recipe: Recipe, only: Sequence[str], from_: str | None) -> set[str]:
@@ -93,21 +116,31 @@ def _choose_stages(recipe: Recipe, only: Sequence[str], from_: str | None) -> se
     return after
 
 
-def _launch(recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path | None) -> None:
+def _cores() -> str:
+    """CPU threads of a stage; left to itself accelerate gives a process one."""
     import psutil
 
+    cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
+    return os.environ.get("OMP_NUM_THREADS", str(cores))
+
+
+def _launch(
+    recipe: Recipe, stage: str, resolved: Path, runs: Path, config: Path | None, after_training: float | None
+) -> None:
     out = recipe.artifact(stage, runs)
     out.folder.mkdir(parents=True, exist_ok=True)
     if config:
         arguments = ["--config_file", str(config)]
     else:
         arguments = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        # Left to itself accelerate gives a process one CPU thread.
-        cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
-        arguments += ["--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS", str(cores))]
+        arguments += ["--num_cpu_threads_per_process", _cores()]
     worker = ["-m", "pipeline.runs.worker", str(resolved), stage, "--runs", str(runs)]
+    if after_training is not None:
+        worker += ["--after-training", f"{after_training:.0f}"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, *worker]
     variables = {**make_environment(), WATCH: "1", "PYTHONUNBUFFERED": "1"}
+    if variables["TRANSFORMERS_VERBOSITY"] == QUIET["TRANSFORMERS_VERBOSITY"]:
+        variables["TRANSFORMERS_VERBOSITY"] = "warning"  # nobody reads it on the terminal, and the log is to keep it
     if config is None:
         # TRL's trainers refuse a process that sees several GPUs; one is what a run without a config is about.
         variables.setdefault("CUDA_VISIBLE_DEVICES", "0")

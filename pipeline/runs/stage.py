@@ -26,9 +26,10 @@ ORPHAN_PATIENCE = 15.0
 """Seconds that a worker has to be gone whose runner was killed: one process at a time writes a stage."""
 
 
-def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
+def run_stage(recipe: Recipe, stage: str, runs: Path, after_training: float | None = None) -> None:
     """Run one stage of a recipe whose parents are fresh, and seal it. One that is trained, and whose held-out files are
-    not those it was measured on, is measured again."""
+    not those it was measured on, is measured again. `after_training`: seconds that the run is expected to go on once
+    this stage has taken its last step, to be told while it trains."""
     recipe.named([stage])
     sharding.refuse()
     parts = recipe.parts()
@@ -91,6 +92,7 @@ def run_stage(recipe: Recipe, stage: str, runs: Path) -> None:
             claim=claim,
             questions_hash=measured_on.get("questions"),
             trained=out.adapter if former else None,
+            after_training=after_training,
         )
         result = recipe.kind(stage).run(section, context)
         if not is_main:

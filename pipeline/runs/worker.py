@@ -1,6 +1,6 @@
 """One stage in one process: data in, run, seal.
 
-accelerate launch -m pipeline.runs.worker RECIPE STAGE [--runs DIR]
+accelerate launch -m pipeline.runs.worker RECIPE STAGE [--runs DIR] [--after-training SECONDS]
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("stage")
     parser.add_argument("--runs", default="runs", type=Path)
+    parser.add_argument("--after-training", type=float, metavar="SECONDS")
     given = parser.parse_args()
     complete_own(EVERYWHERE)
     if os.environ.get(WATCH):
         threading.Thread(target=_die_with_runner, daemon=True).start()
-    sys.exit(_guarded(given.recipe, given.stage, given.runs))
+    sys.exit(_guarded(given.recipe, given.stage, given.runs, given.after_training))
 
 
-def _guarded(recipe: str, stage: str, runs: Path) -> int:
+def _guarded(recipe: str, stage: str, runs: Path, after_training: float | None = None) -> int:
     """Run the stage; turn what a person can act upon into one message."""
     try:
-        run_stage(read(recipe), stage, runs)
+        run_stage(read(recipe), stage, runs, after_training)
         return 0
     except UserError as error:
         return _fail(str(error), 2)

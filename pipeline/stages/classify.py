@@ -301,5 +301,6 @@ STAGE = Stage(
     ),
     encode=encode,
     run=run,
+    learns="learns from texts with labels to name the label of a new one",
     colour="#7d8a2e",
 )

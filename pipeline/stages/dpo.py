@@ -87,5 +87,6 @@ STAGE = Stage(
     numbers=("preference_accuracy", "preference_margin", "question_accuracy", "stopped"),
     encode=encode,
     run=run,
+    learns="learns from pairs of answers to prefer the better one",
     colour="#d9822b",
 )

@@ -151,5 +151,6 @@ STAGE = Stage(
     ),
     encode=encode,
     run=run,
+    learns="answers by itself, is scored, and learns to give answers of a higher score",
     colour="#c43d54",
 )

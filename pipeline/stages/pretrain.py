@@ -95,5 +95,6 @@ STAGE = Stage(
     numbers=("loss", "loss_low", "loss_high", "perplexity", "question_accuracy", "stopped"),
     encode=encode,
     run=run,
+    learns="reads documents, so that it knows what stands in them",
     colour="#4c7fc4",
 )

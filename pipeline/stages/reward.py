@@ -79,5 +79,6 @@ STAGE = Stage(
     numbers=("accuracy", "margin", "over_longer", "over_longer_low", "over_longer_high"),
     encode=encode,
     run=run,
+    learns="learns from pairs of answers to score the better one higher",
     colour="#9a7a1c",
 )

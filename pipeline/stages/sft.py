@@ -77,5 +77,6 @@ STAGE = Stage(
     numbers=("loss", "loss_low", "loss_high", "perplexity", "question_accuracy", "stopped"),
     encode=encode,
     run=run,
+    learns="learns from dialogues to answer as the assistant in them does",
     colour="#21867a",
 )

@@ -116,6 +116,8 @@ class Stage:
     Raises Unrenderable."""
     run: Callable[[Any, Context], Result]
     """(its section, context)"""
+    learns: str = ""
+    """What it learns, in one sentence for a person who sees it begin."""
     colour: str = "#5b6470"
     """In the report's pictures."""
     house: dict[str, Any] = field(default_factory=dict)
@@ -196,6 +198,8 @@ class Context:
     """Of the file of questions, to know whether a parent was asked the same."""
     trained: Path | None = None
     """The adapter that this stage has made already, where it is only to be measured again."""
+    after_training: float | None = None
+    """Seconds from the last step of this stage to the end of the run, as estimated; None where nothing is known."""
 
 
 @dataclass

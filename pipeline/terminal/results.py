@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -17,34 +17,39 @@ from pipeline.evaluate import verdicts
 from pipeline.evaluate.stored import Results, read_verdicts
 from pipeline.measure.metric import METRICS, TRUTH, Estimate, Metric
 from pipeline.recipe.recipe import Recipe
+from pipeline.runs.told import asked, one_line, read_samples, shorten
 from pipeline.stages import STAGES
 from pipeline.stages.stage import StageSpec
 
 
 def show_results(recipe: Recipe, runs: Path, console: Console) -> None:
     """The held-out numbers before and after every finished stage, with cost."""
-    title = f"{recipe.name}: what each stage changed on held-out data"
-    table = Table("stage", "number", title=title, title_justify="left")
-    for column in ("before", "after", "change", "time", "peak MiB"):
-        table.add_column(column, justify="right")
+    title = f"{recipe.name}: what each stage changed on held-out data (MiB: peak memory)"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("stage", "number"):
+        table.add_column(column, no_wrap=True)
+    for column in ("before", "after", "change", "time", "MiB"):
+        table.add_column(column, justify="right", no_wrap=True)
     evaluated, notes = read_verdicts(runs / recipe.name), list[str]()
     for name in recipe.order():
         manifest = recipe.artifact(name, runs).manifest()
         if manifest is None:
             continue
         cost = [clock(manifest.seconds), str(manifest.peak_memory_mib)]
-        known = [*recipe.kind(name).headlines, *_sources(recipe, name)]
-        measured = [metric for metric in known if metric.name in manifest.after]
+        known = [*((metric, "") for metric in recipe.kind(name).headlines), *_sources(recipe, name)]
+        measured = [(metric, note) for metric, note in known if metric.name in manifest.after]
         own = _trained_on(recipe.stages[name])
         if told := evaluated.get((name, manifest.files.get(WEIGHTS, ""))) if own else None:
             notes.append(f"{name}, by onebase eval: {told.text}")
         elif text := verdicts.of_itself(recipe.stages[name], manifest.before, manifest.after):
             notes.append(f"{name}: {text} onebase eval compares its answers by what it was not trained on.")
-        for metric in measured:
+        for metric, note in measured:
             table.add_row(name, metric.label, *_numbers(metric, manifest, metric.name in own), *cost)
+            for below in filter(None, (note, _interval(metric, manifest))):
+                table.add_row("", f"  {below}")
             name, cost = "", ["", ""]
         if not measured:
-            table.add_row(name, "none (no data.test, no questions)", "", "", "", *cost)
+            table.add_row(name, "none: no held-out data", "", "", "", *cost)
     console.print(table)
     for note in notes:
         console.print(Text(note))
@@ -55,15 +60,9 @@ def show_answers(recipe: Recipe, runs: Path, console: Console) -> None:
     told: dict[str, dict[str, str]] = {}
     right: dict[str, str] = {}
     for name in recipe.order():
-        file = recipe.artifact(name, runs).samples
-        if recipe.artifact(name, runs).manifest() is None or not file.exists():
-            continue
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                sample = json.loads(line)
-            except ValueError:
-                continue
-            question = _question(sample["prompt"])
+        out = recipe.artifact(name, runs)
+        for sample in read_samples(out) if out.manifest() else []:
+            question = asked(sample)
             answers = told.setdefault(question, {"base": sample["base"]})
             answers[name] = sample["after"]
             if sample.get("answer"):
@@ -71,9 +70,12 @@ def show_answers(recipe: Recipe, runs: Path, console: Console) -> None:
     complete = max((len(answers) for answers in told.values()), default=0)
     for question, answers in [item for item in told.items() if len(item[1]) == complete][:3]:
         hint = f"   (right: {right[question]})" if question in right else ""
-        console.print(Text(f"\nQ: {question}", style="bold"), Text(hint, style="green"), end="\n")
+        console.print()
+        room = console.width - len("Q: ") - len(hint)
+        console.print(Text(f"Q: {shorten(question, room)}", style="bold") + Text(hint, style="not bold green"))
         for name, answer in answers.items():
-            console.print(Text(f"  {name:>9}  ", style="cyan") + Text(" ".join(answer.split())[:200] or "(nothing)"))
+            who = f"  {name:>9}  "
+            console.print(Text(who, style="cyan") + Text(shorten(one_line(answer), console.width - len(who))))
 
 
 def show_evaluation(results: Results, console: Console) -> None:
@@ -100,30 +102,31 @@ def show_evaluation(results: Results, console: Console) -> None:
 
 def show_next(recipe: Recipe, path: str, runs: Path, console: Console) -> None:
     """Where things are and what to type next."""
-    console.print(f"\nAdapters, manifests, logs: {runs / recipe.name}/<stage>/", highlight=False, markup=False)
-    last = recipe.order()[-1]
-    console.print("What to type next:", highlight=False)
-    for command, what in (
-        (f"onebase status {path}", "where every stage stands"),
-        (f"onebase eval {path}", "every stage against the one before, with intervals"),
-        (f"onebase report {path}", "a page of it"),
-        (f"onebase run {path}", "again: fresh stages are skipped"),
-        (f"onebase run {path} -o stages.{last}.train.learning_rate=1e-5", f"only {last} runs again"),
-        ("onebase ls", "the other recipes; onebase cp NAME my.yaml to start your own"),
+    print_line = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    print_line(f"\nAdapters, manifests, logs: {runs / recipe.name}/<stage>/")
+    print_line("What to type next:")
+    talk = [("talk to it", f"onebase chat {shlex.quote(str(runs / recipe.name))}")]
+    for what, command in (
+        *(talk if any(recipe.kind(name).answers for name in recipe.order()) else []),
+        ("compare stages", f"onebase eval {path}"),
+        ("see where it is", f"onebase status {path}"),
+        ("make your own", f"onebase cp {shlex.split(path)[0]} my.yaml"),
     ):
-        console.print(f"  {command:<72} {what}", highlight=False, soft_wrap=True, markup=False)
+        print_line(f"  {what:<17}{command}")
 
 
-def _sources(recipe: Recipe, name: str) -> list[Metric]:
-    """What each source of a ppo stage's reward says by itself."""
+def _sources(recipe: Recipe, name: str) -> list[tuple[Metric, str]]:
+    """What each source of a ppo stage's reward says by itself, with a note; nothing of the only one that is paid, whose
+    score is the reward."""
+    terms = recipe.stages[name].reward_terms()
+    paid = [term for term in terms if term.weight]
     return [
-        Metric(
-            f"reward/{term.source}",
-            f"{TRUTH.label if term.truth else 'score'} by {term.source.rpartition('/')[2]}"
-            f"{'' if term.weight else ', not paid'}",
-            unit="%" if term.truth else "",
+        (
+            Metric(f"reward/{term.source}", TRUTH.label if term.truth else "score", unit="%" if term.truth else ""),
+            f"by {term.source.rpartition('/')[2]}{'' if term.weight else ', not paid'}",
         )
-        for term in recipe.stages[name].reward_terms()
+        for term in terms
+        if paid != [term] or term.weight != 1 or term.truth
     ]
 
 
@@ -142,10 +145,15 @@ def _numbers(metric: Metric, manifest: Manifest, own: bool) -> list[str]:
     change = gain.value if gain else after - before  # a gain is of the same rows on both sides
     better = (change > 0) == (metric.direction == "higher")
     told = metric.written(change, sign=True, fine=True)
-    if gain and (interval := metric.range(gain, sign=True, fine=True)):
-        told += f" (95 %: {interval})"
     style = "dim" if change == 0 or (own and better) else "green" if better else "red"
     return [*(metric.written(value, fine=True) for value in (before, after)), f"[{style}]{told}[/{style}]"]
+
+
+def _interval(metric: Metric, manifest: Manifest) -> str:
+    """Of the change, where the stage has measured it."""
+    gain = Estimate.among(manifest.after, f"{metric.name}_gain")
+    interval = metric.range(gain, sign=True, fine=True) if gain else ""
+    return f"95 %: {interval}" if interval else ""
 
 
 def as_typed(path: str, overrides: Sequence[str], runs: Path) -> str:
@@ -158,7 +166,3 @@ def clock(seconds: float) -> str:
     """Minutes and seconds, as 4:05."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02}"
-
-
-def _question(prompt: list[dict[str, str]] | str) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]

@@ -56,16 +56,20 @@ class Progress(TrainerCallback):
         self.seen = (0.0, time.monotonic())
         if sys.stdout.isatty():
             columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-            notes = (TextColumn("{task.fields[note]}"), TextColumn("left"), TimeRemainingColumn())
+            notes = (TextColumn("{task.fields[note]}"), TimeRemainingColumn(), TextColumn("left{task.fields[whole]}"))
             self.bar = Bar(*columns, *notes, console=Console())
             self.bar.start()
             self.task = self.bar.add_task(
-                self.ctx.out.name, total=state.max_steps, completed=state.global_step, note=""
+                self.ctx.out.name, total=state.max_steps, completed=state.global_step, note="", whole=""
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar:
-            self.bar.update(self.task, completed=state.global_step, note=f"{self.loss} {self.speed}".strip())
+            left = self.bar.tasks[0].time_remaining
+            whole = "" if left is None else self._whole_run(left)
+            self.bar.update(
+                self.task, completed=state.global_step, note=f"{self.loss} {self.speed}".strip(), whole=whole
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "loss" not in logs:
@@ -80,12 +84,17 @@ class Progress(TrainerCallback):
         self.seen = (float(logs.get("num_tokens", 0)), now)
         self.loss = f"loss {logs['loss']:.4f}"
         if "kl" in logs:
-            self.loss = f"reward {logs['reward']:+.2f}  kl {logs['kl']:.2f}  {self.loss}"
+            self.loss = f"reward {logs['reward']:+.2f}  kl {round(logs['kl'], 2) or 0.0:.2f}"
         if not self.bar:
             done = state.global_step - self.first_step
             left = (now - self.began) / max(done, 1) * (state.max_steps - state.global_step)
             step = f"step {state.global_step}/{state.max_steps}"
-            print(f"  {self.ctx.out.name}  {step}  {self.loss}  {self.speed}  {clock(left)} left", flush=True)
+            parts = (self.ctx.out.name, step, self.loss, self.speed, f"{clock(left)} left{self._whole_run(left)}")
+            print("  " + "  ".join(filter(None, parts)), flush=True)
+
+    def _whole_run(self, left: float) -> str:
+        after = self.ctx.after_training
+        return "" if after is None else f", in all about {clock(left + after)}"
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar:

@@ -124,6 +124,7 @@ def test_other_held_out_files_are_measured_on_and_nothing_is_trained(
     from pipeline.data.load import DataSpec, read_source
     from pipeline.measure import scoring
     from pipeline.models import base as bases
+    from pipeline.models.lora import fuse
 
     runs = tmp_path / "runs"
     shutil.copytree(chain[1], runs)
@@ -161,11 +162,14 @@ def test_other_held_out_files_are_measured_on_and_nothing_is_trained(
     replies = [(render.reply(tokenizer, row, "chosen"), render.reply(tokenizer, row, "rejected")) for row in rows]
     for when, stage in (("before", "sft"), ("after", "dpo")):
         model = adapters.as_trained(bases.load_base(spec, tokenizer), recipe.artifact(stage, runs).adapter)
+        fuse(model)
         plain = scoring.preferences(model, tokenizer, replies)
         assert {key: getattr(after["dpo"], when)[key] for key in plain} == pytest.approx(plain, abs=1e-6)
     talks = [[render.conversation(tokenizer, row, side) for side in ("chosen", "rejected")] for row in rows]
     base = bases.load_base(spec, tokenizer, num_labels=1)
-    plain = scoring.reward_model(adapters.as_trained(base, recipe.artifact("reward", runs).adapter), tokenizer, talks)
+    model = adapters.as_trained(base, recipe.artifact("reward", runs).adapter)
+    fuse(model)
+    plain = scoring.reward_model(model, tokenizer, talks)
     assert {key: after["reward"].after[key] for key in plain} == pytest.approx(plain, abs=1e-6)
 
 

@@ -182,7 +182,8 @@ with torch.no_grad():
 """
     done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [one["score"] for one in probe]
+    # PEFT's separate operations round in bfloat16 where ours, which trained it, do not.
+    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx([one["score"] for one in probe], abs=2e-3)
 
 
 CARDS = """

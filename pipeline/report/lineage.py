@@ -18,6 +18,10 @@ def drawn(chain: list[Link], notes: dict[str, str], base: str, colours: dict[str
     depth = {"base": 0}
     parents: dict[str, list[tuple[str, bool]]] = {"base": []}
     for stage in chain:
+        if stage.parent and stage.parent not in depth:  # an adapter from the Hub
+            depth[stage.parent], parents[stage.parent] = 1, [("base", False)]
+            rows += [[]] * (2 - len(rows))
+            rows[1] = [*rows[1], stage.parent]
         above = [(stage.parent or "base", False)]
         above += [(source, True) for source in stage.rewards if source in depth]
         depth[stage.name] = 1 + max(depth[name] for name, _ in above)
@@ -34,7 +38,7 @@ def drawn(chain: list[Link], notes: dict[str, str], base: str, colours: dict[str
         for level, row in enumerate(rows)
         for column, name in enumerate(row)
     }
-    kinds = {stage.name: stage.kind for stage in chain} | {"base": "base"}
+    kinds = {name: name for name in place} | {stage.name: stage.kind for stage in chain}
     parts = []
     for name, above in parents.items():
         for parent, paid in above:
@@ -50,7 +54,8 @@ def drawn(chain: list[Link], notes: dict[str, str], base: str, colours: dict[str
         shade = colours.get(name, BASE)
         note = base if name == "base" else notes.get(name, "")
         note = note if len(note) <= LONGEST else f"{note[: LONGEST - 1]}…"
-        title = name if kinds[name] in (name, "base") else f"{name} ({kinds[name]})"
+        title = name if kinds[name] == name else f"{name} ({kinds[name]})"
+        title = title if len(title) <= LONGEST else f"{title[: LONGEST - 1]}…"
         parts.append(
             f'<rect x="{x:.0f}" y="{y:.0f}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="8" fill="#fff" '
             f'stroke="{shade}" stroke-width="1.8"/>'

@@ -112,6 +112,25 @@ def test_less_is_held_for_the_way_back(tiny_base: Path) -> None:
     assert ours < held(model)
 
 
+def test_a_checkpointed_layer_repeats_no_product_that_nothing_was_kept_of(tiny_base: Path) -> None:
+    """The way back repeats a decoder layer up to the input of its last product, and its gradients stay the same."""
+    model = adapted(tiny_base, dtype="float32")
+    _, plain = values(model)
+    counts = {"down_proj": 0, "up_proj": 0}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and (kind := name.rpartition(".")[2]) in counts:
+
+            def count(*_: Any, kind: str = kind) -> None:
+                counts[kind] += 1
+
+            module.get_base_layer().register_forward_hook(count)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    _, checkpointed = values(model)
+    layers = model.config.num_hidden_layers
+    assert counts == {"up_proj": 2 * layers, "down_proj": layers}
+    assert all(torch.equal(checkpointed[name], gradient) for name, gradient in plain.items())
+
+
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_dropout": 0.3}, {"lora_bias": True}])
 def test_what_is_more_than_a_plain_adapter_goes_pefts_way(tiny_base: Path, lora: dict[str, Any]) -> None:
     model = adapted(tiny_base, quantize="none", dtype="float32", lora=lora)

@@ -7,12 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft.tuners.lora import LoraLayer
+from torch._dynamo.testing import CompileCounter
+from trl import SFTConfig, SFTTrainer
 
+from pipeline.data.load import DataSpec
+from pipeline.disk.artifact import Artifact
+from pipeline.errors import UserError
 from pipeline.models import adapters
 from pipeline.models.base import computing, load_base, load_tokenizer
 from pipeline.models.forward import plain_layers
 from pipeline.models.spec import ModelSpec
+from pipeline.stages import STAGES
+from pipeline.stages.stage import Context, Rows
+from pipeline.training.trainer import arguments, build, compile_layers
 
 IDS = torch.randint(10, 200, (3, 20), generator=torch.Generator().manual_seed(2))
 
@@ -45,15 +54,15 @@ def is_fused(model: Any) -> bool:
     return any("LinearWithLora" in node.name() for node in seen)
 
 
-def loss(model: Any) -> torch.Tensor:
+def loss(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
     torch.manual_seed(4)
     with computing(model):
-        return model(input_ids=IDS, labels=IDS).loss
+        return model(input_ids=ids, labels=ids).loss
 
 
-def values(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def values(model: Any, ids: torch.Tensor = IDS) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
-    found = loss(model)
+    found = loss(model, ids)
     found.backward()
     return found.detach(), {name: weight.grad.clone() for name, weight in adapters.trainable(model).items()}
 
@@ -129,6 +138,33 @@ def test_a_checkpointed_layer_repeats_no_product_that_nothing_was_kept_of(tiny_b
     layers = model.config.num_hidden_layers
     assert counts == {"up_proj": 2 * layers, "down_proj": layers}
     assert all(torch.equal(checkpointed[name], gradient) for name, gradient in plain.items())
+
+
+def test_layers_are_compiled_once_for_batches_of_all_shapes_and_compute_the_same(tiny_base: Path) -> None:
+    model = adapted(tiny_base, dtype="float32", attn_implementation="eager")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    batches = [IDS, IDS[:2, :13], IDS[1:, 3:], IDS.T.contiguous()]
+    plain = [values(model, ids) for ids in batches]
+    counter: Any = CompileCounter()
+    compile_layers(model, {"torch_compile": True, "torch_compile_backend": counter})
+    for ids, (expected, gradients) in zip(batches, plain, strict=True):
+        found, compiled = values(model, ids)
+        assert torch.allclose(found, expected, atol=1e-5)
+        for name, gradient in gradients.items():
+            assert torch.allclose(compiled[name], gradient, rtol=1e-4, atol=1e-5), name
+    assert counter.frame_count == 1
+
+
+def test_compiling_is_for_gpus(tiny_base: Path, tmp_path: Path) -> None:
+    said = {"torch_compile": True, "torch_compile_mode": "default"}
+    spec = STAGES["sft"].section(data=DataSpec(path="x"), train=said)
+    model = ModelSpec(base=str(tiny_base), dtype="float32")
+    context = Context(model, Rows([]), {}, Artifact(tmp_path / "sft"), 17, "", lambda: None)
+    args = arguments(SFTConfig, spec, context)
+    assert args.layers_compiled == said
+    assert not args.torch_compile  # the model around the layers stays as it is
+    with pytest.raises(UserError, match="train.torch_compile: it is for GPUs, and there is no GPU here"):
+        build(SFTTrainer, adapted(tiny_base), args=args, train_dataset=Dataset.from_list([{"input_ids": [1]}]))
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_dropout": 0.3}, {"lora_bias": True}])

@@ -30,6 +30,7 @@ def _forward(layer: Any, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
     active = layer.active_adapters
     name = active[0] if len(active) == 1 else ""
     alone = name in layer.lora_A and not (layer.disable_adapters or layer.merged or arguments or options)
+    alone = alone and not torch.compiler.is_compiling()
     if not alone or name in layer.lora_variant or layer.lora_bias[name] or _drops_out(layer.lora_dropout[name]):
         whole: Tensor = type(layer).forward(layer, x, *arguments, **options)
         return whole

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl.kernels.chunked_logprob import _use_triton
 from trl.trainer import utils as trl_utils
@@ -32,11 +33,14 @@ if TYPE_CHECKING:
     from pipeline.stages.stage import Context, StageSpec
 
 
+COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+
+
 def arguments(config_class: Any, spec: StageSpec, ctx: Context, **stage_defaults: Any) -> Any:
     """The trainer's config: our defaults and the stage's, then the recipe's arguments, then what only we may say.
 
     Added to it are `checkpointed_layers`: in how many layers activations are checkpointed, None if in all or none; and
-    the budget of a batch in tokens, None if its rows are counted.
+    the budget of a batch in tokens, None if its rows are counted; and `layers_compiled`, what torch.compile is told.
     Raises UserError naming the stage if the config refuses a value.
     """
     given = dict(spec.train)
@@ -45,12 +49,15 @@ def arguments(config_class: Any, spec: StageSpec, ctx: Context, **stage_defaults
     counted = isinstance(layers, int) and not isinstance(layers, bool)
     if counted:
         given["activation_checkpointing"] = layers > 0
+    # Here it means the decoder layers one by one: all are alike, so one is compiled, and not the model around them.
+    compiling = {name: given.pop(name) for name in COMPILING if name in given}
     defaults = {
         "bf16": ctx.model.dtype == "bfloat16",
         "fp16": ctx.model.dtype == "float16",
         "report_to": "none",
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "accelerator_config": {"non_blocking": torch.cuda.is_available()},
         "disable_tqdm": True,
         "save_steps": 100,
         **stage_defaults,
@@ -68,6 +75,7 @@ def arguments(config_class: Any, spec: StageSpec, ctx: Context, **stage_defaults
         raise UserError(f"stages.{ctx.out.name}.train: {config_class.__name__} refuses it: {error}") from error
     args.checkpointed_layers = layers if counted and layers else None
     args.base_on_hub = ctx.model.public_id
+    args.layers_compiled = compiling if compiling.get("torch_compile", bool(compiling)) else None
     setattr(args, TOKENS, budget)
     return args
 
@@ -82,6 +90,21 @@ def headed(ctx: Context, base: PreTrainedModel) -> PeftModel:
     """The same under a new score head, on a base that was loaded with one."""
     parent = ctx.parents.get("policy")
     return adapters.transplanted(base, parent.adapter) if parent else adapters.fresh(base, ctx.model.lora, head=True)
+
+
+def compile_layers(model: PeftModel, said: dict[str, Any]) -> None:
+    """torch.compile for each decoder layer, for batches of any shape. `said`: the torch_compile words of a recipe.
+
+    A compiled layer and its adapters are PEFT's separate operations, which the compiler puts together itself. Attention
+    by a loop over segments is not compiled: every batch would be compiled anew.
+    """
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.compile(
+                dynamic=True,
+                backend=said.get("torch_compile_backend") or "inductor",
+                mode=said.get("torch_compile_mode"),
+            )
 
 
 def build(trainer_class: type, model: PeftModel, **options: Any) -> Any:
@@ -102,6 +125,11 @@ def build(trainer_class: type, model: PeftModel, **options: Any) -> Any:
             f"{TOKENS} gives each of {args.world_size} processes another number of pairs, and TRL's trainers gather "
             f"equally many. Say {BATCH} instead, or start one process"
         )
+    if getattr(args, "layers_compiled", None) and not torch.cuda.is_available():
+        raise UserError(
+            "train.torch_compile: it is for GPUs, and there is no GPU here; on a CPU it compiles anew for every batch; "
+            "leave it out"
+        )
     if getattr(args, "activation_offloading", False) and not torch.cuda.is_available():
         raise UserError("train.activation_offloading: it saves GPU memory, and there is no GPU here; leave it out")
     if args.push_to_hub and args.base_on_hub:  # what TRL pushes names its base, and nobody else has this folder
@@ -112,6 +140,8 @@ def build(trainer_class: type, model: PeftModel, **options: Any) -> Any:
     trainer: Any = type(trainer_class.__name__, bases, {})(model=model, **options)
     for name, weight in adapters.trainable(trainer.model).items():
         weight.data = masters[name]
+    if compiling := getattr(args, "layers_compiled", None):
+        compile_layers(trainer.model, compiling)
     adapters.round_frozen(trainer.model)  # of dpo the reference, to which TRL gives four bytes a parameter
     return trainer
 

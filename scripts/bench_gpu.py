@@ -46,9 +46,9 @@ from pipeline.plan.memory import CONTEXT, Model, Work, memory
 from pipeline.plan.shapes import Adapter, shapes_of
 from pipeline.plan.time import ppo_seconds, step_seconds
 from pipeline.ppo.actors import REFERENCE, Actors
+from pipeline.ppo.ppo import PPOTrainer
 from pipeline.ppo.rewards import Source
 from pipeline.ppo.settings import PPOSettings
-from pipeline.ppo.trainer import PPOTrainer
 from pipeline.training import trainer as shared
 
 TINY = {

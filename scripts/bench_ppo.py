@@ -54,8 +54,8 @@ class Ours:
         from pipeline.models import base as bases
         from pipeline.ppo import rewards
         from pipeline.ppo.actors import REFERENCE, VALUE, Actors
+        from pipeline.ppo.ppo import PPOTrainer
         from pipeline.ppo.settings import PPOSettings
-        from pipeline.ppo.trainer import PPOTrainer
 
         tokenizer = bases.load_tokenizer(spec)
         model = adapters.carried(bases.load_base(spec, tokenizer), folder / "policy")

@@ -42,8 +42,8 @@ from pipeline.plan.memory import Model, Work, memory, scored
 from pipeline.plan.shapes import Adapter, shapes_of
 from pipeline.plan.stage import attention
 from pipeline.ppo.actors import REFERENCE, VALUE, Actors
+from pipeline.ppo.ppo import PPOTrainer
 from pipeline.ppo.settings import PPOSettings
-from pipeline.ppo.trainer import PPOTrainer
 
 MODELS: dict[str, dict[str, Any]] = {
     # the widths of config.json; what is not said is the family's default

@@ -36,9 +36,9 @@ from pipeline.ppo import algorithm as maths
 from pipeline.ppo.actors import POLICY, REFERENCE, VALUE, Actors
 from pipeline.ppo.batch import Advantaged, pack_episodes
 from pipeline.ppo.optimizer import trained_weights
+from pipeline.ppo.ppo import PPOTrainer
 from pipeline.ppo.scoring import score
 from pipeline.ppo.settings import PPOSettings
-from pipeline.ppo.trainer import PPOTrainer
 
 LLAMA_3_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,

@@ -29,7 +29,7 @@ from pipeline.models import base as bases
 from pipeline.models.forward import LanguageModel
 from pipeline.models.out_of_memory import ROLLOUT, run_in_parts
 from pipeline.models.sampling import sample
-from pipeline.ppo.trainer import PPOTrainer
+from pipeline.ppo.ppo import PPOTrainer
 from pipeline.recipe.recipe import build
 from pipeline.runs.stage import run_stage
 from pipeline.training import sequences

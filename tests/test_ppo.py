@@ -32,9 +32,9 @@ from pipeline.ppo import invariants, rewards
 from pipeline.ppo.actors import POLICY, REFERENCE, VALUE, Actors
 from pipeline.ppo.batch import Advantaged, Scored
 from pipeline.ppo.health import WINDOW, Health
+from pipeline.ppo.ppo import PPOTrainer
 from pipeline.ppo.scoring import take_advantages
 from pipeline.ppo.settings import PPOSettings
-from pipeline.ppo.trainer import PPOTrainer
 from pipeline.recipe.recipe import build, read
 from pipeline.runs import runner
 from pipeline.runs.environment import make_environment

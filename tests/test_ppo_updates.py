@@ -22,7 +22,8 @@ from pipeline.ppo import checkpoint as checkpoints
 from pipeline.ppo import held_out as held_out_numbers
 from pipeline.ppo import invariants
 from pipeline.ppo.algorithm import LOSS_SCALE, RAISED_AFTER, LossScale
-from pipeline.ppo.trainer import WHOLE_AGAIN, PPOTrainer
+from pipeline.ppo.ppo import PPOTrainer
+from pipeline.ppo.trainer import WHOLE_AGAIN
 
 
 def state(ppo: PPOTrainer) -> dict[str, torch.Tensor]:

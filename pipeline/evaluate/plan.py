@@ -144,7 +144,7 @@ def _rendered(rows: Rows, artifact: Artifact) -> Rows:
 def _sampling(recipe: Recipe, samplers: list[str], prompts: list[Row], models: list[str]) -> Json:
     """How held-out prompts are answered: as the first stage that samples does it, where there is one. The answers are
     judged by the reward models, or where there are none by the first function that a stage is paid by."""
-    settings = recipe.stages[samplers[0]].train if samplers else {}
+    settings = recipe.stages[samplers[0]].sampling() if samplers else None
     terms = [term for name in samplers for term in recipe.stages[name].reward_terms()]
     declared = [term.source for term in terms if term.truth]
     answered = all(row.get("answer") is not None for row in prompts)
@@ -154,8 +154,8 @@ def _sampling(recipe: Recipe, samplers: list[str], prompts: list[Row], models: l
     read = {source: read_by(Path(source.rpartition(":")[0])) for source in functions}
     files = {source: {name: sha256_of_file(path) for name, path in known.items()} for source, known in read.items()}
     return {
-        "new_tokens": int(settings.get("response_length", NEW_TOKENS)),
-        "temperature": float(settings.get("temperature", 1.0)),
+        "new_tokens": settings.response_length if settings else NEW_TOKENS,
+        "temperature": settings.temperature if settings else 1.0,
         "seed": recipe.spec.seed,
         "sources": sources,
         "truth": truth,

@@ -37,6 +37,15 @@ class Computed:
 
 def take_computed(model: torch.nn.Module) -> dict[str, float]:
     """The figures of a model's trunk; none of one that is not packed."""
-    counts = (vars(module).get("computed") for module in model.modules())
-    found = next((count for count in counts if isinstance(count, Computed)), None)
+    found = _counted(model)
     return found.take() if found else {}
+
+
+def is_packed(model: torch.nn.Module) -> bool:
+    """Whether its trunk computes what rows begin with alike only once."""
+    return _counted(model) is not None
+
+
+def _counted(model: torch.nn.Module) -> Computed | None:
+    counts = (vars(module).get("computed") for module in model.modules())
+    return next((count for count in counts if isinstance(count, Computed)), None)

@@ -194,7 +194,7 @@ def plan_stage(
     kept = arguments.get("save_total_limit") or kind.checkpoints
     disk = round(adapter * (1 + (kept + 1) * (1 + work.optimizer_bytes / 4) * work.trained))
     if sampling := section.sampling():
-        seconds = ppo_seconds(model, work, card, sampling.num_ppo_epochs) if card else None
+        seconds = ppo_seconds(model, work, card, sampling.epochs) if card else None
         tokens = work.episodes * work.length
         passes: float | None = sampling.steps * sampling.batch_size / work.episodes
     else:

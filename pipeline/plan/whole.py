@@ -79,7 +79,7 @@ def _training(
         return None if minutes is None else minutes * 60
     work = work_of(kind, section, model, spec, lengths)
     work = replace(work, length=round(_mean(lengths.rows) + ENDED * work.answer), answer=round(ENDED * work.answer))
-    seconds = ppo_seconds(model, work, card, sampling.num_ppo_epochs)
+    seconds = ppo_seconds(model, work, card, sampling.epochs)
     return None if seconds is None else seconds * sampling.steps * sampling.batch_size / work.episodes
 
 

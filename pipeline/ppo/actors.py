@@ -43,12 +43,12 @@ class Actors(LanguageModel):
         model: PeftModel,
         pad_id: int,
         temperature: float,
-        critic: Literal["adapter", "trunk"],
+        critic: Literal["adapter", "trunk"] | None,
         reward_heads: dict[str, Tensor],
     ) -> None:
         super().__init__(model, pad_id)
         self.temperature = temperature
-        self.value_adapter = VALUE if critic == "adapter" else POLICY
+        self.value_adapter = {"adapter": VALUE, "trunk": POLICY, None: None}[critic]
         self.reward_heads = {name: weight.to(self.device, torch.float32) for name, weight in reward_heads.items()}
         self.value_head = torch.nn.Linear(self.config.hidden_size, 1, device=self.device, dtype=torch.float32)
         torch.nn.init.zeros_(self.value_head.weight)
@@ -76,6 +76,7 @@ class Actors(LanguageModel):
 
     def values(self, pack: Pack) -> Tensor:
         """The critic's values of the states before the answers' tokens, (B, G); leaves its adapter active."""
+        assert self.value_adapter
         self.act_as(self.value_adapter)
         with computing(self.model):
             states_NH = self._states(pack)

@@ -1,4 +1,4 @@
-"""A batch of PPO on its way: prompts -> Rollout -> Scored -> Advantaged. Each step is made whole and never changed.
+"""A batch on its way: prompts -> Rollout -> Scored -> Learnt. Each step is made whole and never changed.
 
 Of a pack: B episodes, T tokens of its longest prompt with answer, G tokens of its longest answer, N tokens of all its
 answers, row after row. Values on (B, G) are 0 where an answer has no token.
@@ -7,7 +7,8 @@ answers, row after row. Values on (B, G) are 0 where an answer has no token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -79,37 +80,57 @@ class Scored:
     """(B) What each answer is paid: normalised, bounded, less what a cut answer costs."""
     logp_BG: Tensor
     """(B, G) Log-probabilities of its tokens under the policy that wrote it, in nats."""
-    ref_logp_BG: Tensor
-    """(B, G) The same under the reference."""
-    values_BG: Tensor
-    """(B, G) The critic's values of the states before the tokens."""
+    ref_logp_BG: Tensor | None
+    """(B, G) The same under the reference; None where nothing depends on it."""
+    values_BG: Tensor | None
+    """(B, G) The critic's values of the states before the tokens; None where there is no critic."""
 
 
 @dataclass(frozen=True)
-class Advantaged:
+class Learnt:
     """What an update learns from."""
 
     pack: Pack
     old_logp_BG: Tensor | None
     """(B, G) Log-probabilities under the policy that wrote the answers. None before the first pass of an update that is
     made by that very policy: then they are what this pass gives."""
+
+    def part(self, start: int, stop: int) -> Self:
+        """Rows from `start` to before `stop`, under the padding that they have."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "pack"}
+        some = {name: None if tensor is None else tensor[start:stop] for name, tensor in tensors.items()}
+        return replace(self, pack=self.pack.part(start, stop), **some)
+
+
+@dataclass(frozen=True)
+class Advantaged(Learnt):
+    """With a critic: an advantage for each token."""
+
     old_values_BG: Tensor
     """(B, G) The critic's values when the answers were scored."""
     advantages_BG: Tensor
     returns_BG: Tensor
     """(B, G) What the critic should have said."""
 
-    def part(self, start: int, stop: int) -> Advantaged:
-        """Rows from `start` to before `stop`, under the padding that they have."""
-        some = slice(start, stop)
-        old_logp_BG = None if self.old_logp_BG is None else self.old_logp_BG[some]
-        others = (self.old_values_BG[some], self.advantages_BG[some], self.returns_BG[some])
-        return Advantaged(self.pack.part(start, stop), old_logp_BG, *others)
+
+@dataclass(frozen=True)
+class Grouped(Learnt):
+    """Without a critic: an advantage for each answer, within its group."""
+
+    ref_logp_BG: Tensor | None
+    """(B, G) Log-probabilities under the reference; None without a KL penalty in the loss."""
+    advantages_B: Tensor
+    weights_BG: Tensor
+    """(B, G) What each token's loss counts for."""
 
 
-def pack_episodes(episodes: list[Episode], at_once: int, pad_id: int, device: torch.device) -> list[Pack]:
-    """Every episode in packs of `at_once`, those of like length together."""
-    order = sorted(range(len(episodes)), key=lambda i: len(episodes[i]))
+def pack_episodes(
+    episodes: list[Episode], at_once: int, pad_id: int, device: torch.device, together: int = 1
+) -> list[Pack]:
+    """Every episode in packs of `at_once`, those of like length together. `together`: so many that are beside each
+    other stay beside each other, as answers to one prompt, which a packed model reads once for all of them."""
+    longest = [max(map(len, episodes[i - i % together : i - i % together + together])) for i in range(len(episodes))]
+    order = sorted(range(len(episodes)), key=lambda i: (longest[i], i // together))
     return [_pack(order[s : s + at_once], episodes, pad_id, device) for s in range(0, len(order), at_once)]
 
 

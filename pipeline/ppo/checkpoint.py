@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.models import adapters
 from pipeline.ppo.actors import POLICY
-from pipeline.ppo.trainer import PPOTrainer
+from pipeline.ppo.trainer import RolloutTrainer
 
 
-def save(trainer: PPOTrainer, folder: Path) -> None:
+def save(trainer: RolloutTrainer, folder: Path) -> None:
     """All that the next step depends on: adapters and heads, optimizers, counters."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in _tensors(trainer).items()}
     save_file(tensors, folder / "ppo.safetensors")
@@ -30,7 +30,7 @@ def save(trainer: PPOTrainer, folder: Path) -> None:
     adapters.save(trainer.actors.model, folder / "adapter")
 
 
-def load(trainer: PPOTrainer, folder: Path) -> None:
+def load(trainer: RolloutTrainer, folder: Path) -> None:
     """Stand where `save` was called."""
     saved = load_file(folder / "ppo.safetensors", device=str(trainer.actors.device))
     for name, tensor in _tensors(trainer).items():
@@ -42,7 +42,7 @@ def load(trainer: PPOTrainer, folder: Path) -> None:
     trainer.health.history, trainer.health.warned = state["health"]["history"], state["health"]["warned"]
 
 
-def _tensors(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
+def _tensors(trainer: RolloutTrainer) -> dict[str, torch.Tensor]:
     """The trained weights and the optimizers' state, as they stand in memory."""
     tensors = {}
     for role, optimizer in trainer.optimizers.items():

@@ -14,7 +14,8 @@ ALIKE = 1e-6
 RUNAWAY = 1.5
 """Answers this many times as long as at the start, while reward rises."""
 
-KEPT = ("kl", "entropy", "answer_length", "reward", "eos_share", "empty_share", "score", "score_std", "grad_norm")
+KEPT = ("kl", "entropy", "answer_length", "reward", "eos_share", "empty_share", "score", "score_std", "grad_norm",
+        "frac_reward_zero_std")  # fmt: skip
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Health:
 
     def verdict(self, step: dict[str, float]) -> tuple[str | None, list[str]]:
         """The reason to stop, or None; and the warnings not given before."""
-        self.history.append({key: step[key] for key in KEPT})
+        self.history.append({key: step[key] for key in KEPT if key in step})
         self.history = self.history[:WINDOW] + self.history[WINDOW:][-WINDOW:]
         return self._stop(step), self._new(self._warnings(step))
 
@@ -35,7 +36,7 @@ class Health:
         broken = [name for name, value in step.items() if not math.isfinite(value)]
         if broken:
             return f"{broken[0]} is {step[broken[0]]}: lower learning_rate or max_grad_norm"
-        if step["kl"] > self.kl_stop:
+        if step.get("kl", 0.0) > self.kl_stop:
             return (
                 f"answers are {step['kl']:.1f} nats from the reference (kl_stop {self.kl_stop:g}): the policy has left "
                 "what the reward model knows. Raise kl_coef, set kl_target, or lower learning_rate"
@@ -50,6 +51,12 @@ class Health:
             )
         if all(past["empty_share"] == 1 for past in recent):
             return f"all answers of the last {WINDOW} steps were empty: the reward favours empty answers"
+        if all(past.get("frac_reward_zero_std") == 1 for past in recent):
+            return (
+                f"in the last {WINDOW} steps all answers of every group were paid alike, and only differences within a "
+                "group are learnt from: choose prompts that are neither too easy nor too hard, raise num_generations "
+                "or temperature, or pay by finer steps"
+            )
         if all(past["grad_norm"] == 0 for past in recent):
             return f"the policy's gradient was zero in the last {WINDOW} steps: it has stopped learning"
         return None

@@ -17,7 +17,7 @@ from pipeline.models.base import computing
 from pipeline.ppo.actors import REFERENCE, Actors
 from pipeline.ppo.batch import pack_episodes
 from pipeline.ppo.scoring import as_updates_see
-from pipeline.ppo.trainer import PPOTrainer
+from pipeline.ppo.trainer import RolloutTrainer
 
 Found = dict[str, Any]
 BORROWED_TOLERANCE = {"float32": 1e-5}
@@ -57,7 +57,7 @@ def same_tokenizer(tokenizer: PreTrainedTokenizerBase, parent: Artifact) -> None
             )
 
 
-def policy_is_reference(trainer: PPOTrainer) -> Found:
+def policy_is_reference(trainer: RolloutTrainer) -> Found:
     """Before the first step the policy is its reference: KL exactly 0, and its ratio to itself exactly 1. Each compares
     passes made alike: KL two without gradients, the ratio two as updates are made of.
 

@@ -30,8 +30,8 @@ from pipeline.ppo.actors import POLICY, REFERENCE, VALUE
 from pipeline.ppo.batch import Rollout, Scored
 from pipeline.ppo.rewards import adapter_name
 from pipeline.ppo.scoring import Scores, describe
-from pipeline.ppo.settings import CHECKPOINTS_KEPT, PPOSettings
-from pipeline.ppo.trainer import WHOLE_AGAIN, PPOTrainer
+from pipeline.ppo.settings import CHECKPOINTS_KEPT, RolloutSettings
+from pipeline.ppo.trainer import WHOLE_AGAIN, RolloutTrainer
 from pipeline.training.progress import Progress, Snapshots, Stop, keep_newest, note_split, step_of
 from pipeline.training.sequences import Refused, Tally, encode_rows
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def leave_out_unrenderable(
-    ctx: Context, tokenizer: PreTrainedTokenizerBase, settings: PPOSettings, config: PretrainedConfig, skip: bool
+    ctx: Context, tokenizer: PreTrainedTokenizerBase, settings: RolloutSettings, config: PretrainedConfig, skip: bool
 ) -> tuple[Context, dict[str, Any], Refused]:
     """The context without prompts that the template refuses, counts of the others, and those refused.
 
@@ -107,7 +107,7 @@ def warn_of_length(models: dict[str, Artifact]) -> None:
             )
 
 
-def add_roles(model: PeftModel, models: dict[str, Artifact], settings: PPOSettings) -> dict[str, torch.Tensor]:
+def add_roles(model: PeftModel, models: dict[str, Artifact], settings: RolloutSettings) -> dict[str, torch.Tensor]:
     """Put reference, reward models and critic beside the policy; gives the score heads by adapter name."""
     adapters.twin(model, REFERENCE)
     heads: dict[str, torch.Tensor] = {}
@@ -124,7 +124,7 @@ def add_roles(model: PeftModel, models: dict[str, Artifact], settings: PPOSettin
     return heads
 
 
-def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
+def train(trainer: RolloutTrainer, ctx: Context) -> dict[str, Any]:
     """All steps, from the last whole checkpoint where there is one.
 
     Raises Interrupted after Ctrl-C or SIGTERM, once a checkpoint has been written, and UserError when the run has gone
@@ -184,12 +184,12 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
     return {**done, "rows_at_once": sizes[-1]} if sizes else done
 
 
-def _saves_at(step: int, settings: PPOSettings) -> bool:
+def _saves_at(step: int, settings: RolloutSettings) -> bool:
     # After the last one too: what is measured after training may be interrupted.
     return step == settings.steps or bool(settings.save_steps and step % settings.save_steps == 0)
 
 
-def save(trainer: PPOTrainer, ctx: Context) -> None:
+def save(trainer: RolloutTrainer, ctx: Context) -> None:
     """A checkpoint that counts only once it is whole; the ones before it go."""
     process = PartialState()
     if process.is_main_process:
@@ -202,7 +202,7 @@ def save(trainer: PPOTrainer, ctx: Context) -> None:
     process.wait_for_everyone()
 
 
-def judge_end(trainer: PPOTrainer, ctx: Context, answers: held_out.Answers) -> dict[str, Any]:
+def judge_end(trainer: RolloutTrainer, ctx: Context, answers: held_out.Answers) -> dict[str, Any]:
     """The last update is seen by no rollout. The held-out answers are its judge; where there are none, as many answers
     to training prompts as a rollout has. A stage that is only measured again has been judged."""
     if ctx.trained:

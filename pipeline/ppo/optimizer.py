@@ -10,18 +10,18 @@ from accelerate import PartialState
 from pipeline.models.out_of_memory import try_twice
 from pipeline.ppo.actors import Actors, Role
 from pipeline.ppo.algorithm import LossScale
-from pipeline.ppo.settings import PPOSettings
+from pipeline.ppo.settings import RolloutSettings
 
 Optimizers = dict[Role, torch.optim.AdamW]
 AT_ONCE = 1 << 24
 """Numbers that travel between processes in one go; as many take memory beside the gradients."""
 
 
-def make_optimizers(actors: Actors, settings: PPOSettings) -> Optimizers:
+def make_optimizers(actors: Actors, settings: RolloutSettings) -> Optimizers:
     """With the state that AdamW would make in its first step, so that what is tried before the first rollout is tried
     beside it."""
     optimizers: Optimizers = {}
-    roles: tuple[Role, Role] = ("policy", "value")
+    roles: tuple[Role, ...] = ("policy", "value") if settings.critic else ("policy",)
     for role in roles:
         # On CUDA one kernel that changes everything in place: a step takes no memory that the first try did not see.
         optimizer = torch.optim.AdamW(
@@ -45,7 +45,7 @@ def trained_weights(optimizers: Optimizers) -> list[torch.nn.Parameter]:
 
 
 def take_step(
-    optimizers: Optimizers, scale: LossScale, settings: PPOSettings, step: int, finite: bool
+    optimizers: Optimizers, scale: LossScale, settings: RolloutSettings, step: int, finite: bool
 ) -> dict[str, float]:
     """Add up the processes' gradients, clip them and move the weights; where a gradient is not finite, no weight moves.
     Leaves no gradient; gives learning rate, norms, and what became of the scale. `finite`: whether the loss was.
@@ -80,7 +80,9 @@ def take_step(
     if scale.moves:
         numbers |= {"loss_scale": used_scale, "skipped_updates": float(skipped)}
     if not skipped:
-        numbers |= {"grad_norm": norms["policy"], "value_grad_norm": norms["value"]}
+        numbers |= {"grad_norm": norms["policy"]} | {
+            f"{role}_grad_norm": norms[role] for role in norms if role == "value"
+        }
     return numbers
 
 

@@ -75,6 +75,7 @@ def take_advantages(
     batch = []
     sums = torch.zeros(5, dtype=torch.float64)
     for one in scored:
+        assert one.ref_logp_BG is not None and one.values_BG is not None
         mask_BG = one.pack.mask_BG
         kl_BG = maths.kl_per_token(one.logp_BG, one.ref_logp_BG, settings.kl_estimator) * mask_BG
         rewards_BG = maths.shaped_rewards(one.scores_B, kl_BG, mask_BG, kl_coef)
@@ -107,19 +108,21 @@ def describe(
 ) -> list[dict[str, Any]]:
     """Each answer of a rollout as a row of a table. Its numbers have the names that their means have in metrics.jsonl:
     `score` is what the sources say of it together, `reward` what it is paid."""
-    paid: dict[int, tuple[float, float]] = {}
+    paid: dict[int, dict[str, float]] = {}
     for one in scored:
-        kl_BG = maths.kl_per_token(one.logp_BG, one.ref_logp_BG, estimator) * one.pack.mask_BG
-        numbers = zip(one.scores_B.tolist(), kl_BG.sum(1).tolist(), strict=True)
-        paid |= dict(zip(one.pack.rows, numbers, strict=True))
+        numbers = {"reward": one.scores_B.tolist()}
+        if one.ref_logp_BG is not None:
+            kl_BG = maths.kl_per_token(one.logp_BG, one.ref_logp_BG, estimator) * one.pack.mask_BG
+            numbers["kl"] = kl_BG.sum(1).tolist()
+        for place, row in enumerate(one.pack.rows):
+            paid[row] = {name: values[place] for name, values in numbers.items()}
     return [
         {
             "prompt": rollout.rows[place]["prompt"],
             "answer": rollout.texts[place],
             "score": totals[place],
             **{f"score/{name}": values[place] for name, values in by_source.items() if len(by_source) > 1},
-            "reward": paid[place][0],
-            "kl": paid[place][1],
+            **paid[place],
             "answer_length": len(episode.answer_ids),
             "ended": episode.ended,
         }

@@ -1,4 +1,4 @@
-"""What a PPO stage's `train:` may say. Plain Python: no torch.
+"""What `train:` of a PPO stage may say, and of others that learn from their own answers. Plain Python: no torch.
 
 Names are those of TRL's former PPOTrainer where it had one, and of transformers' TrainingArguments for the optimizer.
 Sources: [S] arXiv 1707.06347 (PPO), [Z] arXiv 1909.08593 (Ziegler et al.), [I] arXiv 2203.02155 (InstructGPT),
@@ -9,7 +9,7 @@ Sources: [S] arXiv 1707.06347 (PPO), [Z] arXiv 1909.08593 (Ziegler et al.), [I] 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,26 +17,51 @@ CHECKPOINTS_KEPT = 2
 """Unless save_total_limit says otherwise: the newest may hold an update that only the next rollout shows to be bad."""
 
 
-class PPOSettings(BaseModel):
-    """Raises ValidationError naming the argument whose value makes no sense."""
+class RolloutSettings(BaseModel):
+    """What stages that learn from their own answers have in common. Raises ValidationError naming the argument whose
+    value makes no sense."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    if TYPE_CHECKING:  # what each of them says in its own words
+
+        @property
+        def steps(self) -> int: ...
+        @property
+        def batch_size(self) -> int: ...
+        @property
+        def mini(self) -> int: ...
+        @property
+        def epochs(self) -> int: ...
+        @property
+        def response_length(self) -> int: ...
+        @property
+        def kl_coef(self) -> float: ...
+        @property
+        def kl_estimator(self) -> Literal["k1", "k3"]: ...
+        @property
+        def kl_target(self) -> float | None: ...
+        @property
+        def kl_horizon(self) -> int: ...
+        @property
+        def normalize_reward(self) -> Literal["start", "running", "none"]: ...
+        @property
+        def early_stop_kl(self) -> float | None: ...
+        @property
+        def critic(self) -> Literal["adapter", "trunk"] | None: ...
+        @property
+        def vf_coef(self) -> float: ...
+        @property
+        def learning_rate(self) -> float: ...
+        @property
+        def value_learning_rate(self) -> float | None: ...
+        @property
+        def adam_epsilon(self) -> float: ...
 
     # Amount of work
-    steps: int = Field(default=100, ge=1)
-    """Rollouts, each followed by an update."""
-    batch_size: int = Field(default=32, ge=1)
-    """Episodes of one step, over all processes."""
-    mini_batch_size: int | None = Field(default=None, ge=1)
-    """Episodes of one optimizer step, over all processes; the whole batch if not given."""
     per_device_train_batch_size: int = Field(default=8, ge=1)
     """Episodes of one forward pass. Changes memory and speed; the gradient is the same up to rounding."""
-    num_ppo_epochs: int = Field(default=2, ge=1)
-    """Passes over a batch [S, algorithm 1]."""
 
     # Rollout
-    response_length: int = Field(default=64, ge=1)
-    """Most tokens of an answer."""
     max_length: int | None = Field(default=None, ge=1)
     """Most tokens of prompt and answer together; a longer prompt is an error. The base's window if not given."""
     temperature: float = Field(default=1.0, ge=0.01)
@@ -46,6 +71,68 @@ class PPOSettings(BaseModel):
     dequantize_rollout: bool = False
     """Sample from a dequantised copy of the weights with the policy's adapter added (2 bytes a parameter, only while it
     samples). What is learnt from is computed by the 4-bit model with its adapter all the same."""
+
+    # Optimizer
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay to 0 over all steps [H, detail 15]."""
+    warmup_steps: float = Field(default=0, ge=0)
+    """Steps of rising rate: a count, or a share below 1."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Of policy and critic, each by itself."""
+    gradient_checkpointing: bool = True
+    activation_checkpointing: bool | int | None = Field(default=None, ge=0)
+    """The same by its newer name, which counts if given: true, false, or in how many layers, the first ones."""
+
+    # Health
+    kl_stop: float = Field(default=50.0, gt=0)
+    """Nats per answer at which the run is stopped: the policy has left what the reward model knows."""
+
+    # Seen, not learnt
+    logging_steps: float = Field(default=1, ge=0)
+    save_steps: int = Field(default=10, ge=0)
+    save_total_limit: int | None = Field(default=None, ge=1)
+    report_to: str | list[str] | None = "none"
+    """Trackers that are told of the training (docs/trackers.md)."""
+    project: str | None = None
+    """Of the trackers; the recipe's name if not given."""
+    run_name: str | None = None
+    """The stage's name if not given; something unique is put after it."""
+    trackio_space_id: str | None = None
+    """A Space on the Hub that trackio sends to; it keeps to this machine if not given."""
+
+    @property
+    def checkpointing(self) -> bool | int:
+        """Whether, or in how many layers, activations are computed again."""
+        return self.gradient_checkpointing if self.activation_checkpointing is None else self.activation_checkpointing
+
+    def learning_rate_factor(self, step: int) -> float:
+        """The share of learning_rate at a step counted from 0: warm-up, then decay."""
+        warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * self.steps
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if self.lr_scheduler_type == "constant":
+            return 1.0
+        done = (step - warmup) / max(self.steps - warmup, 1)
+        return 1.0 - done if self.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+class PPOSettings(RolloutSettings):
+    """What `train:` of a ppo stage may say."""
+
+    # Amount of work
+    steps: int = Field(default=100, ge=1)
+    """Rollouts, each followed by an update."""
+    batch_size: int = Field(default=32, ge=1)
+    """Episodes of one step, over all processes."""
+    mini_batch_size: int | None = Field(default=None, ge=1)
+    """Episodes of one optimizer step, over all processes; the whole batch if not given."""
+    num_ppo_epochs: int = Field(default=2, ge=1)
+    """Passes over a batch [S, algorithm 1]."""
+
+    # Rollout
+    response_length: int = Field(default=64, ge=1)
+    """Most tokens of an answer."""
 
     # Reward
     normalize_reward: Literal["start", "running", "none"] = "start"
@@ -93,35 +180,8 @@ class PPOSettings(BaseModel):
 
     # Optimizer
     learning_rate: float = Field(default=3e-6, ge=0)
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay to 0 over all steps [H, detail 15]."""
-    warmup_steps: float = Field(default=0, ge=0)
-    """Steps of rising rate: a count, or a share below 1."""
     adam_epsilon: float = Field(default=1e-5, gt=0)
     """1e-5 as in the original, not 1e-8 [H, detail 14]."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Of policy and critic, each by itself."""
-    gradient_checkpointing: bool = True
-    activation_checkpointing: bool | int | None = Field(default=None, ge=0)
-    """The same by its newer name, which counts if given: true, false, or in how many layers, the first ones."""
-
-    # Health
-    kl_stop: float = Field(default=50.0, gt=0)
-    """Nats per answer at which the run is stopped: the policy has left what the reward model knows."""
-
-    # Seen, not learnt
-    logging_steps: float = Field(default=1, ge=0)
-    save_steps: int = Field(default=10, ge=0)
-    save_total_limit: int | None = Field(default=None, ge=1)
-    report_to: str | list[str] | None = "none"
-    """Trackers that are told of the training (docs/trackers.md)."""
-    project: str | None = None
-    """Of the trackers; the recipe's name if not given."""
-    run_name: str | None = None
-    """The stage's name if not given; something unique is put after it."""
-    trackio_space_id: str | None = None
-    """A Space on the Hub that trackio sends to; it keeps to this machine if not given."""
 
     @model_validator(mode="after")
     def _sizes_divide(self) -> PPOSettings:
@@ -144,25 +204,14 @@ class PPOSettings(BaseModel):
         return self
 
     @property
-    def checkpointing(self) -> bool | int:
-        """Whether, or in how many layers, activations are computed again."""
-        return self.gradient_checkpointing if self.activation_checkpointing is None else self.activation_checkpointing
-
-    @property
     def mini(self) -> int:
         return self.mini_batch_size or self.batch_size
+
+    @property
+    def epochs(self) -> int:
+        return self.num_ppo_epochs
 
     @property
     def one_minibatch(self) -> bool:
         """Whether a batch is learnt from in one optimizer step an epoch."""
         return self.mini == self.batch_size
-
-    def learning_rate_factor(self, step: int) -> float:
-        """The share of learning_rate at a step counted from 0: warm-up, then decay."""
-        warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * self.steps
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if self.lr_scheduler_type == "constant":
-            return 1.0
-        done = (step - warmup) / max(self.steps - warmup, 1)
-        return 1.0 - done if self.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * done))

@@ -18,7 +18,6 @@ from pipeline.data.load import DataSpec, Part
 from pipeline.disk.atomic import Json
 from pipeline.models.spec import ModelSpec
 from pipeline.plan.sizes import AUTO, AUTO_ARGUMENTS
-from pipeline.ppo.settings import PPOSettings
 from pipeline.recipe.gates import COMPARISON
 from pipeline.recipe.sections import RecipeSpec
 from pipeline.stages import STAGES
@@ -121,7 +120,6 @@ def _arguments(config: ConfigClass, house: Json) -> Json:
     """The words that `train:` takes. A library's are listed and others let through, as its next version may have more;
     ours are checked whole."""
     if isinstance(config, type):
-        assert config is PPOSettings
         schema = config.model_json_schema(ref_template=PLACE)
         _describe(schema, config)
         for word in AUTO_ARGUMENTS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -12,14 +12,18 @@ from pipeline.data import render
 from pipeline.data.contracts import PROMPT_ONLY, Row
 from pipeline.errors import complaint, suggest
 from pipeline.measure.metric import QUESTION_ACCURACY, Metric
-from pipeline.ppo.settings import CHECKPOINTS_KEPT, PPOSettings
+from pipeline.ppo.settings import CHECKPOINTS_KEPT, PPOSettings, RolloutSettings
 from pipeline.stages.arguments import defines, without_auto
 from pipeline.stages.stage import Context, PolicySpec, Result, RewardTerm, Stage
 
+if TYPE_CHECKING:
+    from pipeline.ppo.trainer import RolloutTrainer
 
-class PPOSpec(PolicySpec):
-    kind: Literal["ppo"] = "ppo"
-    config_class = PPOSettings
+
+class RolloutSpec(PolicySpec):
+    """The section of a stage that is paid for its own answers."""
+
+    config_class: ClassVar[type[RolloutSettings]]
     reward: str | list[RewardTerm] | None = Field(default=None, validate_default=True)
     """What it is paid by: a reward stage, `path.py:function`, or a list of {source, weight, truth}."""
 
@@ -42,8 +46,8 @@ class PPOSpec(PolicySpec):
         # What is only measured by a term, its truth, changes no training.
         return {"reward": [term.model_dump(exclude={"truth"}) for term in self.reward_terms()]}
 
-    def sampling(self) -> PPOSettings:
-        return PPOSettings(**without_auto(self.train))
+    def sampling(self) -> RolloutSettings:
+        return self.config_class(**without_auto(self.train))
 
     def check_among(self, stages: dict[str, Stage], *place: str) -> None:
         for term in self.reward_terms():
@@ -61,6 +65,11 @@ class PPOSpec(PolicySpec):
                 raise complaint(f"'{term.source}' is a {kind} stage, not a reward model", *place, "reward")
 
 
+class PPOSpec(RolloutSpec):
+    kind: Literal["ppo"] = "ppo"
+    config_class = PPOSettings
+
+
 def _terms(reward: str | list[RewardTerm]) -> list[RewardTerm]:
     return [RewardTerm(source=reward)] if isinstance(reward, str) else reward
 
@@ -70,6 +79,13 @@ def encode(tokenizer: Any, row: Row) -> list[render.Encoded]:
 
 
 def run(spec: PPOSpec, ctx: Context) -> Result:
+    from pipeline.ppo.ppo import PPOTrainer
+
+    return learn_from_answers(spec, ctx, PPOTrainer)
+
+
+def learn_from_answers(spec: RolloutSpec, ctx: Context, trainer_class: type[RolloutTrainer]) -> Result:
+    """A stage whose policy answers, is paid for it, and learns from that, by a trainer of ppo/."""
     from transformers import set_seed
 
     from pipeline.measure import answers
@@ -79,13 +95,11 @@ def run(spec: PPOSpec, ctx: Context) -> Result:
     from pipeline.ppo import actors as roles
     from pipeline.ppo import held_out, loop, rewards
     from pipeline.ppo import invariants as handovers
-    from pipeline.ppo.settings import PPOSettings
-    from pipeline.ppo.trainer import PPOTrainer
     from pipeline.training import invariants, sequences
     from pipeline.training import trainer as shared
 
     result = Result()
-    settings = PPOSettings(**spec.train)
+    settings = spec.sampling()
     sources = [rewards.source(term.source, term.weight, term.truth) for term in spec.reward_terms()]
     ctx = loop.fill_columns(ctx)
     tokenizer = bases.load_tokenizer(ctx.model)
@@ -113,7 +127,7 @@ def run(spec: PPOSpec, ctx: Context) -> Result:
     actors = roles.Actors(model, tokenizer.pad_token_id, settings.temperature, settings.critic, heads)
 
     # trainer
-    trainer = PPOTrainer(actors, tokenizer, ctx.data.train, sources, settings, ctx.seed)
+    trainer = trainer_class(actors, tokenizer, ctx.data.train, sources, settings, ctx.seed)
     result.invariants |= handovers.policy_is_reference(trainer)
     for name, parent in models.items():
         result.invariants |= handovers.scores_as_it_did(actors, rewards.adapter_name(name), parent, ctx.model.dtype)
@@ -139,16 +153,18 @@ def run(spec: PPOSpec, ctx: Context) -> Result:
     return result
 
 
+HEADLINES = (Metric("reward", "reward of held-out answers"), QUESTION_ACCURACY)
+NUMBERS = (
+    *("reward", "reward_gain", "reward_gain_low", "reward_gain_high"),
+    *("kl", "answer_length", "ended", "question_accuracy", "stopped"),
+)
 STAGE = Stage(
     section=PPOSpec,
     contract=PROMPT_ONLY,
     checkpoints=CHECKPOINTS_KEPT,
     raises="reward",
-    headlines=(Metric("reward", "reward of held-out answers"), QUESTION_ACCURACY),
-    numbers=(
-        *("reward", "reward_gain", "reward_gain_low", "reward_gain_high"),
-        *("kl", "answer_length", "ended", "question_accuracy", "stopped"),
-    ),
+    headlines=HEADLINES,
+    numbers=NUMBERS,
     encode=encode,
     run=run,
     learns="answers by itself, is scored, and learns to give answers of a higher score",

@@ -17,7 +17,7 @@ from pipeline.disk.artifact import Artifact
 from pipeline.disk.manifest import Table
 from pipeline.measure.metric import Metric
 from pipeline.models.spec import ModelSpec
-from pipeline.ppo.settings import PPOSettings
+from pipeline.ppo.settings import RolloutSettings
 from pipeline.stages.arguments import ConfigClass, check_train, defaults
 from pipeline.training.trackers import Trackers
 
@@ -75,7 +75,7 @@ class StageSpec(BaseModel):
         """Of those that are asked before and after the stage."""
         return None
 
-    def sampling(self) -> PPOSettings | None:
+    def sampling(self) -> RolloutSettings | None:
         """How it samples answers while it trains; None for a stage that does not."""
         return None
 

@@ -48,13 +48,14 @@ def cp(name: str, to: Path) -> None:
 @app.command()
 def check(recipe: RecipePath, override: Overrides = []) -> None:
     """Read a recipe, its data and every trainer argument; train nothing."""
-    from pipeline.stages.check import check_arguments, check_base
+    from pipeline.stages.check import check_arguments, check_base, check_trackers
     from pipeline.terminal.states import show_rows
 
     chain = _read(recipe, override)
     show_rows(chain)
     chain.parts()
     check_base(chain.spec.model, chain.stages)
+    check_trackers(chain.stages)
     check_arguments(chain.spec.model, chain.stages, chain.spec.seed)
     print(f"{recipe}: sound, {len(chain.stages)} stages: {' -> '.join(chain.order())}")
 

@@ -145,6 +145,7 @@ def test_axolotl_qlora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     config = {
         **AXOLOTL, "datasets": sets, "val_set_size": 0.05, "sample_packing": True, "flash_attention": True,
         "bf16": "auto", "gradient_checkpointing": True, "special_tokens": {"pad_token": "<pad>"}, "wandb_project": "x",
+        "wandb_name": "first", "wandb_entity": "us",
         "output_dir": "./outputs/mine", "saves_per_epoch": 1, "frob": True, "deepspeed": "zero.json", "debug": None,
     }  # fmt: skip
     recipe, left = imported(tmp_path, capsys, ("a.yml", config))
@@ -157,12 +158,13 @@ def test_axolotl_qlora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     wanted = {
         "learning_rate": 2e-4, "num_train_epochs": 3, "optim": "adamw_bnb_8bit", "warmup_steps": 20, "packing": True,
         "max_length": 900, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 8,
+        "report_to": "wandb", "project": "x", "run_name": "first",
     }  # fmt: skip
     assert wanted.items() <= sft.train.items()
     nested = {"datasets[0].ds_type", "datasets[2].roles_to_train"}
     assert (
         left.keys()
-        == {"special_tokens", "wandb_project", "saves_per_epoch", "frob", "deepspeed", "flash_attention"} | nested
+        == {"special_tokens", "wandb_entity", "saves_per_epoch", "frob", "deepspeed", "flash_attention"} | nested
     )
 
 

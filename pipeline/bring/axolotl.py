@@ -42,7 +42,14 @@ CACHED = "is not needed: rows are read anew and kept on disk"
 TOLD = "is told by the base's own config"
 KERNELS = "is another library's kernel"
 TOKENS = "is the base's own here: a frozen base keeps its tokens"
-SEEN = "is not offered: onebase report shows a run, and train.report_to says where else"
+TRACKED = {
+    "trackio": ("use_trackio", "trackio_project_name", "trackio_run_name"),
+    "wandb": ("use_wandb", "wandb_project", "wandb_name"),
+    "tensorboard": ("use_tensorboard", "", ""),
+    "mlflow": ("use_mlflow", "mlflow_experiment_name", "mlflow_run_name"),
+}
+"""By tracker: the words that ask for it, name its project, and name the run. To name a project is to ask."""
+SHELL = "is the tracker's own setting: set it as a variable of the shell"
 HELD_OUT = "is not needed: held-out numbers are taken before and after every stage"
 REASONS = {
     **dict.fromkeys(("model_type", "tokenizer_type", "base_model_config", "tokenizer_config"), TOLD),
@@ -52,8 +59,7 @@ REASONS = {
         ("dataset_prepared_path", "dataset_processes", "shuffle_merged_datasets", "dataset_keep_in_memory"), CACHED
     ),
     **dict.fromkeys(
-        ("wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model", "wandb_run_id",
-         "mlflow_experiment_name", "use_tensorboard", "use_wandb"), SEEN,
+        ("wandb_entity", "wandb_mode", "mlflow_tracking_uri"), SHELL,
     ),
     **dict.fromkeys(("evals_per_epoch", "eval_table_size", "eval_sample_packing", "early_stopping_patience"), HELD_OUT),
     **dict.fromkeys(("special_tokens", "tokens", "added_tokens_overrides", "eot_tokens"), TOKENS),
@@ -61,6 +67,8 @@ REASONS = {
                      "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "flash_attn_cross_entropy"), KERNELS),
     **dict.fromkeys(("loraplus_lr_ratio", "loraplus_lr_embedding"), "has no counterpart: an adapter has one rate"),
     **dict.fromkeys(("pad_to_sequence_len", "sample_packing_group_size", "sample_packing_bin_size"), "is decided here"),
+    **dict.fromkeys(("wandb_watch", "wandb_log_model"), "is not offered: trackers get no weights and no gradients"),
+    "wandb_run_id": "is chosen here: a stage that was stopped goes on in the run that it began",
     "saves_per_epoch": "is counted in steps here: train.save_steps",
     "rl_beta": "is another stage's",
     "strict": "is how a recipe is read anyway",
@@ -117,10 +125,26 @@ def take(words: Words) -> Imported:
     imported = Imported(kind, model, data, train, words.left)
     imported.output, imported.seed = words.text("output_dir", "model-out"), words.whole("seed")
     imported.goes_on_from = words.text("lora_model_dir")
+    _trackers(words, train)
     words.leave_all(REASONS)
     take_trainer_words(words, kind, train)
     words.leave_rest(PEER)
     return imported
+
+
+def _trackers(words: Words, train: Json) -> None:
+    wanted = []
+    for tracker, (use, *theirs) in TRACKED.items():
+        named = [(ours, word, words.text(word)) for ours, word in zip(("project", "run_name"), theirs, strict=True)]
+        used = words.flag(use, bool(named[0][2]))
+        if not used or (tracker == "wandb" and words.given.get("wandb_mode") == "disabled"):
+            continue
+        wanted.append(tracker)
+        for ours, word, name in named:
+            if name and train.setdefault(ours, name) != name:
+                words.leave(word, f"is beside the {ours} of another tracker, and all have one here", name)
+    if wanted:
+        train["report_to"] = wanted if len(wanted) > 1 else wanted[0]
 
 
 def _kind(words: Words) -> str:

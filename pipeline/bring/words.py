@@ -12,6 +12,7 @@ from pipeline.disk.atomic import Json
 from pipeline.stages import STAGES
 from pipeline.stages import arguments as trainer
 from pipeline.stages.arguments import WHY_NOT
+from pipeline.training.trackers import TRACKERS
 
 T = TypeVar("T")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -158,7 +159,17 @@ def take_shared(words: Words, model: Json, train: Json) -> None:
             model["dtype"] = dtype
         elif said not in (None, False, "auto"):
             words.leave(word, "is not true, false or auto", said)
+    _trackers(words, train)
     words.leave_all(SHARED_REASONS)
+
+
+def _trackers(words: Words, train: Json) -> None:
+    names = words.texts("report_to")
+    known = [name for name in names if name in TRACKERS or (name in ("all", "none") and len(names) == 1)]
+    if unknown := [name for name in names if name not in known]:
+        words.leave("report_to", f"names trackers that are not known here (there is: {', '.join(TRACKERS)})", unknown)
+    if known:
+        train["report_to"] = known if len(known) > 1 else known[0]
 
 
 def take_trainer_words(words: Words, kind: str, train: Json) -> None:

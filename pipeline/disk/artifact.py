@@ -6,6 +6,7 @@ runs/<recipe>/<stage>/
   snapshots/       the policy of a preference stage part of the way, for its evaluation
   adapter/         the trained adapter, its tokenizer and chat template (and a reward model's score head)
   chosen.json      what auto stood for
+  tracked.json     under which name trackers know it
   metrics.jsonl  samples.jsonl  refused.jsonl  log.txt
   manifest.json    written last: it exists, so the stage finished
 """
@@ -45,6 +46,7 @@ class Artifact:
         self._snapshots = folder / "snapshots"
         self._claim = folder / "claim.json"
         self._manifest = folder / "manifest.json"
+        self._tracked = folder / "tracked.json"
 
     def snapshots(self) -> dict[int, Path]:
         """Adapters of the policy as it was after some of its steps, by step."""
@@ -82,7 +84,7 @@ class Artifact:
         if former is None or former.get("fingerprint") != fingerprint:
             for leftover in (self.adapter, self.checkpoints, self._snapshots):
                 shutil.rmtree(leftover, ignore_errors=True)
-            for leftover in (self.metrics, self.samples, self.refused):
+            for leftover in (self.metrics, self.samples, self.refused, self._tracked):
                 leftover.unlink(missing_ok=True)
         claim = {"fingerprint": fingerprint, "pid": os.getpid(), "parts": parts, **(by or {})}
         write_json(self._claim, claim)
@@ -90,6 +92,13 @@ class Artifact:
     def claimed(self) -> Json | None:
         """The claim under which unfinished work lies here; a claim that cannot be read claims nothing."""
         return _read_or_none(self._claim)
+
+    def tracked(self) -> Json:
+        """What trackers know of its training (training/trackers.py), empty where there is none."""
+        return _read_or_none(self._tracked) or {}
+
+    def note_tracked(self, known: Json) -> None:
+        write_json(self._tracked, known)
 
     def last_checkpoint(self, fingerprint: str) -> Path | None:
         """The newest checkpoint that was written whole under this fingerprint."""

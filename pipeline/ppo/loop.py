@@ -27,7 +27,9 @@ from pipeline.models.processes import any_process
 from pipeline.ppo import checkpoint as checkpoints
 from pipeline.ppo import held_out
 from pipeline.ppo.actors import POLICY, REFERENCE, VALUE
+from pipeline.ppo.batch import Rollout, Scored
 from pipeline.ppo.rewards import adapter_name
+from pipeline.ppo.scoring import Scores, describe
 from pipeline.ppo.settings import CHECKPOINTS_KEPT, PPOSettings
 from pipeline.ppo.trainer import WHOLE_AGAIN, PPOTrainer
 from pipeline.training.progress import Progress, Snapshots, Stop, keep_newest, note_split, step_of
@@ -148,7 +150,15 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
         sizes.append(left)
         note_split(ctx, trainer.step, episodes, left, f", and with all once {WHOLE_AGAIN} steps have passed")
 
+    def show(rollout: Rollout, by_source: Scores, totals: list[float], scored: list[Scored]) -> None:
+        step = trainer.step + 1
+        if step == 1 or _saves_at(step, settings):
+            rows = describe(rollout, by_source, totals, scored, settings.kl_estimator)
+            ctx.trackers.tell_table("rollouts", step, rows)
+
     trainer.when_split = note
+    if ctx.trackers.open:
+        trainer.when_scored = show
     progress.on_train_begin(None, state, None)
     seconds = 0.0
     with stop.listening(), plain_on_cpu(trainer.actors.model), contextlib.ExitStack() as stack:
@@ -166,13 +176,17 @@ def train(trainer: PPOTrainer, ctx: Context) -> dict[str, Any]:
             trainer.actors.act_as(POLICY)
             snapshots.on_step_end(None, state, None)
             stopped = any_process(stop.requested)
-            due = settings.save_steps and trainer.step % settings.save_steps == 0
-            if due or stopped or trainer.step == settings.steps:
-                save(trainer, ctx)  # the last one too: what is measured after training may be interrupted
+            if stopped or _saves_at(trainer.step, settings):
+                save(trainer, ctx)
             if stopped:
                 raise Interrupted(f"stopped at step {trainer.step} of {settings.steps}")
     done = {"steps": trainer.step, "episodes": trainer.step * settings.batch_size, "train_seconds": round(seconds, 1)}
     return {**done, "rows_at_once": sizes[-1]} if sizes else done
+
+
+def _saves_at(step: int, settings: PPOSettings) -> bool:
+    # After the last one too: what is measured after training may be interrupted.
+    return step == settings.steps or bool(settings.save_steps and step % settings.save_steps == 0)
 
 
 def save(trainer: PPOTrainer, ctx: Context) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,8 +13,13 @@ from pipeline.models import processes
 from pipeline.models.sampling import Episode
 from pipeline.ppo import algorithm as maths
 from pipeline.ppo.actors import POLICY, REFERENCE, Actors
-from pipeline.ppo.batch import Advantaged, Pack, Scored, pack_episodes, run_forward
+from pipeline.ppo.batch import Advantaged, Pack, Rollout, Scored, pack_episodes, run_forward
 from pipeline.ppo.settings import PPOSettings
+
+Scores = dict[str, list[float]]
+"""What each source says of every answer."""
+WhenScored = Callable[[Rollout, Scores, list[float], list[Scored]], None]
+"""Called with a process's answers of a step, their scores, the scores' totals, and the packs."""
 
 
 @torch.no_grad()
@@ -93,3 +100,28 @@ def take_advantages(
         "explained_variance": 1 - (unexplained[1] / max(returns[1], 1e-8)) ** 2,
         "kl_coef": kl_coef,
     }
+
+
+def describe(
+    rollout: Rollout, by_source: Scores, totals: list[float], scored: list[Scored], estimator: Literal["k1", "k3"]
+) -> list[dict[str, Any]]:
+    """Each answer of a rollout as a row of a table. Its numbers have the names that their means have in metrics.jsonl:
+    `score` is what the sources say of it together, `reward` what it is paid."""
+    paid: dict[int, tuple[float, float]] = {}
+    for one in scored:
+        kl_BG = maths.kl_per_token(one.logp_BG, one.ref_logp_BG, estimator) * one.pack.mask_BG
+        numbers = zip(one.scores_B.tolist(), kl_BG.sum(1).tolist(), strict=True)
+        paid |= dict(zip(one.pack.rows, numbers, strict=True))
+    return [
+        {
+            "prompt": rollout.rows[place]["prompt"],
+            "answer": rollout.texts[place],
+            "score": totals[place],
+            **{f"score/{name}": values[place] for name, values in by_source.items() if len(by_source) > 1},
+            "reward": paid[place][0],
+            "kl": paid[place][1],
+            "answer_length": len(episode.answer_ids),
+            "ended": episode.ended,
+        }
+        for place, episode in enumerate(rollout.episodes)
+    ]

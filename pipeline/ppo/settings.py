@@ -114,6 +114,14 @@ class PPOSettings(BaseModel):
     logging_steps: float = Field(default=1, ge=0)
     save_steps: int = Field(default=10, ge=0)
     save_total_limit: int | None = Field(default=None, ge=1)
+    report_to: str | list[str] | None = "none"
+    """Trackers that are told of the training (docs/trackers.md)."""
+    project: str | None = None
+    """Of the trackers; the recipe's name if not given."""
+    run_name: str | None = None
+    """The stage's name if not given; something unique is put after it."""
+    trackio_space_id: str | None = None
+    """A Space on the Hub that trackio sends to; it keeps to this machine if not given."""
 
     @model_validator(mode="after")
     def _sizes_divide(self) -> PPOSettings:

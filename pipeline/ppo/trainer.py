@@ -36,7 +36,7 @@ from pipeline.ppo.actors import POLICY, Actors
 from pipeline.ppo.batch import Advantaged, Rollout, Scored, pack_episodes
 from pipeline.ppo.health import Health
 from pipeline.ppo.optimizer import make_optimizers, take_step, trained_weights
-from pipeline.ppo.scoring import score, take_advantages
+from pipeline.ppo.scoring import WhenScored, score, take_advantages
 from pipeline.ppo.settings import PPOSettings
 
 Numbers = dict[str, float]
@@ -73,6 +73,7 @@ class PPOTrainer:
         self.split_at = 0
         """The step in which that was found last."""
         self.when_split: WhenSplit = lambda episodes, left: None
+        self.when_scored: WhenScored = lambda *_: None
         share, rest = divmod(settings.mini, self.processes)
         if rest or share % min(settings.per_device_train_batch_size, share):
             raise UserError(
@@ -101,6 +102,7 @@ class PPOTrainer:
             by_source = self.ask_sources(rollout)
             totals = rewards.total(self.sources, by_source)
             scored = self.score(rollout.episodes, totals)
+            self.when_scored(rollout, by_source, totals, scored)
             # 3. per-token rewards, advantages
             batch, numbers = take_advantages(scored, self.settings, self.kl.coef)
             scored_at = time.monotonic()

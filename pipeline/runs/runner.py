@@ -21,7 +21,7 @@ from pipeline.runs.recipe_file import write_recipe
 from pipeline.runs.rows import load_rows
 from pipeline.runs.states import State, states
 from pipeline.runs.told import Told
-from pipeline.stages.check import check_base
+from pipeline.stages.check import check_base, check_trackers
 from pipeline.stages.stage import Rows
 
 
@@ -100,6 +100,7 @@ def _check_before(recipe: Recipe, state: State, by_name: dict[str, State], chose
             )
     rows, _ = load_rows(recipe, state.name)
     check_base(recipe.spec.model, {state.name: recipe.stages[state.name]})
+    check_trackers({state.name: recipe.stages[state.name]})
     return rows
 
 

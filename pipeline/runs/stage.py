@@ -20,7 +20,8 @@ from pipeline.runs.choose import choose_section
 from pipeline.runs.dtype import settle_run
 from pipeline.runs.energy import Meter
 from pipeline.runs.rows import load_rows
-from pipeline.stages.stage import Context
+from pipeline.stages.stage import Context, StageSpec
+from pipeline.training.trackers import Trackers
 
 ORPHAN_PATIENCE = 15.0
 """Seconds that a worker has to be gone whose runner was killed: one process at a time writes a stage."""
@@ -60,7 +61,8 @@ def run_stage(recipe: Recipe, stage: str, runs: Path, after_training: float | No
     processes = PartialState(cpu=not torch.cuda.is_available())
     is_main = processes.is_main_process
     refusal = f"{out.folder} is being written by process {{pid}}. Wait for it, or end it."
-    with locked(out.folder / ".lock", refusal, ORPHAN_PATIENCE) if is_main else contextlib.nullcontext():
+    lock = locked(out.folder / ".lock", refusal, ORPHAN_PATIENCE) if is_main else contextlib.nullcontext()
+    with lock, contextlib.closing(Trackers()) as trackers:
         started, meter = time.time(), Meter()
         model = settle_run(recipe, runs, processes)
         writer = {"processes": processes.num_processes, "versions": versions.installed(), "dtype": model.computes_in}
@@ -78,6 +80,7 @@ def run_stage(recipe: Recipe, stage: str, runs: Path, after_training: float | No
             if is_main:
                 out.claim(fingerprint, parts[stage], writer)
                 note_refused([])
+                trackers.start(out, section.train, _describe(section, recipe, parts[stage], parents))
             processes.wait_for_everyone()
             return out.last_checkpoint(fingerprint)
 
@@ -93,11 +96,13 @@ def run_stage(recipe: Recipe, stage: str, runs: Path, after_training: float | No
             questions_hash=measured_on.get("questions"),
             trained=out.adapter if former else None,
             after_training=after_training,
+            trackers=trackers,
         )
         result = recipe.kind(stage).run(section, context)
         if not is_main:
             return
         write_text(out.samples, map(_json_line, result.samples))
+        trackers.tell_result(result.counts.get("steps", 0), result.before, result.after, result.samples)
         if result.refused:
             note_refused(result.refused)
         cost = _measure_cost(started, meter)
@@ -135,6 +140,22 @@ def run_stage(recipe: Recipe, stage: str, runs: Path, after_training: float | No
                 **cost.model_dump(),
             )
         )
+
+
+def _describe(section: StageSpec, recipe: Recipe, parts: Json, parents: dict[str, Artifact]) -> Json:
+    """What trackers note of a stage's run, and of the runs that it goes on from."""
+    return {
+        "fingerprint": digest(parts),
+        "seed": parts["seed"],
+        "base": recipe.spec.model.base,
+        "model": parts["model"],
+        "section": section.model_dump(by_alias=True),
+        "data": parts["data"],
+        "parents": {
+            role: {"stage": parent.name, "fingerprint": parts["parents"][role], "run": parent.tracked().get("run")}
+            for role, parent in parents.items()
+        },
+    }
 
 
 def _find_checkpoint_claim(out: Artifact, fingerprint: str, processes: int) -> Json:

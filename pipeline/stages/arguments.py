@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from pipeline.errors import complaint, suggest
 from pipeline.plan.sizes import AUTO, AUTO_ARGUMENTS, BATCH, TOKENS
+from pipeline.training.trackers import TRACKERS
 
 ConfigClass = str | type[BaseModel]
 """A class of TRL's or PEFT's by its name, or one of ours."""
@@ -46,6 +47,9 @@ OUR_WORDS = {  # the trainers' words that something else here decides; passed on
     ),
     "is not supported: each GPU holds the whole base. For several: --launch-config recipes/accelerate/ddp.yaml": (
         "deepspeed", "fsdp", "fsdp_config", "parallelism_config",
+    ),
+    "is not supported: a recipe names a Space to send to as trackio_space_id": (
+        "trackio_bucket_id", "trackio_static_space_id",
     ),
     "does not belong in a recipe; log in with `hf auth login` or set HF_TOKEN": (
         "hub_token", "push_to_hub_token",
@@ -125,6 +129,7 @@ def check_words(given: dict[str, Any], known: Collection[str], *place: str) -> N
 def check_train(given: dict[str, Any], config: ConfigClass) -> None:
     """Raises a complaint, or what our own config class says, at the first word of `train:` that makes no sense."""
     check_words(given, words(config))
+    check_report_to(given)
     if given.get(TOKENS):
         _check_by_tokens(given)
     if isinstance(config, type):
@@ -135,6 +140,17 @@ def check_train(given: dict[str, Any], config: ConfigClass) -> None:
             "example 16",
             BATCH,
         )
+
+
+def check_report_to(given: dict[str, Any], *place: str) -> None:
+    """Raises a complaint at a tracker that is not known."""
+    report_to = given.get("report_to")
+    names = report_to if isinstance(report_to, list) else [report_to]
+    for name in names:
+        if name not in (*TRACKERS, "all", "none", None):
+            raise complaint(f"there is no tracker {name!r}{suggest(name, TRACKERS)}", *place, "report_to")
+        if name in ("all", "none") and len(names) > 1:
+            raise complaint(f"says {name!r} beside others: give it alone, or leave it out", *place, "report_to")
 
 
 def _check_by_tokens(given: dict[str, Any]) -> None:

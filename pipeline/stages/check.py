@@ -17,8 +17,20 @@ from pipeline.models.spec import ModelSpec
 from pipeline.plan.shapes import read_config
 from pipeline.stages.arguments import without_auto
 from pipeline.stages.stage import Context, Rows, StageSpec
+from pipeline.training import trackers
 
 SEQUENCE_CLASSIFIERS = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
+
+
+def check_trackers(stages: dict[str, StageSpec]) -> None:
+    """Raises UserError for a tracker that is not installed."""
+    for name, spec in stages.items():
+        for tracker in trackers.chosen(spec.train.get("report_to")):
+            if not trackers.installed(tracker):
+                raise UserError(
+                    f"stages.{name}.train.report_to: {tracker} is not installed. Install it (pip install {tracker}), "
+                    "or leave it out"
+                )
 
 
 def check_base(model: ModelSpec, stages: dict[str, StageSpec]) -> None:

@@ -12,12 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pipeline.data.contracts import PREFERENCE, Contract, Row
 from pipeline.data.load import DataSpec
 from pipeline.data.render import Encoded
+from pipeline.disk import metrics
 from pipeline.disk.artifact import Artifact
 from pipeline.disk.manifest import Table
 from pipeline.measure.metric import Metric
 from pipeline.models.spec import ModelSpec
 from pipeline.ppo.settings import PPOSettings
 from pipeline.stages.arguments import ConfigClass, check_train, defaults
+from pipeline.training.trackers import Trackers
 
 BASE = "base"
 """The policy that has no adapter."""
@@ -200,6 +202,12 @@ class Context:
     """The adapter that this stage has made already, where it is only to be measured again."""
     after_training: float | None = None
     """Seconds from the last step of this stage to the end of the run, as estimated; None where nothing is known."""
+    trackers: Trackers = field(default_factory=Trackers)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Note what was measured at an optimizer step."""
+        metrics.append(self.out.metrics, step, values)
+        self.trackers.log(step, values)
 
 
 @dataclass

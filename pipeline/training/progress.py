@@ -20,7 +20,6 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from transformers import TrainerCallback
 
-from pipeline.disk import metrics
 from pipeline.disk.artifact import mark_checkpoint
 from pipeline.disk.atomic import written_whole
 from pipeline.models import adapters
@@ -38,7 +37,7 @@ PASSED_ON = 2.0
 
 class Progress(TrainerCallback):
     """A live bar with loss, tokens/s and time left; plain lines where the output is no terminal. Each logged step also
-    goes to metrics.jsonl."""
+    goes to metrics.jsonl and to the trackers."""
 
     def __init__(self, ctx: Context, resumed: bool) -> None:
         self.ctx, self.resumed = ctx, resumed
@@ -75,7 +74,7 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         packed = {} if model is None else take_computed(model)
-        metrics.append(self.ctx.out.metrics, state.global_step, logs | packed)
+        self.ctx.log(state.global_step, logs | packed)
         tokens, then = self.seen
         now = time.monotonic()
         fresh = float(logs.get("num_tokens", 0)) - tokens
@@ -181,7 +180,7 @@ def note_split(ctx: Context, step: int, rows: int, left: int, later: str = "") -
     """Say, and keep in metrics.jsonl, that after `step` steps memory did not hold so many rows at once."""
     say_split(rows, left, f"step {step + 1}: ", later)
     if PartialState().is_main_process:
-        metrics.append(ctx.out.metrics, step, {"out_of_memory": rows, "rows_at_once": left})
+        ctx.log(step, {"out_of_memory": rows, "rows_at_once": left})
 
 
 def clock(seconds: float) -> str:

@@ -54,7 +54,6 @@ def arguments(config_class: Any, spec: StageSpec, ctx: Context, **stage_defaults
     defaults = {
         "bf16": ctx.model.dtype == "bfloat16",
         "fp16": ctx.model.dtype == "float16",
-        "report_to": "none",
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "accelerator_config": {"non_blocking": torch.cuda.is_available()},
@@ -68,6 +67,7 @@ def arguments(config_class: Any, spec: StageSpec, ctx: Context, **stage_defaults
         "save_strategy": "steps",
         "eval_strategy": "no",  # the stage evaluates before and after; TRL's mean over batches weighs them unequally
         "save_total_limit": None,  # Checkpoints rotates, after the newest has been marked whole
+        "report_to": "none",  # the stage's own trackers are told, by the same words as ppo's
     }
     try:
         args = config_class(**{**defaults, **given, **fixed})
@@ -221,7 +221,7 @@ def train(trainer: Any, ctx: Context, spec: StageSpec) -> dict[str, Any]:
     def note_trial(rows: int) -> None:
         step = trainer.state.global_step
         print(f"  step {step + 1}: {rows} rows at once are tried again", flush=True)
-        metrics.append(ctx.out.metrics, step, {"rows_at_once": rows})
+        ctx.log(step, {"rows_at_once": rows})
 
     trainer.when_split, trainer.when_tried = note, note_trial
     trainer.remove_callback(PrinterCallback)  # Progress prints

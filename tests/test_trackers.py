@@ -210,6 +210,10 @@ def test_a_tracker_that_is_not_known_or_not_installed_is_refused(
     }  # fmt: skip
     with pytest.raises(UserError, match=r"stages\.sft\.train\.report_to: there is no tracker 'trakio'.*'trackio'"):
         read(write_recipe(tree, tmp_path / "r.yaml"))
+    tree["train"] = {"report_to": ["mlflo"]}
+    with pytest.raises(UserError, match=r"r\.yaml:\d+: train\.report_to: there is no tracker 'mlflo'"):
+        read(write_recipe(tree, tmp_path / "r.yaml"))
+    tree["train"] = {}
     tree["stages"]["sft"]["train"]["report_to"] = ["wandb", "all"]
     with pytest.raises(UserError, match="report_to: says 'all' beside others"):
         build(tree)

@@ -23,7 +23,7 @@ from pipeline.models import published
 from pipeline.models.spec import ModelSpec
 from pipeline.recipe import gates
 from pipeline.stages import STAGES
-from pipeline.stages.arguments import check_words, one_of_both, words
+from pipeline.stages.arguments import check_report_to, check_words, one_of_both, words
 from pipeline.stages.stage import Stage, StageSpec
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class RecipeSpec(BaseModel):
                 train = {**starts_from, **train}
             stages[name] = {"kind": kind, **section, "train": train}
         check_words(shared, known, "train")
+        check_report_to(shared, "train")
         return {**tree, "stages": stages}
 
 

@@ -129,7 +129,7 @@ def check_words(given: dict[str, Any], known: Collection[str], *place: str) -> N
 def check_train(given: dict[str, Any], config: ConfigClass) -> None:
     """Raises a complaint, or what our own config class says, at the first word of `train:` that makes no sense."""
     check_words(given, words(config))
-    _check_trackers(given.get("report_to"))
+    check_report_to(given)
     if given.get(TOKENS):
         _check_by_tokens(given)
     if isinstance(config, type):
@@ -142,13 +142,15 @@ def check_train(given: dict[str, Any], config: ConfigClass) -> None:
         )
 
 
-def _check_trackers(report_to: Any) -> None:
+def check_report_to(given: dict[str, Any], *place: str) -> None:
+    """Raises a complaint at a tracker that is not known."""
+    report_to = given.get("report_to")
     names = report_to if isinstance(report_to, list) else [report_to]
     for name in names:
         if name not in (*TRACKERS, "all", "none", None):
-            raise complaint(f"there is no tracker {name!r}{suggest(name, TRACKERS)}", "report_to")
+            raise complaint(f"there is no tracker {name!r}{suggest(name, TRACKERS)}", *place, "report_to")
         if name in ("all", "none") and len(names) > 1:
-            raise complaint(f"says {name!r} beside others: give it alone, or leave it out", "report_to")
+            raise complaint(f"says {name!r} beside others: give it alone, or leave it out", *place, "report_to")
 
 
 def _check_by_tokens(given: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from pipeline.evaluate.stored import Link, Results, Verdict, read_results
 from pipeline.publish import measured
 from pipeline.recipe import yaml
 from pipeline.recipe.recipe import Recipe, build
-from pipeline.report import page
+from pipeline.report import opening, page, sentences
 from pipeline.terminal.results import clock, show_evaluation, show_results
 
 QUESTIONS, PROMPTS, PAIRS = 40, 24, 90
@@ -199,6 +199,63 @@ def test_the_page_stands_alone_and_shows_everything(run: tuple[Recipe, Path]) ->
     assert len(tables) > 6 and all(len(table) > 2 and table[1].startswith("| --- |") for table in tables)
 
 
+def test_the_first_screen_is_the_best_stage_and_one_picture(run: tuple[Recipe, Path], evaluated: Results) -> None:
+    recipe, runs = run
+    html, markdown = (path.read_text() for path in page.write(recipe, "my.yaml", runs))
+    luck = numpy.random.default_rng(0).random(QUESTIONS)
+    before, after = (100 * (luck < SKILL[policy]).mean() for policy in ("pretrain", "sft"))
+    told = f"It answers {after:.0f} % of 40 held-out questions right (95 %: "
+    for text in (html, markdown):
+        assert 0 < text.index("sft is the best stage") < text.index(told) < text.index("Verdicts")
+        assert f"pretrain, from which it goes on, answers {before:.0f} %." in text
+        assert "Not shown to be better than it: dpo. Worse in some way: ppo" in text
+    assert html.index("<svg") < html.index("<nav>")  # the picture stands in the first screen
+    picture = ElementTree.parse(runs / recipe.name / "report" / "pictures" / "changes.svg")
+    points = [float(found.get("cx", 0)) for found in picture.iter("{http://www.w3.org/2000/svg}circle")]
+    axis = [float(found.get("d", "").removeprefix("M").split()[0]) for found in picture.iter() if found.get("d")][:5]
+    assert points[2:4] == pytest.approx([axis[0] + (axis[-1] - axis[0]) * x / 100 for x in (before, after)], abs=0.1)
+
+
+def test_no_stage_is_called_the_best_without_a_verdict(evaluated: Results) -> None:
+    words = {name: verdict.model_copy(update={"word": "unclear"}) for name, verdict in evaluated.verdicts.items()}
+    assert opening.best(evaluated, words)[0] == "No stage is shown to be better than the base"
+
+
+def test_a_dark_page_leaves_nothing_dark_on_dark(run: tuple[Recipe, Path]) -> None:
+    """Every colour of the page and of the greys in its pictures is a variable with two values, which contrast enough
+    with what they stand on (WCAG 2.2: 4.5 to 1 for text)."""
+    recipe, runs = run
+    html = page.write(recipe, "my.yaml", runs)[0].read_text()
+    light, dark = (
+        dict(re.findall(r"--([a-z-]+): (#[0-9a-f]+)", part))
+        for part in re.findall(r":root \{(.*?)\}", html, re.DOTALL)[:2]
+    )
+    assert light.keys() == dark.keys() and "@media screen and (prefers-color-scheme: dark)" in html
+    for shades in (light, dark):
+        for text in ("ink", "soft", "link", "better", "worse", "warning", "unclear"):
+            assert contrast(shades[text], shades["paper"]) >= 4.5, (text, shades[text])
+        for word in ("better", "worse", "warning", "unclear"):
+            assert contrast(shades["on-word"], shades[word]) >= 4.5, word
+        for stage in recipe.order():
+            assert contrast(recipe.kind(stage).colour, shades["paper"]) >= 2.5, stage
+    pictures = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+    fixed = set(re.findall(r"(?<!, )#[0-9a-f]{6}", re.sub(r"var\([^)]*\)", "", pictures)))
+    assert all(min(contrast(shade, "#ffffff"), contrast(shade, dark["paper"])) >= 2.5 for shade in fixed), fixed
+
+
+def contrast(first: str, second: str) -> float:
+    """Of two colours, as WCAG 2.2 defines it."""
+
+    def luminance(shade: str) -> float:
+        digits = shade[1:] if len(shade) == 7 else "".join(2 * digit for digit in shade[1:])
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted(map(luminance, (first, second)))
+    return (high + 0.05) / (low + 0.05)
+
+
 def test_commands_name_the_very_run(run: tuple[Recipe, Path]) -> None:
     recipe, runs = run
     html, markdown = (
@@ -226,7 +283,7 @@ def test_an_external_judge_is_named_with_the_replies_that_were_none(run: tuple[R
 
 
 def test_the_lineage_shows_the_same_number_under_every_policy_that_is_asked(evaluated: Results) -> None:
-    notes = page._notes(evaluated)
+    notes = sentences.under_each_stage(evaluated)
     assert all(notes[name].endswith("% of questions right") for name in ("sft", "dpo", "ppo")), notes
 
 

@@ -205,7 +205,7 @@ def drawn(rows: list[Change], title: str) -> str | None:
         if row.end.low is not None and row.end.high is not None:
             parts.append(
                 f'<path d="M{at(row.end.low):.1f} {y}H{at(row.end.high):.1f}" stroke="{row.colour}" stroke-width="9" '
-                'stroke-linecap="round" opacity="0.28"/>'
+                'opacity="0.28"/>'
             )
         if row.start is not None:
             start = at(row.start)

@@ -3,7 +3,8 @@
     onebase report recipes/quickstart.yaml
     python scripts/screenshots.py runs/quickstart [--to docs/pictures]
 
-Writes report.png and report-dark.png.
+Writes report.png and report-dark.png; of a page in Chinese (onebase report --lang zh) report-zh.png, which takes a
+font that has Chinese (apt install fonts-noto-cjk).
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from PIL import Image, ImageChops
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WIDTH, TALLEST = 1000, 800
-SCHEMES = {"report.png": 1, "report-dark.png": 0}
-"""Each file with Blink's number of the colour scheme that a person prefers."""
+DARK, LIGHT = 0, 1
+"""Blink's numbers of the colour scheme that a person prefers."""
 
 
 def main() -> None:
@@ -34,20 +35,21 @@ def main() -> None:
     if browser is None:
         parser.error(f"no browser on PATH, looked for {', '.join(BROWSERS)}: install Chromium (apt install chromium)")
     given.to.mkdir(parents=True, exist_ok=True)
-    for name, scheme in SCHEMES.items():
-        picture = photograph(browser, page, scheme)
+    text = page.read_text(encoding="utf-8")
+    chinese = '<html lang="zh' in text
+    for name, scheme in [("report-zh.png", LIGHT)] if chinese else [("report.png", LIGHT), ("report-dark.png", DARK)]:
+        picture = photograph(browser, text, scheme)
         picture.save(given.to / name, optimize=True)
         print(f"{given.to / name}: {picture.width} x {picture.height}, {(given.to / name).stat().st_size // 1024} KiB")
 
 
-def photograph(browser: str, page: Path, scheme: int) -> Image.Image:
+def photograph(browser: str, text: str, scheme: int) -> Image.Image:
     """The page down to the end of its first screen.
 
     Raises subprocess.CalledProcessError if the browser fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         # Without what follows the first screen, so that the picture ends where it does.
-        text = page.read_text(encoding="utf-8")
         first = Path(folder) / "first.html"
         first.write_text(text[: text.index("<nav>")] + "</main></body></html>", encoding="utf-8")
         taken = Path(folder) / "taken.png"

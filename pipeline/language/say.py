@@ -7,15 +7,15 @@ import re
 from functools import cache
 from pathlib import Path
 
-LANGUAGES = ("en", "zh")
 _spoken = "en"
 
 
-def speak(language: str) -> None:
-    """From now on: "en" or "zh". Only what a person typed switches it, never the machine's locale."""
+def speak(language: str) -> str:
+    """From now on in "en" or "zh", which is returned. Only what a person types switches it, never the machine's
+    locale."""
     global _spoken
-    assert language in LANGUAGES
     _spoken = language
+    return language
 
 
 def spoken() -> str:
@@ -32,16 +32,24 @@ def say(english: str, **values: object) -> str:
     return translated(english).format(**values)
 
 
+def kept(english: str, **values: object) -> str:
+    """A sentence that a run's files are to hold: in English, which say_again() tells in the reader's language."""
+    return english.format(**values)
+
+
 def say_again(text: str) -> str:
-    """What a run's files hold in English, its values already in it. Unchanged where no template is like it."""
+    """What was kept(), its values already in it, of which some are sentences too. Unchanged where
+    no template is like it."""
     if _spoken == "en" or not text:
         return text
     if text in _chinese():
         return say(text)
     for pattern, english in _patterns():
         if found := pattern.fullmatch(text):
-            return say(english, **found.groupdict())
-    return text
+            parts = {key: say_again(part) if " " in part else part for key, part in found.groupdict().items()}
+            return say(english, **parts)
+    sentences = re.split(r"(?<=\.) ", text)
+    return say(" ").join(map(say_again, sentences)) if len(sentences) > 1 else text
 
 
 @cache

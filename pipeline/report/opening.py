@@ -65,10 +65,10 @@ def best(results: Results, verdicts: Mapping[str, Verdict]) -> tuple[str, str]:
     level = [name for name in later if verdicts[name].word in (UNCLEAR, UNSHOWN)]
     fallen = [name for name in later if name not in level]
     if level:
-        said.append(say("Not shown to be better than it: {stages}.", stages=", ".join(level)))
+        said.append(say("Not shown to be better than it: {stages}.", stages=say(", ").join(level)))
     if fallen:
-        said.append(say("Worse in some way: {stages}; see the verdicts.", stages=", ".join(fallen)))
-    return say("{stage} is the best stage", stage=found), " ".join(said)
+        said.append(say("Worse in some way: {stages}; see the verdicts.", stages=say(", ").join(fallen)))
+    return say("{stage} is the best stage", stage=found), say(" ").join(said)
 
 
 def _above(results: Results, name: str) -> list[str]:
@@ -193,7 +193,7 @@ def drawn(rows: list[Change], title: str) -> str | None:
         told = row.metric.written(row.end.value)
         shade = SOFT
         if row.change:
-            told += f", {row.metric.shown(row.change, sign=True)}"
+            told = say("{value}, {change}", value=told, change=row.metric.shown(row.change, sign=True))
             shade = COLOURS[row.metric.word(row.change)]
         parts.append(
             f'<text x="{MARGIN}" y="{top + 18}" font-size="12.5" fill="{INK}"><tspan font-weight="700">'

@@ -38,7 +38,7 @@ def of_the_run(recipe: Recipe, base: str, stages: int, missing: list[str], made:
         else say("{n} stages on one frozen base, {base} ({quantize}), seed {seed}.", n=stages, **_base(recipe, base))
     ]
     if missing:
-        told.append(say("Not finished: {stages}.", stages=", ".join(missing)))
+        told.append(say("Not finished: {stages}.", stages=say(", ").join(missing)))
     return say(" ").join([*told, say("Made on {date}.", date=made)])
 
 
@@ -64,7 +64,7 @@ def of_over_optimisation(flagged: Mapping[str, bool]) -> str:
     stages = [stage for stage, found in flagged.items() if found]
     if not stages:
         return say("No stage is found over-optimised.")
-    return say("Over-optimised: {stages}.", stages=", ".join(stages))
+    return say("Over-optimised: {stages}.", stages=say(", ").join(stages))
 
 
 def of_best_of_n(curve: Curve) -> str:

@@ -196,6 +196,7 @@ def test_the_page_stands_alone_and_shows_everything(run: tuple[Recipe, Path]) ->
     assert html.count("<svg") == len(pictures)
     for picture in pictures:
         ElementTree.parse(picture)
+        assert "var(" not in picture.read_text()  # a viewer of the file alone knows no variable of the page
         assert f"pictures/{picture.name})" in markdown
     assert "| questions answered right |" in markdown and "nan" not in html.lower()
     # A table is its heading, its rule and its rows, without an empty line that would end it.

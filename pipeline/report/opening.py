@@ -145,11 +145,13 @@ def changes(results: Results, colours: dict[str, str]) -> list[Change]:
 
 
 def own_changes(recipe: Recipe, finished: Mapping[str, Manifest], colours: dict[str, str]) -> list[Change]:
-    """Of a run that has not been evaluated: the first share among the numbers that each stage took of itself."""
+    """Of a run that has not been evaluated: the first share among the numbers that each stage took of itself, where it
+    can be one that the stage was not trained to raise."""
     rows = []
     for name, manifest in finished.items():
-        shares = [metric for metric in recipe.kind(name).headlines if metric.unit == "%"]
-        if metric := next((metric for metric in shares if metric.name in manifest.after), None):
+        kind = recipe.kind(name)
+        shares = [metric for metric in kind.headlines if metric.unit == "%" and metric.name in manifest.after]
+        if metric := next(iter(sorted(shares, key=lambda metric: metric.name == kind.raises)), None):
             end = Estimate.among(manifest.after, metric.name)
             assert end is not None
             start = manifest.before.get(metric.name)

@@ -95,7 +95,8 @@ def _of_its_headline(stage: Link, kind: Stage) -> Verdict:
     if gain is None or gain.low is None:
         return Verdict(word=UNCLEAR, text=say("{told}; how far chance reaches is not known.", told=_capital(told)))
     word = metric.word(gain) or UNCLEAR
-    compared = _compared(word, say("before"))
+    compared = {BETTER: say("Better than before"), WORSE: say("Worse than before")}.get(word)
+    compared = compared or say("Not to be told from before")
     text = say("{compared}: {told} ({change}).", compared=compared, told=told, change=metric.change(gain))
     return Verdict(word=word, text=text)
 

@@ -65,7 +65,7 @@ def _patterns() -> list[tuple[re.Pattern[str], str]]:
     for english in sorted(_chinese(), key=lambda english: -len(re.sub(r"\{\w+\}", "", english))):
         names = re.findall(r"\{(\w+)\}", english)
         words = re.sub(r"\{\w+\}", "", english)
-        if names and len(names) == len(set(names)) and len(re.findall("[A-Za-z]", words)) > 8:
+        if names and len(names) == len(set(names)) and len(re.findall("[A-Za-z]", words)) >= 6:
             parts = re.split(r"\{(\w+)\}", english)
             shape = "".join(f"(?P<{part}>.+?)" if i % 2 else re.escape(part) for i, part in enumerate(parts))
             found.append((re.compile(shape, re.DOTALL), english))

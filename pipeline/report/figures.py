@@ -73,7 +73,7 @@ def training(name: str, rows: list[Json], shade: str) -> str | None:
         points = [(row["step"], row[key]) for row in rows if key in row]
         axes.plot(*zip(*points, strict=True), color=shade, marker="o", markersize=2.5, linewidth=1.4)
         axes.set_ylabel(say("score") if key == "score" else "KL" if key == "kl" else say("loss"))
-        axes.set_title(f"{name}: {label}" if not place else label)
+        axes.set_title(say("{stage}: {title}", stage=name, title=label) if not place else label)
     axes.set_xlabel(say("step"))
     return _svg(figure)
 

@@ -48,7 +48,7 @@ def best(results: Results, verdicts: Mapping[str, Verdict]) -> tuple[str, str]:
     policies = {stage.name: stage for stage in results.chain if stage.answers}
     if not policies:
         name, verdict = list(verdicts.items())[-1]
-        return name, verdict.text
+        return say("{stage}: {word}", stage=name, word=word_shown(verdict.word)), verdict.text
     better = [name for name in policies if verdicts[name].word == BETTER]
     ends = [name for name in better if not any(name in _above(results, other) for other in better)]
     if not ends:
@@ -69,6 +69,17 @@ def best(results: Results, verdicts: Mapping[str, Verdict]) -> tuple[str, str]:
     if fallen:
         said.append(say("Worse in some way: {stages}; see the verdicts.", stages=say(", ").join(fallen)))
     return say("{stage} is the best stage", stage=found), say(" ").join(said)
+
+
+def word_shown(word: str) -> str:
+    """A verdict's word as a reader sees it."""
+    return {
+        "better": say("better"),
+        "worse": say("worse"),
+        "warning": say("warning"),
+        "unclear": say("no clear change"),
+        "unshown": say("not shown to be better"),
+    }[word]
 
 
 def _above(results: Results, name: str) -> list[str]:
@@ -160,10 +171,10 @@ def own_changes(recipe: Recipe, finished: Mapping[str, Manifest], colours: dict[
     return rows
 
 
-def caption(rows: list[Change], evaluated: bool) -> str:
+def caption(rows: list[Change]) -> str:
     """What the picture shows, in one line."""
     labels = {row.metric.heading for row in rows if row.metric is not SHARE}
-    if evaluated and len(labels) == 1:
+    if len(labels) == 1:
         return say("What each stage changed: {label}", label=labels.pop())
     return say("What each stage changed, on held-out data")
 

@@ -53,7 +53,8 @@ def _with_range(metric: Metric, numbers: Mapping[str, float]) -> str:
     """A stage's own number, with its interval where the stage measured one."""
     found = Estimate.among(numbers, metric.name)
     interval = metric.range(found, fine=True) if found else ""
-    return metric.written(numbers[metric.name], fine=True) + (f" ({interval})" if interval else "")
+    written = metric.written(numbers[metric.name], fine=True)
+    return say("{number} ({interval})", number=written, interval=interval) if interval else written
 
 
 def of_itself(recipe: Recipe, finished: dict[str, Manifest]) -> dict[str, str]:

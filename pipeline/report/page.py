@@ -73,8 +73,9 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
         changes = opening.changes(results, colours)
     else:
         heading, lead = say("{name}: what each stage changed", name=recipe.name), ""
-        changes = opening.own_changes(recipe, finished, colours)
-    caption = opening.caption(changes, bool(results))
+        changes = []
+    changes = changes or opening.own_changes(recipe, finished, colours)
+    caption = opening.caption(changes)
     opened = {"changes": opening.drawn(changes, caption)} if changes else {}
     notes = sentences.under_each_stage(results)
     opened["lineage"] = lineage.drawn(chain, notes, base, colours)
@@ -220,6 +221,6 @@ def _templates() -> jinja2.Environment:
     found.filters["thousands"] = lambda value: f"{value:,}".replace(",", "\u202f")
     found.filters["say_again"] = say_again
     found.globals |= {"say": _say, "say_again": say_again}
-    found.globals |= {"judge_name": sentences.judge_name, "word_shown": sentences.word_shown}
+    found.globals |= {"judge_name": sentences.judge_name, "word_shown": opening.word_shown}
     found.globals |= {"of_the_judge": sentences.of_the_judge}
     return found

@@ -20,17 +20,6 @@ def judge_name(judge: str) -> str:
     return say("the external judge") if judge == "judge" else say("the score of '{judge}'", judge=judge)
 
 
-def word_shown(word: str) -> str:
-    """A verdict's word as a reader sees it."""
-    return {
-        "better": say("better"),
-        "worse": say("worse"),
-        "warning": say("warning"),
-        "unclear": say("no clear change"),
-        "unshown": say("not shown to be better"),
-    }[word]
-
-
 def of_the_run(recipe: Recipe, base: str, stages: int, missing: list[str], made: str) -> str:
     told = [
         say("1 stage on one frozen base, {base} ({quantize}), seed {seed}.", **_base(recipe, base))

@@ -44,11 +44,10 @@ def own_judges(recipe: Recipe, done: Sequence[str]) -> dict[str, dict[str, str]]
             for model in [model for model in models if model not in found[name]]:
                 if both := len(pairs[taught] & pairs[model]):
                     of = len(pairs[taught])
-                    found[name][model] = (
-                        kept("which saw {n} of its {of} pairs", n=both, of=of)
-                        if taught == name
-                        else kept("which saw {n} of {stage}'s {of} pairs", n=both, stage=taught, of=of)
-                    )
+                    told = kept("which saw {n} of its {of} pairs", n=both, of=of)
+                    if taught != name:
+                        told = kept("which saw {n} of {stage}'s {of} pairs", n=both, stage=taught, of=of)
+                    found[name][model] = told
     return found
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from pipeline.bring import commands as bringing
+from pipeline.language.say import speak
 
 if TYPE_CHECKING:
     from pipeline.recipe.recipe import Recipe
@@ -26,6 +27,7 @@ Overrides = Annotated[
     list[str], typer.Option("-o", "--override", metavar="KEY=VALUE", help="Dotted, e.g. stages.dpo.train.beta=0.05")
 ]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where runs are kept.")]
+Lang = Annotated[Literal["en", "zh"], typer.Option("--lang", callback=speak, help="Tell it in English or in Chinese.")]
 bringing.add_to(app)
 
 
@@ -197,7 +199,7 @@ def evaluate(
 
 
 @app.command()
-def report(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs")) -> None:
+def report(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs"), lang: Lang = "en") -> None:
     """Make one self-contained page (HTML, and Markdown) of a run: verdicts, numbers, curves, samples, cost."""
     from pipeline.report.page import write
 

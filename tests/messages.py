@@ -78,9 +78,13 @@ def _said(tree: ast.Module, reasons: bool) -> Iterator[tuple[int, ast.expr, list
             for one in value.elts if isinstance(value, ast.List) else [value]:
                 if _spoken(one):
                     yield node.lineno, one, scope
-        elif reasons and isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant | ast.JoinedStr):
-            if _spoken(node.value):
-                yield node.lineno, node.value, scope
+        elif (
+            reasons
+            and isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Constant | ast.JoinedStr | ast.Call)
+            and _spoken(node.value)
+        ):
+            yield node.lineno, node.value, scope
         elif reasons and isinstance(node, ast.Assign) and _name(node.targets[0]) == "OUR_WORDS":
             for why in node.value.keys if isinstance(node.value, ast.Dict) else ():
                 if why:
@@ -99,6 +103,8 @@ def _spoken(node: ast.expr) -> bool:
     """A text with at least four words, such as a reason and unlike a key."""
     if isinstance(node, ast.Tuple):
         node = node.elts[0]
+    if isinstance(node, ast.Call) and _name(node.func) in ("say", "kept"):
+        node = node.args[0]
     if isinstance(node, ast.IfExp):
         return _spoken(node.body) or _spoken(node.orelse)
     text = "".join(_texts(node, [])[:1]) if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp) else ""
@@ -137,6 +143,8 @@ def _texts(node: ast.expr, scope: list[ast.AST], depth: int = 0) -> list[str]:
     if isinstance(node, ast.Dict):
         return [text for value in node.values for text in _texts(value, scope, depth + 1)]
     if isinstance(node, ast.Call):
+        if _name(node.func) in ("say", "kept") and isinstance(node.args[0], ast.Constant):
+            return [re.sub(r"{\w*}", GAP, node.args[0].value)]
         if _name(node.func) == "Text" and node.args:
             return _texts(node.args[0], scope, depth + 1)
         if isinstance(node.func, ast.Name):

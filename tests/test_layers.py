@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 LAYERS = [
-    ["errors", "disk"] + ["data.contracts", "data.formats", "data.dialogues", "data.trees", "data.shelf"],
+    ["errors", "language", "disk"] + ["data.contracts", "data.formats", "data.dialogues", "data.trees", "data.shelf"],
     ["models", "data"],
     ["plan"],
     ["measure"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,8 +15,10 @@ from xml.etree import ElementTree
 
 import numpy
 import pytest
-from conftest import seal, tiny_tree
+from conftest import seal, tiny_tree, write_recipe
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.disk import metrics
 from pipeline.disk.atomic import digest, write_json
 from pipeline.disk.manifest import Data, SourceCounts
@@ -24,10 +27,11 @@ from pipeline.evaluate import arena, measures, results
 from pipeline.evaluate.measure import Measure
 from pipeline.evaluate.plan import plan
 from pipeline.evaluate.stored import Link, Results, Verdict, read_results
+from pipeline.language.say import kept, say_again, speak
 from pipeline.publish import measured
 from pipeline.recipe import yaml
 from pipeline.recipe.recipe import Recipe, build
-from pipeline.report import page
+from pipeline.report import opening, page, sentences
 from pipeline.terminal.results import clock, show_evaluation, show_results
 
 QUESTIONS, PROMPTS, PAIRS = 40, 24, 90
@@ -192,11 +196,151 @@ def test_the_page_stands_alone_and_shows_everything(run: tuple[Recipe, Path]) ->
     assert html.count("<svg") == len(pictures)
     for picture in pictures:
         ElementTree.parse(picture)
+        assert "var(" not in picture.read_text()  # a viewer of the file alone knows no variable of the page
         assert f"pictures/{picture.name})" in markdown
     assert "| questions answered right |" in markdown and "nan" not in html.lower()
     # A table is its heading, its rule and its rows, without an empty line that would end it.
     tables = [part.splitlines() for part in markdown.split("\n\n") if part.startswith("|")]
     assert len(tables) > 6 and all(len(table) > 2 and table[1].startswith("| --- |") for table in tables)
+
+
+def test_the_first_screen_is_the_best_stage_and_one_picture(run: tuple[Recipe, Path], evaluated: Results) -> None:
+    recipe, runs = run
+    html, markdown = (path.read_text().replace("\u00a0", " ") for path in page.write(recipe, "my.yaml", runs))
+    luck = numpy.random.default_rng(0).random(QUESTIONS)
+    before, after = (100 * (luck < SKILL[policy]).mean() for policy in ("pretrain", "sft"))
+    told = f"It answers {after:.0f} % of 40 held-out questions right (95 %: "
+    for text in (html, markdown):
+        assert 0 < text.index("sft is the best stage") < text.index(told) < text.index("Verdicts")
+        assert f"pretrain, from which it goes on, answers {before:.0f} %." in text
+        assert "Not shown to be better than it: dpo. Worse in some way: ppo" in text
+    assert html.index("<svg") < html.index("<nav>")  # the picture stands in the first screen
+    picture = ElementTree.parse(runs / recipe.name / "report" / "pictures" / "changes.svg")
+    points = [float(found.get("cx", 0)) for found in picture.iter("{http://www.w3.org/2000/svg}circle")]
+    axis = [float(found.get("d", "").removeprefix("M").split()[0]) for found in picture.iter() if found.get("d")][:5]
+    assert points[2:4] == pytest.approx([axis[0] + (axis[-1] - axis[0]) * x / 100 for x in (before, after)], abs=0.1)
+
+
+def test_no_stage_is_called_the_best_without_a_verdict(evaluated: Results) -> None:
+    words = {name: verdict.model_copy(update={"word": "unclear"}) for name, verdict in evaluated.verdicts.items()}
+    assert opening.best(evaluated, words)[0] == "No stage is shown to be better than the base"
+
+
+def test_a_dark_page_leaves_nothing_dark_on_dark(run: tuple[Recipe, Path]) -> None:
+    """Every colour of the page and of the greys in its pictures is a variable with two values, which contrast enough
+    with what they stand on (WCAG 2.2: 4.5 to 1 for text)."""
+    recipe, runs = run
+    html = page.write(recipe, "my.yaml", runs)[0].read_text()
+    light, dark = (
+        dict(re.findall(r"--([a-z-]+): (#[0-9a-f]+)", part))
+        for part in re.findall(r":root \{(.*?)\}", html, re.DOTALL)[:2]
+    )
+    assert light.keys() == dark.keys() and "@media screen and (prefers-color-scheme: dark)" in html
+    for shades in (light, dark):
+        for text in ("ink", "soft", "link", "better", "worse", "warning", "unclear"):
+            assert contrast(shades[text], shades["paper"]) >= 4.5, (text, shades[text])
+        for word in ("better", "worse", "warning", "unclear"):
+            assert contrast(shades["on-word"], shades[word]) >= 4.5, word
+        for stage in recipe.order():
+            assert contrast(recipe.kind(stage).colour, shades["paper"]) >= 2.5, stage
+    pictures = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+    fixed = set(re.findall(r"(?<!, )#[0-9a-f]{6}", re.sub(r"var\([^)]*\)", "", pictures)))
+    assert all(min(contrast(shade, "#ffffff"), contrast(shade, dark["paper"])) >= 2.5 for shade in fixed), fixed
+
+
+def contrast(first: str, second: str) -> float:
+    """Of two colours, as WCAG 2.2 defines it."""
+
+    def luminance(shade: str) -> float:
+        digits = shade[1:] if len(shade) == 7 else "".join(2 * digit for digit in shade[1:])
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted(map(luminance, (first, second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+CHINESE = re.compile(r"[\u4e00-\u9fff]")
+NAMES = """
+    tiny base zero shot few pretrain sft dpo ppo reward best of nf4 cpu threads resident a.jsonl torch UTC
+    KL Elo nat nats log sigmoid BOS F1 Wilson Bradley Terry MiB Wh max length n lm eval
+    guideline truthful helpful harmless onebase
+"""
+"""What stays as it is in Chinese: stages, data, and the field's own terms."""
+
+
+class Words(HTMLParser):
+    """The Latin words that a reader sees outside of data: questions, answers, code and what is to be typed."""
+
+    DATA = {"style", "dd", "pre", "code", "b"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.found: set[str] = set()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag not in Page.VOID:
+            self.open.append(tag)
+        self.found |= {
+            word for key, value in attributes if key in ("data-of", "aria-label") for word in self.words(value)
+        }
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in Page.VOID:
+            self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not self.DATA & set(self.open):
+            self.found |= self.words(data)
+
+    def words(self, text: str | None) -> set[str]:
+        return set(re.findall(r"[A-Za-z][A-Za-z0-9.]*[A-Za-z0-9]", text or ""))
+
+
+@pytest.mark.parametrize("evaluated_too", [True, False])
+def test_the_page_is_chinese_throughout(
+    run: tuple[Recipe, Path], evaluated_too: bool, spoken_chinese: None, recwarn: pytest.WarningsRecorder
+) -> None:
+    recipe, runs = run
+    if not evaluated_too:
+        (runs / recipe.name / "evaluation" / "results.json").unlink()
+    html, markdown = (path.read_text() for path in page.write(recipe, "my.yaml", runs))
+    assert '<html lang="zh-Hans">' in html and ("最好的阶段是 sft" in html) == evaluated_too
+    seen = Words()
+    seen.feed(html)
+    assert seen.found <= {*NAMES.split(), *recipe.spec.model.base.split("/")}, seen.found - set(NAMES.split())
+    headings = [line for line in markdown.splitlines() if line.startswith("## ")]
+    assert headings and all(CHINESE.search(line) for line in headings), headings
+    assert not [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def test_what_a_run_keeps_in_english_is_told_in_chinese(spoken_chinese: None) -> None:
+    assert say_again(kept("which saw {n} of its {of} pairs", n=150, of=151)) == "后者见过它的 151 个比较中的 150 个"
+    inner = kept("{n} rows of the test set cannot be rendered", n=3)
+    assert say_again(kept("{told} (they would be left out)", told=inner)) == "测试集的 3 行过不了对话模板（会被跳过）"
+    assert say_again("Two Boats of the Sea") == "Two Boats of the Sea"
+
+
+def test_only_an_option_switches_the_language(
+    run: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, runs = run
+    monkeypatch.setenv("LANG", "zh_CN.UTF-8")
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    words = ["report", str(write_recipe(recipe.tree, tmp_path / "my.yaml")), "--runs", str(runs)]
+    html = runs / recipe.name / "report" / "report.html"
+    for more, language in (([], "en"), (["--lang", "zh"], "zh-Hans"), ([], "en")):
+        assert CliRunner().invoke(app, [*words, *more]).exit_code == 0
+        assert f'<html lang="{language}">' in html.read_text()
+
+
+@pytest.fixture
+def spoken_chinese() -> Iterator[None]:
+    speak("zh")
+    yield
+    speak("en")
 
 
 def test_commands_name_the_very_run(run: tuple[Recipe, Path]) -> None:
@@ -226,7 +370,7 @@ def test_an_external_judge_is_named_with_the_replies_that_were_none(run: tuple[R
 
 
 def test_the_lineage_shows_the_same_number_under_every_policy_that_is_asked(evaluated: Results) -> None:
-    notes = page._notes(evaluated)
+    notes = sentences.under_each_stage(evaluated)
     assert all(notes[name].endswith("% of questions right") for name in ("sft", "dpo", "ppo")), notes
 
 

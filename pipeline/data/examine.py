@@ -17,6 +17,7 @@ from pipeline.data.examine_rows import Encode, Learnt
 from pipeline.data.load import DataSpec, Part, Source, Split, labels_as_answers, read_source, read_split, refusal
 from pipeline.disk.atomic import write_json
 from pipeline.errors import UserError
+from pipeline.language.say import kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,7 +102,7 @@ def examine(sections: list[Section], names: list[str], tokenizer: PreTrainedToke
 def _tell_long_rows(section: Section) -> str:
     """What becomes of rows over max_length, where they are neither cut nor left out."""
     if section.learnt == "everything":
-        return "are split"
+        return kept("are split")
     return "stop the run" if section.contract.kind == "prompt" else ""
 
 
@@ -188,20 +189,33 @@ def _count_rendered(tokens: Json) -> int:
 def _object(stage: Json) -> Iterator[tuple[str, bool]]:
     """What the tokens of a stage's rows have against them, and whether a run would stop at it."""
     tokens, stops = stage["tokens"], stage["on_bad_row"] == "stop"
-    fate = "" if stops else ": they would be left out"
-    for part, where in ((tokens, ""), (stage["test_tokens"], " of the test set")):
+    longest = tokens["max_length"]
+
+    def fate(told: str) -> str:
+        return told if stops else kept("{told} (they would be left out)", told=told)
+
+    for part, test in ((tokens, False), (stage["test_tokens"], True)):
         if part["unrenderable"]:
-            first = part["unrenderable_named"][0]
-            what = f"{part['unrenderable']} rows{where} cannot be rendered{fate}"
-            yield f"{what}, first {first['place']}: {first['reason']}", stops
-    bare = tokens.get("rows_without_supervised_tokens", 0)
-    if bare:
-        yield f"{bare} rows have no token with loss within max_length {tokens['max_length']}{fate}", stops
+            n, first = part["unrenderable"], part["unrenderable_named"][0]
+            told = kept("{n} rows of the test set cannot be rendered", n=n)
+            told = told if test else kept("{n} rows cannot be rendered", n=n)
+            place, reason = first["place"], first["reason"]
+            yield kept("{told}, first {place}: {reason}", told=fate(told), place=place, reason=reason), stops
+    if bare := tokens.get("rows_without_supervised_tokens", 0):
+        told = kept("{n} rows have no token with loss within max_length {longest}", n=bare, longest=longest)
+        yield fate(told), stops
     if over := tokens["longer_than_max_length"] - bare:
         left_out = tokens.get("rows_left_out", over)
-        what = stage["long_rows"] or f"are left out: {left_out}, cut: {over - left_out}"
-        share = f"{over} rows ({over / _count_rendered(tokens):.1%})"
-        yield f"{share} are longer than max_length {tokens['max_length']} and {what}", what == "stop the run"
+        what = stage["long_rows"] or kept("are left out: {out}, cut: {cut}", out=left_out, cut=over - left_out)
+        share = f"{over / _count_rendered(tokens):.1%}"
+        told = kept(
+            "{n} rows ({share}) are longer than max_length {longest} and {what}",
+            n=over,
+            share=share,
+            longest=longest,
+            what=what,
+        )
+        yield told, what == "stop the run"
     if stage["learnt"] == "answers" and (
         missing := tokens["rows_kept"] - tokens["rows_whose_end_of_turn_is_supervised"]
     ):
@@ -213,28 +227,49 @@ def _warn(name: str, stage: Json, overlaps: list[Json]) -> list[str]:
     if tokens := stage.get("tokens"):
         warned += [text for text, stops in _object(stage) if not stops]
         if any(int(count) > 1 for count in tokens["bos_at_the_start"]):
-            warned.append("some rows begin with more than one beginning-of-sequence token")
+            warned.append(kept("some rows begin with more than one beginning-of-sequence token"))
         if count := tokens["texts_with_special_tokens"]:
             warned.append(
-                f"{count} texts contain the text of special tokens: the model reads it as these tokens, not as words"
+                kept(
+                    "{n} texts contain the text of special tokens: the model reads it as these tokens, not as words",
+                    n=count,
+                )
             )
         if tokens["bytes_per_token"] and tokens["bytes_per_token"] < FEW_BYTES_A_TOKEN:
             warned.append(
-                f"a token is {tokens['bytes_per_token']} bytes: this tokenizer splits the language into very small "
-                "pieces"
+                kept(
+                    "a token is {n} bytes: this tokenizer splits the language into very small pieces",
+                    n=tokens["bytes_per_token"],
+                )
             )
     for how, sign in (("exact", "="), ("near", "~")):
         if alike[how]:
             a, b = alike[f"{how}_named"][0]
-            verb = "repeat" if how == "exact" else "nearly repeat"
-            warned.append(f"{alike[how]} rows {verb} another, for example {a} {sign} {b}")
+            example = f"{a} {sign} {b}"
+            warned.append(
+                kept("{n} rows repeat another, for example {example}", n=alike[how], example=example)
+                if how == "exact"
+                else kept("{n} rows nearly repeat another, for example {example}", n=alike[how], example=example)
+            )
     warned += _warn_of_pairs(stage.get("comparisons"))
     for overlap in overlaps:
         if name in (overlap["train"], overlap["test"]):
             a, b = overlap["named"][0]
-            whose = "its own" if overlap["train"] == overlap["test"] else f"{overlap['test']}'s"
-            of = f"{overlap['shared']} of the {overlap['of']} prompts of {whose} test set"
-            warned.append(f"{overlap['train']} trains on {of}, for example {a} = {b}")
+            values = {"n": overlap["shared"], "of": overlap["of"], "a": a, "b": b}
+            warned.append(
+                kept(
+                    "{train} trains on {n} of the {of} prompts of its own test set, for example {a} = {b}",
+                    train=overlap["train"],
+                    **values,
+                )
+                if overlap["train"] == overlap["test"]
+                else kept(
+                    "{train} trains on {n} of the {of} prompts of {test}'s test set, for example {a} = {b}",
+                    train=overlap["train"],
+                    test=overlap["test"],
+                    **values,
+                )
+            )
     return warned
 
 
@@ -242,13 +277,23 @@ def _warn_of_pairs(pairs: Json | None) -> list[str]:
     warned = []
     if pairs and pairs["contradictory"]:
         a, b = pairs["contradictory_named"][0]
-        warned.append(f"{pairs['contradictory']} comparisons contradict another, for example {a} and {b}")
+        n = pairs["contradictory"]
+        warned.append(kept("{n} comparisons contradict another, for example {a} and {b}", n=n, a=a, b=b))
     if not pairs or pairs["pairs"] < ENOUGH_PAIRS:
         return warned
     if (share := max(pairs["longer_wins"], 1 - pairs["longer_wins"])) > LENGTH_TELLS:
-        word = "longer" if pairs["longer_wins"] > 0.5 else "shorter"
+        told = f"{share:.1%}"
         warned.append(
-            f"the {word} answer wins {share:.1%} of the comparisons: a rule that looks only at length would be right "
-            "as often"
+            kept(
+                "the longer answer wins {share} of the comparisons: a rule that looks only at length would be right as "
+                "often",
+                share=told,
+            )
+            if pairs["longer_wins"] > 0.5
+            else kept(
+                "the shorter answer wins {share} of the comparisons: a rule that looks only at length would be right "
+                "as often",
+                share=told,
+            )
         )
     return warned

@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.benchmarks import Benchmark
 from pipeline.evaluate.measure import Finished, Measure
 from pipeline.evaluate.measures import MEASURES
+from pipeline.language.say import kept
 from pipeline.measure.metric import CORPUS_LOSS, DIALOGUE_LOSS
 from pipeline.plan.sizes import NEW_TOKENS
 from pipeline.recipe.recipe import Recipe
@@ -36,14 +37,17 @@ def own_judges(recipe: Recipe, done: Sequence[str]) -> dict[str, dict[str, str]]
     found: dict[str, dict[str, str]] = {}
     for name in done:
         paid = [term.source for term in recipe.stages[name].reward_terms() if term.weight]
-        found[name] = dict.fromkeys(paid, "which it was paid by")
+        found[name] = dict.fromkeys(paid, kept("which it was paid by"))
         # A reward model is not judged by answers.
         own = [name] if name in pairs and name not in models else []
         for taught in own or [source for source in paid if source in pairs]:
             for model in [model for model in models if model not in found[name]]:
                 if both := len(pairs[taught] & pairs[model]):
-                    whose = "its" if taught == name else f"{taught}'s"
-                    found[name][model] = f"which saw {both} of {whose} {len(pairs[taught])} pairs"
+                    of = len(pairs[taught])
+                    told = kept("which saw {n} of its {of} pairs", n=both, of=of)
+                    if taught != name:
+                        told = kept("which saw {n} of {stage}'s {of} pairs", n=both, stage=taught, of=of)
+                    found[name][model] = told
     return found
 
 
@@ -135,10 +139,10 @@ def _rendered(rows: Rows, artifact: Artifact) -> Rows:
         return rows
     left_out = {json.loads(line)["place"] for line in artifact.refused.read_text(encoding="utf-8").splitlines()}
 
-    def kept(some: Sequence[Row]) -> list[Row]:
+    def chosen(some: Sequence[Row]) -> list[Row]:
         return [row for row in some if row["_place"] not in left_out]
 
-    return replace(rows, train=kept(rows.train), test=None if rows.test is None else kept(rows.test))
+    return replace(rows, train=chosen(rows.train), test=None if rows.test is None else chosen(rows.test))
 
 
 def _sampling(recipe: Recipe, samplers: list[str], prompts: list[Row], models: list[str]) -> Json:

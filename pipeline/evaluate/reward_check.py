@@ -7,6 +7,7 @@ from scipy import stats
 
 from pipeline.disk.atomic import Json
 from pipeline.evaluate.stored import RewardModel, Third
+from pipeline.language.say import kept
 from pipeline.measure import calibration, intervals
 from pipeline.measure.metric import Estimate
 from pipeline.measure.ranking import longer_wins, ranked_right
@@ -25,7 +26,11 @@ def check(pairs: Json) -> RewardModel:
     words_P = ranked_right(pairs["bag_of_words"])
     rule_P = longer_wins(pairs["chosen_length"], pairs["rejected_length"])
     curve = calibration.reliability_of_ranking(margins_P.tolist())
-    groups = {"chosen longer": longer_P > 0, "same length": longer_P == 0, "chosen shorter": longer_P < 0}
+    groups = {
+        kept("chosen longer"): longer_P > 0,
+        kept("same length"): longer_P == 0,
+        kept("chosen shorter"): longer_P < 0,
+    }
     uneven = longer_P != 0
     prefers_longer_P = ranked_right(margins_P[uneven] * longer_P[uneven])
     lean = None
@@ -61,10 +66,13 @@ def flags(over_rule: Estimate, lean: Estimate | None) -> list[str]:
     """What is wrong with how a reward model uses length, in words; empty where nothing is."""
     found = []
     if not over_rule.above:
-        shown = "is no" if over_rule.value <= 0 else "is not shown to be"
-        found.append(f"{shown} better than choosing the longer answer")
+        found.append(
+            kept("is no better than choosing the longer answer")
+            if over_rule.value <= 0
+            else kept("is not shown to be better than choosing the longer answer")
+        )
     if lean is not None and (lean.low or 0) > LEANS:
-        found.append("leans on length: it is right far more often where the better answer is the longer one")
+        found.append(kept("leans on length: it is right far more often where the better answer is the longer one"))
     return found
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from pipeline.evaluate.stored import Link, Results, RewardModel, Verdict
+from pipeline.language.say import say, say_again
 from pipeline.measure.metric import (
     KL,
     PREFERENCE_ACCURACY,
@@ -23,12 +24,10 @@ from pipeline.stages.stage import Stage, StageSpec
 BETTER, WORSE, UNCLEAR, WARNING = "better", "worse", "unclear", "warning"
 UNSHOWN = "unshown"
 """It rose in what it was trained on, and in nothing else."""
-COMPARED = {BETTER: "Better than", WORSE: "Worse than", UNCLEAR: "Not to be told from"}
-INDEPENDENT = "Nothing else judges it: give it questions, a function with truth: true, or onebase eval --judge."
 
 
 def find(results: Results) -> dict[str, Verdict]:
-    """Of every stage."""
+    """Of every stage, in the language that is spoken."""
     found = {}
     for stage in results.chain:
         name, kind = stage.name, STAGES[stage.kind]
@@ -48,15 +47,20 @@ def find(results: Results) -> dict[str, Verdict]:
 def _loss(results: Results, name: str, metric: Metric) -> Verdict:
     parent, change = results.parents[name], results.changes[name].get(metric.name)
     if change is None:
-        return Verdict(word=UNCLEAR, text=f"Nothing held out to judge it by: give {name} a data.test.")
+        return _nothing_held_out()
     before, after = (results.numbers[policy][metric.name].value for policy in (parent, name))
     word = metric.word(change) or UNCLEAR
-    return Verdict(
-        word=word,
-        text=f"{COMPARED[word]} {parent} on held-out rows, {metric.label}: {metric.number(before)} to "
-        f"{metric.number(after)} {metric.unit} "
-        f"({metric.change(change)}), perplexity {perplexity(before):.1f} to {perplexity(after):.1f}.",
+    text = say(
+        "{compared} on held-out rows, {label}: {before} to {after} ({change}), perplexity {was} to {now}.",
+        compared=_compared(word, parent),
+        label=metric.heading,
+        before=metric.number(before),
+        after=metric.number(after),
+        change=metric.change(change),
+        was=f"{perplexity(before):.1f}",
+        now=f"{perplexity(after):.1f}",
     )
+    return Verdict(word=word, text=text)
 
 
 def _questions(results: Results, name: str) -> Verdict:
@@ -64,11 +68,15 @@ def _questions(results: Results, name: str) -> Verdict:
     change = results.changes[name][asked.name]
     before, after = (results.numbers[policy][asked.name] for policy in (parent, name))
     word = asked.word(change) or UNCLEAR
-    return Verdict(
-        word=word,
-        text=f"{COMPARED[word]} {parent}: {asked.written(before.value)} to {asked.written(after.value)} of {after.n} "
-        f"{asked.label} ({asked.change(change)}).",
+    text = say(
+        "{compared}: {before} to {after} of {n} questions answered right ({change}).",
+        compared=_compared(word, parent),
+        before=asked.written(before.value),
+        after=asked.written(after.value),
+        n=after.n,
+        change=asked.change(change),
     )
+    return Verdict(word=word, text=text)
 
 
 def _of_its_headline(stage: Link, kind: Stage) -> Verdict:
@@ -77,42 +85,56 @@ def _of_its_headline(stage: Link, kind: Stage) -> Verdict:
     metric = next((metric for metric in kind.headlines if metric.name in before and metric.name in after), None)
     if metric is None:
         return _of_its_rivals(stage, kind)
-    told = f"{metric.label} {metric.written(before[metric.name])} to {metric.written(after[metric.name])}"
+    told = say(
+        "{label} {before} to {after}",
+        label=metric.said,
+        before=metric.written(before[metric.name]),
+        after=metric.written(after[metric.name]),
+    )
     gain = Estimate.among(after, f"{metric.name}_gain")
     if gain is None or gain.low is None:
-        return Verdict(word=UNCLEAR, text=f"{told[0].upper()}{told[1:]}; how far chance reaches is not known.")
+        return Verdict(word=UNCLEAR, text=say("{told}; how far chance reaches is not known.", told=_capital(told)))
     word = metric.word(gain) or UNCLEAR
-    return Verdict(word=word, text=f"{COMPARED[word]} before: {told} ({metric.change(gain)}).")
+    compared = {BETTER: say("Better than before"), WORSE: say("Worse than before")}.get(word)
+    compared = compared or say("Not to be told from before")
+    text = say("{compared}: {told} ({change}).", compared=compared, told=told, change=metric.change(gain))
+    return Verdict(word=word, text=text)
 
 
 def _of_its_rivals(stage: Link, kind: Stage) -> Verdict:
     """By how far it is over a simpler rule, where there is nothing before it to compare with."""
     measured = [metric for metric in kind.headlines if metric.name in stage.after]
     if not measured:
-        return Verdict(word=UNCLEAR, text="Nothing held out to judge it by: give it a data.test.")
+        return _nothing_held_out()
     first = measured[0]
-    told = f"{first.label[0].upper()}{first.label[1:]} {first.written(stage.after[first.name])}"
+    told = f"{_capital(first.said)} {first.written(stage.after[first.name])}"
     over = next((metric for metric in measured if metric.name.startswith("over_")), None)
     gain = Estimate.among(stage.after, over.name) if over else None
     if over is None or gain is None:
-        return Verdict(word=UNCLEAR, text=f"{told}; there is nothing to compare it with.")
-    return Verdict(word=over.word(gain) or UNCLEAR, text=f"{told}; {over.label} {over.change(gain)}.")
+        return Verdict(word=UNCLEAR, text=say("{told}; there is nothing to compare it with.", told=told))
+    text = say("{told}; {label} {change}.", told=told, label=over.said, change=over.change(gain))
+    return Verdict(word=over.word(gain) or UNCLEAR, text=text)
 
 
 def _reward(found: RewardModel | None) -> Verdict:
     if found is None:
-        return Verdict(word=UNCLEAR, text="Nothing held out to judge it by: give it a data.test.")
-    text = (
-        f"Ranks {SHARE.shown(found.accuracy)} of {found.accuracy.n} held-out pairs right; choosing the longer "
-        f"answer gets {SHARE.written(found.longer_wins.value)}, a bag of words "
-        f"{SHARE.written(found.bag_of_words.value)}. Calibration error {found.ece:.2f}."
+        return _nothing_held_out()
+    text = say(
+        "Ranks {share} of {n} held-out pairs right; choosing the longer answer gets {longer}, a bag of words {words}. "
+        "Calibration error {error}.",
+        share=SHARE.shown(found.accuracy),
+        n=found.accuracy.n,
+        longer=SHARE.written(found.longer_wins.value),
+        words=SHARE.written(found.bag_of_words.value),
+        error=f"{found.ece:.2f}",
     )
     if found.flags:
-        return Verdict(word=WARNING, text=f"{text} It {' and '.join(found.flags)}.")
+        flags = say(" and ").join(say_again(flag) for flag in found.flags)
+        return Verdict(word=WARNING, text=say("{text} It {flags}.", text=text, flags=flags))
     if found.over_words.above:
-        return Verdict(word=BETTER, text=f"Better than both simple rules. {text}")
-    more = "A bag of words is not clearly worse, so it may have learnt little but vocabulary."
-    return Verdict(word=BETTER, text=f"Better than choosing the longer answer. {text} {more}")
+        return Verdict(word=BETTER, text=say("Better than both simple rules. {text}", text=text))
+    more = say("A bag of words is not clearly worse, so it may have learnt little but vocabulary.")
+    return Verdict(word=BETTER, text=say("Better than choosing the longer answer. {text} {more}", text=text, more=more))
 
 
 def _preference_trained(results: Results, name: str) -> Verdict:
@@ -135,41 +157,55 @@ def _preference_trained(results: Results, name: str) -> Verdict:
         rate = arenas[judge].wins.get(name, {}).get(parent)
         if rate:
             why = stage.own_judges.get(judge, "")
-            said = f"wins {SHARE.shown(rate)} {_by(judge)}{', ' if why else ''}{why}"
+            said = say("wins {rate} {by}", rate=SHARE.shown(rate), by=judged_by(judge))
+            said = say("{said}, {why}", said=said, why=say_again(why)) if why else said
             low, high = rate.low or 0.0, 1.0 if rate.high is None else rate.high
             tell(BETTER if low > 0.5 else WORSE if high < 0.5 else UNCLEAR, said, bool(why))
-    asked = {QUESTION_ACCURACY: QUESTION_ACCURACY.label}
+    asked = {QUESTION_ACCURACY: QUESTION_ACCURACY.said}
     if not arenas:
-        asked[PREFERENCE_ACCURACY] = f"the {PREFERENCE_ACCURACY.label}"
+        asked[PREFERENCE_ACCURACY] = say("the better answer is likelier")
     for metric, label in asked.items():
         if metric.name in changes:
             change, own = changes[metric.name], metric.name == STAGES[stage.kind].raises
-            why = f", which is what {stage.kind} trains" if own else ""
-            tell(metric.word(change) or UNCLEAR, f"{label} {metric.change(change)}{why}", own)
+            said = say("{label} {change}", label=label, change=metric.change(change))
+            said = say("{said}, which is what {kind} trains", said=said, kind=stage.kind) if own else said
+            tell(metric.word(change) or UNCLEAR, said, own)
     flagged = results.over_optimised.get(name)
     if flagged and not learnt:  # the mean has risen where the win rate has not
-        learnt.append(f"mean reward {REWARD.change(changes['reward'])}")
+        learnt.append(say("mean reward {change}", change=REWARD.change(changes["reward"])))
     if not any(told.values()) and not learnt:
-        return Verdict(word=UNCLEAR, text="Nothing held out to judge it by: give it a data.test or questions.")
-    distance = f" It is {KL.number(numbers['kl'].value)} {KL.unit} away from {parent}." if "kl" in numbers else ""
-    doubt = f" Within chance: {'; '.join(told[UNCLEAR])}." if told[UNCLEAR] else ""
-    higher = "Higher reward" if arenas else "Trained for"
-    for_it, against, rose = ("; ".join(said) for said in (told[BETTER], told[WORSE], learnt))
+        return Verdict(word=UNCLEAR, text=say("Nothing held out to judge it by: give it a data.test or questions."))
+    after = []
+    if told[UNCLEAR]:
+        after.append(say("Within chance: {told}.", told=_several(told[UNCLEAR])))
+    if "kl" in numbers:
+        kl = KL.number(numbers["kl"].value)
+        after.append(say("It is {kl} nats an answer away from {parent}.", kl=kl, parent=parent))
+    higher = say("Higher reward") if arenas else say("Trained for")
+    for_it, against, rose = (_several(said) for said in (told[BETTER], told[WORSE], learnt))
     if told[WORSE] and (told[BETTER] or flagged):
-        said = "Over-optimised" if flagged else f"Better and worse than {parent}"
-        both = "; ".join([*learnt, *told[BETTER]])
-        return Verdict(word=WARNING, text=f"{said}: {both}, but {against}.{doubt}{distance}")
-    if told[WORSE]:
-        all_the_same = f" {higher} all the same: {rose}." if learnt else ""
-        return Verdict(word=WORSE, text=f"Worse than {parent}: {against}.{all_the_same}{doubt}{distance}")
-    if told[BETTER]:
-        too = f" {higher} too: {rose}." if learnt else ""
-        return Verdict(word=BETTER, text=f"Better than {parent}: {for_it}.{too}{doubt}{distance}")
-    if learnt:
-        said = f"{higher}; not shown to be better than {parent}: {rose}."
-        wanted = "" if doubt else f" {INDEPENDENT}"
-        return Verdict(word=UNSHOWN, text=f"{said}{doubt}{wanted}{distance}")
-    return Verdict(word=UNCLEAR, text=f"Not to be told from {parent}.{doubt}{distance}")
+        what = say("Over-optimised") if flagged else say("Better and worse than {parent}", parent=parent)
+        both = _several([*learnt, *told[BETTER]])
+        word, first = WARNING, say("{what}: {both}, but {against}.", what=what, both=both, against=against)
+    elif told[WORSE]:
+        word, first = WORSE, say("{compared}: {told}.", compared=_compared(WORSE, parent), told=against)
+        if learnt:
+            after.insert(0, say("{higher} all the same: {rose}.", higher=higher, rose=rose))
+    elif told[BETTER]:
+        word, first = BETTER, say("{compared}: {told}.", compared=_compared(BETTER, parent), told=for_it)
+        if learnt:
+            after.insert(0, say("{higher} too: {rose}.", higher=higher, rose=rose))
+    elif learnt:
+        word = UNSHOWN
+        first = say("{higher}; not shown to be better than {parent}: {rose}.", higher=higher, parent=parent, rose=rose)
+        if not told[UNCLEAR]:
+            after.insert(
+                0,
+                say("Nothing else judges it: give it questions, a function with truth: true, or onebase eval --judge."),
+            )
+    else:
+        word, first = UNCLEAR, say("{compared}.", compared=_compared(UNCLEAR, parent))
+    return Verdict(word=word, text=_sentences(first, *after))
 
 
 def of_itself(section: StageSpec, before: Mapping[str, float], after: Mapping[str, float]) -> str | None:
@@ -179,19 +215,23 @@ def of_itself(section: StageSpec, before: Mapping[str, float], after: Mapping[st
     if raised is None or raised.name not in before or not after.get(raised.name, -math.inf) > before[raised.name]:
         return None
     paid = bool(section.reward_terms())
-    what = "Higher reward" if paid else f"The {raised.label}"
-    why = "that is what it was paid by" if paid else f"that is what {section.kind} trains"
-    asked, answered = QUESTION_ACCURACY, ""
-    if asked.name in before and asked.name in after:
-        change = after[asked.name] - before[asked.name]
-        answered = f" {asked.label.capitalize()} {asked.written(change, sign=True)}."
+    what = say("Higher reward") if paid else say("The {label}", label=raised.said)
+    asked, more = QUESTION_ACCURACY, []
     truth = _truth_gain(section, after)
+    change = TRUTH.change(truth) if truth else ""
+    if asked.name in before and asked.name in after:
+        told = asked.written(after[asked.name] - before[asked.name], sign=True)
+        more.append(say("Questions answered right {change}.", change=told))
     if truth and truth.above:
-        return f"{what}, and more {TRUTH.label}: {TRUTH.change(truth)}.{answered}"
+        return _sentences(say("{what}, and more sampled answers right: {change}.", what=what, change=change), *more)
     if truth and truth.below:
-        return f"Over-optimised: {what.lower()}, but fewer {TRUTH.label}: {TRUTH.change(truth)}.{answered}"
-    doubt = f" Within chance: {TRUTH.label} {TRUTH.change(truth)}." if truth else ""
-    return f"{what}; not shown to be better: {why}.{doubt}{answered}"
+        what = what[0].lower() + what[1:]
+        first = say("Over-optimised: {what}, but fewer sampled answers right: {change}.", what=what, change=change)
+        return _sentences(first, *more)
+    why = say("that is what it was paid by") if paid else say("that is what {kind} trains", kind=section.kind)
+    if truth:
+        more.insert(0, say("Within chance: sampled answers right {change}.", change=change))
+    return _sentences(say("{what}; not shown to be better: {why}.", what=what, why=why), *more)
 
 
 def _truth_gain(section: StageSpec, after: Mapping[str, float]) -> Estimate | None:
@@ -206,5 +246,29 @@ def _truth_gain(section: StageSpec, after: Mapping[str, float]) -> Estimate | No
     return found.scaled(1 / scale) if found and scale > 0 else None
 
 
-def _by(judge: str) -> str:
-    return {"truth": "by the checked truth", "judge": "by the external judge"}.get(judge, f"by {judge}'s score")
+def judged_by(judge: str) -> str:
+    if judge == "truth":
+        return say("by the checked truth")
+    return say("by the external judge") if judge == "judge" else say("by {judge}'s score", judge=judge)
+
+
+def _compared(word: str, parent: str) -> str:
+    if word == UNCLEAR:
+        return say("Not to be told from {parent}", parent=parent)
+    return say("Better than {parent}", parent=parent) if word == BETTER else say("Worse than {parent}", parent=parent)
+
+
+def _nothing_held_out() -> Verdict:
+    return Verdict(word=UNCLEAR, text=say("Nothing held out to judge it by: give it a data.test."))
+
+
+def _several(said: list[str]) -> str:
+    return say("; ").join(said)
+
+
+def _sentences(*said: str) -> str:
+    return say(" ").join(said)
+
+
+def _capital(told: str) -> str:
+    return told[0].upper() + told[1:]

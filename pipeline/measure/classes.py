@@ -15,6 +15,7 @@ from pipeline.data import render
 from pipeline.data.baselines import WORDS
 from pipeline.data.tokens import Unrenderable
 from pipeline.disk.manifest import Table
+from pipeline.language.say import kept
 from pipeline.measure import calibration, intervals, scoring
 from pipeline.measure.metric import SHARE, Estimate
 
@@ -127,13 +128,15 @@ def tell(true_NK: Array, scores_NK: Array, names: list[str], several: bool, numb
         ]
         for name, hits, wanted, told in zip(names, hits_K, wanted_K, told_K, strict=True)
     ]
-    note = (
-        "" if several else "The number before is of the labels' words: which the policy finds likeliest, with no head."
-    )
+    note = ""
+    if not several:
+        note = kept("The number before is of the labels' words: which the policy finds likeliest, with no head.")
     if "bag_of_words" in numbers:
-        note += f" A bag of words learnt from the same texts has a macro F1 of {numbers['bag_of_words']:.3f}."
-    columns = ["class", "precision", "recall", "F1", "texts"]
-    tables = [Table(title="each class", columns=columns, rows=rows, note=note.strip())]
+        bag = f"{numbers['bag_of_words']:.3f}"
+        more = kept("A bag of words learnt from the same texts has a macro F1 of {bag}.", bag=bag)
+        note = f"{note} {more}" if note else more
+    columns = [kept("class"), kept("precision"), kept("recall"), "F1", kept("texts")]
+    tables = [Table(title=kept("each class"), columns=columns, rows=rows, note=note)]
     chances_NK = expit(scores_NK) if several else softmax(scores_NK, 1)
     if several:
         confidence, right = numpy.maximum(chances_NK, 1 - chances_NK).ravel(), (true_NK == told_NK).ravel()
@@ -143,14 +146,15 @@ def tell(true_NK: Array, scores_NK: Array, names: list[str], several: bool, numb
         most = numpy.argsort(-wanted_K, kind="stable")[:CONFUSED_AT_MOST]
         tables.append(
             Table(
-                title="which class is taken for which",
-                columns=["texts of", *(f"read as {names[k]}" for k in most)],
+                title=kept("which class is taken for which"),
+                columns=[kept("texts of"), *(kept("read as {name}", name=names[k]) for k in most)],
                 rows=[[names[k], *(str(taken_KK[k, other]) for other in most)] for k in most],
-                note="" if len(most) == len(names) else f"The {len(most)} classes of most texts.",
+                note="" if len(most) == len(names) else kept("The {n} classes of most texts.", n=len(most)),
             )
         )
     curve = calibration.reliability(confidence, right.astype(float), 0.5 if several else 1 / len(names))
     rows = [[share(one.confidence), share(one.accuracy), str(one.n)] for one in curve]
-    error = f"Expected calibration error {calibration.expected_error(curve):.3f} (arXiv 1706.04599)."
-    columns = ["confidence", "of these right", "labels" if several else "texts"]
-    return [*tables, Table(title="is its confidence earned", columns=columns, rows=rows, note=error)]
+    error = f"{calibration.expected_error(curve):.3f}"
+    note = kept("Expected calibration error {error} (arXiv 1706.04599).", error=error)
+    columns = [kept("confidence"), kept("of these right"), kept("labels") if several else kept("texts")]
+    return [*tables, Table(title=kept("is its confidence earned"), columns=columns, rows=rows, note=note)]

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.language.say import say, translated
+
 MINUS = "\N{MINUS SIGN}"
 INFINITY = "\N{INFINITY}"
 
@@ -69,9 +71,16 @@ class Metric:
     """After the point; of a share there are none. `fine` below gives one more."""
 
     @property
+    def said(self) -> str:
+        """The label in the language that is spoken."""
+        return translated(self.label)
+
+    @property
     def heading(self) -> str:
         """The label with the unit, where the numbers do not carry it themselves."""
-        return self.label if self.unit in ("", "%") else f"{self.label}, {self.unit}"
+        if self.unit in ("", "%"):
+            return self.said
+        return say("{label}, {unit}", label=self.said, unit=translated(self.unit))
 
     def number(self, value: float, sign: bool = False, fine: bool = False) -> str:
         """Without a unit: 71, or +3 with `sign`."""
@@ -81,24 +90,29 @@ class Metric:
 
     def written(self, value: float, sign: bool = False, fine: bool = False) -> str:
         """With its unit where that is a share's: 71 %, or +3 points with `sign`."""
-        unit = "" if self.unit != "%" else " points" if sign else " %"
-        return f"{self.number(value, sign, fine)}{unit}"
+        number = self.number(value, sign, fine)
+        if self.unit != "%":
+            return number
+        return say("{number} points", number=number) if sign else f"{number} %"
 
     def range(self, found: Estimate, sign: bool = False, fine: bool = False) -> str:
         """The interval: 59 to 80; empty where there is none."""
         if found.low is None or found.high is None:
             return ""
-        return f"{self.number(found.low, sign, fine)} to {self.number(found.high, sign, fine)}"
+        low, high = (self.number(end, sign, fine) for end in (found.low, found.high))
+        return say("{low} to {high}", low=low, high=high)
 
     def shown(self, found: Estimate, sign: bool = False) -> str:
         """In a table that says that intervals are of 95 %: 71 % (59 to 80)."""
         interval = self.range(found, sign)
-        return self.written(found.value, sign) + (f" ({interval})" if interval else "")
+        written = self.written(found.value, sign)
+        return say("{number} ({interval})", number=written, interval=interval) if interval else written
 
     def change(self, found: Estimate) -> str:
         """In a sentence: +3 points, 95 %: -1 to +7."""
         interval = self.range(found, sign=True)
-        return self.written(found.value, sign=True) + (f", 95 %: {interval}" if interval else "")
+        change = self.written(found.value, sign=True)
+        return say("{change}, 95 %: {interval}", change=change, interval=interval) if interval else change
 
     def word(self, change: Estimate) -> str:
         """Whether a change of this number is "better" or "worse"; "" where chance may explain it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from typing import Any
 
 import matplotlib
@@ -12,8 +13,19 @@ from matplotlib.figure import Figure
 
 from pipeline.disk.atomic import Json
 from pipeline.evaluate.stored import Arena, Curve, Numbers
+from pipeline.language.say import say
 from pipeline.measure.calibration import Bin
 
+ADAPTS = {
+    "#1d232b": "var(--ink, #1d232b)",
+    "#3c434d": "var(--ink, #3c434d)",
+    "#59616c": "var(--soft, #59616c)",
+    "#9aa1ab": "var(--faint, #9aa1ab)",
+    "#e7eaee": "var(--line, #e7eaee)",
+}
+"""The greys of STYLE as the page's own, which are others where the page is dark."""
+INK, SOFT, FAINT, GRID = (ADAPTS[shade] for shade in ("#1d232b", "#59616c", "#9aa1ab", "#e7eaee"))
+FONT = "system-ui, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
 STYLE: Any = {
     # Identifiers inside an SVG are drawn at random unless they are salted with something fixed.
     "svg.hashsalt": "onebase",
@@ -34,6 +46,7 @@ STYLE: Any = {
     "grid.color": "#e7eaee",
     "grid.linewidth": 0.8,
     "axes.axisbelow": True,
+    "axes.facecolor": "none",
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
@@ -49,9 +62,9 @@ def colour(name: str, colours: dict[str, str]) -> str:
 
 def training(name: str, rows: list[Json], shade: str) -> str | None:
     """What a stage's trainer logged: the loss, or where it samples the score of its answers, with KL below."""
-    sampled = [("score", "mean score of a step's answers"), ("kl", "KL, nats an answer")]
+    sampled = [("score", say("mean score of a step's answers")), ("kl", say("KL, nats an answer"))]
     keys = [pair for pair in sampled if any(pair[0] in row for row in rows)]
-    keys = keys or [pair for pair in [("loss", "training loss")] if any("loss" in row for row in rows)]
+    keys = keys or [pair for pair in [("loss", say("training loss"))] if any("loss" in row for row in rows)]
     if not keys:
         return None
     figure = _figure(height=HEIGHT)
@@ -59,9 +72,9 @@ def training(name: str, rows: list[Json], shade: str) -> str | None:
         axes = figure.add_subplot(len(keys), 1, place + 1)
         points = [(row["step"], row[key]) for row in rows if key in row]
         axes.plot(*zip(*points, strict=True), color=shade, marker="o", markersize=2.5, linewidth=1.4)
-        axes.set_ylabel(key)
-        axes.set_title(f"{name}: {label}" if not place else label)
-    axes.set_xlabel("step")
+        axes.set_ylabel(say("score") if key == "score" else "KL" if key == "kl" else say("loss"))
+        axes.set_title(say("{stage}: {title}", stage=name, title=label) if not place else label)
+    axes.set_xlabel(say("step"))
     return _svg(figure)
 
 
@@ -75,10 +88,12 @@ def path(name: str, rows: list[Json], shade: str) -> str | None:
     kl, score, _ = zip(*points, strict=True)
     axes.plot(kl, score, color=shade, marker="o", markersize=3, linewidth=1)
     for at, value, step in (points[0], points[-1]):
-        axes.annotate(f"step {step}", (at, value), xytext=(4, 5), textcoords="offset points", fontsize=8.5)
-    axes.set_xlabel("KL from the reference, nats an answer")
-    axes.set_ylabel("score in training")
-    axes.set_title(f"{name}: reward against KL, step by step")
+        axes.annotate(
+            say("step {step}", step=step), (at, value), xytext=(4, 5), textcoords="offset points", fontsize=8.5
+        )
+    axes.set_xlabel(say("KL from the reference, nats an answer"))
+    axes.set_ylabel(say("score in training"))
+    axes.set_title(say("{stage}: reward against KL, step by step", stage=name))
     return _svg(figure)
 
 
@@ -86,16 +101,16 @@ def reliability(curve: list[Bin], ece: float, shade: str) -> str:
     """How often a reward model is right against how sure it is."""
     figure = _figure()
     axes = figure.add_subplot()
-    axes.plot([0.5, 1], [0.5, 1], color="#b3b9c2", linestyle="--", linewidth=1, label="perfectly calibrated")
+    axes.plot([0.5, 1], [0.5, 1], color="#9aa1ab", linestyle="--", linewidth=1, label=say("perfectly calibrated"))
     confidence, accuracy = [b.confidence for b in curve], [b.accuracy for b in curve]
-    axes.plot(confidence, accuracy, color=shade, marker="o", label="held-out pairs")
+    axes.plot(confidence, accuracy, color=shade, marker="o", label=say("held-out pairs"))
     for found in curve:
         place = (found.confidence, found.accuracy)
         axes.annotate(f"{found.n}", place, xytext=(5, -11), textcoords="offset points", fontsize=8.5)
-    axes.set_xlabel("confidence of the model, sigmoid of the margin")
-    axes.set_ylabel("share ranked right")
+    axes.set_xlabel(say("confidence of the model, sigmoid of the margin"))
+    axes.set_ylabel(say("share ranked right"))
     axes.set_ylim(min(0.45, min(accuracy) - 0.08), 1.05)
-    axes.set_title(f"Calibration: error {ece:.2f} (pairs beside the points)")
+    axes.set_title(say("Calibration: error {error} (pairs beside the points)", error=f"{ece:.2f}"))
     axes.legend(loc="upper left")
     return _svg(figure)
 
@@ -107,11 +122,11 @@ def scores(chosen: list[float], rejected: list[float]) -> str:
     low, high = min([*chosen, *rejected]), max([*chosen, *rejected])
     width = (high - low) / 24 or 1.0
     edges = [low + place * width for place in range(25)]
-    for values, label, shade in ((chosen, "chosen", "#21867a"), (rejected, "rejected", "#c43d54")):
+    for values, label, shade in ((chosen, say("chosen"), "#21867a"), (rejected, say("rejected"), "#c43d54")):
         axes.hist(values, bins=edges, color=shade, alpha=0.55, label=label)
-    axes.set_xlabel("score")
-    axes.set_ylabel("answers")
-    axes.set_title("Scores of held-out answers")
+    axes.set_xlabel(say("score"))
+    axes.set_ylabel(say("answers"))
+    axes.set_title(say("Scores of held-out answers"))
     axes.legend()
     return _svg(figure)
 
@@ -131,7 +146,7 @@ def overoptimisation(
     key = "proxy" if measure == "reward" else "gold"
     points = [(point, known) for point in curve.points if (known := getattr(point, key))]
     kl = [point.kl for point, _ in points]
-    axes.plot(kl, [known.value for _, known in points], color=BEST, marker="o", markersize=3.5, label="best of n")
+    axes.plot(kl, [known.value for _, known in points], color=BEST, marker="o", markersize=3.5, label=say("best of n"))
     axes.fill_between(
         kl, [known.low for _, known in points], [known.high for _, known in points], color=BEST, alpha=0.14, lw=0
     )
@@ -148,9 +163,9 @@ def overoptimisation(
                 start = (kl[0], points[0][1].value)  # the best of one is the policy they started from
                 axes.plot(*zip(start, *way, (at, found.value), strict=True), color=shade, linewidth=1, alpha=0.7)
                 axes.plot(*zip(*way, strict=True), color=shade, marker="o", markersize=3.5, linestyle="")
-    axes.set_xlabel(f"KL from {curve.policy}, nats an answer")
+    axes.set_xlabel(say("KL from {policy}, nats an answer", policy=curve.policy))
     axes.set_ylabel(label)
-    axes.set_title(f"{label[0].upper()}{label[1:]} against KL")
+    axes.set_title(say("{label} against KL", label=label[0].upper() + label[1:]))
     axes.legend(loc="best")
     return _svg(figure)
 
@@ -164,8 +179,8 @@ def samples_needed(curve: Curve) -> str | None:
     axes = figure.add_subplot()
     n = [point.n for point in points]
     for key, label, shade in (
-        ("coverage", "at least one of n is right", "#4c7fc4"),
-        ("gold", "the one the reward chooses is right", BEST),
+        ("coverage", say("at least one of n is right"), "#4c7fc4"),
+        ("gold", say("the one the reward chooses is right"), BEST),
     ):
         axes.plot(
             n, [100 * getattr(p, key).value for p in points], marker="o", markersize=3.5, color=shade, label=label
@@ -175,9 +190,9 @@ def samples_needed(curve: Curve) -> str | None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(n, [str(value) for value in n])
     axes.set_ylim(0, 105)
-    axes.set_xlabel("answers drawn (n)")
-    axes.set_ylabel("% of prompts")
-    axes.set_title("Accuracy against test-time samples")
+    axes.set_xlabel(say("answers drawn (n)"))
+    axes.set_ylabel(say("% of prompts"))
+    axes.set_title(say("Accuracy against test-time samples"))
     axes.legend(loc="lower right")
     return _svg(figure)
 
@@ -197,8 +212,8 @@ def lengths(by_policy: dict[str, list[int]], colours: dict[str, str]) -> str:
         axes.spines["left"].set_visible(False)
         axes.set_ylabel(name, rotation=0, ha="right", va="center")
         axes.tick_params(labelbottom=place == len(by_policy) - 1)
-    figure.axes[0].set_title("Lengths of sampled answers")
-    figure.axes[-1].set_xlabel("answer length, tokens")
+    figure.axes[0].set_title(say("Lengths of sampled answers"))
+    figure.axes[-1].set_xlabel(say("answer length, tokens"))
     return _svg(figure)
 
 
@@ -213,14 +228,14 @@ def row_lengths(stages: Json, colours: dict[str, str]) -> str:
         powers = [math.log2(edge) - 0.5 for edge, _ in tokens["histogram"]]
         axes.bar(powers, [count for _, count in tokens["histogram"]], 0.9, color=colour(name, colours), alpha=0.8)
         if tokens["max_length"]:
-            axes.axvline(math.log2(tokens["max_length"]), color="grey", linestyle="--", linewidth=1)
+            axes.axvline(math.log2(tokens["max_length"]), color="#59616c", linestyle="--", linewidth=1)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.set_ylabel(name, rotation=0, ha="right", va="center")
         axes.tick_params(labelbottom=place == len(shown) - 1)
     ticks = range(math.ceil(figure.axes[0].get_xlim()[0]), math.floor(figure.axes[0].get_xlim()[1]) + 1)
     figure.axes[-1].set_xticks(list(ticks), [str(2**tick) for tick in ticks])
-    figure.axes[-1].set_xlabel("row length, tokens (dashed: max_length)")
+    figure.axes[-1].set_xlabel(say("row length, tokens (dashed: max_length)"))
     return _svg(figure)
 
 
@@ -234,23 +249,27 @@ def elo(arena: Arena, title: str, colours: dict[str, str]) -> str:
         axes.errorbar([found.value], [place], xerr=found.arms, fmt="o", capsize=3, color=colour(name, colours))
     axes.set_yticks(range(len(order)), order)
     axes.set_ylim(-0.6, len(order) - 0.4)
-    axes.set_xlabel("Elo (mean 1000), 95 % interval")
+    axes.set_xlabel(say("Elo (mean 1000), 95 % interval"))
     axes.set_title(title)
     return _svg(figure)
 
 
 def _figure(height: float = HEIGHT) -> Figure:
     matplotlib.rcParams.update(STYLE)
-    return Figure(figsize=(WIDTH, height), layout="constrained")
+    return Figure(figsize=(WIDTH, height), layout="constrained", facecolor="none")
 
 
 def _svg(figure: Figure) -> str:
     """The figure alone, without sizes that a page cannot scale and without names that a second figure would repeat."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    # The reader's browser draws the letters: that DejaVu lacks Chinese ones does not matter here.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
     text = re.sub(r' id="[A-Za-z0-9]+_\d+"', "", text)
-    text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif", text)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", FONT, text)
+    text = re.sub("|".join(ADAPTS), lambda found: ADAPTS[found[0]], text)
     return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL).strip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from pipeline.evaluate.stored import Link
-from pipeline.report.figures import BASE
+from pipeline.report.figures import BASE, FAINT, FONT, INK, SOFT
 
 BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 150, 50, 14, 34
 LONGEST = 25
@@ -48,7 +48,7 @@ def drawn(chain: list[Link], notes: dict[str, str], base: str, colours: dict[str
             dash = ' stroke-dasharray="4 4"' if paid else ""
             parts.append(
                 f'<path d="M{x1:.0f} {y1:.0f} C{x1:.0f} {bend:.0f} {x2:.0f} {bend:.0f} {x2:.0f} {y2:.0f}" '
-                f'fill="none" stroke="#9aa1ab" stroke-width="1.5"{dash}/>'
+                f'fill="none" stroke="{FAINT}" stroke-width="1.5"{dash}/>'
             )
     for name, (x, y) in place.items():
         shade = colours.get(name, BASE)
@@ -57,15 +57,15 @@ def drawn(chain: list[Link], notes: dict[str, str], base: str, colours: dict[str
         title = name if kinds[name] == name else f"{name} ({kinds[name]})"
         title = title if len(title) <= LONGEST else f"{title[: LONGEST - 1]}…"
         parts.append(
-            f'<rect x="{x:.0f}" y="{y:.0f}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="8" fill="#fff" '
+            f'<rect x="{x:.0f}" y="{y:.0f}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="8" fill="var(--paper, #fff)" '
             f'stroke="{shade}" stroke-width="1.8"/>'
             f'<text x="{x + BOX_WIDTH / 2:.0f}" y="{y + 21:.0f}" text-anchor="middle" font-weight="700" '
-            f'font-size="14" fill="{shade}">{escape(title)}</text>'
+            f'font-size="14" fill="{INK}">{escape(title)}</text>'
             f'<text x="{x + BOX_WIDTH / 2:.0f}" y="{y + 38:.0f}" text-anchor="middle" font-size="11" '
-            f'fill="#59616c">{escape(note)}</text>'
+            f'fill="{SOFT}">{escape(note)}</text>'
         )
     height = 12 + len(rows) * BOX_HEIGHT + (len(rows) - 1) * GAP_Y
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" font-family="system-ui, Segoe UI, Roboto, Helvetica, Arial, sans-serif">{"".join(parts)}</svg>'
+        f'role="img" font-family="{FONT}">{"".join(parts)}</svg>'
     )

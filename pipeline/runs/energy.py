@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from pipeline.language.say import kept
+
 PACKAGES = Path("/sys/class/powercap")
 JOULES_PER_WH = 3600.0
 
@@ -28,13 +30,13 @@ def _counted() -> tuple[str, list[float]]:
     """What is counted, and the joules of every counter so far."""
     on_gpus = _gpus()
     if on_gpus:
-        return "GPU", on_gpus
+        return kept("GPU"), on_gpus
     try:
         files = sorted(PACKAGES.glob("intel-rapl:[0-9]*/energy_uj"))  # AMD's packages are called so as well
         joules = [int(file.read_text()) / 1e6 for file in files if file.parent.name.count(":") == 1]
     except (OSError, ValueError):  # most systems let only root read it
         return "", []
-    return ("processor, whatever else it did" if joules else ""), joules
+    return (kept("processor, whatever else it did") if joules else ""), joules
 
 
 def _gpus() -> list[float]:

@@ -14,6 +14,7 @@ from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, digest, locked, write_text
 from pipeline.disk.manifest import Cost, Data, Manifest, Parent, Parts
 from pipeline.errors import UserError
+from pipeline.language.say import kept
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs import sharding
 from pipeline.runs.choose import choose_section
@@ -222,7 +223,7 @@ def _measure_cost(started: float, meter: Meter) -> Cost:
         peak_memory_mib=round(peak),
         energy_wh=meter.watt_hours(),
         energy_of=meter.of,
-        peak_memory_is="CUDA memory allocated" if cuda else "resident set of the process",
+        peak_memory_is=kept("CUDA memory allocated") if cuda else kept("resident set of the process"),
         versions=versions.installed(),
     )
 

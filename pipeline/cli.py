@@ -10,44 +10,48 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.bring import commands as bringing
+from pipeline.publish import commands as publishing
+from pipeline.terminal import help
+from pipeline.terminal.help import command
+from pipeline.terminal.options import Overrides, RecipePath, RunFolder, Runs
 
 if TYPE_CHECKING:
     from pipeline.recipe.recipe import Recipe
 
 app = typer.Typer(
-    help="One recipe takes a 4-bit base through pretraining, SFT, reward model, PPO and DPO.",
+    cls=help.Group,
+    help="Train a language model in stages, each a small adapter on one frozen 4-bit base. One recipe names them all.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name that `onebase ls` shows.")]
-Overrides = Annotated[
-    list[str], typer.Option("-o", "--override", metavar="KEY=VALUE", help="Dotted, e.g. stages.dpo.train.beta=0.05")
-]
-Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where runs are kept.")]
 bringing.add_to(app)
+publishing.add_to(app)
 
 
-@app.command()
+@command(app, "ls", "onebase ls")
 def ls() -> None:
-    """List the recipes at hand."""
+    """List the recipes that come with OneBase."""
     from pipeline.terminal.recipes import show_recipes
 
     show_recipes()
 
 
-@app.command()
-def cp(name: str, to: Path) -> None:
-    """Copy a recipe, to make your own of it."""
+@command(app, "cp", "onebase cp quickstart my.yaml")
+def cp(
+    name: RecipePath,
+    to: Annotated[Path, typer.Argument(metavar="TO", help="The file or folder to write it to.")],
+) -> None:
+    """Copy a recipe to make it your own."""
     from pipeline.terminal.recipes import copy_recipe
 
     copy_recipe(name, to)
 
 
-@app.command()
+@command(app, "check", "onebase check my.yaml")
 def check(recipe: RecipePath, override: Overrides = []) -> None:
-    """Read a recipe, its data and every trainer argument; train nothing."""
+    """Check a recipe, its data and its settings. Trains nothing."""
     from pipeline.stages.check import check_arguments, check_base
     from pipeline.terminal.states import show_rows
 
@@ -59,18 +63,18 @@ def check(recipe: RecipePath, override: Overrides = []) -> None:
     print(f"{recipe}: sound, {len(chain.stages)} stages: {' -> '.join(chain.order())}")
 
 
-@app.command()
+@command(app, "data", "onebase data my.yaml sft --show 3")
 def data(
     recipe: RecipePath,
-    stage: Annotated[list[str] | None, typer.Argument(metavar="[STAGE]...", help="All, unless some are named.")] = None,
+    stage: Annotated[list[str] | None, typer.Argument(metavar="STAGE", help="Only these stages; else all.")] = None,
     override: Overrides = [],
     show: Annotated[int, typer.Option(metavar="N", min=0, help="Print N rows as the model will see them.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures for machines.")] = False,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Examine the data: lengths, loss masks, duplicates, overlaps, baselines. Loads no weights.
+    """Examine the data: lengths, loss masks, duplicates, overlaps.
 
-    All of it is examined, whatever is wrong with some; the exit status is 2 where a run would stop.
+    It loads no weights. It examines every stage, even if one has faults. The exit status is 2 if a run would stop.
     """
     from rich.console import Console
 
@@ -88,7 +92,7 @@ def data(
         raise UserError(f"{what} in the data, listed above: a run would stop at them")
 
 
-@app.command()
+@command(app, "plan", "onebase plan my.yaml --gpu rtx3060")
 def plan(
     recipe: RecipePath,
     override: Overrides = [],
@@ -97,7 +101,7 @@ def plan(
         str, typer.Option(metavar="CARD", help="Plan for this card (rtx3060, a100-40gb) or memory (12GB).")
     ] = "",
 ) -> None:
-    """Show what a run would do, and why; what each stage needs, whether it fits, and how long it takes."""
+    """Show what a run would do and why, its memory and its time."""
     from rich.console import Console
 
     from pipeline.plan import cards
@@ -106,23 +110,24 @@ def plan(
     show_plan(_read(recipe, override), runs, cards.find_card(gpu) if gpu else cards.detect_card(), Console())
 
 
-@app.command()
+@command(app, "run", "onebase run my.yaml -o stages.dpo.train.beta=0.05")
 def run(
     recipe: RecipePath,
     override: Overrides = [],
-    only: Annotated[list[str], typer.Option(metavar="STAGE", help="This stage alone (may be repeated).")] = [],
+    only: Annotated[list[str], typer.Option(metavar="STAGE", help="Only this stage. May be given several times.")] = [],
     from_: Annotated[
-        str, typer.Option("--from", metavar="STAGE", help="This stage and those that go on from it.")
+        str, typer.Option("--from", metavar="STAGE", help="This stage and all that continue from it.")
     ] = "",
     runs: Runs = Path("runs"),
     launch_config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="An accelerate config, for several GPUs.")
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Go on although a stage misses what `expect:` demands.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Go on even if a stage misses its `expect:`.")] = False,
 ) -> None:
-    """Run the stages that are not fresh, one process each."""
+    """Train the stages that are not up to date.
+
+    Each stage runs in a process of its own. A run that was stopped goes on where it stopped.
+    """
     from rich.console import Console
 
     from pipeline.errors import UserError
@@ -150,9 +155,9 @@ def run(
         console.print("everything asked for is fresh; nothing to do")
 
 
-@app.command()
+@command(app, "status", "onebase status my.yaml")
 def status(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs")) -> None:
-    """Show where every stage stands and what the finished ones gained."""
+    """Show where every stage stands and what it gained."""
     from rich.console import Console
 
     from pipeline.runs.states import states
@@ -166,20 +171,24 @@ def status(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs
     show_answers(chain, runs, console)
 
 
-@app.command("eval")
+@command(app, "eval", "onebase eval my.yaml")
 def evaluate(
     recipe: RecipePath,
     override: Overrides = [],
     runs: Runs = Path("runs"),
     judge: Annotated[
         tuple[str, str] | None,
-        typer.Option(metavar="URL MODEL", help="An OpenAI-compatible endpoint on this machine that compares answers."),
+        typer.Option(metavar="URL MODEL", help="An OpenAI-compatible server on this machine that compares answers."),
     ] = None,
     lm_eval: Annotated[
-        str, typer.Option("--lm-eval", metavar="TASKS", help="Also these tasks of lm-eval: names or files, by commas.")
+        str,
+        typer.Option("--lm-eval", metavar="TASKS", help="Tasks of lm-eval as well: names or files, with commas."),
     ] = "",
 ) -> None:
-    """Measure every finished stage on held-out data, each against the one before, with 95 % intervals."""
+    """Measure every finished stage on held-out data.
+
+    Each stage is compared with the one it continues. Every number has a 95 % interval.
+    """
     from rich.console import Console
 
     from pipeline.evaluate.evaluation import launch
@@ -195,31 +204,34 @@ def evaluate(
     print(f"\nonebase report {as_typed(recipe, override, runs)}   makes a page of it")
 
 
-@app.command()
+@command(app, "report", "onebase report my.yaml")
 def report(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs")) -> None:
-    """Make one self-contained page (HTML, and Markdown) of a run: verdicts, numbers, curves, samples, cost."""
+    """Write one page about a run: verdicts, numbers, curves, cost.
+
+    The page is written as one HTML file that needs no network, and as Markdown.
+    """
     from pipeline.report.page import write
 
     for path in write(_read(recipe, override), recipe, runs, overrides=override):
         print(path)
 
 
-@app.command()
+@command(app, "chat", "onebase chat runs/quickstart --compare sft dpo")
 def chat(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as runs/quickstart.")],
+    run: RunFolder,
     stage: Annotated[
-        str, typer.Argument(metavar="[STAGE]", help="A policy stage, or base; the last one unless named.")
+        str, typer.Argument(metavar="STAGE", help="A stage that answers, or base. Without it, the last such stage.")
     ] = "",
     compare: Annotated[
-        tuple[str, str] | None, typer.Option(metavar="STAGE STAGE", help="Two policies answer side by side.")
+        tuple[str, str] | None, typer.Option(metavar="STAGE STAGE", help="Two stages answer side by side.")
     ] = None,
     save_to: Annotated[Path, typer.Option(metavar="FILE", help="Where /save keeps corrected answers.")] = Path(
         "corrections.jsonl"
     ),
-    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 always takes the most likely token.")] = 0.0,
 ) -> None:
-    """Talk to what a run has trained."""
+    """Talk to a finished stage."""
     from pipeline.errors import UserError
     from pipeline.terminal.chat import open_chat, talk
 
@@ -228,58 +240,17 @@ def chat(
     talk(open_chat(run, list(compare or filter(None, [stage])), save_to, new_tokens, temperature))
 
 
-@app.command()
+@command(app, "compare", "onebase compare runs/quickstart runs/mine")
 def compare(
-    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run's folder, as runs/quickstart.")],
-    run_b: Annotated[Path, typer.Argument(metavar="RUN_B")],
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run's folder (runs/quickstart).")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The folder of the other run.")],
 ) -> None:
-    """Show what differs between two runs: recipe, data, numbers with intervals."""
+    """Show how two runs differ: recipe, data, numbers."""
     from rich.console import Console
 
     from pipeline.terminal.compare import show
 
     show(run_a, run_b, Console())
-
-
-@app.command()
-def publish(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A recipe, or the folder of a run.")],
-    stage: str,
-    to: Annotated[str, typer.Option(metavar="DIR|hub:OWNER/NAME", help="A folder, or a repository on the Hub.")],
-    form: Annotated[str, typer.Option("--as", metavar="FORM", help="adapter, merged or gguf.")] = "adapter",
-    private: Annotated[bool, typer.Option(help="Create the Hub repository as a private one.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write and check, but show only files and sizes.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also replace what this did not write.")] = False,
-    override: Overrides = [],
-    runs: Runs = Path("runs"),
-) -> None:
-    """Publish a finished stage, once it is proven to answer as what was trained."""
-    from pipeline.publish.publishing import publish as published
-    from pipeline.terminal.recipes import read_run
-
-    chain, runs = read_run(run, override, runs)
-    files = published(chain, stage, to, form, runs=runs, private=private, dry_run=dry_run, overwrite=overwrite)
-    for name, size in files:
-        print(f"  {size / 2**20:9.2f} MiB  {name}")
-    print(f"{'would be published' if dry_run else 'published'}: {len(files)} files to {to}")
-
-
-@app.command()
-def serve(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A recipe, or the folder of a run.")],
-    stages: Annotated[list[str], typer.Argument(metavar="STAGE...", help="Each becomes a model of that name.")],
-    port: int = 8000,
-    override: Overrides = [],
-    runs: Runs = Path("runs"),
-) -> None:
-    """Serve finished stages to OpenAI clients, on this machine only."""
-    from pipeline.publish import serving
-    from pipeline.terminal.recipes import read_run
-
-    chain, runs = read_run(run, override, runs)
-    folder = serving.prepare(chain, stages, runs)
-    print(f"http://127.0.0.1:{port}/v1 serves {', '.join(stages)} (Ctrl-C ends it)", flush=True)
-    serving.serve(chain, folder, port)
 
 
 def main() -> None:
@@ -291,7 +262,7 @@ def main() -> None:
     complete_own(QUIET)
     quiet_from_the_start()
     try:
-        app()
+        app(prog_name="onebase")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -13,7 +13,8 @@ from pipeline.bring import commands as bringing
 from pipeline.publish import commands as publishing
 from pipeline.terminal import help
 from pipeline.terminal.help import command
-from pipeline.terminal.options import Overrides, RecipePath, RunFolder, Runs
+from pipeline.terminal.machine import print_json, stdout_kept
+from pipeline.terminal.options import AsJson, Overrides, RecipePath, RunFolder, Runs
 
 if TYPE_CHECKING:
     from pipeline.recipe.recipe import Recipe
@@ -50,17 +51,21 @@ def cp(
 
 
 @command(app, "check", "onebase check my.yaml")
-def check(recipe: RecipePath, override: Overrides = []) -> None:
+def check(recipe: RecipePath, override: Overrides = [], as_json: AsJson = False) -> None:
     """Check a recipe, its data and its settings. Trains nothing."""
     from pipeline.stages.check import check_arguments, check_base
-    from pipeline.terminal.states import show_rows
+    from pipeline.terminal.states import count_rows, counted, show_rows
 
-    chain = _read(recipe, override)
-    show_rows(chain)
-    chain.parts()
-    check_base(chain.spec.model, chain.stages)
-    check_arguments(chain.spec.model, chain.stages, chain.spec.seed)
-    print(f"{recipe}: sound, {len(chain.stages)} stages: {' -> '.join(chain.order())}")
+    with stdout_kept(as_json):
+        chain = _read(recipe, override)
+        rows = count_rows(chain)
+        show_rows(chain, rows)
+        chain.parts()
+        check_base(chain.spec.model, chain.stages)
+        check_arguments(chain.spec.model, chain.stages, chain.spec.seed)
+        print(f"{recipe}: sound, {counted(len(rows), 'stage')}: {' -> '.join(rows)}")
+    if as_json:
+        print_json({"recipe": chain.name, "stages": rows})
 
 
 @command(app, "data", "onebase data my.yaml sft --show 3")
@@ -69,27 +74,26 @@ def data(
     stage: Annotated[list[str] | None, typer.Argument(metavar="STAGE", help="Only these stages; else all.")] = None,
     override: Overrides = [],
     show: Annotated[int, typer.Option(metavar="N", min=0, help="Print N rows as the model will see them.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures for machines.")] = False,
+    as_json: AsJson = False,
     runs: Runs = Path("runs"),
 ) -> None:
     """Examine the data: lengths, loss masks, duplicates, overlaps.
 
     It loads no weights. It examines every stage, even if one has faults. The exit status is 2 if a run would stop.
     """
-    from rich.console import Console
-
     from pipeline.errors import UserError
+    from pipeline.terminal.console import make_console
     from pipeline.terminal.data import show_examination, show_rows
 
     chain = _read(recipe, override)
     names = chain.named(stage or chain.order())
     if show:
-        faults = [fault for name in names for fault in show_rows(chain, name, show, Console())]
+        faults = [fault for name in names for fault in show_rows(chain, name, show, make_console())]
     else:
-        faults = show_examination(chain, names, runs, as_json, Console())
+        faults = show_examination(chain, names, runs, as_json, make_console())
     if faults:
         what = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise UserError(f"{what} in the data, listed above: a run would stop at them")
+        raise UserError(f"{what} in the data, listed above: a run would stop there")
 
 
 @command(app, "plan", "onebase plan my.yaml --gpu rtx3060")
@@ -100,14 +104,19 @@ def plan(
     gpu: Annotated[
         str, typer.Option(metavar="CARD", help="Plan for this card (rtx3060, a100-40gb) or memory (12GB).")
     ] = "",
+    as_json: AsJson = False,
 ) -> None:
     """Show what a run would do and why, its memory and its time."""
-    from rich.console import Console
-
     from pipeline.plan import cards
-    from pipeline.terminal.plan import show_plan
+    from pipeline.terminal.console import make_console
+    from pipeline.terminal.plan import plan_as_json, show_plan
 
-    show_plan(_read(recipe, override), runs, cards.find_card(gpu) if gpu else cards.detect_card(), Console())
+    with stdout_kept(as_json):
+        chain, card = _read(recipe, override), cards.find_card(gpu) if gpu else cards.detect_card()
+        if not as_json:
+            return show_plan(chain, runs, card, make_console())
+        found = plan_as_json(chain, runs, card)
+    print_json(found)
 
 
 @command(app, "run", "onebase run my.yaml -o stages.dpo.train.beta=0.05")
@@ -123,48 +132,47 @@ def run(
         Path | None, typer.Option(metavar="FILE", help="An accelerate config, for several GPUs.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Go on even if a stage misses its `expect:`.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train the stages that are not up to date.
 
     Each stage runs in a process of its own. A run that was stopped goes on where it stopped.
     """
-    from rich.console import Console
-
     from pipeline.errors import UserError
     from pipeline.report.ending import write_if_possible
     from pipeline.runs import runner
-    from pipeline.terminal import results
-    from pipeline.terminal.story import show_story
+    from pipeline.terminal.ending import show_ending
+    from pipeline.terminal.states import states_as_json
 
     if launch_config and not os.path.isfile(launch_config):
         raise UserError(f"--launch-config: no such file: {launch_config}")
-    chain, console = _read(recipe, override), Console()
-    try:
-        done = runner.run(chain, only, from_ or None, runs, launch_config, force)
-    except KeyboardInterrupt:
-        again = " ".join(sys.argv[1:])
-        print(f"stopped. To go on where it stopped, type the same again: onebase {again}", file=sys.stderr)
-        raise SystemExit(130) from None
-    if done:
-        console.print()
-        show_story(chain, runs, write_if_possible(chain, recipe, runs, override), console)
-        results.show_results(chain, runs, console)
-        results.show_answers(chain, runs, console)
-        results.show_next(chain, results.as_typed(recipe, override, runs), runs, console)
-    else:
-        console.print("everything asked for is fresh; nothing to do")
+    chain = _read(recipe, override)
+    with stdout_kept(as_json):
+        try:
+            done = runner.run(chain, only, from_ or None, runs, launch_config, force)
+        except KeyboardInterrupt:
+            again = " ".join(sys.argv[1:])
+            print(f"stopped. To go on from there, type the same again: onebase {again}", file=sys.stderr)
+            raise SystemExit(130) from None
+        if done:
+            show_ending(chain, recipe, override, runs, write_if_possible(chain, recipe, runs, override))
+        else:
+            print("Nothing to do: everything asked for is fresh.")
+    if as_json:
+        print_json({"ran": done, **states_as_json(chain, runs)})
 
 
 @command(app, "status", "onebase status my.yaml")
-def status(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs")) -> None:
+def status(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     """Show where every stage stands and what it gained."""
-    from rich.console import Console
-
     from pipeline.runs.states import states
+    from pipeline.terminal.console import make_console
     from pipeline.terminal.results import show_answers, show_results
-    from pipeline.terminal.states import show_states
+    from pipeline.terminal.states import show_states, states_as_json
 
-    chain, console = _read(recipe, override), Console()
+    chain, console = _read(recipe, override), make_console()
+    if as_json:
+        return print_json(states_as_json(chain, runs))
     show_states(states(chain, runs), console)
     console.print()
     show_results(chain, runs, console)
@@ -184,24 +192,27 @@ def evaluate(
         str,
         typer.Option("--lm-eval", metavar="TASKS", help="Tasks of lm-eval as well: names or files, with commas."),
     ] = "",
+    as_json: AsJson = False,
 ) -> None:
     """Measure every finished stage on held-out data.
 
     Each stage is compared with the one it continues. Every number has a 95 % interval.
     """
-    from rich.console import Console
-
     from pipeline.evaluate.evaluation import launch
-    from pipeline.terminal.results import as_typed, show_evaluation
+    from pipeline.terminal.console import make_console
+    from pipeline.terminal.results import as_typed, results_as_json, show_evaluation
 
-    try:
-        tasks = [task for task in lm_eval.split(",") if task]
-        results = launch(_read(recipe, override), runs, judge, tasks)
-    except KeyboardInterrupt:
-        print("stopped. What has been measured is kept: the same command goes on from there.", file=sys.stderr)
-        raise SystemExit(130) from None
-    show_evaluation(results, Console())
-    print(f"\nonebase report {as_typed(recipe, override, runs)}   makes a page of it")
+    tasks = [task for task in lm_eval.split(",") if task]
+    with stdout_kept(as_json):
+        try:
+            results = launch(_read(recipe, override), runs, judge, tasks)
+        except KeyboardInterrupt:
+            print("stopped. What has been measured is kept. To go on, type the same again.", file=sys.stderr)
+            raise SystemExit(130) from None
+    if as_json:
+        return print_json(results_as_json(results))
+    show_evaluation(results, make_console())
+    print(f"\nTo make a page of it: onebase report {as_typed(recipe, override, runs)}")
 
 
 @command(app, "report", "onebase report my.yaml")
@@ -244,13 +255,16 @@ def chat(
 def compare(
     run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run's folder (runs/quickstart).")],
     run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The folder of the other run.")],
+    as_json: AsJson = False,
 ) -> None:
     """Show how two runs differ: recipe, data, numbers."""
-    from rich.console import Console
+    from pipeline.terminal import compare as comparing
+    from pipeline.terminal.console import make_console
 
-    from pipeline.terminal.compare import show
-
-    show(run_a, run_b, Console())
+    found = comparing.compare(run_a, run_b)
+    if as_json:
+        return print_json(found)
+    comparing.show(found, make_console())
 
 
 def main() -> None:

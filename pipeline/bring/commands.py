@@ -61,12 +61,11 @@ def env(
 
     The exit status is 0 unless something that every run needs is broken.
     """
-    from rich.console import Console
-
     from pipeline.errors import UserError
+    from pipeline.terminal.console import make_console
     from pipeline.terminal.env import show_environment
 
-    if broken := show_environment(runs, as_json, Console()):
+    if broken := show_environment(runs, as_json, make_console()):
         raise UserError(f"not working here, and every run needs it: {', '.join(broken)}")
 
 

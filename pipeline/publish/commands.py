@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from pipeline.terminal.help import command
-from pipeline.terminal.options import Overrides, RunOrRecipe, Runs
+from pipeline.terminal.machine import print_json, stdout_kept
+from pipeline.terminal.options import AsJson, Overrides, RunOrRecipe, Runs
 
 
 def add_to(app: typer.Typer) -> None:
@@ -28,13 +29,17 @@ def publish(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Also replace what OneBase did not write.")] = False,
     override: Overrides = [],
     runs: Runs = Path("runs"),
+    as_json: AsJson = False,
 ) -> None:
     """Publish a stage, once it is proven to answer as it was trained."""
     from pipeline.publish.publishing import publish as published
     from pipeline.terminal.recipes import read_run
 
-    chain, runs = read_run(run, override, runs)
-    files = published(chain, stage, to, form, runs=runs, private=private, dry_run=dry_run, overwrite=overwrite)
+    with stdout_kept(as_json):
+        chain, runs = read_run(run, override, runs)
+        files = published(chain, stage, to, form, runs=runs, private=private, dry_run=dry_run, overwrite=overwrite)
+    if as_json:
+        return print_json({"stage": stage, "form": form, "to": to, "dry_run": dry_run, "files": dict(files)})
     for name, size in files:
         print(f"  {size / 2**20:9.2f} MiB  {name}")
     print(f"{'would be published' if dry_run else 'published'}: {len(files)} files to {to}")

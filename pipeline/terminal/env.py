@@ -13,10 +13,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.terminal.machine import print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +55,7 @@ def show_environment(runs: Path, as_json: bool, console: Console) -> list[str]:
     findings = look_around(runs)
     broken = [finding.what for finding in findings if finding.state == "broken"]
     if as_json:
-        print(json.dumps({"sound": not broken, "findings": [asdict(each) for each in findings]}, indent=1))
+        print_json({"sound": not broken, "findings": findings})
         return broken
     from rich.table import Table
     from rich.text import Text

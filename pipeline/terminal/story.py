@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
 from pipeline.disk.atomic import Json
@@ -30,10 +30,11 @@ def show_story(recipe: Recipe, runs: Path, page: str, console: Console) -> None:
         if heading == "page":  # a path is to be copied whole
             console.print(f"  {heading:<{INDENT - 2}}{text}", highlight=False, markup=False, soft_wrap=True)
             continue
-        first, *rest = Text(text).wrap(console, console.width - INDENT)
-        console.print(Text(f"  {heading:<{INDENT - 2}}", style="cyan") + first)
-        for line in rest:
-            console.print(Padding(line, (0, 0, 0, INDENT), expand=False))
+        table = Table.grid(padding=(0, 0, 0, 2))
+        table.add_column(style="cyan", width=INDENT - 2)
+        table.add_column()
+        table.add_row(heading, Text(text))
+        console.print(table)
     console.print()
 
 

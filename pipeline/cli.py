@@ -54,7 +54,8 @@ def cp(
 def check(recipe: RecipePath, override: Overrides = [], as_json: AsJson = False) -> None:
     """Check a recipe, its data and its settings. Trains nothing."""
     from pipeline.stages.check import check_arguments, check_base
-    from pipeline.terminal.states import count_rows, counted, show_rows
+    from pipeline.terminal.console import counted
+    from pipeline.terminal.states import count_rows, show_rows
 
     with stdout_kept(as_json):
         chain = _read(recipe, override)
@@ -82,7 +83,7 @@ def data(
     It loads no weights. It examines every stage, even if one has faults. The exit status is 2 if a run would stop.
     """
     from pipeline.errors import UserError
-    from pipeline.terminal.console import make_console
+    from pipeline.terminal.console import counted, make_console
     from pipeline.terminal.data import show_examination, show_rows
 
     chain = _read(recipe, override)
@@ -92,8 +93,7 @@ def data(
     else:
         faults = show_examination(chain, names, runs, as_json, make_console())
     if faults:
-        what = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise UserError(f"{what} in the data, listed above: a run would stop there")
+        raise UserError(f"{counted(len(faults), 'fault')} in the data, listed above: a run would stop there")
 
 
 @command(app, "plan", "onebase plan my.yaml --gpu rtx3060")

@@ -141,14 +141,16 @@ def _show_numbers(found: Difference, console: Console) -> None:
             told = numbers.get(metric.name)
             if told is None or told.a == told.b:
                 continue
-            cell = Text("other items", style="dim")
+            cell = Text("not the same\nitems", style="dim")
             if told.change:
                 style = {"better": "green", "worse": "red"}.get(metric.word(told.change), "")
                 cell = Text(metric.lines(told.change, sign=True), style=style)
             rows.append(Row(metric.heading, [metric.lines(told.a), metric.lines(told.b), cell]))
         if rows:
-            console.print("" if not equal else Text("numbers (95 %; B less A is taken item by item)", style="italic"))
-            print_matrix(stage, ["A", "B", "B less A"], rows, console)
+            console.print(
+                "" if not equal else Text("numbers with 95 % intervals (B - A: taken item by item)", style="italic")
+            )
+            print_matrix(stage, ["A", "B", "B - A"], rows, console)
             equal = False
     if equal:
         console.print("numbers: equal")

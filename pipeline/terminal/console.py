@@ -73,6 +73,11 @@ def print_matrix(corner: str, names: Sequence[str], rows: Sequence[Row], console
             console.print()
 
 
+def counted(number: int, what: str) -> str:
+    """1 row, 2 rows."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def _matrix(corner: str, names: Sequence[str], rows: Sequence[Row], chosen: list[int], console: Console) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column(corner, max_width=min(LABEL, console.width // 2 - 2))

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.plan.sizes import AUTO
 from pipeline.recipe.recipe import Recipe
 from pipeline.stages.arguments import defaults
-from pipeline.terminal.console import print_rows
+from pipeline.terminal.console import counted, print_rows
 from pipeline.terminal.machine import print_json
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def show_examination(recipe: Recipe, names: list[str], runs: Path, as_json: bool
 
 
 def show(found: Json, console: Console) -> None:
-    """The figures as a person reads them: a table a stage, then what a run would stop at, and what to look at."""
+    """The figures for a person: a table for each stage, its faults, its warnings."""
     for name, stage in found["stages"].items():
         table = Table(title=f"{name} ({stage['kind']})", show_header=False, box=None, pad_edge=False)
         table.add_column(style="bold", no_wrap=True)
@@ -102,7 +102,7 @@ def show(found: Json, console: Console) -> None:
         for warning in stage["warnings"]:
             console.print(Text(f"  ! {warning}", style="yellow"))
         if not stage["warnings"] and not stage["faults"]:
-            console.print(Text("  nothing to object to", style="green"))
+            console.print(Text("  no problems found", style="green"))
         console.print()
     show_faults(found["faults"], console)
 
@@ -154,13 +154,13 @@ def _lines(stage: Json, width: int) -> list[tuple[str, str]]:
     if "tokens" in stage:
         lines += _token_lines(stage["tokens"], width)
     if alike := stage.get("duplicates"):
-        among = f" (among {alike['near_among']} rows)" if alike["near_among"] < stage["train_rows"] else ""
+        among = f" (looked for among {alike['near_among']} rows)" if alike["near_among"] < stage["train_rows"] else ""
         lines.append(("duplicates", f"{alike['exact']} exact, {alike['near']} near{among}"))
     if pairs := stage.get("comparisons"):
-        words = "not to be told" if pairs["bag_of_words"] is None else f"{pairs['bag_of_words']:.1%}"
-        against = f"{pairs['contradictory']} contradict another"
-        lines.append(("comparisons", f"{pairs['pairs']} on {pairs['prompts']} prompts, {against}"))
-        lines.append(("to be beaten", f"longer answer wins {pairs['longer_wins']:.1%}, bag of words {words}"))
+        words = "not known" if pairs["bag_of_words"] is None else f"{pairs['bag_of_words']:.1%}"
+        against = f"{pairs['contradictory']} contradict others"
+        lines.append(("comparisons", f"{pairs['pairs']} on {counted(pairs['prompts'], 'prompt')}, {against}"))
+        lines.append(("to beat", f"longer answer wins {pairs['longer_wins']:.1%}, bag of words {words}"))
     return lines
 
 
@@ -171,21 +171,28 @@ def _token_lines(tokens: Json, width: int) -> list[tuple[str, str]]:
             ("tokens a row", f"{_range(length)}, 95 % within {length['p95']}; {length['sum']} in all"),
             ("", _bars(tokens["histogram"], width)),
             ("bytes a token", str(tokens["bytes_per_token"])),
-            ("BOS at the start", ", ".join(f"{n}: {rows} rows" for n, rows in tokens["bos_at_the_start"].items())),
+            (
+                "BOS at the start",
+                ", ".join(f"{n} in {counted(rows, 'row')}" for n, rows in tokens["bos_at_the_start"].items()),
+            ),
         ]
     over, beyond = tokens["longer_than_max_length"], tokens["tokens_beyond_max_length"]
-    lines.append(("over max_length", f"{over} rows over {tokens['max_length']}, {beyond} tokens beyond it"))
+    lines.append(
+        ("over max_length", f"{counted(over, 'row')} over {tokens['max_length']} tokens, by {beyond} tokens in all")
+    )
     if "supervised_tokens" in tokens:
         bare, ends = tokens["rows_without_supervised_tokens"], tokens["rows_whose_end_of_turn_is_supervised"]
-        lines.append(("tokens with loss", f"{_range(tokens['supervised_tokens'])} a row; none in {bare} rows"))
+        lines.append(
+            ("tokens with loss", f"{_range(tokens['supervised_tokens'])} a row; {counted(bare, 'row')} without")
+        )
         kept = tokens["rows_kept"]
-        lines.append(("end of turn learnt", f"in {ends} of the {kept} rows kept"))
+        lines.append(("end of turn learnt", f"in {ends} of {counted(kept, 'row')} kept"))
     return lines
 
 
 def _source(source: Json) -> str:
     formats = ", ".join(f"{name} {count}" for name, count in source["formats"].items())
-    parts = [f"{source['path']} ({formats})", f"{source['used']} of {source['rows']} rows used"]
+    parts = [f"{source['path']} ({formats})", f"{source['used']} of {counted(source['rows'], 'row')} used"]
     parts += [f"{count} refused: {reason}" for reason, count in source["refused"].items()]
     return "\n".join([*parts, *(f"{source[key]} {label}" for key, label in _EXTRA.items() if key in source)])
 

@@ -183,7 +183,7 @@ def _planned_dtype(begun: Mapping[str, Dtype], shapes: Shapes, card: Card | None
     for name, dtype in begun.items():
         return dtype, f"as in '{name}'"
     if card:
-        return "bfloat16", "on a GPU that, or float16, which takes as much"
+        return "bfloat16", "a GPU computes in it or in float16, which takes as much memory"
     known = known_for_cpu(shapes.hidden, shapes.intermediate)
     if known:
         return known.dtype, known.why

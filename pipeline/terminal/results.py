@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.cells import cell_len
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -78,12 +79,12 @@ def show_answers(recipe: Recipe, runs: Path, console: Console) -> None:
             room = console.width - cell_len(asked_for.plain) - cell_len(hint)
             asked_for.append(hint if room >= 0 else f"\n{hint}", style="not bold green")
         console.print(asked_for)
-        table = Table.grid(padding=(0, 2, 0, 2))
+        table = Table.grid(padding=(0, 2, 0, 0))
         table.add_column(style="cyan", justify="right", no_wrap=True)
         table.add_column(no_wrap=True, overflow="ellipsis")
         for name, answer in answers.items():
             table.add_row(name, Text(one_line(answer)))
-        console.print(table)
+        console.print(Padding(table, (0, 0, 0, 2)))
 
 
 def show_evaluation(results: Results, console: Console) -> None:

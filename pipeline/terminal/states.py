@@ -12,7 +12,7 @@ from pipeline.disk.atomic import Json
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.rows import load_rows
 from pipeline.runs.states import State, states
-from pipeline.terminal.console import print_rows
+from pipeline.terminal.console import counted, print_rows
 from pipeline.terminal.machine import describe
 from pipeline.terminal.results import metrics_of
 
@@ -22,16 +22,16 @@ def count_rows(recipe: Recipe) -> dict[str, Json]:
 
     Raises UserError naming file and line of rows that are unfit.
     """
-    counted = {}
+    counts = {}
     for name in recipe.order():
         data, sources = load_rows(recipe, name)
-        counted[name] = {
+        counts[name] = {
             "train": len(data.train),
             "held_out": None if data.test is None else len(data.test),
             "questions": len(data.questions),
             "sources": [source.counts() for source in sources],
         }
-    return counted
+    return counts
 
 
 def show_rows(recipe: Recipe, counts: dict[str, Json]) -> None:
@@ -73,8 +73,3 @@ def show_states(found: list[State], console: Console) -> None:
         action = f"{state.word}, {actions.get(state.word, 'would run')}"
         table.add_row(state.name, Text(action, style=colours.get(state.word, "yellow")), Text(state.why))
     print_rows(table, console)
-
-
-def counted(number: int, what: str) -> str:
-    """1 row, 2 rows."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -5,93 +5,99 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.bring import commands as bringing
-from pipeline.language.say import speak
+from pipeline.publish import commands as publishing
+from pipeline.terminal import help
+from pipeline.terminal.help import command
+from pipeline.terminal.machine import print_json, stdout_kept
+from pipeline.terminal.options import AsJson, Lang, Overrides, RecipePath, RunFolder, Runs
 
 if TYPE_CHECKING:
     from pipeline.recipe.recipe import Recipe
 
 app = typer.Typer(
-    help="One recipe takes a 4-bit base through pretraining, SFT, reward model, PPO and DPO.",
+    cls=help.Group,
+    help="Train a language model in stages, each a small adapter on one frozen 4-bit base. One recipe names them all.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name that `onebase ls` shows.")]
-Overrides = Annotated[
-    list[str], typer.Option("-o", "--override", metavar="KEY=VALUE", help="Dotted, e.g. stages.dpo.train.beta=0.05")
-]
-Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where runs are kept.")]
-Lang = Annotated[Literal["en", "zh"], typer.Option("--lang", callback=speak, help="Tell it in English or in Chinese.")]
 bringing.add_to(app)
+publishing.add_to(app)
 
 
-@app.command()
+@command(app, "ls", "onebase ls")
 def ls() -> None:
-    """List the recipes at hand."""
+    """List the recipes that come with OneBase."""
     from pipeline.terminal.recipes import show_recipes
 
     show_recipes()
 
 
-@app.command()
-def cp(name: str, to: Path) -> None:
-    """Copy a recipe, to make your own of it."""
+@command(app, "cp", "onebase cp quickstart my.yaml")
+def cp(
+    name: RecipePath,
+    to: Annotated[Path, typer.Argument(metavar="TO", help="The file or folder to write it to.")],
+) -> None:
+    """Copy a recipe to make it your own."""
     from pipeline.terminal.recipes import copy_recipe
 
     copy_recipe(name, to)
 
 
-@app.command()
-def check(recipe: RecipePath, override: Overrides = []) -> None:
-    """Read a recipe, its data and every trainer argument; train nothing."""
+@command(app, "check", "onebase check my.yaml")
+def check(recipe: RecipePath, override: Overrides = [], as_json: AsJson = False) -> None:
+    """Check a recipe, its data and its settings. Trains nothing."""
     from pipeline.stages.check import check_arguments, check_base, check_trackers
-    from pipeline.terminal.states import show_rows
+    from pipeline.terminal.console import counted
+    from pipeline.terminal.states import count_rows, show_rows
 
-    chain = _read(recipe, override)
-    show_rows(chain)
-    chain.parts()
-    check_base(chain.spec.model, chain.stages)
-    check_trackers(chain.stages)
-    check_arguments(chain.spec.model, chain.stages, chain.spec.seed)
-    print(f"{recipe}: sound, {len(chain.stages)} stages: {' -> '.join(chain.order())}")
+    with stdout_kept(as_json):
+        chain = _read(recipe, override)
+        rows = count_rows(chain)
+        show_rows(chain, rows)
+        chain.parts()
+        check_base(chain.spec.model, chain.stages)
+        check_trackers(chain.stages)
+        check_arguments(chain.spec.model, chain.stages, chain.spec.seed)
+        print(f"{recipe}: sound, {counted(len(rows), 'stage')}: {' -> '.join(rows)}")
+    if as_json:
+        print_json({"recipe": chain.name, "stages": rows})
 
 
-@app.command()
+@command(app, "data", "onebase data my.yaml sft --show 3")
 def data(
     recipe: RecipePath,
-    stage: Annotated[list[str] | None, typer.Argument(metavar="[STAGE]...", help="All, unless some are named.")] = None,
+    stage: Annotated[list[str] | None, typer.Argument(metavar="STAGE", help="Only these stages; else all.")] = None,
     override: Overrides = [],
     show: Annotated[int, typer.Option(metavar="N", min=0, help="Print N rows as the model will see them.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures for machines.")] = False,
+    as_json: AsJson = False,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Examine the data: lengths, loss masks, duplicates, overlaps, baselines. Loads no weights.
+    """Examine the data: lengths, loss masks, duplicates, overlaps.
 
-    All of it is examined, whatever is wrong with some; the exit status is 2 where a run would stop.
+    It loads no weights. It examines every stage, even if one has faults. The exit status is 2 if a run would stop.
     """
-    from rich.console import Console
-
     from pipeline.errors import UserError
+    from pipeline.terminal.console import counted, make_console
     from pipeline.terminal.data import show_examination, show_rows
 
     chain = _read(recipe, override)
     names = chain.named(stage or chain.order())
     if show:
-        faults = [fault for name in names for fault in show_rows(chain, name, show, Console())]
+        faults = [fault for name in names for fault in show_rows(chain, name, show, make_console())]
     else:
-        faults = show_examination(chain, names, runs, as_json, Console())
+        faults = show_examination(chain, names, runs, as_json, make_console())
     if faults:
-        what = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise UserError(f"{what} in the data, listed above: a run would stop at them")
+        raise UserError(f"{counted(len(faults), 'fault')} in the data, listed above: a run would stop there")
 
 
-@app.command()
+@command(app, "plan", "onebase plan my.yaml --gpu rtx3060")
 def plan(
     recipe: RecipePath,
     override: Overrides = [],
@@ -99,130 +105,145 @@ def plan(
     gpu: Annotated[
         str, typer.Option(metavar="CARD", help="Plan for this card (rtx3060, a100-40gb) or memory (12GB).")
     ] = "",
+    as_json: AsJson = False,
 ) -> None:
-    """Show what a run would do, and why; what each stage needs, whether it fits, and how long it takes."""
-    from rich.console import Console
-
+    """Show what a run would do and why, its memory and its time."""
     from pipeline.plan import cards
-    from pipeline.terminal.plan import show_plan
+    from pipeline.terminal.console import make_console
+    from pipeline.terminal.plan import plan_as_json, show_plan
 
-    show_plan(_read(recipe, override), runs, cards.find_card(gpu) if gpu else cards.detect_card(), Console())
+    with stdout_kept(as_json):
+        chain, card = _read(recipe, override), cards.find_card(gpu) if gpu else cards.detect_card()
+        if not as_json:
+            return show_plan(chain, runs, card, make_console())
+        found = plan_as_json(chain, runs, card)
+    print_json(found)
 
 
-@app.command()
+@command(app, "run", "onebase run my.yaml -o stages.dpo.train.beta=0.05")
 def run(
     recipe: RecipePath,
     override: Overrides = [],
-    only: Annotated[list[str], typer.Option(metavar="STAGE", help="This stage alone (may be repeated).")] = [],
+    only: Annotated[list[str], typer.Option(metavar="STAGE", help="Only this stage. May be given several times.")] = [],
     from_: Annotated[
-        str, typer.Option("--from", metavar="STAGE", help="This stage and those that go on from it.")
+        str, typer.Option("--from", metavar="STAGE", help="This stage and all that continue from it.")
     ] = "",
     runs: Runs = Path("runs"),
     launch_config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="An accelerate config, for several GPUs.")
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Go on although a stage misses what `expect:` demands.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Go on even if a stage misses its `expect:`.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Run the stages that are not fresh, one process each."""
-    from rich.console import Console
+    """Train the stages that are not up to date.
 
+    Each stage runs in a process of its own. A run that was stopped goes on where it stopped.
+    """
     from pipeline.errors import UserError
     from pipeline.report.ending import write_if_possible
     from pipeline.runs import runner
-    from pipeline.terminal import results
-    from pipeline.terminal.story import show_story
+    from pipeline.terminal.ending import show_ending
+    from pipeline.terminal.states import states_as_json
 
     if launch_config and not os.path.isfile(launch_config):
         raise UserError(f"--launch-config: no such file: {launch_config}")
-    chain, console = _read(recipe, override), Console()
-    try:
-        done = runner.run(chain, only, from_ or None, runs, launch_config, force)
-    except KeyboardInterrupt:
-        again = " ".join(sys.argv[1:])
-        print(f"stopped. To go on where it stopped, type the same again: onebase {again}", file=sys.stderr)
-        raise SystemExit(130) from None
-    if done:
-        console.print()
-        show_story(chain, runs, write_if_possible(chain, recipe, runs, override), console)
-        results.show_results(chain, runs, console)
-        results.show_answers(chain, runs, console)
-        results.show_next(chain, results.as_typed(recipe, override, runs), runs, console)
-    else:
-        console.print("everything asked for is fresh; nothing to do")
+    chain = _read(recipe, override)
+    with stdout_kept(as_json):
+        try:
+            done = runner.run(chain, only, from_ or None, runs, launch_config, force)
+        except KeyboardInterrupt:
+            again = " ".join(sys.argv[1:])
+            print(f"stopped. To go on from there, type the same again: onebase {again}", file=sys.stderr)
+            raise SystemExit(130) from None
+        if done:
+            show_ending(chain, recipe, override, runs, write_if_possible(chain, recipe, runs, override))
+        else:
+            print("Nothing to do: everything asked for is fresh.")
+    if as_json:
+        print_json({"ran": done, **states_as_json(chain, runs)})
 
 
-@app.command()
-def status(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs")) -> None:
-    """Show where every stage stands and what the finished ones gained."""
-    from rich.console import Console
-
+@command(app, "status", "onebase status my.yaml")
+def status(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+    """Show where every stage stands and what it gained."""
     from pipeline.runs.states import states
+    from pipeline.terminal.console import make_console
     from pipeline.terminal.results import show_answers, show_results
-    from pipeline.terminal.states import show_states
+    from pipeline.terminal.states import show_states, states_as_json
 
-    chain, console = _read(recipe, override), Console()
+    chain, console = _read(recipe, override), make_console()
+    if as_json:
+        return print_json(states_as_json(chain, runs))
     show_states(states(chain, runs), console)
     console.print()
     show_results(chain, runs, console)
     show_answers(chain, runs, console)
 
 
-@app.command("eval")
+@command(app, "eval", "onebase eval my.yaml")
 def evaluate(
     recipe: RecipePath,
     override: Overrides = [],
     runs: Runs = Path("runs"),
     judge: Annotated[
         tuple[str, str] | None,
-        typer.Option(metavar="URL MODEL", help="An OpenAI-compatible endpoint on this machine that compares answers."),
+        typer.Option(metavar="URL MODEL", help="An OpenAI-compatible server on this machine that compares answers."),
     ] = None,
     lm_eval: Annotated[
-        str, typer.Option("--lm-eval", metavar="TASKS", help="Also these tasks of lm-eval: names or files, by commas.")
+        str,
+        typer.Option("--lm-eval", metavar="TASKS", help="Tasks of lm-eval as well: names or files, with commas."),
     ] = "",
+    as_json: AsJson = False,
 ) -> None:
-    """Measure every finished stage on held-out data, each against the one before, with 95 % intervals."""
-    from rich.console import Console
+    """Measure every finished stage on held-out data.
 
+    Each stage is compared with the one it continues. Every number has a 95 % interval.
+    """
     from pipeline.evaluate.evaluation import launch
-    from pipeline.terminal.results import as_typed, show_evaluation
+    from pipeline.terminal.console import make_console
+    from pipeline.terminal.results import as_typed, results_as_json, show_evaluation
 
-    try:
-        tasks = [task for task in lm_eval.split(",") if task]
-        results = launch(_read(recipe, override), runs, judge, tasks)
-    except KeyboardInterrupt:
-        print("stopped. What has been measured is kept: the same command goes on from there.", file=sys.stderr)
-        raise SystemExit(130) from None
-    show_evaluation(results, Console())
-    print(f"\nonebase report {as_typed(recipe, override, runs)}   makes a page of it")
+    tasks = [task for task in lm_eval.split(",") if task]
+    with stdout_kept(as_json):
+        try:
+            results = launch(_read(recipe, override), runs, judge, tasks)
+        except KeyboardInterrupt:
+            print("stopped. What has been measured is kept. To go on, type the same again.", file=sys.stderr)
+            raise SystemExit(130) from None
+    if as_json:
+        return print_json(results_as_json(results))
+    show_evaluation(results, make_console())
+    print(f"\nTo make a page of it: onebase report {as_typed(recipe, override, runs)}")
 
 
-@app.command()
+@command(app, "report", "onebase report my.yaml")
 def report(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs"), lang: Lang = "en") -> None:
-    """Make one self-contained page (HTML, and Markdown) of a run: verdicts, numbers, curves, samples, cost."""
+    """Write one page about a run: verdicts, numbers, curves, cost.
+
+    The page is written as one HTML file that needs no network, and as Markdown.
+    """
     from pipeline.report.page import write
 
     for path in write(_read(recipe, override), recipe, runs, overrides=override):
         print(path)
 
 
-@app.command()
+@command(app, "chat", "onebase chat runs/quickstart --compare sft dpo")
 def chat(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as runs/quickstart.")],
+    run: RunFolder,
     stage: Annotated[
-        str, typer.Argument(metavar="[STAGE]", help="A policy stage, or base; the last one unless named.")
+        str, typer.Argument(metavar="STAGE", help="A stage that answers, or base. Without it, the last such stage.")
     ] = "",
     compare: Annotated[
-        tuple[str, str] | None, typer.Option(metavar="STAGE STAGE", help="Two policies answer side by side.")
+        tuple[str, str] | None, typer.Option(metavar="STAGE STAGE", help="Two stages answer side by side.")
     ] = None,
     save_to: Annotated[Path, typer.Option(metavar="FILE", help="Where /save keeps corrected answers.")] = Path(
         "corrections.jsonl"
     ),
-    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 always takes the most likely token.")] = 0.0,
 ) -> None:
-    """Talk to what a run has trained."""
+    """Talk to a finished stage."""
     from pipeline.errors import UserError
     from pipeline.terminal.chat import open_chat, talk
 
@@ -231,58 +252,20 @@ def chat(
     talk(open_chat(run, list(compare or filter(None, [stage])), save_to, new_tokens, temperature))
 
 
-@app.command()
+@command(app, "compare", "onebase compare runs/quickstart runs/mine")
 def compare(
-    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run's folder, as runs/quickstart.")],
-    run_b: Annotated[Path, typer.Argument(metavar="RUN_B")],
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run's folder (runs/quickstart).")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The folder of the other run.")],
+    as_json: AsJson = False,
 ) -> None:
-    """Show what differs between two runs: recipe, data, numbers with intervals."""
-    from rich.console import Console
+    """Show how two runs differ: recipe, data, numbers."""
+    from pipeline.terminal import compare as comparing
+    from pipeline.terminal.console import make_console
 
-    from pipeline.terminal.compare import show
-
-    show(run_a, run_b, Console())
-
-
-@app.command()
-def publish(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A recipe, or the folder of a run.")],
-    stage: str,
-    to: Annotated[str, typer.Option(metavar="DIR|hub:OWNER/NAME", help="A folder, or a repository on the Hub.")],
-    form: Annotated[str, typer.Option("--as", metavar="FORM", help="adapter, merged or gguf.")] = "adapter",
-    private: Annotated[bool, typer.Option(help="Create the Hub repository as a private one.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write and check, but show only files and sizes.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also replace what this did not write.")] = False,
-    override: Overrides = [],
-    runs: Runs = Path("runs"),
-) -> None:
-    """Publish a finished stage, once it is proven to answer as what was trained."""
-    from pipeline.publish.publishing import publish as published
-    from pipeline.terminal.recipes import read_run
-
-    chain, runs = read_run(run, override, runs)
-    files = published(chain, stage, to, form, runs=runs, private=private, dry_run=dry_run, overwrite=overwrite)
-    for name, size in files:
-        print(f"  {size / 2**20:9.2f} MiB  {name}")
-    print(f"{'would be published' if dry_run else 'published'}: {len(files)} files to {to}")
-
-
-@app.command()
-def serve(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A recipe, or the folder of a run.")],
-    stages: Annotated[list[str], typer.Argument(metavar="STAGE...", help="Each becomes a model of that name.")],
-    port: int = 8000,
-    override: Overrides = [],
-    runs: Runs = Path("runs"),
-) -> None:
-    """Serve finished stages to OpenAI clients, on this machine only."""
-    from pipeline.publish import serving
-    from pipeline.terminal.recipes import read_run
-
-    chain, runs = read_run(run, override, runs)
-    folder = serving.prepare(chain, stages, runs)
-    print(f"http://127.0.0.1:{port}/v1 serves {', '.join(stages)} (Ctrl-C ends it)", flush=True)
-    serving.serve(chain, folder, port)
+    found = comparing.compare(run_a, run_b)
+    if as_json:
+        return print_json(found)
+    comparing.show(found, make_console())
 
 
 def main() -> None:
@@ -294,7 +277,7 @@ def main() -> None:
     complete_own(QUIET)
     quiet_from_the_start()
     try:
-        app()
+        app(prog_name="onebase")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

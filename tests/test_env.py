@@ -70,7 +70,7 @@ def test_a_strange_machine_is_told_what_can_be_told(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("psutil.cpu_count", lambda logical: None)
     found = states()
     assert found["system"].state == "look" and "Linux" in found["system"].do
-    assert found["processor"].state == "works" and "does not say" in found["processor"].says
+    assert found["processor"].state == "works" and "does not list" in found["processor"].says
     assert found["memory"].state == "look" and "no such thing here" in found["memory"].says
     assert found["torch"].state == "works"
 

@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.plan import cards
 from pipeline.recipe.recipe import build, read
 from pipeline.runs.rows import load_rows
-from pipeline.terminal.plan import show_needs
+from pipeline.terminal.plan import find_needs, show_needs
 
 ROWS = 2500
 SEEDS = [row for row, _, _ in CASES] + [
@@ -136,7 +136,7 @@ def test_no_mutated_recipe_gives_a_traceback(tiny_base: Path, tmp_path: Path) ->
                 file.write_text(json.dumps(spoilt), encoding="utf-8")
                 recipe = read(file)
             with contextlib.suppress(UserError):
-                show_needs(recipe, {}, card, console)
+                show_needs(find_needs(recipe, {}, card), console)
             recipe.parts()
             for stage in recipe.order():
                 load_rows(recipe, stage)

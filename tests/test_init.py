@@ -43,9 +43,11 @@ def test_each_goal_gives_a_recipe_that_is_sound_and_fits(goal: str, tiny_base: P
     words = ["--base", str(tiny_base), "--data", data, "--card", "8GB", "--goal", goal, "--yes"]
     printed = onebase(ROOT, tmp_path, "init", "mine.yaml", *words)
     assert "mine.yaml is written" in printed
-    assert f"sound, {len(STAGES[goal])} stages" in onebase(ROOT, tmp_path, "check", "mine.yaml")
+    assert f"sound, {len(STAGES[goal])} stage" in onebase(ROOT, tmp_path, "check", "mine.yaml")
     planned = onebase(ROOT, tmp_path, "plan", "mine.yaml", "--gpu", "8GB")
-    assert planned.count("yes, ") == len(STAGES[goal]) and "over" not in planned
+    assert [line.split()[1:] for line in planned.splitlines() if line.startswith("fits")] == [
+        ["yes"] * len(STAGES[goal])
+    ]
     recipe = read(tmp_path / "mine.yaml")
     assert recipe.name == "mine" and recipe.order() == STAGES[goal]
     for stage in recipe.order():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -79,6 +80,13 @@ def test_the_commands_of_the_docs(tiny_base: Path, tmp_path: Path) -> None:
     only = said["onebase run recipes/quickstart.yaml --only dpo -o stages.dpo.train.beta=0.05"]
     assert "[1/1] dpo: stale, train.beta was 0.1, is 0.05" in only
     assert "sft: fresh" in said["onebase run recipes/quickstart.yaml --from sft"]
+    folder = tmp_path / "runs" / "quickstart"
+    machine = json.loads(said["onebase eval recipes/quickstart.yaml --json"])
+    assert machine["results"] == json.loads((folder / "evaluation" / "results.json").read_text())
+    machine = json.loads(said["onebase status recipes/quickstart.yaml --json"])
+    for name, stage in machine["stages"].items():
+        assert stage["manifest"] == json.loads((folder / name / "manifest.json").read_text())
+        assert set(stage["metrics"]) & stage["manifest"]["after"].keys()
 
 
 def test_all_fresh_takes_under_two_seconds(tiny_base: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -28,6 +29,7 @@ from pipeline.evaluate.measure import Measure
 from pipeline.evaluate.plan import plan
 from pipeline.evaluate.stored import Link, Results, Verdict, read_results
 from pipeline.language.say import kept, say_again, speak
+from pipeline.measure.metric import METRICS
 from pipeline.publish import measured
 from pipeline.recipe import yaml
 from pipeline.recipe.recipe import Recipe, build
@@ -567,10 +569,17 @@ def test_an_outdated_evaluation_is_refused_and_a_missing_one_is_said(run: tuple[
 def test_the_terminal_shows_verdicts_and_intervals(evaluated: Results) -> None:
     from rich.console import Console
 
-    console = Console(width=300, record=True)
-    show_evaluation(Results.model_validate(json.loads(json.dumps(evaluated.model_dump()))), console)
-    told = console.export_text()
-    assert "Over-optimised" in told and re.search(r"questions answered right .*\d %.*\n +\d+ to \d+", told)
+    read_back = Results.model_validate(json.loads(json.dumps(evaluated.model_dump())))
+    for columns in (300, 80, 60, 40):
+        console = Console(width=columns, file=io.StringIO(), record=True)
+        show_evaluation(read_back, console)
+        told = console.export_text()
+        assert "Over-optimised" in told and re.search(r"answered +\d+ %| answered right +\d+ %", told)
+        assert max(len(line.rstrip()) for line in told.splitlines()) <= columns
+        for numbers in evaluated.numbers.values():  # each value and interval stands whole, in a column of its own
+            for metric in (metric for metric in METRICS if metric.name in numbers):
+                found = numbers[metric.name]
+                assert f" {metric.written(found.value)}" in told and f" {metric.range(found)}" in told
 
 
 def test_compare_shows_what_differs_item_by_item(tmp_path: Path, tiny_base: Path) -> None:
@@ -592,16 +601,18 @@ def test_compare_shows_what_differs_item_by_item(tmp_path: Path, tiny_base: Path
         write_json(tmp_path / name / "evaluation" / "results.json", results.make(taken, CHAIN).sealed())
         (tmp_path / name / "recipe.yaml").write_text(yaml.dump(written))
     console = Console(width=300, record=True)
-    compare.show(tmp_path / "a", tmp_path / "b", console)
+    compare.show(compare.compare(tmp_path / "a", tmp_path / "b"), console)
     told = console.export_text()
     assert (
         re.search(r"stages.dpo.train.beta\W+0.1\W+0.3", told)
         and "data (rows used, and the files' sha256): equal" in told
     )
-    changed = [line for line in told.splitlines() if "answered right" in line]
-    assert len(changed) == 1 and "sft" in changed[0] and "+25 points (+" in changed[0]  # 10 of 40
+    lines = told.splitlines()
+    (changed,) = [index for index, line in enumerate(lines) if "answered right" in line]
+    assert lines[changed - 1].startswith("sft") and "+25 points" in lines[changed]  # 10 of 40
+    assert re.search(r" \+\d+ to \+\d+$", lines[changed + 1].rstrip())
     with pytest.raises(UserError, match="is not the folder of a run"):
-        compare.show(tmp_path / "a", tmp_path, console)
+        compare.compare(tmp_path / "a", tmp_path)
 
 
 def test_compare_knows_when_an_evaluation_is_older_than_its_run(run: tuple[Recipe, Path]) -> None:

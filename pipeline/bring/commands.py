@@ -7,41 +7,46 @@ from typing import Annotated
 
 import typer
 
-Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE", help="Write it there instead of printing it.")]
+from pipeline.terminal.help import command
+from pipeline.terminal.options import AsJson
+
+Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE", help="Write to this file; else print.")]
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command()(init)
-    app.command("import")(bring)
-    app.command()(env)
-    app.command()(schema)
+    command(app, "init", "onebase init my.yaml --data rows.jsonl")(init)
+    command(app, "import", "onebase import sft.yaml dataset_info.json -o my.yaml")(bring)
+    command(app, "env", "onebase env")(env)
+    command(app, "schema", "onebase schema -o recipe.schema.json")(schema)
 
 
 def init(
-    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="Where to write it.")] = Path("recipe.yaml"),
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")] = Path("recipe.yaml"),
     base: Annotated[str, typer.Option(metavar="BASE", help="A Hub id, a local folder, or a .gguf file.")] = "",
     data: Annotated[str, typer.Option(metavar="PATH", help="A file, a folder, or a data set on the Hub.")] = "",
-    card: Annotated[str, typer.Option(metavar="CARD", help="rtx3060, 12GB, or none.")] = "",
+    card: Annotated[str, typer.Option(metavar="CARD", help="The GPU: rtx3060, 12GB, or none.")] = "",
     goal: Annotated[str, typer.Option(metavar="GOAL", help="follow, prefer, classify, corpus or chain.")] = "",
-    language: Annotated[str, typer.Option(metavar="LANGUAGE", help="Of the data.")] = "",
-    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing; take the default of what is not given.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    language: Annotated[str, typer.Option(metavar="LANGUAGE", help="The language of the data.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing. Take the defaults.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Write a first recipe: five questions, each of which is also an option."""
+    """Write a first recipe for your data, from five questions.
+
+    Each question is also an option. What is given as an option is not asked.
+    """
     from pipeline.bring.init import Given, start
 
     start(file, Given(base, data, card, goal, language), asking=not yes, force=force)
 
 
 def bring(
-    files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="LLaMA-Factory or axolotl YAML, TRL YAML or command line.")
-    ],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="YAML files, or a text file with a TRL command.")],
     out: Out = None,
 ) -> None:
-    """Make a recipe of other trainers' configs; say what has no counterpart.
+    """Turn LLaMA-Factory, axolotl or TRL configs into a recipe.
 
-    Several configs of one chain become one recipe. With LLaMA-Factory's give its dataset_info.json too.
+    Several configs of one chain become one recipe. Give LLaMA-Factory's dataset_info.json too. Every word that has no
+    counterpart is listed.
     """
     from pipeline.bring.importing import bring as brought
 
@@ -49,19 +54,18 @@ def bring(
 
 
 def env(
-    as_json: Annotated[bool, typer.Option("--json", help="Print it for machines.")] = False,
+    as_json: AsJson = False,
     runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where runs would be kept.")] = Path("runs"),
 ) -> None:
-    """Show what of this machine works, and what to do about the rest.
+    """Show what works on this machine, and how to mend the rest.
 
     The exit status is 0 unless something that every run needs is broken.
     """
-    from rich.console import Console
-
     from pipeline.errors import UserError
+    from pipeline.terminal.console import make_console
     from pipeline.terminal.env import show_environment
 
-    if broken := show_environment(runs, as_json, Console()):
+    if broken := show_environment(runs, as_json, make_console()):
         raise UserError(f"not working here, and every run needs it: {', '.join(broken)}")
 
 

@@ -108,6 +108,10 @@ class Metric:
         written = self.written(found.value, sign)
         return say("{number} ({interval})", number=written, interval=interval) if interval else written
 
+    def lines(self, found: Estimate, sign: bool = False) -> str:
+        """In a narrow column: 71 % in one line, 59 to 80 in the next."""
+        return "\n".join(filter(None, (self.written(found.value, sign), self.range(found, sign))))
+
     def change(self, found: Estimate) -> str:
         """In a sentence: +3 points, 95 %: -1 to +7."""
         interval = self.range(found, sign=True)

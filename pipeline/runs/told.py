@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+
+from rich.cells import cell_len, chop_cells
 
 from pipeline.disk.artifact import Artifact
 from pipeline.disk.atomic import Json
 from pipeline.recipe.recipe import Recipe
 
 LINE = 80
-"""Columns of a line, as the narrowest terminals have them."""
+"""Columns of a line at most."""
 
 
 class Told:
@@ -71,5 +74,7 @@ def one_line(answer: str) -> str:
     return " ".join(answer.split()) or "(nothing)"
 
 
-def shorten(text: str, columns: int = LINE) -> str:
-    return text if len(text) <= columns else f"{text[: columns - 4].rstrip()} ..."
+def shorten(text: str) -> str:
+    """To one line of the terminal."""
+    columns = min(LINE, shutil.get_terminal_size().columns)
+    return text if cell_len(text) <= columns else f"{chop_cells(text, columns - 4)[0].rstrip()} ..."

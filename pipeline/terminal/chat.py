@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from pipeline.evaluate.bench import Bench
 
 HELP = """\
-/system TEXT   set the system prompt (without TEXT: none) and begin anew
-/save TEXT     keep the last question with TEXT as its right answer (without TEXT: with the answer given)
-/history       what has been said
-/reset         begin anew
+/system TEXT   set the system prompt (without TEXT: none) and start again
+/save TEXT     keep the last question with TEXT as its right answer
+               (without TEXT: with the answer that was given)
+/history       show the conversation
+/reset         start again
 /quit          leave (or Ctrl-D)"""
 Say = Callable[[str], Any]
 
@@ -149,7 +150,7 @@ class Chat:
             return "\n".join(told) or "nothing has been said yet"
         if word == "/save":
             return self.save(rest.strip())
-        return HELP if word == "/help" else f"there is no {word}. What can be typed:\n{HELP}"
+        return HELP if word == "/help" else f"there is no command {word}. The commands are:\n{HELP}"
 
     def save(self, correction: str) -> str:
         """Append the last exchange, with the right answer, to the file of corrections as a demonstration."""
@@ -240,7 +241,7 @@ def talk(chat: Chat) -> None:
     """In the terminal, until Ctrl-D."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  input() then edits lines, remembers them, and takes any length
-    print(f"{' and '.join(chat.policies)} of {chat.bench.model.config.model_type}; /help for what else can be typed\n")
+    print(f"{' and '.join(chat.policies)} of {chat.bench.model.config.model_type}; /help lists the commands\n")
 
     def typed() -> Iterable[str]:
         while True:

@@ -4,6 +4,8 @@ same."""
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,74 +14,113 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.disk.artifact import Artifact
-from pipeline.disk.atomic import read_json
+from pipeline.disk.atomic import Json, read_json
 from pipeline.disk.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.evaluate.measures import OF_A_POLICY
 from pipeline.evaluate.plan import plan
-from pipeline.evaluate.stored import Results, read_results
+from pipeline.evaluate.stored import Results, RewardModel, read_results
 from pipeline.measure.metric import METRICS, SHARE, Estimate
 from pipeline.recipe import yaml
 from pipeline.recipe.recipe import read
+from pipeline.terminal.console import Row, print_matrix, print_rows
+
+Pair = tuple[Any, Any]
+"""Of the first run and of the second."""
 
 
-def show(first: Path, second: Path, console: Console) -> None:
-    """Print everything in which two run folders differ. Raises UserError if one of them is no run."""
+@dataclass(frozen=True)
+class Change:
+    """A number of a stage that both runs have. `change`: from A to B over the same items, where these are the same."""
+
+    a: Estimate
+    b: Estimate
+    change: Estimate | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    a: Path
+    b: Path
+    recipe: dict[str, Pair]
+    """By dotted key, the values that are not equal."""
+    data: dict[str, Pair]
+    """By stage and role, the files that are not equal: rows used and sha256."""
+    after: dict[str, Pair]
+    """By stage and name, the numbers that the stages took of themselves and that are not equal."""
+    evaluated: Pair
+    """Whether each run has been."""
+    older: Pair
+    """Why an evaluation is not of its run as it stands; empty where it is."""
+    numbers: dict[str, dict[str, Change]]
+    """Of the evaluations, by stage and metric."""
+    alone: dict[str, str]
+    """Stages that were evaluated in one run alone, and in which."""
+    reward_models: dict[str, tuple[RewardModel, RewardModel]]
+
+
+def compare(first: Path, second: Path) -> Difference:
+    """Everything in which two run folders differ. Raises UserError if one of them is no run."""
     for folder in (first, second):
         if not os.path.isfile(folder / "recipe.yaml"):
             raise UserError(
                 f"{folder} is not the folder of a run (it has no recipe.yaml). Name folders such as runs/quickstart"
             )
     trees = [yaml.load(folder / "recipe.yaml")[0] for folder in (first, second)]
-    console.print(Text(f"A = {first}\nB = {second}", style="bold"))
-    _table(console, "recipe", "key", [(key, *pair) for key, pair in _differences(trees[0], trees[1]).items()])
     manifests = [
         {name: Artifact(folder / name).manifest() for name in trees[i]["stages"]}
         for i, folder in enumerate((first, second))
     ]
-    sources = [_sources(held) for held in manifests]
-    _table(console, "data (rows used, and the files' sha256)", "file", _unlike(*sources))
-    _show_numbers(first, second, manifests, console)
-
-
-def _show_numbers(first: Path, second: Path, manifests: list[dict[str, Manifest | None]], console: Console) -> None:
     evaluated = [read_results(folder / "evaluation") for folder in (first, second)]
     a, b = evaluated
-    if a is None or b is None:
-        missing = [str(folder) for folder, found in zip((first, second), evaluated, strict=True) if found is None]
-        rows = _unlike(*(_after(held) for held in manifests))
-        _table(console, "numbers the stages took of themselves", "number", rows)
-        told = " and ".join(missing)
+    numbers: dict[str, dict[str, Change]] = {}
+    alone: dict[str, str] = {}
+    if a and b:
+        alone = {name: "A" for name in a.numbers if name not in b.numbers}
+        alone |= {name: "B" for name in b.numbers if name not in a.numbers}
+        for stage in [name for name in a.numbers if name in b.numbers]:
+            paired, own, other = _paired(first, second, stage), a.numbers[stage], b.numbers[stage]
+            both = [metric.name for metric in METRICS if metric.name in own and metric.name in other]
+            numbers[stage] = {name: Change(own[name], other[name], paired.get(name)) for name in both}
+    models = {name: (a.reward_models[name], b.reward_models[name]) for name in _both(a, b)} if a and b else {}
+    return Difference(
+        first,
+        second,
+        recipe=_differences(trees[0], trees[1]),
+        data=_unlike(*(_sources(held) for held in manifests)),
+        after=_unlike(*(_after(held) for held in manifests)),
+        evaluated=(a is not None, b is not None),
+        older=(older(first, a) if a else "", older(second, b) if b else ""),
+        numbers=numbers,
+        alone=alone,
+        reward_models=models,
+    )
+
+
+def show(found: Difference, console: Console) -> None:
+    folders = (found.a, found.b)
+    console.print(Text(f"A = {found.a}\nB = {found.b}", style="bold"), soft_wrap=True)
+    _table(console, "recipe", "key", {key: (_short(a), _short(b)) for key, (a, b) in found.recipe.items()})
+    files = {key: (_file(a), _file(b)) for key, (a, b) in found.data.items()}
+    _table(console, "data (rows used, and the files' sha256)", "file", files)
+    if not all(found.evaluated):
+        own = {key: (_rounded(a), _rounded(b)) for key, (a, b) in found.after.items()}
+        _table(console, "numbers the stages took of themselves", "number", own)
+        missing = " and ".join(str(folder) for folder, done in zip(folders, found.evaluated, strict=True) if not done)
         console.print(
-            f"Not evaluated, so there are no intervals (onebase eval): {told}", highlight=False, soft_wrap=True
+            f"Not evaluated, so there are no intervals (onebase eval): {missing}", markup=False, soft_wrap=True
         )
         return
-    for folder, results in ((first, a), (second, b)):
-        if old := older(folder, results):
+    for folder, old in zip(folders, found.older, strict=True):
+        if old:
             console.print(
                 Text(f"The evaluation of {folder} is older than the run ({old}): onebase eval", style="yellow"),
                 soft_wrap=True,
             )
-    for name in dict.fromkeys([*a.numbers, *b.numbers]):
-        if (name in a.numbers) != (name in b.numbers):
-            console.print(f"{name}: evaluated in {'A' if name in a.numbers else 'B'} alone", highlight=False)
-    columns = ("stage", "number", "A (95 %)", "B (95 %)", "B less A, item by item (95 %)")
-    table = Table(*columns, title="numbers", title_justify="left")
-    for stage in [name for name in a.numbers if name in b.numbers]:
-        paired = _paired(first, second, stage)
-        name = stage
-        for metric in METRICS:
-            before, after = a.numbers[stage].get(metric.name), b.numbers[stage].get(metric.name)
-            if before is None or after is None or before == after:
-                continue
-            change = paired.get(metric.name)
-            style = {"better": "green", "worse": "red"}.get(metric.word(change), "") if change else ""
-            cell = Text(metric.shown(change, sign=True), style=style) if change else Text("other items", style="dim")
-            table.add_row(name, metric.heading, metric.shown(before), metric.shown(after), cell)
-            name = ""
-    console.print(table if table.row_count else "numbers: equal")
-    for name in [name for name in a.reward_models if name in b.reward_models]:
-        models = [results.reward_models[name] for results in (a, b)]
+    for name, run in found.alone.items():
+        console.print(f"{name}: evaluated only in {run}", markup=False)
+    _show_numbers(found, console)
+    for name, models in found.reward_models.items():
         shown = [
             {
                 "pairs ranked right": SHARE.shown(model.accuracy),
@@ -89,6 +130,30 @@ def _show_numbers(first: Path, second: Path, manifests: list[dict[str, Manifest 
             for model in models
         ]
         _table(console, f"reward model {name}", "number", _unlike(*shown))
+
+
+def _show_numbers(found: Difference, console: Console) -> None:
+    """Of each stage those that are not equal."""
+    equal = True
+    for stage, numbers in found.numbers.items():
+        rows = []
+        for metric in METRICS:
+            told = numbers.get(metric.name)
+            if told is None or told.a == told.b:
+                continue
+            cell = Text("not the same\nitems", style="dim")
+            if told.change:
+                style = {"better": "green", "worse": "red"}.get(metric.word(told.change), "")
+                cell = Text(metric.lines(told.change, sign=True), style=style)
+            rows.append(Row(metric.heading, [metric.lines(told.a), metric.lines(told.b), cell]))
+        if rows:
+            console.print(
+                "" if not equal else Text("numbers with 95 % intervals (B - A: taken item by item)", style="italic")
+            )
+            print_matrix(stage, ["A", "B", "B - A"], rows, console)
+            equal = False
+    if equal:
+        console.print("numbers: equal")
 
 
 def older(folder: Path, results: Results) -> str:
@@ -113,52 +178,69 @@ def _paired(first: Path, second: Path, stage: str) -> dict[str, Estimate]:
     return found
 
 
-def _differences(a: Any, b: Any, prefix: str = "") -> dict[str, tuple[str, str]]:
+def _both(a: Results, b: Results) -> list[str]:
+    return [name for name in a.reward_models if name in b.reward_models]
+
+
+def _differences(a: Any, b: Any, prefix: str = "") -> dict[str, Pair]:
     """Dotted keys whose values differ, with both values."""
     if isinstance(a, dict) and isinstance(b, dict):
-        found: dict[str, tuple[str, str]] = {}
+        found: dict[str, Pair] = {}
         for key in dict.fromkeys([*a, *b]):
             found |= _differences(a.get(key), b.get(key), f"{prefix}{key}.")
         return found
-    return {} if a == b else {prefix.rstrip("."): (_short(a), _short(b))}
+    return {} if a == b else {prefix.rstrip("."): (a, b)}
 
 
-def _sources(manifests: dict[str, Manifest | None]) -> dict[str, str]:
+def _sources(manifests: dict[str, Manifest | None]) -> dict[str, Json]:
     """Per stage and role of a file: how many rows were used, and its hash."""
-    found = {}
+    found: dict[str, Json] = {}
     for stage, manifest in manifests.items():
         if manifest is None:
             continue
-        found[f"{stage} base"] = f"{str(manifest.parts.model['base'])[:24]}, in {manifest.dtype}"
-        used = {source.path: f"{source.used} rows, " for source in manifest.data.sources}
+        found[f"{stage} base"] = {"base": manifest.parts.model["base"], "dtype": manifest.dtype}
+        used = {source.path: source.used for source in manifest.data.sources}
         named = {**manifest.section["data"], "questions": manifest.section.get("questions")}
         for role, sha256 in manifest.data_hashes.items():
-            found[f"{stage} {role}"] = f"{used.get(str(named.get(role)), '')}{str(sha256)[:12]}"
+            found[f"{stage} {role}"] = {"rows": used.get(str(named.get(role))), "sha256": sha256}
     return found
 
 
-def _after(manifests: dict[str, Manifest | None]) -> dict[str, str]:
+def _after(manifests: dict[str, Manifest | None]) -> dict[str, float]:
     return {
-        f"{stage} {key}": f"{value:.4g}"
+        f"{stage} {key}": value
         for stage, manifest in manifests.items()
         for key, value in (manifest.after if manifest else {}).items()
     }
 
 
-def _unlike(a: dict[str, str], b: dict[str, str]) -> list[tuple[str, str, str]]:
-    return [(key, a.get(key, ""), b.get(key, "")) for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
+def _unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Pair]:
+    return {key: (a.get(key), b.get(key)) for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)}
 
 
-def _table(console: Console, title: str, what: str, rows: list[tuple[str, str, str]]) -> None:
+def _table(console: Console, title: str, what: str, rows: Mapping[str, tuple[str, str]]) -> None:
     if not rows:
-        console.print(f"{title}: equal", highlight=False)
+        console.print(f"{title}: equal")
         return
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, box=None, pad_edge=False)
     for heading in (what, "A", "B"):
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
+        table.add_column(heading, no_wrap=True)
+    for key, pair in rows.items():
+        table.add_row(Text(key), *(Text(cell) for cell in pair))
+    print_rows(table, console)
+
+
+def _file(told: Json | None) -> str:
+    if told is None:
+        return ""
+    if "base" in told:
+        return f"{str(told['base'])[:24]}, in {told['dtype']}"
+    rows = "" if told["rows"] is None else f"{told['rows']} rows, "
+    return f"{rows}{str(told['sha256'])[:12]}"
+
+
+def _rounded(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _short(value: Any) -> str:

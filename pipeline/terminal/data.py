@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,8 @@ from pipeline.errors import UserError
 from pipeline.plan.sizes import AUTO
 from pipeline.recipe.recipe import Recipe
 from pipeline.stages.arguments import defaults
+from pipeline.terminal.console import counted, print_rows
+from pipeline.terminal.machine import print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,28 +83,26 @@ def show_examination(recipe: Recipe, names: list[str], runs: Path, as_json: bool
     found = examine(recipe, names)
     examination.keep(found, runs / recipe.name)
     if as_json:
-        print(json.dumps(found, ensure_ascii=False, indent=1))
+        print_json(found)
     else:
         show(found, console)
     return examination.faults_in(found)
 
 
 def show(found: Json, console: Console) -> None:
-    """The figures as a person reads them: a table a stage, then what a run would stop at, and what to look at."""
+    """The figures for a person: a table for each stage, its faults, its warnings."""
     for name, stage in found["stages"].items():
-        table = Table(
-            title=f"{name} ({stage['kind']})", title_justify="left", show_header=False, width=min(100, console.width)
-        )
+        table = Table(title=f"{name} ({stage['kind']})", show_header=False, box=None, pad_edge=False)
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
-        for label, text in _lines(stage):
+        for label, text in _lines(stage, console.width):
             table.add_row(label, Text(text))  # a file's words are no markup
-        console.print(table)
+        print_rows(table, console)
         show_faults(stage["faults"], console)
         for warning in stage["warnings"]:
             console.print(Text(f"  ! {warning}", style="yellow"))
         if not stage["warnings"] and not stage["faults"]:
-            console.print(Text("  nothing to object to", style="green"))
+            console.print(Text("  no problems found", style="green"))
         console.print()
     show_faults(found["faults"], console)
 
@@ -150,43 +149,50 @@ def _labels(row: Row, count: int) -> list[str]:
     return [""] if count == 1 else ["chosen: ", "rejected: "]
 
 
-def _lines(stage: Json) -> list[tuple[str, str]]:
+def _lines(stage: Json, width: int) -> list[tuple[str, str]]:
     lines = [("rows", _source(source)) for source in stage.get("sources", [])]
     if "tokens" in stage:
-        lines += _token_lines(stage["tokens"])
+        lines += _token_lines(stage["tokens"], width)
     if alike := stage.get("duplicates"):
-        among = f" (among {alike['near_among']} rows)" if alike["near_among"] < stage["train_rows"] else ""
+        among = f" (looked for among {alike['near_among']} rows)" if alike["near_among"] < stage["train_rows"] else ""
         lines.append(("duplicates", f"{alike['exact']} exact, {alike['near']} near{among}"))
     if pairs := stage.get("comparisons"):
-        words = "not to be told" if pairs["bag_of_words"] is None else f"{pairs['bag_of_words']:.1%}"
-        against = f"{pairs['contradictory']} contradict another"
-        lines.append(("comparisons", f"{pairs['pairs']} on {pairs['prompts']} prompts, {against}"))
-        lines.append(("to be beaten", f"longer answer wins {pairs['longer_wins']:.1%}, bag of words {words}"))
+        words = "not known" if pairs["bag_of_words"] is None else f"{pairs['bag_of_words']:.1%}"
+        against = f"{pairs['contradictory']} contradict others"
+        lines.append(("comparisons", f"{pairs['pairs']} on {counted(pairs['prompts'], 'prompt')}, {against}"))
+        lines.append(("to beat", f"longer answer wins {pairs['longer_wins']:.1%}, bag of words {words}"))
     return lines
 
 
-def _token_lines(tokens: Json) -> list[tuple[str, str]]:
+def _token_lines(tokens: Json, width: int) -> list[tuple[str, str]]:
     lines = []
     if length := tokens["length"]:
         lines += [
             ("tokens a row", f"{_range(length)}, 95 % within {length['p95']}; {length['sum']} in all"),
-            ("", _bars(tokens["histogram"])),
+            ("", _bars(tokens["histogram"], width)),
             ("bytes a token", str(tokens["bytes_per_token"])),
-            ("BOS at the start", ", ".join(f"{n}: {rows} rows" for n, rows in tokens["bos_at_the_start"].items())),
+            (
+                "BOS at the start",
+                ", ".join(f"{n} in {counted(rows, 'row')}" for n, rows in tokens["bos_at_the_start"].items()),
+            ),
         ]
     over, beyond = tokens["longer_than_max_length"], tokens["tokens_beyond_max_length"]
-    lines.append(("over max_length", f"{over} rows over {tokens['max_length']}, {beyond} tokens beyond it"))
+    lines.append(
+        ("over max_length", f"{counted(over, 'row')} over {tokens['max_length']} tokens, by {beyond} tokens in all")
+    )
     if "supervised_tokens" in tokens:
         bare, ends = tokens["rows_without_supervised_tokens"], tokens["rows_whose_end_of_turn_is_supervised"]
-        lines.append(("tokens with loss", f"{_range(tokens['supervised_tokens'])} a row; none in {bare} rows"))
+        lines.append(
+            ("tokens with loss", f"{_range(tokens['supervised_tokens'])} a row; {counted(bare, 'row')} without")
+        )
         kept = tokens["rows_kept"]
-        lines.append(("end of turn learnt", f"in {ends} of the {kept} rows kept"))
+        lines.append(("end of turn learnt", f"in {ends} of {counted(kept, 'row')} kept"))
     return lines
 
 
 def _source(source: Json) -> str:
     formats = ", ".join(f"{name} {count}" for name, count in source["formats"].items())
-    parts = [f"{source['path']} ({formats})", f"{source['used']} of {source['rows']} rows used"]
+    parts = [f"{source['path']} ({formats})", f"{source['used']} of {counted(source['rows'], 'row')} used"]
     parts += [f"{count} refused: {reason}" for reason, count in source["refused"].items()]
     return "\n".join([*parts, *(f"{source[key]} {label}" for key, label in _EXTRA.items() if key in source)])
 
@@ -198,7 +204,9 @@ def _range(spread: Json) -> str:
 _EXTRA = {"held_out": "held out", "left_out": "not drawn", "drawn": "drawn", "file_rows": "rows in the file"}
 
 
-def _bars(histogram: list[Any]) -> str:
+def _bars(histogram: list[Any], width: int) -> str:
+    """`width`: of the terminal, of which labels and counts take some."""
+    longest = 24 if width >= 60 else 12
     most = max(count for _, count in histogram) or 1
-    bars = [(edge, count, "█" * round(24 * count / most) or ("▏" if count else "")) for edge, count in histogram]
-    return "\n".join(f"≤{edge:>7} {bar:<24} {count}" for edge, count, bar in bars)
+    bars = [(edge, count, "█" * round(longest * count / most) or ("▏" if count else "")) for edge, count in histogram]
+    return "\n".join(f"≤{edge:>7} {bar:<{longest}} {count}" for edge, count, bar in bars)

@@ -13,10 +13,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.terminal.machine import print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +55,7 @@ def show_environment(runs: Path, as_json: bool, console: Console) -> list[str]:
     findings = look_around(runs)
     broken = [finding.what for finding in findings if finding.state == "broken"]
     if as_json:
-        print(json.dumps({"sound": not broken, "findings": [asdict(each) for each in findings]}, indent=1))
+        print_json({"sound": not broken, "findings": findings})
         return broken
     from rich.table import Table
     from rich.text import Text
@@ -93,7 +95,7 @@ def _attempt(what: str, look: Callable[[], Iterator[Finding]]) -> list[Finding]:
         for finding in look():
             found.append(finding)
     except Exception as error:  # on a machine that nobody has thought of, the other looks still tell something
-        found.append(Finding(what, "look", f"cannot be told here ({type(error).__name__}: {error})"))
+        found.append(Finding(what, "look", f"could not be examined ({type(error).__name__}: {error})"))
     return found
 
 
@@ -102,7 +104,7 @@ def _system() -> Iterator[Finding]:
     if platform.system() == "Linux":
         yield Finding("system", "works", name)
     else:
-        yield Finding("system", "look", name, "OneBase is made for Linux and tried nowhere else.")
+        yield Finding("system", "look", name, "OneBase is made for Linux. It has not been tried elsewhere.")
 
 
 def _python() -> Iterator[Finding]:
@@ -110,7 +112,7 @@ def _python() -> Iterator[Finding]:
     if sys.version_info[:2] >= OLDEST_PYTHON:
         yield Finding("Python", "works", f"{version} ({sys.executable})")
     else:
-        yield Finding("Python", "broken", f"{version}; 3.11 is the oldest that will do", "Install a newer Python.")
+        yield Finding("Python", "broken", f"{version}; OneBase needs 3.11 or later", "Install a newer Python.")
 
 
 def _packages() -> Iterator[Finding]:
@@ -134,10 +136,10 @@ def _packages() -> Iterator[Finding]:
     if missing:
         yield Finding("packages", "broken", f"not installed: {', '.join(missing)}", INSTALL)
     if wrong:
-        yield Finding("packages", "look", f"outside the range that OneBase was made for: {', '.join(wrong)}", INSTALL)
+        yield Finding("packages", "look", f"of versions that OneBase was not made for: {', '.join(wrong)}", INSTALL)
     if not missing and not wrong:
         told = ", ".join(f"{name} {versions[name]}" for name in ("transformers", "trl", "peft") if name in versions)
-        yield Finding("packages", "works", f"{len(versions)} in their ranges: {told}, ...", figures=versions)
+        yield Finding("packages", "works", f"{len(versions)}, all of supported versions: {told}, ...", figures=versions)
 
 
 def _extras() -> Iterator[Finding]:
@@ -179,17 +181,17 @@ def _torch() -> Iterator[Finding]:
     yield from _cards(cards, torch["built_for"])
     if four_bits.get("works"):
         where = "the card" if four_bits["device"] == "cuda" else "the CPU"
-        error = f"a product is off by {four_bits['relative_error']:.1%}, as it should be"
+        error = f"a test product is {four_bits['relative_error']:.1%} off, which is normal for 4 bits"
         yield Finding("4 bits", "works", f"bitsandbytes on {where}: {error}", figures=four_bits)
     else:
-        why = four_bits.get("error") or f"a product is off by {four_bits['relative_error']:.0%}"
-        instead = "pip install -U bitsandbytes; until then only model.quantize: none runs here."
+        why = four_bits.get("error") or f"a test product is {four_bits['relative_error']:.0%} off"
+        instead = "pip install -U bitsandbytes; until then, only model.quantize: none runs here."
         yield Finding("4 bits", "look", f"bitsandbytes does not work: {why}", instead, four_bits)
 
 
 def _cards(cards: Any, built_for: str) -> Iterator[Finding]:
     if isinstance(cards, dict):
-        yield Finding("card", "look", f"torch cannot ask for one: {cards['error']}", "Update the driver.")
+        yield Finding("card", "look", f"torch could not look for one: {cards['error']}", "Update the driver.")
         return
     for number, card in enumerate(cards):
         half = "bfloat16" if card["bfloat16"] else "no bfloat16: it computes in float16"
@@ -200,10 +202,10 @@ def _cards(cards: Any, built_for: str) -> Iterator[Finding]:
         return
     if shutil.which("nvidia-smi") and "CUDA" not in built_for:
         do = "Install torch built for CUDA: https://pytorch.org/get-started/locally"
-        yield Finding("card", "look", f"there seems to be an NVIDIA card, and this torch is built for {built_for}", do)
+        yield Finding("card", "look", f"there seems to be an NVIDIA card, but this torch is built for {built_for}", do)
     elif shutil.which("nvidia-smi"):
-        do = "See whether nvidia-smi shows the card, and what CUDA_VISIBLE_DEVICES says."
-        yield Finding("card", "look", "the NVIDIA driver is here, and torch sees no card", do)
+        do = "Check that nvidia-smi shows the card, and that CUDA_VISIBLE_DEVICES does not hide it."
+        yield Finding("card", "look", "the NVIDIA driver is here, but torch sees no card", do)
     else:
         yield Finding("card", "not here", "no GPU: small models train on the CPU")
 
@@ -238,7 +240,7 @@ def _processor() -> Iterator[Finding]:
     physical = psutil.cpu_count(logical=False)
     cores = f"{usable} of {os.cpu_count()} threads" + (f" on {physical} cores" if physical else "")
     half = "bfloat16 in hardware" if flags & BFLOAT16_INSTRUCTIONS else "no bfloat16: it computes in float32"
-    known = f"{', '.join(can)}; {half}" if flags else "the system does not say what it can compute"
+    known = f"{', '.join(can)}; {half}" if flags else "the system does not list its instructions"
     figures = {"name": name, "threads": usable, "cores": physical, "instructions": can}
     yield Finding("processor", "works", f"{name}: {cores}; {known}", figures=figures)
 
@@ -250,7 +252,7 @@ def _memory() -> Iterator[Finding]:
     says = f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} free"
     figures = {"total": memory.total, "available": memory.available}
     if memory.available < LITTLE_RAM:
-        yield Finding("memory", "look", says, "Close other programs; a base is loaded through this memory.", figures)
+        yield Finding("memory", "look", says, "Close other programs. A base is loaded through this memory.", figures)
     else:
         yield Finding("memory", "works", says, figures=figures)
 
@@ -272,7 +274,9 @@ def _disk(runs: Path) -> Iterator[Finding]:
             state: State = "broken" if needed else "look"
             yield Finding(what, state, f"{there} cannot be written to", "Name another folder.", figures)
         elif free < LITTLE_DISK:
-            yield Finding(what, "look", says, "Free some: an 8B base is 16 GB, its run a few more.", figures)
+            yield Finding(
+                what, "look", says, "Free some space: an 8B base takes 16 GB, and its run a few more.", figures
+            )
         else:
             yield Finding(what, "works", says, figures=figures)
 
@@ -289,5 +293,5 @@ def _hub() -> Iterator[Finding]:
     elif logged_in:
         yield Finding("Hub", "works", "a token is there", figures=figures)
     else:
-        why = "not logged in: open models and data are read all the same"
+        why = "not logged in: open models and data can be read anyway"
         yield Finding("Hub", "not here", why, "hf auth login, for gated models and to publish", figures)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Column, Table
+from rich.text import Text
 
+from pipeline.disk.atomic import Json
 from pipeline.disk.manifest import Dtype
 from pipeline.errors import UserError
 from pipeline.models.dtype import known_for_cpu
@@ -20,7 +22,8 @@ from pipeline.plan.sizes import AUTO
 from pipeline.plan.stage import Planned, lengths_of, plan_stage, planned_model
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.dtype import begun_in
-from pipeline.runs.states import states
+from pipeline.runs.states import State, states
+from pipeline.terminal.console import Row, print_matrix
 from pipeline.terminal.states import show_states
 
 GIB = 2**30
@@ -41,55 +44,123 @@ ROWS: list[tuple[str, Callable[[Planned], int]]] = [
 ]
 
 
-def show_plan(recipe: Recipe, runs: Path, card: Card | None, console: Console) -> None:
-    """What the next run would do, and what each stage needs; the one where the other cannot be told.
+@dataclass(frozen=True)
+class Needs:
+    """What every stage needs on a card. `dtype`: what the base is planned to compute in, and `why` where the recipe
+    leaves it open. `assumed`: there is no card, and auto was planned for this machine's RAM."""
 
-    Raises UserError if what would run cannot be told and the shapes are no known ones either.
-    """
-    unknown, begun = None, dict[str, Dtype]()
+    spec: ModelSpec
+    dtype: str
+    why: str
+    shapes: Shapes
+    card: Card | None
+    assumed: bool
+    stages: dict[str, Planned]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the next run would do, and what each stage needs; where one of them cannot be told, the reason."""
+
+    states: list[State] | UserError
+    needs: Needs | UserError
+
+    def hold(self, base: ModelSpec) -> None:
+        """Raises UserError if what would run cannot be told and the shapes are no known ones either."""
+        known = isinstance(self.needs, Needs) and self.needs.shapes.noted
+        # of a base that is well known, only the Hub is out of reach
+        if isinstance(self.states, UserError) and not (known and hub_commit(base.base, base.revision)[1]):
+            raise self.states
+
+
+def make_plan(recipe: Recipe, runs: Path, card: Card | None) -> Plan:
+    begun = dict[str, Dtype]()
     try:
-        show_states(states(recipe, runs), console)
+        found: list[State] | UserError = states(recipe, runs)
         begun = begun_in(recipe, runs)
-    except UserError as error:  # its needs follow from shapes alone
-        unknown = error
-    noted = ""
+    except UserError as error:  # what a stage needs follows from shapes alone
+        found = error
     try:
-        noted = show_needs(recipe, begun, card, console).noted
+        return Plan(found, find_needs(recipe, begun, card))
     except UserError as error:
-        console.print(f"memory and time: not planned: {error}", highlight=False, markup=False)
-    base = recipe.spec.model
-    if unknown and noted and hub_commit(base.base, base.revision)[1]:  # well known; only the Hub is out of reach
-        console.print(f"\nwhat would run is not known: {unknown}", highlight=False, markup=False)
-    elif unknown:
-        raise unknown
+        return Plan(found, error)
 
 
-def show_needs(recipe: Recipe, begun: Mapping[str, Dtype], card: Card | None, console: Console) -> Shapes:
-    """What every stage needs: memory, time, disk; from the shapes in the base's config.json, which are returned.
-    `begun`: what the run's stages compute in, of those that have begun.
+def show_plan(recipe: Recipe, runs: Path, card: Card | None, console: Console) -> None:
+    plan = make_plan(recipe, runs, card)
+    if not isinstance(plan.states, UserError):
+        show_states(plan.states, console)
+    if isinstance(plan.needs, UserError):
+        console.print(f"memory and time: not planned: {plan.needs}", markup=False)
+    else:
+        show_needs(plan.needs, console)
+    plan.hold(recipe.spec.model)
+    if isinstance(plan.states, UserError):
+        console.print(f"\nwhat would run is not known: {plan.states}", markup=False)
+
+
+def plan_as_json(recipe: Recipe, runs: Path, card: Card | None) -> Json:
+    """Memory and disk in bytes; null for what cannot be told."""
+    plan = make_plan(recipe, runs, card)
+    plan.hold(recipe.spec.model)
+    needs = None if isinstance(plan.needs, UserError) else plan.needs
+    where = {} if isinstance(plan.states, UserError) else {state.name: state for state in plan.states}
+    stages = {}
+    for name in recipe.order():
+        state, needed = where.get(name), needs.stages[name] if needs else None
+        stages[name] = {"state": state and state.word, "why": state and state.why, "needs": needed and _figures(needed)}
+    card = needs.card if needs else card
+    told = (
+        {"dtype": needs.dtype, "parameters": needs.shapes.parameters} if needs else {"dtype": None, "parameters": None}
+    )
+    return {"recipe": recipe.name, "card": card, "room": card and card.room, **told, "stages": stages}
+
+
+def _figures(stage: Planned) -> Json:
+    return {
+        "work": stage.work,
+        "memory": stage.memory,
+        "context": CONTEXT,
+        "total": stage.memory.total,
+        "fits": stage.fits,
+        "tokens_per_second": stage.tokens_per_second,
+        "minutes": stage.minutes,
+        "disk": stage.disk,
+    }
+
+
+def find_needs(recipe: Recipe, begun: Mapping[str, Dtype], card: Card | None) -> Needs:
+    """Memory, time and disk of every stage, from the shapes in the base's config.json. `begun`: what the run's stages
+    compute in, of those that have begun.
 
     Raises UserError with the reason where the shapes cannot be read or are not of a known kind.
     """
-    spec = recipe.spec.model
+    spec, why = recipe.spec.model, ""
     shapes = read_shapes(spec)
     if spec.dtype == AUTO:
         dtype, why = _planned_dtype(begun, shapes, card)
         spec = spec.model_copy(update={"dtype": dtype})
-        console.print(f"\nmodel.dtype: auto is planned as {dtype}: {why}", highlight=False, markup=False)
-    if card is None and any(auto.find_autos(section) for section in recipe.stages.values()):
+    assumed = card is None and any(auto.find_autos(section) for section in recipe.stages.values())
+    if assumed:
         card = cards.half_of_ram()  # as `onebase run` takes it
-        console.print("\nno GPU here: auto is planned as it would be chosen on this machine; --gpu names a card")
-    planned = plan_stages(recipe, spec, shapes, card)
-    half = {"bfloat16": "bf16", "float16": "fp16"}.get(spec.dtype, "fp32")
-    console.print()
-    _show_table(planned, shapes, card, half, console)
-    if shapes.noted:
+    return Needs(spec, spec.dtype, why, shapes, card, assumed, plan_stages(recipe, spec, shapes, card))
+
+
+def show_needs(needs: Needs, console: Console) -> None:
+    if needs.why:
+        console.print(f"\nmodel.dtype: auto is planned as {needs.dtype}: {needs.why}", markup=False)
+    if needs.assumed:
         console.print(
-            f"{spec.base}: its shapes are as this package noted them on {shapes.noted}, since its config.json is "
-            "not on this disk and the Hub did not give it.",
-            style="dim", highlight=False, markup=False,
+            "\nThere is no GPU here. auto is planned as it would be chosen on this machine. --gpu names a card."
+        )
+    console.print()
+    _show_table(needs, console)
+    if needs.shapes.noted:
+        console.print(
+            f"{needs.spec.base}: its shapes are as this package noted them on {needs.shapes.noted}, since its "
+            "config.json is not on this disk and the Hub did not give it.",
+            style="dim", markup=False,
         )  # fmt: skip
-    return shapes
 
 
 def plan_stages(recipe: Recipe, spec: ModelSpec, shapes: Shapes, card: Card | None) -> dict[str, Planned]:
@@ -112,53 +183,58 @@ def _planned_dtype(begun: Mapping[str, Dtype], shapes: Shapes, card: Card | None
     for name, dtype in begun.items():
         return dtype, f"as in '{name}'"
     if card:
-        return "bfloat16", "on a GPU that, or float16, which takes as much"
+        return "bfloat16", "a GPU computes in it or in float16, which takes as much memory"
     known = known_for_cpu(shapes.hidden, shapes.intermediate)
     if known:
         return known.dtype, known.why
     return "float32", "the most it takes on a CPU; the first run measures what is faster here"
 
 
-def _show_table(planned: dict[str, Planned], shapes: Shapes, card: Card | None, half: str, console: Console) -> None:
+def _show_table(needs: Needs, console: Console) -> None:
     """The memory of each stage in GiB, whether it fits, and how long it takes."""
+    shapes, card, stages = needs.shapes, needs.card, list(needs.stages.values())
     where = f"on {card.name}, {card.room / GIB:.1f} GiB free" if card else "no GPU here; --gpu names one"
-    title = f"memory in GiB at each stage's peak, {shapes.parameters / 1e9:.3g}B parameters ({where})"
-    table = Table(Column("", no_wrap=True), title=title, title_justify="left", box=None, pad_edge=False)
-    for name in planned:
-        table.add_column(name, justify="right")
-    for label, read in ROWS:
-        style = "bold" if label.startswith("total") else "dim" if label.startswith("=") else None
-        table.add_row(label.replace("bf16", half), *(_gib(read(stage)) for stage in planned.values()), style=style)
+    console.print(
+        f"Peak memory in GiB, {shapes.parameters / 1e9:.3g}B parameters ({where})", style="italic", markup=False
+    )
+    half = {"bfloat16": "bf16", "float16": "fp16"}.get(needs.dtype, "fp32")
+    styles = {"=": "dim", "t": "bold"}
+    rows = [
+        Row(label.replace("bf16", half), [_gib(read(stage)) for stage in stages], styles.get(label[0], ""))
+        for label, read in ROWS
+    ]
     if card:
-        table.add_row("fits", *(_fits(stage, card) for stage in planned.values()))
-    table.add_row("longest batch", *(f"{stage.work.rows} x {stage.work.length}" for stage in planned.values()))
-    layers = shapes.layers
-    table.add_row("layers checkpointed", *(f"{s.work.checkpointed} of {layers}" for s in planned.values()))
-    table.add_row("tokens/s", *(_or_none(stage.tokens_per_second, "{:.0f}") for stage in planned.values()))
-    table.add_row("minutes of training", *(_minutes(stage.minutes) for stage in planned.values()))
-    table.add_row("disk, GB", *(f"{stage.disk / 1e9:.2f}" for stage in planned.values()))
-    table.add_row("merging, RAM included", *(_gib(stage.memory.merging) for stage in planned.values()))
-    console.print(table)
+        rows.append(Row("fits", [_fits(stage, card) for stage in stages]))
+        rows.append(Row("GiB to spare", [f"{(card.room - stage.memory.total) / GIB:.1f}" for stage in stages]))
+    rows += [
+        Row("longest batch", [f"{stage.work.rows} x {stage.work.length}" for stage in stages]),
+        Row("layers checkpointed", [f"{stage.work.checkpointed} of {shapes.layers}" for stage in stages]),
+        Row("tokens/s", [_or_none(stage.tokens_per_second, "{:.0f}") for stage in stages]),
+        Row("minutes of training", [_minutes(stage.minutes) for stage in stages]),
+        Row("disk, GB", [f"{stage.disk / 1e9:.2f}" for stage in stages]),
+        Row("merging, RAM included", [_gib(stage.memory.merging) for stage in stages]),
+    ]
+    print_matrix("", list(needs.stages), rows, console)
     base = shapes.parameters * 2 / 1e9
     reached = f"{card.reached:.0%} of {card.name}'s {card.teraflops:g} bf16 TFLOPS" if card and card.teraflops else ""
     notes = [
-        "The total is what always stays (weights to optimizer), the largest peak (=) and the context.",
-        f"The base is another {base:.3g} GB on disk. Lengths are estimated at 4 bytes of text a token.",
-        f"Times are a roofline at {reached}; evaluation is not in them." if reached else "",
+        "Total = what always stays (weights to optimizer) + the largest peak (=) + the context.",
+        f"The base takes {base:.3g} GB more on disk. Lengths are estimated at 4 bytes of text a token.",
+        f"Times are estimated at {reached}. They do not include evaluation." if reached else "",
     ]
     for note in filter(None, notes):
-        console.print(note, style="dim", highlight=False, markup=False)
+        console.print(note, style="dim", markup=False)
 
 
 def _gib(amount: int) -> str:
     return f"{amount / GIB:.2f}" if amount else "-"
 
 
-def _fits(stage: Planned, card: Card) -> str:
-    spare = (card.room - stage.memory.total) / GIB
+def _fits(stage: Planned, card: Card) -> Text:
+    spare = card.room - stage.memory.total
     if spare < 0:
-        return f"[red]no, {-spare:.1f} over[/red]"
-    return f"[green]yes, {spare:.1f} free[/green]" if spare > 0.03 * card.room / GIB else "[yellow]barely[/yellow]"
+        return Text("no", style="red")
+    return Text("yes", style="green") if spare > 0.03 * card.room else Text("barely", style="yellow")
 
 
 def _or_none(value: float | None, form: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.recipe.recipe import Recipe, read
+from pipeline.terminal.console import make_console, print_rows
 
 
 def read_recipe(name: str, overrides: Sequence[str]) -> Recipe:
@@ -31,8 +32,15 @@ def read_run(run: str, overrides: Sequence[str], runs: Path) -> tuple[Recipe, Pa
 
 
 def show_recipes() -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
     for name, path in _recipes().items():
-        print(f"{name:<32} {_about(path)}")
+        table.add_row(Text(name), Text(_about(path)))
+    print_rows(table, make_console())
 
 
 def copy_recipe(name: str, to: Path) -> None:

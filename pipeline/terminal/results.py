@@ -1,31 +1,35 @@
-"""What a run gained: each stage's numbers, what the policies answer, their evaluation; and what to type next."""
+"""What a run gained: each stage's numbers, what the policies answer, and their evaluation."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
+from rich.cells import cell_len
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.disk.artifact import WEIGHTS
+from pipeline.disk.atomic import Json
 from pipeline.disk.manifest import Manifest
 from pipeline.evaluate import verdicts
 from pipeline.evaluate.stored import Results, read_verdicts
 from pipeline.measure.metric import METRICS, TRUTH, Estimate, Metric
 from pipeline.recipe.recipe import Recipe
-from pipeline.runs.told import asked, one_line, read_samples, shorten
+from pipeline.runs.told import asked, one_line, read_samples
 from pipeline.stages import STAGES
 from pipeline.stages.stage import StageSpec
+from pipeline.terminal.console import Row, print_matrix, print_rows
+from pipeline.terminal.machine import describe
 
 
 def show_results(recipe: Recipe, runs: Path, console: Console) -> None:
     """The held-out numbers before and after every finished stage, with cost."""
     title = f"{recipe.name}: what each stage changed on held-out data (MiB: peak memory)"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=title, box=None, pad_edge=False)
     for column in ("stage", "number"):
         table.add_column(column, no_wrap=True)
     for column in ("before", "after", "change", "time", "MiB"):
@@ -46,11 +50,11 @@ def show_results(recipe: Recipe, runs: Path, console: Console) -> None:
         for metric, note in measured:
             table.add_row(name, metric.label, *_numbers(metric, manifest, metric.name in own), *cost)
             for below in filter(None, (note, _interval(metric, manifest))):
-                table.add_row("", f"  {below}")
+                table.add_row("", f"  {below}", "", "", "", "", "")
             name, cost = "", ["", ""]
         if not measured:
             table.add_row(name, "none: no held-out data", "", "", "", *cost)
-    console.print(table)
+    print_rows(table, console, names=2)
     for note in notes:
         console.print(Text(note))
 
@@ -69,50 +73,55 @@ def show_answers(recipe: Recipe, runs: Path, console: Console) -> None:
                 right[question] = sample["answer"]
     complete = max((len(answers) for answers in told.values()), default=0)
     for question, answers in [item for item in told.items() if len(item[1]) == complete][:3]:
-        hint = f"   (right: {right[question]})" if question in right else ""
         console.print()
-        room = console.width - len("Q: ") - len(hint)
-        console.print(Text(f"Q: {shorten(question, room)}", style="bold") + Text(hint, style="not bold green"))
+        asked_for, hint = Text(f"Q: {one_line(question)}", style="bold"), f"   (right: {right.get(question)})"
+        if question in right:
+            room = console.width - cell_len(asked_for.plain) - cell_len(hint)
+            asked_for.append(hint if room >= 0 else f"\n{hint}", style="not bold green")
+        console.print(asked_for)
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(style="cyan", justify="right", no_wrap=True)
+        table.add_column(no_wrap=True, overflow="ellipsis")
         for name, answer in answers.items():
-            who = f"  {name:>9}  "
-            console.print(Text(who, style="cyan") + Text(shorten(one_line(answer), console.width - len(who))))
+            table.add_row(name, Text(one_line(answer)))
+        console.print(Padding(table, (0, 0, 0, 2)))
 
 
 def show_evaluation(results: Results, console: Console) -> None:
     """One verdict a stage, and the numbers of every policy with their 95 % intervals."""
     colours = {"better": "green", "worse": "red", "warning": "yellow", "unshown": "yellow", "unclear": "dim"}
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
     for name, verdict in results.verdicts.items():
-        console.print(Text(f"{name:>9}  ", style="bold") + Text(verdict.text, style=colours[verdict.word]))
-    table = Table("number, 95 % interval", box=None, pad_edge=False)
-
-    def cell(metric: Metric, found: Estimate | None) -> str:
-        return "\n".join(filter(None, (metric.written(found.value), metric.range(found)))) if found else ""
-
-    held = results.columns()
-    for name in held:
-        table.add_column(name, justify="right")
-    for metric in (metric for metric in METRICS if any(metric.name in numbers for numbers in held.values())):
-        table.add_row(metric.heading, *(cell(metric, numbers.get(metric.name)) for numbers in held.values()))
-    for row in results.benchmarks:
-        found = [row.numbers.get(name.removesuffix(", zero-shot")) for name in held]
-        table.add_row(row.shown.heading, *(cell(row.shown, value) for value in found))
-    console.print()
+        table.add_row(name, Text(verdict.text, style=colours[verdict.word]))
     console.print(table)
 
+    def cell(metric: Metric, found: Estimate | None) -> str:
+        return metric.lines(found) if found else ""
 
-def show_next(recipe: Recipe, path: str, runs: Path, console: Console) -> None:
-    """Where things are and what to type next."""
-    print_line = partial(console.print, highlight=False, soft_wrap=True, markup=False)
-    print_line(f"\nAdapters, manifests, logs: {runs / recipe.name}/<stage>/")
-    print_line("What to type next:")
-    talk = [("talk to it", f"onebase chat {shlex.quote(str(runs / recipe.name))}")]
-    for what, command in (
-        *(talk if any(recipe.kind(name).answers for name in recipe.order()) else []),
-        ("compare stages", f"onebase eval {path}"),
-        ("see where it is", f"onebase status {path}"),
-        ("make your own", f"onebase cp {shlex.split(path)[0]} my.yaml"),
-    ):
-        print_line(f"  {what:<17}{command}")
+    held = results.columns()
+    rows = [
+        Row(metric.heading, [cell(metric, numbers.get(metric.name)) for numbers in held.values()])
+        for metric in METRICS
+        if any(metric.name in numbers for numbers in held.values())
+    ]
+    for row in results.benchmarks:
+        found = [row.numbers.get(name.removesuffix(", zero-shot")) for name in held]
+        rows.append(Row(row.shown.heading, [cell(row.shown, value) for value in found]))
+    console.print()
+    print_matrix("number, 95 % interval", list(held), rows, console)
+
+
+def results_as_json(results: Results) -> Json:
+    """What results.json holds, and what its numbers are."""
+    metrics = [*METRICS, *(row.shown for row in results.benchmarks)]
+    return {"results": results.sealed(), "metrics": describe(metrics)}
+
+
+def metrics_of(recipe: Recipe, name: str) -> list[Metric]:
+    """The numbers that a stage takes of itself."""
+    return [*recipe.kind(name).headlines, *(metric for metric, _ in _sources(recipe, name))]
 
 
 def _sources(recipe: Recipe, name: str) -> list[tuple[Metric, str]]:

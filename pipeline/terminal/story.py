@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
 from pipeline.disk.atomic import Json
@@ -13,6 +14,7 @@ from pipeline.disk.manifest import Manifest
 from pipeline.measure.matching import correct
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.told import asked, one_line, read_samples
+from pipeline.terminal.console import counted
 from pipeline.terminal.results import clock
 
 INDENT = 10
@@ -30,10 +32,11 @@ def show_story(recipe: Recipe, runs: Path, page: str, console: Console) -> None:
         if heading == "page":  # a path is to be copied whole
             console.print(f"  {heading:<{INDENT - 2}}{text}", highlight=False, markup=False, soft_wrap=True)
             continue
-        first, *rest = Text(text).wrap(console, console.width - INDENT)
-        console.print(Text(f"  {heading:<{INDENT - 2}}", style="cyan") + first)
-        for line in rest:
-            console.print(Padding(line, (0, 0, 0, INDENT), expand=False))
+        table = Table.grid()
+        table.add_column(style="cyan", width=INDENT - 2)
+        table.add_column()
+        table.add_row(heading, Text(text))
+        console.print(Padding(table, (0, 0, 0, 2)))
     console.print()
 
 
@@ -79,5 +82,5 @@ def _cost(done: list[Manifest]) -> str:
     peak = max(manifest.peak_memory_mib for manifest in done)
     spent = [manifest.energy_wh for manifest in done if manifest.energy_wh is not None]
     energy = f"{sum(spent):.1f} Wh ({done[-1].energy_of})" if len(spent) == len(done) else "energy is not counted here"
-    stages = "1 stage" if len(done) == 1 else f"{len(done)} stages"
+    stages = counted(len(done), "stage")
     return f"{time} for {stages} on {done[-1].device}, {peak / 1024:.1f} GiB of memory at most; {energy}."

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 from transformers import TrainerCallback
 
 from pipeline.disk.artifact import mark_checkpoint
@@ -53,10 +54,8 @@ class Progress(TrainerCallback):
             print(f"  going on from step {state.global_step} of {state.max_steps}", flush=True)
         self.began, self.first_step = time.monotonic(), state.global_step
         self.seen = (0.0, time.monotonic())
-        if sys.stdout.isatty():
-            columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-            notes = (TextColumn("{task.fields[note]}"), TimeRemainingColumn(), TextColumn("left{task.fields[whole]}"))
-            self.bar = Bar(*columns, *notes, console=Console())
+        if sys.stdout.isatty() and (bar := make_bar(Console())):
+            self.bar = bar
             self.bar.start()
             self.task = self.bar.add_task(
                 self.ctx.out.name, total=state.max_steps, completed=state.global_step, note="", whole=""
@@ -100,6 +99,20 @@ class Progress(TrainerCallback):
             self.on_step_end(args, state, control)
             self.bar.stop()
             self.bar = None
+
+
+def make_bar(console: Console) -> Bar | None:
+    """A bar, with as much beside it as one line has room for; None where escape codes are not wanted."""
+    if console.no_color or console.is_dumb_terminal:
+        return None
+    columns: list[ProgressColumn] = [TextColumn("  {task.description}")]
+    if console.width >= 60:
+        columns.append(BarColumn(bar_width=None, table_column=Column(ratio=1)))
+    columns.append(TextColumn("{task.completed}/{task.total}"))
+    if console.width >= 80:
+        columns.append(TextColumn("{task.fields[note]}"))
+    columns += [TimeRemainingColumn(), TextColumn("left{task.fields[whole]}" if console.width >= 100 else "left")]
+    return Bar(*columns, console=console, expand=True)
 
 
 class Checkpoints(TrainerCallback):

@@ -186,7 +186,8 @@ def _finish(tracker: GeneralTracker) -> None:
     if tracker.name == "trackio":
         import trackio
 
-        trackio.finish()  # what the tracker itself calls leaves it to be finished again at the end of the process
+        # What the tracker itself calls leaves it to be finished again at the end of the process.
+        trackio.finish()  # type: ignore[no-untyped-call]
     else:
         tracker.finish()
 

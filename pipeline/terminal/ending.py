@@ -1,0 +1,40 @@
+"""What `onebase run` ends with: the story, the numbers, some answers, and what to type next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.recipe.recipe import Recipe
+from pipeline.terminal.console import make_console
+from pipeline.terminal.results import as_typed, show_answers, show_results
+from pipeline.terminal.story import show_story
+
+
+def show_ending(recipe: Recipe, path: str, overrides: Sequence[str], runs: Path, page: str) -> None:
+    """`page`: where the report lies, or why there is none."""
+    console = make_console()
+    console.print()
+    show_story(recipe, runs, page, console)
+    show_results(recipe, runs, console)
+    show_answers(recipe, runs, console)
+    show_next(recipe, as_typed(path, overrides, runs), runs, console)
+
+
+def show_next(recipe: Recipe, path: str, runs: Path, console: Console) -> None:
+    """Where things are and what to type next."""
+    print_line = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    print_line(f"\nAdapters, manifests, logs: {runs / recipe.name}/<stage>/")
+    print_line("What to type next:")
+    talk = [("talk to it", f"onebase chat {shlex.quote(str(runs / recipe.name))}")]
+    for what, command in (
+        *(talk if any(recipe.kind(name).answers for name in recipe.order()) else []),
+        ("compare stages", f"onebase eval {path}"),
+        ("see where it is", f"onebase status {path}"),
+        ("make your own", f"onebase cp {shlex.split(path)[0]} my.yaml"),
+    ):
+        print_line(f"  {what:<17}{command}")

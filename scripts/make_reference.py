@@ -1,8 +1,9 @@
-"""Write docs/recipe.md: every word that a recipe may have, from the sections' own docstrings and defaults.
+"""Write docs/recipe.md and docs/recipe-train.md: every word that a recipe may have, from the sections' own docstrings
+and defaults.
 
 To use it:
-    python scripts/make_reference.py            writes the file
-    python scripts/make_reference.py --check    writes nothing; exits with 1 if the file is not what would be written
+    python scripts/make_reference.py            writes the files
+    python scripts/make_reference.py --check    writes nothing; exits with 1 if a file is not what would be written
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from pydantic import BaseModel
 from pipeline.data.load import DataSpec, Part
 from pipeline.models.spec import ModelSpec
 from pipeline.plan.sizes import AUTO_ARGUMENTS
-from pipeline.ppo.settings import PPOSettings
 from pipeline.recipe.sections import RecipeSpec
 from pipeline.stages import STAGES
 from pipeline.stages.arguments import NUMBERS, OUR_WORDS
+from pipeline.stages.ppo import RolloutSpec
 from pipeline.stages.stage import PolicySpec, RewardTerm, StageSpec
 
-PAGE = ROOT / "docs" / "recipe.md"
+PAGE, TRAIN = ROOT / "docs" / "recipe.md", ROOT / "docs" / "recipe-train.md"
 PLAIN = {  # of words whose sections say nothing, as their names say it all
     "seed": "The random seed of the whole run.",
     "model": "The base and the adapter's shape, see [`model`](#model).",
@@ -48,8 +49,8 @@ PLAIN = {  # of words whose sections say nothing, as their names say it all
     "logging_steps": "A line in metrics.jsonl every so many steps.",
     "save_steps": "A checkpoint every so many steps.",
     "save_total_limit": "How many checkpoints are kept; 2 if not given.",
+    "adam_epsilon": "epsilon of AdamW.",
 }
-SOURCES = re.search(r"Sources: (.*?)\n\n?$", (inspect.getmodule(PPOSettings).__doc__ or "") + "\n", re.DOTALL)
 
 HEAD = """# Recipe reference
 
@@ -60,6 +61,13 @@ know, is refused with its line and a suggestion. [Stages](stages.md) shows a who
 
 YAML is read strictly: a key that is given twice is an error, `1e-5` is a number, and anchors are not used.
 Any value can be changed on the command line: `onebase run RECIPE -o stages.dpo.train.beta=0.05`.
+"""
+HEAD_OF_TRAIN = """# Recipe reference: `train` of ppo and grpo
+
+<!-- Written by scripts/make_reference.py from docstrings in the code. Do not edit: change those and run it again. -->
+
+What these two stages take under `train:`. Both sample answers and learn from them; [PPO and GRPO](ppo.md) says how. All
+other words of a recipe are in the [recipe reference](recipe.md).
 """
 
 
@@ -149,11 +157,12 @@ def cell(text: str) -> str:
     return re.sub(r"<(?=\s)", "&lt;", text).replace("|", "\\|")
 
 
-def grouped(words: list[Word]) -> str:
+def grouped(stage: str, words: list[Word]) -> str:
     """One table for each group of words."""
     parts = []
     for group in dict.fromkeys(word.group for word in words):
-        parts.append(f"### {group}\n\n" + table([word for word in words if word.group == group]))
+        heading = f"### {stage}: {group[0].lower()}{group[1:]}\n\n"
+        parts.append(heading + table([word for word in words if word.group == group]))
     return "\n\n".join(parts)
 
 
@@ -161,7 +170,8 @@ def page() -> str:
     stages = []
     for name, stage in STAGES.items():
         config = stage.config_class
-        takes = "[words of its own](#ppo-train)" if isinstance(config, type) else f"the words of TRL's `{config}`"
+        own = f"[words of its own](recipe-train.md#{name})"
+        takes = own if isinstance(config, type) else f"the words of TRL's `{config}`"
         house = ", ".join(f"`{word}: {str(value).lower() if isinstance(value, bool) else value}`"
                           for word, value in stage.house.items())  # fmt: skip
         further = [word for word in words_of(stage.section, without=PolicySpec) if word.name != "kind"]
@@ -170,13 +180,13 @@ def page() -> str:
         text += f"- Defaults of this stage that differ from it: {house}.\n" if house else ""
         text += f"- `questions:` is {'allowed' if stage.answers else 'not allowed: it leaves no policy'}.\n"
         numbers = ", ".join(f"`{number}`" for number in stage.numbers)
-        sources = "; for each source of the reward also `reward/SOURCE`, with the endings of `reward`"
-        text += f"- Numbers that `expect:` can name: {numbers}{sources if name == 'ppo' else ''}.\n"
+        if issubclass(stage.section, RolloutSpec):
+            numbers += "; for each source of the reward also `reward/SOURCE`, with the endings of `reward`"
+        text += f"- Numbers that `expect:` can name: {numbers}.\n"
         stages.append(text + (f"\n{table(further)}\n" if further else ""))
     refused = ["| Words | Why |", "| --- | --- |"]
     refused += [f"| {', '.join(f'`{word}`' for word in listed)} | {why} |" for why, listed in OUR_WORDS.items()]
     numbers = ", ".join(f"`{word}` (from {least:g})" for word, (_, least) in NUMBERS.items())
-    assert SOURCES
     parts = [
         HEAD,
         "## The top level\n\n" + table(words_of(RecipeSpec)),
@@ -198,17 +208,28 @@ def page() -> str:
         f"\n\nThese are checked before a model is loaded, with the least that makes sense: {numbers}.",
         "### Words that are refused\n\nSomething else decides these. Each is refused with the reason.\n\n"
         + "\n".join(refused),
-        "## ppo: `train`\n\n" + f"Sources: {' '.join(SOURCES[1].split())}",
-        grouped(list(words_of(PPOSettings))),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
+def page_of_train() -> str:
+    parts = [HEAD_OF_TRAIN]
+    for name, stage in STAGES.items():
+        config = stage.config_class
+        if not isinstance(config, type):
+            continue
+        sources = re.search(r"Sources: (.*?)\n\n?$", (inspect.getmodule(config).__doc__ or "") + "\n", re.DOTALL)
+        assert sources
+        parts += [f"## {name}\n\nSources: {' '.join(sources[1].split())}", grouped(name, list(words_of(config)))]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
 def main() -> None:
-    new = page()
+    new = {PAGE: page(), TRAIN: page_of_train()}
     if "--check" in sys.argv[1:]:
-        raise SystemExit(0 if PAGE.read_text(encoding="utf-8") == new else 1)
-    PAGE.write_text(new, encoding="utf-8")
+        raise SystemExit(any(file.read_text(encoding="utf-8") != text for file, text in new.items()))
+    for file, text in new.items():
+        file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT, write_recipe
 from pydantic import ValidationError
-from test_ppo import ROWS, length, spec
+from safetensors.torch import load_file
+from test_ppo import ROWS, length, parents, ppo_tree, spec  # noqa: F401
 from trl import GRPOTrainer as TRLsGRPOTrainer
 from trl import RLOOTrainer
 
@@ -155,7 +160,7 @@ def test_a_step_has_the_gradients_of_plain_passes_over_each_answer(tiny_base: Pa
 
 
 def test_groups_that_are_all_alike_make_way_for_others(tiny_base: Path) -> None:
-    """Paid is only one of the two first prompts' groups; the other one is replaced, and only by a group that differs."""
+    """The first of two groups is all alike. It is replaced, and only by a group that differs."""
     asked: list[list[Any]] = []
 
     def reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
@@ -168,7 +173,7 @@ def test_groups_that_are_all_alike_make_way_for_others(tiny_base: Path) -> None:
     first = grpo.rollout(0)
     rollout, _, numbers = collect(grpo)
     assert [len(prompts) for prompts in asked] == [8, 4, 4]
-    assert [prompt for prompt in asked[2]] == [row["prompt"] for row in rollout.rows[:4]]
+    assert list(asked[2]) == [row["prompt"] for row in rollout.rows[:4]]
     assert rollout.texts[4:] == first.texts[4:]
     assert numbers["frac_reward_zero_std"] == 0.0
     asked.clear()
@@ -212,3 +217,29 @@ def test_a_reward_that_is_alike_in_all_groups_stops_the_run() -> None:
     told = [health.verdict(step)[0] for _ in range(WINDOW)]
     assert told[:-1] == [None] * (WINDOW - 1)
     assert "all answers of every group were paid alike" in str(told[-1])
+
+
+def test_two_processes_learn_what_one_does(tiny_base: Path, parents: Path) -> None:  # noqa: F811
+    """They share the groups and draw the same answers; what differs is the order of sums."""
+    train = {
+        "max_steps": 3, "generation_batch_size": 8, "num_generations": 2, "per_device_train_batch_size": 2,
+        "max_completion_length": 10, "learning_rate": 1e-3, "beta": 0.1,
+    }  # fmt: skip
+    tree = ppo_tree(tiny_base, parents)
+    stage = {**tree["stages"].pop("ppo"), "train": train}
+    tree["stages"] |= {"one": {"kind": "grpo", **stage}, "two": {"kind": "grpo", **stage}}
+    path = write_recipe(tree, parents / "grpo.yaml")
+    for name, count in (("one", "1"), ("two", "2")):
+        said = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count,
+             "-m", "pipeline.runs.worker", str(path), name, "--runs", str(parents / "runs")],
+            cwd=ROOT, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, timeout=120,
+        )  # fmt: skip
+        assert said.returncode == 0, said.stdout + said.stderr
+    before, one, two = (
+        load_file(parents / "runs/tiny" / name / "adapter/adapter_model.safetensors") for name in ("sft", "one", "two")
+    )
+    moved = sum(float((one[name] - weight).abs().sum()) for name, weight in before.items())
+    apart = sum(float((one[name] - two[name]).abs().sum()) for name in before)
+    assert moved > 0
+    assert apart < 0.01 * moved

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, tiny_tree, write_recipe
@@ -87,32 +88,42 @@ def test_killed_at_random_moments_equals_unbroken(tiny_base: Path, tmp_path: Pat
         assert adapter_bytes(broken, stage) == adapter_bytes(tmp_path / "unbroken", stage)
 
 
-def test_a_killed_ppo_stage_equals_an_unbroken_one(tiny_base: Path, tmp_path: Path) -> None:
+STEERED = {"steps": 8, "batch_size": 16, "mini_batch_size": 8, "kl_target": 0.5, "normalize_reward": "running"}
+GROUPED = {"max_steps": 8, "generation_batch_size": 16, "num_generations": 4, "beta": 0.1, "max_num_gen_batches": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "train"),
+    [
+        # Long enough that now and then a random model ends an answer; else its health stops the run.
+        ("ppo", {**STEERED, "response_length": 48}),
+        ("grpo", {**GROUPED, "max_completion_length": 48}),
+    ],
+)
+def test_a_killed_ppo_or_grpo_stage_equals_an_unbroken_one(
+    tiny_base: Path, tmp_path: Path, kind: str, train: dict[str, Any]
+) -> None:
     tree = tiny_tree(tiny_base, tmp_path)
     tree["stages"] = {name: tree["stages"][name] for name in ("sft", "reward")}
     tree["stages"]["sft"].pop("from")
-    tree["stages"]["ppo"] = {
+    tree["stages"][kind] = {
         "from": "sft", "reward": "reward", "data": {"path": "data/prompts.jsonl"},
-        "train": {
-            # Long enough that now and then a random model ends an answer; else its health stops the run.
-            "steps": 8, "batch_size": 16, "mini_batch_size": 8, "per_device_train_batch_size": 8, "response_length": 48,
-            "kl_target": 0.5, "normalize_reward": "running", "learning_rate": 1e-3, "save_steps": 1,
-        },
+        "train": {**train, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "save_steps": 1},
     }  # fmt: skip
     path = write_recipe(tree, tmp_path / "recipe.yaml")
     finished(path, tmp_path / "unbroken")
     shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")
-    shutil.rmtree(tmp_path / "broken" / "tiny" / "ppo")
+    shutil.rmtree(tmp_path / "broken" / "tiny" / kind)
     chance, resumed = random.Random(6), ""
     for step in (2, 5):
         process = start(path, tmp_path / "broken")
-        wait_for(tmp_path / "broken" / "tiny" / "ppo" / "checkpoints" / f"checkpoint-{step}", process)
+        wait_for(tmp_path / "broken" / "tiny" / kind / "checkpoints" / f"checkpoint-{step}", process)
         time.sleep(chance.random() * 0.2)
         process.send_signal(signal.SIGKILL)
         resumed += process.communicate(timeout=120)[0]
     resumed += finished(path, tmp_path / "broken")
     assert "going on from step" in resumed
-    assert adapter_bytes(tmp_path / "broken", "ppo") == adapter_bytes(tmp_path / "unbroken", "ppo")
+    assert adapter_bytes(tmp_path / "broken", kind) == adapter_bytes(tmp_path / "unbroken", kind)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_run_is_refused(tiny_base: Path, tmp_path: Path) -> None:

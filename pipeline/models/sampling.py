@@ -54,6 +54,7 @@ def sample(
     critic: Callable[[torch.Tensor], torch.Tensor] | None = None,
     copies: int = 1,
     shared: int = 0,
+    among: tuple[int, int] | None = None,
     advice: str = HELD_OUT,
     when_split: WhenSplit = say_split,
 ) -> list[Episode]:
@@ -63,13 +64,17 @@ def sample(
     `temperature` 0 takes the likeliest token. `batch_size`: most prompts sampled together. A prompt is read once,
     whatever the number of its answers. `shared`: so many tokens with which all prompts begin alike, fewer than the
     shortest has, are read once for each batch (examples of few-shot prompting). `critic`: hidden states (B, hidden) to
-    values (B,), noted beside the tokens. Where memory does not hold `batch_size`, fewer are sampled together, and
-    `when_split` is called; `advice` (models/out_of_memory.py) is for an answer that does not fit even alone.
+    values (B,), noted beside the tokens. `among`: the prompts are those from the first of these numbers on, among so
+    many as the second; several processes that share them draw what one would. Where memory does not hold `batch_size`,
+    fewer are sampled together, and `when_split` is called; `advice` (models/out_of_memory.py) is for an answer that
+    does not fit even alone.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     # One number for each token there may be, drawn before any is: how many are sampled at once and when answers end
     # changes no draw, and policies asked with the same seed differ by what they are, not by their luck.
-    luck_PCG = torch.rand(len(prompts), copies, new_tokens, generator=generator, device=language_model.device)
+    first, whole = among or (0, len(prompts))
+    luck_PCG = torch.rand(whole, copies, new_tokens, generator=generator, device=language_model.device)
+    luck_PCG = luck_PCG[first : first + len(prompts)]
 
     def answers(batch: Sequence[int]) -> dict[int, list[Episode]]:
         few = [prompts[i] for i in batch]

@@ -2,7 +2,7 @@
 
 Names are those of TRL's GRPOConfig where it has one. Where a default differs from TRL's, it says so.
 Sources: [D] arXiv 2402.03300 (GRPO), [Dr] arXiv 2503.20783 (Dr. GRPO), [DA] arXiv 2503.14476 (DAPO),
-[GS] arXiv 2507.18071 (GSPO), [R] arXiv 2402.14740 (RLOO).
+[GS] arXiv 2507.18071 (GSPO), [R] arXiv 2402.14740 (RLOO), [H] arXiv 2403.17031 (implementation details).
 """
 
 from __future__ import annotations

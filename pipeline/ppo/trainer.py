@@ -130,9 +130,8 @@ class RolloutTrainer:
         shuffled epochs, from which each step takes the next."""
         prompts = self.settings.batch_size // self.copies
         count = prompts // self.processes
-        return self.answer(
-            self.take_rows(step * prompts + self.rank * count, count), f"{step}/{self.rank}", self.copies
-        )
+        first = self.rank * count
+        return self.answer(self.take_rows(step * prompts + first, count), f"{step}/0", self.copies, (first, prompts))
 
     def take_rows(self, first: int, count: int, order: str = "prompts") -> list[Row]:
         """So many of the endless row of shuffled epochs, from its place `first` on."""
@@ -140,9 +139,10 @@ class RolloutTrainer:
         return [self.rows[_shuffled(len(self.rows), f"{self.seed}/{order}/{epoch}")[index]] for epoch, index in places]
 
     @torch.no_grad()
-    def answer(self, rows: Sequence[Row], name: str, copies: int = 1) -> Rollout:
+    def answer(self, rows: Sequence[Row], name: str, copies: int = 1, among: tuple[int, int] | None = None) -> Rollout:
         """Answers to each row's prompt, `copies` beside each other, by the policy as it stands; equal under an equal
-        name of the draw. No more are sampled at once than in training."""
+        name of the draw. No more are sampled at once than in training. `among`: the first row's place in a step's rows,
+        of which other processes answer the rest, and their number."""
         settings, actors = self.settings, self.actors
         at_once = self.at_once.get("sampled") or settings.rollout_batch_size or settings.batch_size // self.processes
         actors.act_as(POLICY)
@@ -158,6 +158,7 @@ class RolloutTrainer:
                 generator=torch.Generator(actors.device).manual_seed(draw),
                 batch_size=max(1, at_once // copies),
                 copies=copies,
+                among=among,
                 critic=actors.state_values if actors.value_adapter == POLICY else None,
                 advice=ROLLOUT,
                 when_split=partial(self._take_fewer, "sampled"),

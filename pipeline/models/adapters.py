@@ -36,6 +36,8 @@ save_and_load.check_file_exists_on_hf_hub = lambda *_, **__: False  # type: igno
 
 def fresh(base: PreTrainedModel, lora: dict[str, Any], head: bool = False) -> PeftModel:
     """A new adapter. Raises UserError if PEFT refuses its description."""
+    if lora.get("target_modules") == "all-linear" and not lora.get("exclude_modules"):
+        lora = {**lora, "exclude_modules": _unread(base) or None}
     try:
         return _ready(get_peft_model(base, LoraConfig(**lora, **_task(head))))
     except (TypeError, ValueError) as error:
@@ -195,6 +197,17 @@ def _without_cast(model: PeftModel) -> None:
     for module in modules:
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
+
+
+def _unread(base: PreTrainedModel) -> list[str]:
+    """The linear layers of a trunk that no text passes through: of a model that also sees or hears, its towers."""
+    trunk, decoder = getattr(base, base.base_model_prefix), base.get_decoder()  # type: ignore[no-untyped-call]
+    if decoder is None or not any(module is decoder for module in trunk.modules()):
+        return []
+    read = {id(module) for module in decoder.modules()}
+    return [
+        name for name, module in trunk.named_modules() if isinstance(module, torch.nn.Linear) and id(module) not in read
+    ]
 
 
 def _task(head: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -110,7 +111,11 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, num_labels: i
         options["quantization_config"] = BitsAndBytesConfig(**spec.quantization)  # type: ignore[no-untyped-call]
     try:
         if num_labels:
-            options["num_labels"] = num_labels
+            if text_config := _of_the_language_model(spec):
+                text_config.num_labels = num_labels
+                options["config"] = text_config
+            else:
+                options["num_labels"] = num_labels
         else:
             # In place of the base's own, whose penalties and suppressed tokens no stage is trained or measured with.
             tokens = {"eos_token_id": stop_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
@@ -119,6 +124,11 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, num_labels: i
     except Exception as error:  # a damaged file fails in as many ways as there are file formats
         if "out of memory" in str(error).lower():
             raise
+        if "_attention" in str(error) and "not support" in str(error):
+            raise UserError(
+                f"model.attn_implementation: {spec.base} has no {spec.attn_implementation} attention in transformers. "
+                "Use -o model.attn_implementation=eager"
+            ) from error
         raise UserError(f"model.base: {spec.base} cannot be loaded: {type(error).__name__}: {error}") from error
     missing = [name for name in info["missing_keys"] if not name.startswith("score.")]
     if missing or info["mismatched_keys"]:
@@ -140,6 +150,17 @@ def load_base(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, num_labels: i
         packing.pack_inside(model)
     frozen: PreTrainedModel = model.requires_grad_(False)
     return frozen
+
+
+def _of_the_language_model(spec: ModelSpec) -> PretrainedConfig | None:
+    """The text part of a config, where the language model is of that alone, so that a reward model is of the same
+    layers; None where both are of the whole."""
+    config = AutoConfig.from_pretrained(local_folder(spec), revision=spec.revision)
+    text_config, language_models = config.get_text_config(), AutoModelForCausalLM._model_mapping
+    if type(config) is type(text_config) or type(text_config) not in language_models:
+        return None
+    same = language_models[type(config)] is language_models[type(text_config)]
+    return text_config if same else None
 
 
 def packs(spec: ModelSpec, kind: Any, device: torch.device) -> bool:
@@ -200,8 +221,6 @@ def frozen_digest(model: Any) -> str:
 
 def load_config(spec: ModelSpec) -> PretrainedConfig:
     """What the base's config.json says of its language model, without its weights."""
-    from transformers import AutoConfig
-
     try:
         config = AutoConfig.from_pretrained(local_folder(spec), revision=spec.revision)
     except Exception as error:  # a damaged file fails in as many ways as there are file formats

@@ -18,7 +18,6 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pipeline.models import varlen
 from pipeline.models.computed import Computed
@@ -99,7 +98,16 @@ def _packed_forward(
     # A mask of four dimensions is passed on as it is; attention by segments does not read it.
     device = pack.ids_1N.device
     unread = torch.empty((1, 1, 1, 1), device=device)
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "cache_position"):
+    # Gemma 4 would leave places out of its last layers that no logits are asked of.
+    for name in (
+        "logits_to_keep",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "seq_idx",
+        "cache_position",
+    ):
         more.pop(name, None)
     out = whole(
         trunk,
@@ -110,7 +118,9 @@ def _packed_forward(
         segments=varlen.bounds_of(pack.segments, device) if device.type == varlen.DEVICE else pack.segments,
         **more,
     )
-    return BaseModelOutputWithPast(last_hidden_state=out.last_hidden_state[0][pack.places_BT])
+    # In the trunk's own class: what is around it asks a mixture of experts, or a model that also sees, for more.
+    out.last_hidden_state = out.last_hidden_state[0][pack.places_BT]
+    return out
 
 
 def _drops_out(trunk: torch.nn.Module) -> bool:

@@ -109,7 +109,7 @@ def _sample_batch(
         ones_1S = torch.ones_like(start_1S)
         with computing(language_model.model):
             language_model.hidden(start_1S, ones_1S, ones_1S.cumsum(1) - 1, cache)
-        cache.batch_repeat_interleave(len(prompts))
+        _take_rows(cache, torch.zeros(len(prompts), dtype=torch.long, device=device))
         mask_BT = torch.cat([ones_1S.to(mask_BT).expand(len(prompts), -1), mask_BT], dim=1)
     alive = list(range(len(episodes)))
     # Of each token so far, on the device: what was drawn for the rows alive. Fetched when rows leave and at the end.
@@ -121,7 +121,7 @@ def _sample_batch(
             hidden_BTH = language_model.hidden(ids_BT, mask_BT, positions_BT, cache)
             logits_BV = language_model.logits(hidden_BTH[:, -1])
         if place == 0 and copies > 1:
-            cache.batch_repeat_interleave(copies)
+            _take_rows(cache, torch.arange(len(prompts), device=device).repeat_interleave(copies))
             hidden_BTH, logits_BV, positions_BT, mask_BT = (
                 t.repeat_interleave(copies, 0) for t in (hidden_BTH, logits_BV, positions_BT, mask_BT)
             )
@@ -139,12 +139,18 @@ def _sample_batch(
             _write([episodes[row] for row in alive], drawn)
             drawn = []
             kept_K = writing_B.nonzero().squeeze(1)
-            cache.batch_select_indices(kept_K)
+            _take_rows(cache, kept_K)
             ids_BT, positions_BT, mask_BT = ids_BT[kept_K], positions_BT[kept_K], mask_BT[kept_K]
             alive, luck_BG = [alive[row] for row in kept_K.tolist()], luck_BG[kept_K]
             writing_B = writing_B[kept_K]
     _write([episodes[row] for row in alive], drawn)
     return episodes
+
+
+def _take_rows(cache: DynamicCache, rows_B: torch.Tensor) -> None:
+    """Keep these rows of a cache, some of them several times. By the one way that its convolution and recurrent layers
+    have too (transformers 5.23), not only those that attend."""
+    cache.reorder_cache(rows_B)  # type: ignore[arg-type]
 
 
 def _write(episodes: list[Episode], drawn: list[tuple[torch.Tensor, ...]]) -> None:

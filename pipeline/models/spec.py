@@ -69,6 +69,14 @@ class ModelSpec(BaseModel):
         return "sdpa" if self.attn_implementation == SEGMENTS else self.attn_implementation
 
 
+def unpackable(stage: str, why: str) -> str:
+    """Why a stage cannot train on rows that lie end to end."""
+    return (
+        f"stages.{stage}.train.packing: packed rows would see each other, as {why}. "
+        f"Use -o stages.{stage}.train.packing=false"
+    )
+
+
 WEIGHTS = (".safetensors", ".json", ".model", ".jinja", ".txt")
 
 

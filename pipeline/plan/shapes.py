@@ -152,7 +152,10 @@ def shapes_of(config: dict[str, Any], where: str = "config.json") -> Shapes:
     if family == "gemma3" and isinstance(config.get("text_config"), dict):
         raise UserError(f"{where}: a vision-language model (gemma3); its text-only form is gemma3_text")
     if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
-        raise UserError(f"{where}: a mixture of experts ({family}); what it needs depends on routing: not planned")
+        raise UserError(
+            f"{where}: a mixture of experts ({family}), which stay in 16 bits; what they need depends on routing: "
+            "not planned"
+        )
     if not isinstance(family, str) or family not in FAMILIES:
         reason = f" ({WHY_NOT[family]})" if family in WHY_NOT else ""
         raise UserError(

@@ -13,13 +13,16 @@ from pathlib import Path
 
 from pipeline.disk.artifact import Artifact
 from pipeline.errors import UserError
-from pipeline.models.spec import ModelSpec
+from pipeline.models.spec import ModelSpec, unpackable
 from pipeline.plan.shapes import read_config
 from pipeline.stages.arguments import without_auto
 from pipeline.stages.stage import Context, Rows, StageSpec
 from pipeline.training import trackers
 
 SEQUENCE_CLASSIFIERS = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
+LANGUAGE_MODELS = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Layers of which transformers keeps rows apart that lie end to end, by their positions."""
 
 
 def check_trackers(stages: dict[str, StageSpec]) -> None:
@@ -34,36 +37,55 @@ def check_trackers(stages: dict[str, StageSpec]) -> None:
 
 
 def check_base(model: ModelSpec, stages: dict[str, StageSpec]) -> None:
-    """Raises UserError for a reward stage on a base that transformers cannot put a score head on. Reads no weights."""
+    """Raises UserError for a base that cannot do what the stages ask of it, by its config.json. Reads no weights."""
     from pipeline.stages import STAGES
 
-    headed = [name for name, spec in stages.items() if STAGES[spec.kind].score_head]
-    if not headed or model.base.endswith(".gguf"):  # what architecture that is, only its weights' file tells
+    if model.base.endswith(".gguf"):  # what architecture that is, only its weights' file tells
         return
-    kind = read_config(model)[0].get("model_type")
-    if kind not in _with_a_score_head():
+    headed = [name for name, spec in stages.items() if STAGES[spec.kind].score_head]
+    packed = [name for name, spec in stages.items() if STAGES[spec.kind].arguments(spec).get("packing")]
+    try:
+        config = read_config(model)[0]
+    except UserError:
+        if headed:
+            raise
+        return  # the run will say it
+    kind = config.get("model_type")
+    if kind not in _model_types(LANGUAGE_MODELS):
+        raise UserError(
+            f"model.base: {model.base} is of the type '{kind}', of which transformers loads no causal language model. "
+            "Where a family has a text-only model beside one that sees, choose the text-only one"
+        )
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if model.quantize != "none" and method not in (None, "bitsandbytes"):
+        raise UserError(
+            f"model.base: the weights of {model.base} are published in {method}, which cannot be quantised to "
+            f"{model.quantize} again. Choose the same model with 16-bit weights"
+        )
+    if headed and kind not in _model_types(SEQUENCE_CLASSIFIERS):
         raise UserError(
             f"stages.{headed[0]}: a base of the type '{kind}' ({model.base}) has no reward model, as transformers has "
             "no sequence-classification head for it. Leave the stage out: dpo learns from the same comparisons, and "
             "ppo can be paid by a function (path.py:function)"
         )
+    mixing = {*config.get("layer_types", ()), *(config.get("text_config") or {}).get("layer_types", ())} - ATTENDING
+    if packed and mixing:
+        raise UserError(unpackable(packed[0], f"{model.base} has {', '.join(sorted(mixing))} layers"))
 
 
 @cache
-def _with_a_score_head() -> frozenset[str]:
-    """The model types of which transformers has a sequence classifier, read from its source: importing it to look them
-    up would load torch."""
+def _model_types(table: str) -> frozenset[str]:
+    """The model types of which transformers has such a class, read from its source: importing it to look them up would
+    load torch."""
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("transformers is not installed. Install the project: pip install -e .")
     file = Path(spec.origin).parent / "models" / "auto" / "modeling_auto.py"
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    table = next(
-        node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == SEQUENCE_CLASSIFIERS
+    assigned = next(
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == table
     )
-    return frozenset(kind for kind, _ in ast.literal_eval(table.args[0]))  # type: ignore[attr-defined]
+    return frozenset(kind for kind, _ in ast.literal_eval(assigned.args[0]))  # type: ignore[attr-defined]
 
 
 def check_arguments(model: ModelSpec, stages: dict[str, StageSpec], seed: int) -> None:

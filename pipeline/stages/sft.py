@@ -51,6 +51,9 @@ def run(spec: SFTSpec, ctx: Context) -> Result:
     if not ctx.parents:
         result.invariants |= invariants.starts_as_identity(model, train_set[0].ids)
 
+    if args.packing:
+        result.invariants |= invariants.packed_rows_are_apart(model, ctx.out.name, train_set[0].ids)
+
     # trainer
     trainer = shared.build(SFTTrainer, model, args=args, train_dataset=train_set.dataset, processing_class=tokenizer)
     result.invariants |= invariants.only_adapter_trains(model)

@@ -18,17 +18,22 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.data.render import Encoded
 from pipeline.data.tokens import stop_ids
 from pipeline.disk import versions
-from pipeline.errors import BrokenInvariant
+from pipeline.errors import BrokenInvariant, UserError
 from pipeline.measure import scoring
 from pipeline.models import adapters, processes
 from pipeline.models.base import computing, frozen_digest
 from pipeline.models.out_of_memory import ROW, run_in_parts
+from pipeline.models.spec import unpackable
 from pipeline.training import micro_batches
 
 if TYPE_CHECKING:
     from pipeline.stages.stage import Context
 
 Found = dict[str, Any]
+APART = 16
+"""Tokens of a row that is tried behind another."""
+APART_TOLERANCE = 1e-2
+"""Of logits, relative. Where rows are apart it is 0, or the rounding of experts that sort their tokens otherwise."""
 RELOAD_TOLERANCE = 1e-5
 STEP_0_TOLERANCE = 1e-4
 PRECOMPUTED_TOLERANCE = 0.02
@@ -70,6 +75,27 @@ def starts_as_identity(model: PeftModel, ids: list[int]) -> Found:
             "init_lora_weights in model.lora: only inits that start as the identity suit a frozen base",
         )
     return {"fresh_adapter_logit_difference": difference}
+
+
+def packed_rows_are_apart(model: PeftModel, stage: str, ids: list[int]) -> Found:
+    """Rows that lie end to end do not see each other: what stands in the first changes nothing of the second. In layers
+    that carry a state along a row, it does. Raises UserError where it does.
+    """
+    row = torch.tensor(ids[:APART], device=model.device)
+    others = (row, (row + 1) % model.get_input_embeddings().num_embeddings)
+    positions_1N = torch.arange(len(row), device=model.device).repeat(2)[None]
+    model.eval()
+    with torch.no_grad(), computing(model):
+        seen, changed = (
+            model(input_ids=torch.cat([other, row])[None], position_ids=positions_1N, use_cache=False)
+            .logits[0, len(row) :]
+            .float()
+            for other in others
+        )
+    difference = ((seen - changed).abs().mean() / seen.abs().mean()).item()
+    if difference > APART_TOLERANCE:
+        raise UserError(unpackable(stage, "a row's logits change with the row before it"))
+    return {"packed_row_difference": difference}
 
 
 def only_adapter_trains(model: PeftModel, head: bool = False) -> Found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,6 +130,16 @@ def build(trainer_class: type, model: PeftModel, **options: Any) -> Any:
         raise UserError(
             "train.torch_compile: it is for GPUs, and there is no GPU here; on a CPU it compiles anew for every batch; "
             "leave it out"
+        )
+    whole: Any = model.get_base_model()
+    text_config = whole.config.get_text_config()
+    weight = getattr(args, "router_aux_loss_coef", 0.0)
+    weight = getattr(text_config, "router_aux_loss_coef", 0.0) if weight is None else weight
+    balanced = weight and hasattr(text_config, "output_router_logits")
+    if balanced and not getattr(text_config, "num_experts", None):
+        raise UserError(
+            f"train.router_aux_loss_coef: TRL cannot compute the experts' balance loss of a {text_config.model_type} "
+            f"model. Use -o stages.{Path(args.output_dir).parent.name}.train.router_aux_loss_coef=0.0"
         )
     if getattr(args, "activation_offloading", False) and not torch.cuda.is_available():
         raise UserError("train.activation_offloading: it saves GPU memory, and there is no GPU here; leave it out")

@@ -123,6 +123,11 @@ def test_the_readme_is_short(name: str) -> None:
         assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 150
 
 
+@of_each_page
+def test_no_page_is_long(page: Path) -> None:
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= 250
+
+
 def test_the_reference_is_what_the_code_says() -> None:
     """If not: python scripts/make_reference.py"""
     shown = subprocess.run([sys.executable, "scripts/make_reference.py", "--check"], cwd=ROOT)

@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md has an entry for every message of the source, and no entry for a message that is gone."""
+"""The two pages of troubleshooting have an entry for every message of the source, and none for one that is gone."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import pytest
 from conftest import ROOT
 from messages import Message, messages
 
-PAGES = sorted((ROOT / "docs").rglob("troubleshooting.md"))
+FOLDERS = sorted(page.parent for page in (ROOT / "docs").rglob("troubleshooting.md"))
 WIDEST = 24  # as many messages may one fragment stand for: a family, not everything
-of_each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+in_each_language = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(ROOT)))
 
 
-def fragments(page: Path) -> dict[str, int]:
-    """The fixed words of messages that the page's tables quote in their first column, each with its line."""
+def fragments(folder: Path) -> dict[str, str]:
+    """The fixed words of messages that the pages' tables quote in their first column, each with its place."""
     quoted = {}
-    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
-        if line.startswith("| `"):
-            for fragment in re.findall(r"`([^`]+)`", line.split("|")[1]):
-                quoted[fragment] = number
+    for page in sorted(folder.glob("troubleshooting*.md")):
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            if line.startswith("| `"):
+                for fragment in re.findall(r"`([^`]+)`", line.split("|")[1]):
+                    quoted[fragment] = f"{page.name}:{number}"
     return quoted
 
 
@@ -35,24 +36,24 @@ def stands_for(fragment: str, message: Message) -> bool:
     return True
 
 
-@of_each_page
-def test_every_message_has_an_entry(page: Path) -> None:
-    quoted = fragments(page)
+@in_each_language
+def test_every_message_has_an_entry(folder: Path) -> None:
+    quoted = fragments(folder)
     missing = [
         f"{message.place}: {message.text!r}"
         for message in messages()
         if not any(stands_for(fragment, message) for fragment in quoted)
     ]
-    assert not missing, f"{page.name} has no entry for:\n" + "\n".join(missing)
+    assert not missing, f"{folder} has no entry for:\n" + "\n".join(missing)
 
 
-@of_each_page
-def test_every_entry_is_of_some_messages_and_not_of_all(page: Path) -> None:
+@in_each_language
+def test_every_entry_is_of_some_messages_and_not_of_all(folder: Path) -> None:
     said, wrong = messages(), []
-    for fragment, line in fragments(page).items():
+    for fragment, place in fragments(folder).items():
         count = sum(stands_for(fragment, message) for message in said)
         if not 1 <= count <= WIDEST:
-            wrong.append(f"{page.name}:{line}: `{fragment}` stands for {count} messages")
+            wrong.append(f"{place}: `{fragment}` stands for {count} messages")
     assert not wrong, "\n".join(wrong)
 
 

@@ -21,7 +21,7 @@ lint: $(BIN)/.installed
 
 docs: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet --constraint scripts/constraints.txt --editable '.[docs]'
-	$(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 	@echo build/site/index.html
 
 model: $(MODEL)/config.json

@@ -94,7 +94,10 @@ def _matrix(corner: str, names: Sequence[str], rows: Sequence[Row], chosen: list
 
 
 def _hold(column: Column, console: Console) -> None:
-    """Have rich give a column the width that its cells need."""
+    """Have rich give a column the width that its cells need, and break running text where it has no spaces, as Chinese
+    does: rich would cut it."""
+    if not column.no_wrap:
+        column.overflow = "fold"
     widest = max(_measure(cell, console).maximum for cell in (column.header, *column.cells))
     least = widest if column.no_wrap else min(PROSE, widest)
     column.min_width = least if column.max_width is None else min(least, column.max_width)

@@ -95,7 +95,7 @@ def show_evaluation(results: Results, console: Console) -> None:
     colours = {"better": "green", "worse": "red", "warning": "yellow", "unshown": "yellow", "unclear": "dim"}
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
-    table.add_column()
+    table.add_column(overflow="fold")  # Chinese has no spaces to break at
     for name, verdict in verdicts.find(results).items():
         table.add_row(name, Text(verdict.text, style=colours[verdict.word]))
     console.print(table)

@@ -33,7 +33,7 @@ def show_story(recipe: Recipe, runs: Path, page: str, console: Console) -> None:
     for heading, text in told:
         table = Table.grid()
         table.add_column(style="cyan", width=INDENT - 2)
-        table.add_column()
+        table.add_column(overflow="fold")
         table.add_row(heading, Text(text))
         console.print(Padding(table, (0, 0, 0, 2)))
     heading = set_cell_size(say("page"), INDENT - 2)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.bring import commands as bringing
+from pipeline.errors import UserError
+from pipeline.language.say import say
 from pipeline.publish import commands as publishing
 from pipeline.terminal import help
 from pipeline.terminal.help import command
@@ -51,11 +53,10 @@ def cp(
 
 
 @command(app, "check", "onebase check my.yaml")
-def check(recipe: RecipePath, override: Overrides = [], as_json: AsJson = False) -> None:
+def check(recipe: RecipePath, override: Overrides = [], as_json: AsJson = False, lang: Lang = "en") -> None:
     """Check a recipe, its data and its settings. Trains nothing."""
     from pipeline.stages.check import check_arguments, check_base, check_trackers
-    from pipeline.terminal.console import counted
-    from pipeline.terminal.states import count_rows, show_rows
+    from pipeline.terminal.states import count_rows, show_rows, show_sound
 
     with stdout_kept(as_json):
         chain = _read(recipe, override)
@@ -65,7 +66,7 @@ def check(recipe: RecipePath, override: Overrides = [], as_json: AsJson = False)
         check_base(chain.spec.model, chain.stages)
         check_trackers(chain.stages)
         check_arguments(chain.spec.model, chain.stages, chain.spec.seed)
-        print(f"{recipe}: sound, {counted(len(rows), 'stage')}: {' -> '.join(rows)}")
+        show_sound(recipe, list(rows))
     if as_json:
         print_json({"recipe": chain.name, "stages": rows})
 
@@ -78,13 +79,13 @@ def data(
     show: Annotated[int, typer.Option(metavar="N", min=0, help="Print N rows as the model will see them.")] = 0,
     as_json: AsJson = False,
     runs: Runs = Path("runs"),
+    lang: Lang = "en",
 ) -> None:
     """Examine the data: lengths, loss masks, duplicates, overlaps.
 
     It loads no weights. It examines every stage, even if one has faults. The exit status is 2 if a run would stop.
     """
-    from pipeline.errors import UserError
-    from pipeline.terminal.console import counted, make_console
+    from pipeline.terminal.console import make_console
     from pipeline.terminal.data import show_examination, show_rows
 
     chain = _read(recipe, override)
@@ -94,7 +95,8 @@ def data(
     else:
         faults = show_examination(chain, names, runs, as_json, make_console())
     if faults:
-        raise UserError(f"{counted(len(faults), 'fault')} in the data, listed above: a run would stop there")
+        many = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise UserError(f"{many} in the data, listed above: a run would stop there")
 
 
 @command(app, "plan", "onebase plan my.yaml --gpu rtx3060")
@@ -106,6 +108,7 @@ def plan(
         str, typer.Option(metavar="CARD", help="Plan for this card (rtx3060, a100-40gb) or memory (12GB).")
     ] = "",
     as_json: AsJson = False,
+    lang: Lang = "en",
 ) -> None:
     """Show what a run would do and why, its memory and its time."""
     from pipeline.plan import cards
@@ -134,12 +137,12 @@ def run(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Go on even if a stage misses its `expect:`.")] = False,
     as_json: AsJson = False,
+    lang: Lang = "en",
 ) -> None:
     """Train the stages that are not up to date.
 
     Each stage runs in a process of its own. A run that was stopped goes on where it stopped.
     """
-    from pipeline.errors import UserError
     from pipeline.report.ending import write_if_possible
     from pipeline.runs import runner
     from pipeline.terminal.ending import show_ending
@@ -153,18 +156,25 @@ def run(
             done = runner.run(chain, only, from_ or None, runs, launch_config, force)
         except KeyboardInterrupt:
             again = " ".join(sys.argv[1:])
-            print(f"stopped. To go on from there, type the same again: onebase {again}", file=sys.stderr)
+            told = say("stopped. To go on from there, type the same again: onebase {words}", words=again)
+            print(told, file=sys.stderr)
             raise SystemExit(130) from None
         if done:
             show_ending(chain, recipe, override, runs, write_if_possible(chain, recipe, runs, override))
         else:
-            print("Nothing to do: everything asked for is fresh.")
+            print(say("Nothing to do: everything asked for is fresh."))
     if as_json:
         print_json({"ran": done, **states_as_json(chain, runs)})
 
 
 @command(app, "status", "onebase status my.yaml")
-def status(recipe: RecipePath, override: Overrides = [], runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+def status(
+    recipe: RecipePath,
+    override: Overrides = [],
+    runs: Runs = Path("runs"),
+    as_json: AsJson = False,
+    lang: Lang = "en",
+) -> None:
     """Show where every stage stands and what it gained."""
     from pipeline.runs.states import states
     from pipeline.terminal.console import make_console
@@ -194,6 +204,7 @@ def evaluate(
         typer.Option("--lm-eval", metavar="TASKS", help="Tasks of lm-eval as well: names or files, with commas."),
     ] = "",
     as_json: AsJson = False,
+    lang: Lang = "en",
 ) -> None:
     """Measure every finished stage on held-out data.
 
@@ -208,12 +219,12 @@ def evaluate(
         try:
             results = launch(_read(recipe, override), runs, judge, tasks)
         except KeyboardInterrupt:
-            print("stopped. What has been measured is kept. To go on, type the same again.", file=sys.stderr)
+            print(say("stopped. What has been measured is kept. To go on, type the same again."), file=sys.stderr)
             raise SystemExit(130) from None
     if as_json:
         return print_json(results_as_json(results))
     show_evaluation(results, make_console())
-    print(f"\nTo make a page of it: onebase report {as_typed(recipe, override, runs)}")
+    print("\n" + say("To make a page of it: onebase report {words}", words=as_typed(recipe, override, runs)))
 
 
 @command(app, "report", "onebase report my.yaml")
@@ -244,7 +255,6 @@ def chat(
     temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 always takes the most likely token.")] = 0.0,
 ) -> None:
     """Talk to a finished stage."""
-    from pipeline.errors import UserError
     from pipeline.terminal.chat import open_chat, talk
 
     if stage and compare:
@@ -257,6 +267,7 @@ def compare(
     run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run's folder (runs/quickstart).")],
     run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The folder of the other run.")],
     as_json: AsJson = False,
+    lang: Lang = "en",
 ) -> None:
     """Show how two runs differ: recipe, data, numbers."""
     from pipeline.terminal import compare as comparing
@@ -270,7 +281,6 @@ def compare(
 
 def main() -> None:
     """Run the command line; a UserError becomes one message and status 2."""
-    from pipeline.errors import UserError
     from pipeline.models.quiet import quiet_from_the_start
     from pipeline.runs.environment import QUIET, complete_own
 

@@ -108,7 +108,7 @@ def _spoken(node: ast.expr) -> bool:
     if isinstance(node, ast.IfExp):
         return _spoken(node.body) or _spoken(node.orelse)
     text = "".join(_texts(node, [])[:1]) if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp) else ""
-    return len(re.findall(r"[A-Za-z]{2,}", text)) >= 4
+    return len(re.findall(r"[A-Za-z]{2,}", re.sub(r"{\w+}", "", text))) >= 4
 
 
 def _joined(args: list[ast.expr]) -> ast.expr:

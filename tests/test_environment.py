@@ -9,6 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+from pipeline.language.say import speak
 from pipeline.runs.environment import CPU_ENVIRONMENT, EVERYWHERE, GPU_ENVIRONMENT, complete_own, make_environment
 
 OURS = {**EVERYWHERE, **CPU_ENVIRONMENT, **GPU_ENVIRONMENT}
@@ -46,6 +47,23 @@ def test_a_child_gets_what_it_needs_and_what_the_person_has_set_counts(monkeypat
     assert os.environ == {**own, "TRANSFORMERS_VERBOSITY": "info"}
     complete_own(EVERYWHERE)
     assert os.environ == {**own, **EVERYWHERE, "TRANSFORMERS_VERBOSITY": "info"}
+
+
+def test_a_child_speaks_the_language_that_its_parent_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEBASE_LANG", "zh")
+    assert make_environment()["ONEBASE_LANG"] == "en"
+    speak("zh")
+    try:
+        child = make_environment()
+    finally:
+        speak("en")
+    for module, words in (("runs.worker", ["no-such.yaml", "sft"]), ("evaluate.process", ["no-such.yaml"])):
+        code = (
+            f"import sys; from pipeline.{module} import main; from pipeline.language.say import spoken\n"
+            f"sys.argv[1:] = {words}\ntry:\n    main()\nfinally:\n    print(spoken())"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=child, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stdout.split() == ["zh"], done.stderr
 
 
 def test_a_worker_started_by_hand_completes_its_own_environment() -> None:

@@ -17,10 +17,9 @@ from pipeline.data import render
 from pipeline.data.load import read_source
 from pipeline.data.tokens import stop_ids
 from pipeline.errors import UserError
-from pipeline.evaluate import evaluation, measures
+from pipeline.evaluate import evaluation, measures, verdicts
 from pipeline.evaluate.bench import Bench
 from pipeline.evaluate.plan import own_judges, plan
-from pipeline.evaluate.stored import read_verdicts
 from pipeline.measure.ranking import over_longer
 from pipeline.models import adapters
 from pipeline.models import base as bases
@@ -153,7 +152,7 @@ def test_what_is_fresh_is_not_taken_again(
     assert found.numbers["dpo"]["kl"].value != 0 and "kl" not in found.numbers["sft"]
     assert found.best_of_n.policy == "sft" and len(found.best_of_n.points) == 5
     assert {"base", "sft", "dpo", "best of 16"} & set(found.arenas["reward"].names)
-    assert {name: verdict for (name, _), verdict in read_verdicts(runs / "tiny").items()} == found.verdicts
+    assert {name: verdict for (name, _), verdict in verdicts.read(runs / "tiny").items()} == found.verdicts
 
     taken: list[str] = []
     monkeypatch.setattr(evaluation, "take", lambda recipe, runs, missing: taken.extend(m.file for m in missing))

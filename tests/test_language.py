@@ -16,7 +16,7 @@ CHINESE: dict[str, str] = json.loads((PACKAGE / "language" / "zh.json").read_tex
 
 
 def in_code(source: str) -> set[str]:
-    """The templates of say() and kept(), and the labels and units of metrics."""
+    """The templates of say() and kept(), what is counted(), the labels and units of metrics, what stages learn."""
     found, tells = set(), "pipeline.language.say import" in source  # else say is another function
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
@@ -25,6 +25,9 @@ def in_code(source: str) -> set[str]:
             template = node.args[0]
             assert isinstance(template, ast.Constant), f"not a literal: {ast.unparse(node)}"
             found.add(template.value)
+        if node.func.id == "counted" and isinstance(node.args[1], ast.Constant):
+            found.add(f"{{n}} {node.args[1].value}s")
+        found |= {k.value.value for k in node.keywords if k.arg == "learns" and isinstance(k.value, ast.Constant)}
         if node.func.id == "Metric":
             given = [*node.args[1:2], *node.args[3:4], *(k.value for k in node.keywords if k.arg in ("label", "unit"))]
             inside = [part for value in given for part in ast.walk(value) if not isinstance(value, ast.JoinedStr)]

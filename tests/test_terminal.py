@@ -22,6 +22,7 @@ import pytest
 from conftest import ROOT, seal, tiny_tree, write_recipe
 from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Table
 from typer.main import get_command
 
 from pipeline.cli import app, main
@@ -30,6 +31,7 @@ from pipeline.plan.shapes import read_shapes
 from pipeline.plan.stage import lengths_of, plan_stage, planned_model
 from pipeline.recipe.recipe import build, read
 from pipeline.runs.told import shorten
+from pipeline.terminal.console import print_rows
 from pipeline.terminal.help import TASKS
 from pipeline.training.progress import make_bar
 
@@ -117,6 +119,37 @@ def test_a_terminal_is_given_no_wider_lines_and_no_codes_that_it_does_not_want(
     rows = [line for line in plain.splitlines() if line.startswith("sft ")]
     if columns == 80:  # a row is one line
         assert any("81.9 %" in line and line.rstrip().endswith("62:11    1") for line in rows)
+
+
+NAMES = """
+    tiny base pretrain sft reward dpo train.num_train_epochs gpu MiB GiB GB B CUDA GPU KV bf16 logits x
+"""
+"""What stays as it is in Chinese: the run, its stages, what is typed, and the field's own terms."""
+
+
+def test_status_and_plan_are_chinese_throughout_and_only_by_the_option(sealed: tuple[Path, Path]) -> None:
+    where = (str(sealed[0]), "--runs", str(sealed[1]), "-o", "stages.sft.train.num_train_epochs=3")
+    for command in ("status", "plan"):
+        shown = typed(command, *where, "--lang", "zh", columns=80, NO_COLOR="1")
+        told = [line for line in shown.splitlines() if "岛" not in line]  # what the data say stays
+        assert max(cell_len(line.rstrip()) for line in told) <= 80
+        assert not set(re.findall(r"[A-Za-z][\w.]*", "\n".join(told))) - set(NAMES.split()), shown
+        assert {"最新，跳过", "等 sft 完成"} <= set(re.split("  +|\n", shown)), shown
+        unasked = typed(command, *where, columns=80, LANG="zh_CN.UTF-8", ONEBASE_LANG="zh", NO_COLOR="1")
+        assert "fresh, skipped" in unasked and "最新" not in unasked
+
+
+@pytest.mark.parametrize("columns", [30, 60])
+def test_running_text_without_spaces_is_broken_and_never_cut(columns: int) -> None:
+    text = "答对的问题 0 个百分点，95 % 区间：−60 到 +60。它与 sft 的距离是每个回答 0.7 nat，" + "在偶然范围内" * 9
+    table = Table("stage", "why", box=None)
+    table.columns[0].no_wrap = True
+    table.add_row("dpo", text)
+    shown = Console(file=io.StringIO(), width=columns)
+    print_rows(table, shown)
+    told = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(cell_len, told.splitlines())) <= columns
+    assert "".join(told.split()).endswith("".join(text.split())), told
 
 
 def machine(

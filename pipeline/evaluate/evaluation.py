@@ -24,6 +24,7 @@ from pipeline.evaluate.measure import METHOD, Measure, plain
 from pipeline.evaluate.measures import Answers
 from pipeline.evaluate.plan import own_judges, plan
 from pipeline.evaluate.stored import RESULTS, Arena, Link, Results, folder, read_fresh, read_results
+from pipeline.language.say import say
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.dtype import begun_in, settle
 from pipeline.runs.environment import ERROR_MARK, make_environment
@@ -94,7 +95,7 @@ def take(recipe: Recipe, runs: Path, missing: list[Measure]) -> None:
         {name: folders[name] for name in rewards},
         next((m.more["temperature"] for m in missing if "temperature" in m.more), 1.0),
     )
-    print(f"  loaded in {time.monotonic() - begun:.0f} s", flush=True)
+    print("  " + say("loaded in {n} s", n=f"{time.monotonic() - begun:.0f}"), flush=True)
     with bench.ready():
         for index, measure in enumerate(missing, 1):
             begun = time.monotonic()
@@ -106,7 +107,8 @@ def take(recipe: Recipe, runs: Path, missing: list[Measure]) -> None:
                 {"fingerprint": measure.fingerprint, "seconds": seconds, "settings": keep}
                 | {"rows": plain(measure.rows), "value": value, "value_digest": digest(value)},
             )
-            print(f"  [{index}/{len(missing)}] {measure.name} of {measure.place}: {seconds:.1f} s", flush=True)
+            told = say("{name} of {stage}: {n} s", name=measure.name, stage=measure.place, n=f"{seconds:.1f}")
+            print(f"  [{index}/{len(missing)}] {told}", flush=True)
 
 
 def judged(answers: dict[str, Json], where: Path, judge: Judge | None) -> Arena | None:
@@ -133,7 +135,7 @@ def judged(answers: dict[str, Json], where: Path, judge: Judge | None) -> Arena 
                     f"  judge {model}: its verdicts are left out, as {why}. To ask again: --judge URL MODEL", flush=True
                 )
             return None
-        print(f"  asking the judge {judge.model} ...", flush=True)
+        print("  " + say("asking the judge {model} ...", model=judge.model), flush=True)
         questions = [
             prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
             for prompt in prompts
@@ -144,7 +146,7 @@ def judged(answers: dict[str, Json], where: Path, judge: Judge | None) -> Arena 
             print(f"  {len(unread)} replies were not A, B or tie and count as ties, such as {unread[0]!r}", flush=True)
         found = held.described(model=model, unread=len(unread)).model_dump()
         write_text(rows, (judges.line(row) for row in verdicts))
-        print(f"  every verdict is in {rows}", flush=True)
+        print("  " + say("every verdict is in {file}", file=rows), flush=True)
         known = {"fingerprint": fingerprint, "model": model, "value": found, "value_digest": digest(found)}
         known["rows"] = sha256_of_file(rows)
         write_json(where / "judge.json", known)
@@ -186,7 +188,8 @@ def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None, tasks: Sequ
         asked = [benchmarks.source(task) for task in tasks] + still_fresh(recipe, runs, tasks)
         wanted = plan(recipe, runs, asked)
         missing = [measure for measure in wanted if read_fresh(measure, where) is None]
-        print(f"{recipe.name}: {len(wanted)} measures, {len(wanted) - len(missing)} fresh", flush=True)
+        fresh = len(wanted) - len(missing)
+        print(say("{name}: {n} measures, {fresh} fresh", name=recipe.name, n=len(wanted), fresh=fresh), flush=True)
         begun = time.monotonic()
         needed = [measure.task for measure in missing if isinstance(measure, benchmarks.Benchmark)]
         if needed:
@@ -203,7 +206,7 @@ def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None, tasks: Sequ
         made_of = {measure.file: measure.fingerprint for measure in wanted}
         found = found.model_copy(update={"tasks": [source["task"] for source in asked], "made_of": made_of})
         if missing:
-            print(f"  {time.monotonic() - begun:.0f} s together", flush=True)
+            print("  " + say("{n} s together", n=f"{time.monotonic() - begun:.0f}"), flush=True)
         write_json(where / "results.json", found.sealed())
 
 

@@ -10,14 +10,16 @@ is not computed again, and results.json holds the numbers made of them.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from pipeline.errors import BrokenInvariant, UserError
 from pipeline.evaluate.evaluation import evaluate
 from pipeline.evaluate.judge import Judge
+from pipeline.language.say import speak
 from pipeline.recipe.recipe import read
-from pipeline.runs.environment import ERROR_MARK, EVERYWHERE, complete_own
+from pipeline.runs.environment import ERROR_MARK, EVERYWHERE, LANGUAGE, complete_own
 
 
 def main() -> None:
@@ -28,6 +30,7 @@ def main() -> None:
     parser.add_argument("--lm-eval", nargs="+", default=[], metavar="TASK", dest="tasks")
     given = parser.parse_args()
     complete_own(EVERYWHERE)
+    speak(os.environ.get(LANGUAGE, "en"))
     try:
         evaluate(read(given.recipe), given.runs, Judge(*given.judge) if given.judge else None, given.tasks)
     except (UserError, BrokenInvariant) as error:

@@ -11,6 +11,7 @@ from pipeline.evaluate import arena, benchmarks, best_of_n, reward_check, verdic
 from pipeline.evaluate.measure import Measure
 from pipeline.evaluate.measures import OF_A_POLICY, Answers, BestOfN, FewShot, Pairs, Questions, proxy_of
 from pipeline.evaluate.stored import Arena, Curve, Link, Results, Said, Sample
+from pipeline.language.say import in_english
 from pipeline.measure import intervals
 from pipeline.measure.metric import Estimate
 from pipeline.stages.stage import BASE
@@ -70,7 +71,8 @@ def make(taken: list[tuple[Measure, Json]], chain: list[Link], judged: Arena | N
             stage: over_optimised(changed[stage], won.get(stage, {}).get(parent)) for stage, parent in parents.items()
         },
     )
-    return results.model_copy(update={"verdicts": verdicts.find(results)})
+    with in_english():
+        return results.model_copy(update={"verdicts": verdicts.find(results)})
 
 
 def over_optimised(change: dict[str, Estimate], won: Estimate | None) -> bool:

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, digest, read_json
 from pipeline.errors import UserError
 from pipeline.evaluate.measure import Measure
@@ -220,23 +219,6 @@ def read_results(where: Path) -> Results | None:
     except (UserError, ValidationError):
         pass
     raise UserError(f"{file} is damaged, was changed by hand, or is of another version. Make it anew: onebase eval")
-
-
-def read_verdicts(run: Path) -> dict[tuple[str, str], Verdict]:
-    """The last evaluation's verdicts, by stage and sha256 of its adapter, where that adapter and the one it is compared
-    with still lie in the run's folder."""
-    try:
-        results = read_results(run / "evaluation")
-        chain = {stage.name: stage for stage in results.chain} if results else {}
-        there = {name: Artifact(run / name).manifest() for name in chain}
-    except UserError:
-        return {}
-    same = {name for name, known in there.items() if known and known.files.get(WEIGHTS) == chain[name].adapter}
-    return {
-        (name, chain[name].adapter): results.verdicts[name]
-        for name in same
-        if results and (chain[name].parent not in chain or chain[name].parent in same)
-    }
 
 
 def read_fresh(measure: Measure, where: Path) -> Json | None:

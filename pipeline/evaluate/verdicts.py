@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
-from pipeline.evaluate.stored import Link, Results, RewardModel, Verdict
+from pipeline.disk.artifact import WEIGHTS, Artifact
+from pipeline.errors import UserError
+from pipeline.evaluate.stored import Link, Results, RewardModel, Verdict, read_results
 from pipeline.language.say import say, say_again
 from pipeline.measure.metric import (
     KL,
@@ -42,6 +45,24 @@ def find(results: Results) -> dict[str, Verdict]:
         else:
             found[name] = _of_its_headline(stage, kind)
     return found
+
+
+def read(run: Path) -> dict[tuple[str, str], Verdict]:
+    """Of the last evaluation, by stage and sha256 of its adapter, where that adapter and the one it is compared with
+    still lie in the run's folder."""
+    try:
+        results = read_results(run / "evaluation")
+        chain = {stage.name: stage for stage in results.chain} if results else {}
+        there = {name: Artifact(run / name).manifest() for name in chain}
+    except UserError:
+        return {}
+    found = find(results) if results else {}
+    same = {name for name, known in there.items() if known and known.files.get(WEIGHTS) == chain[name].adapter}
+    return {
+        (name, chain[name].adapter): found[name]
+        for name in same
+        if chain[name].parent not in chain or chain[name].parent in same
+    }
 
 
 def _loss(results: Results, name: str, metric: Metric) -> Verdict:

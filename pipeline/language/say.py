@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +22,17 @@ def speak(language: str) -> str:
 
 def spoken() -> str:
     return _spoken
+
+
+@contextlib.contextmanager
+def in_english() -> Iterator[None]:
+    """Inside, whatever is said is for a file: a run's files are in English, whoever has made them."""
+    language = spoken()
+    speak("en")
+    try:
+        yield
+    finally:
+        speak(language)
 
 
 def translated(english: str) -> str:
@@ -65,8 +78,9 @@ def _patterns() -> list[tuple[re.Pattern[str], str]]:
     for english in sorted(_chinese(), key=lambda english: -len(re.sub(r"\{\w+\}", "", english))):
         names = re.findall(r"\{(\w+)\}", english)
         words = re.sub(r"\{\w+\}", "", english)
-        if names and len(names) == len(set(names)) and len(re.findall("[A-Za-z]", words)) >= 6:
+        if names and len(names) == len(set(names)) and len(re.findall("[A-Za-z]", words)) >= 5:
             parts = re.split(r"\{(\w+)\}", english)
-            shape = "".join(f"(?P<{part}>.+?)" if i % 2 else re.escape(part) for i, part in enumerate(parts))
-            found.append((re.compile(shape, re.DOTALL), english))
+            parts[::2] = map(re.escape, parts[::2])
+            parts[1::2] = (f"(?P<{name}>{'[0-9.,]+' if name == 'n' else '.+?'})" for name in parts[1::2])  # n: a number
+            found.append((re.compile("".join(parts), re.DOTALL), english))
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pipeline.disk.artifact import WEIGHTS
 from pipeline.disk.manifest import Manifest
 from pipeline.evaluate import verdicts
-from pipeline.evaluate.stored import read_verdicts
 from pipeline.measure import intervals
 from pipeline.measure.metric import QUESTION_ACCURACY, Estimate, Metric
 from pipeline.publish.sealed import Sealed
@@ -30,7 +29,7 @@ def table(sealed: Sealed) -> str:
 def _shown(sealed: Sealed) -> list[str]:
     """Whether the stages that were trained to raise a number are better: by the run's evaluation where it is of these
     adapters, else by the numbers above."""
-    evaluated = read_verdicts(sealed.artifact.folder.parent)
+    evaluated = verdicts.read(sealed.artifact.folder.parent)
     lines = []
     for entry in sealed.known:
         if not STAGES[entry.kind].raises:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.language.say import say
 from pipeline.recipe.recipe import Recipe
 
 
@@ -16,4 +17,4 @@ def write_if_possible(recipe: Recipe, typed: str, runs: Path, overrides: Sequenc
     try:
         return str(write(recipe, typed, runs, overrides=overrides)[0])
     except (UserError, OSError) as error:
-        return f"not written: {error}"
+        return say("not written: {error}", error=error)

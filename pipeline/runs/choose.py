@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.disk.atomic import Json, read_json, write_json
+from pipeline.language.say import say
 from pipeline.models.spec import ModelSpec
 from pipeline.plan import auto, cards
 from pipeline.plan.cards import Card
@@ -49,7 +50,7 @@ def _choose(recipe: Recipe, stage: str, spec: ModelSpec, runs: Path, fingerprint
         if resolved.is_file():
             write_recipe(recipe, resolved, runs)
     settings = ", ".join(f"{key} {value}" for key, value in noted["chosen"].items())
-    print(f"  auto, on {noted['for']}: {settings}", flush=True)
+    print("  " + say("auto, on {machine}: {settings}", machine=noted["for"], settings=settings), flush=True)
     return dict(noted["chosen"])
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pipeline.disk.atomic import digest
 from pipeline.disk.manifest import Dtype
 from pipeline.errors import UserError
+from pipeline.language.say import say, say_again
 from pipeline.models import published
 from pipeline.models.dtype import Choice, choose
 from pipeline.models.spec import ModelSpec
@@ -46,14 +47,15 @@ def settle(model: ModelSpec, begun: Mapping[str, Dtype]) -> ModelSpec:
         )
     if begun:
         name, dtype = next(iter(begun.items()))
-        choice = Choice(dtype, f"as in '{name}'")
+        choice = Choice(dtype, say("as in '{name}'", name=name))
     else:
         from pipeline.models.base import load_config
 
         config = load_config(model)
         inner = getattr(config, "intermediate_size", None)  # some architectures call it otherwise, or have several
         choice = choose(config.hidden_size, inner if isinstance(inner, int) else 4 * config.hidden_size)
-    print(f"  {choice}", flush=True)
+    why = say_again(choice.why)
+    print("  " + say("computes in {dtype}: {why}", dtype=choice.dtype, why=why), flush=True)
     return model.model_copy(update={"dtype": choice.dtype})
 
 

@@ -14,10 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.language.say import spoken
+
 ERROR_MARK = "onebase: error: "
 """What comes after it on stderr is for the person; the parent shows it as its own error."""
 WATCH = "ONEBASE_DIE_WITH_RUNNER"
 """Set for a worker that is to end when its stdin does."""
+LANGUAGE = "ONEBASE_LANG"
+"""What a child tells a person is in this language: the one that its parent was asked for."""
 QUIET = {
     # Nothing leaves this machine unasked, and libraries speak of errors alone.
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -53,7 +57,7 @@ def make_environment() -> dict[str, str]:
     """Of a child that loads a model. What the person has set counts."""
     own = any(name in os.environ for name in ALLOCATORS)
     gpu = {} if own else GPU_ENVIRONMENT
-    return {**EVERYWHERE, **(gpu if _has_gpu() else CPU_ENVIRONMENT), **os.environ}
+    return {**EVERYWHERE, **(gpu if _has_gpu() else CPU_ENVIRONMENT), **os.environ, LANGUAGE: spoken()}
 
 
 def complete_own(defaults: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from pipeline.language.say import say
 from pipeline.models.dtype import known_for_cpu, known_speed
 from pipeline.plan import auto, cards
 from pipeline.plan.cards import Card
@@ -69,10 +70,10 @@ def estimate(recipe: Recipe, runs: Path, rows: Mapping[str, Rows], trained: set[
 def spoken(seconds: float) -> str:
     """As a person says it."""
     if seconds < 90:
-        return "about a minute" if seconds > 45 else "less than a minute"
+        return say("about a minute") if seconds > 45 else say("less than a minute")
     if seconds < 90 * 60:
-        return f"about {seconds / 60:.0f} minutes"
-    return f"about {seconds / 3600:.1f} hours"
+        return say("about {n} minutes", n=f"{seconds / 60:.0f}")
+    return say("about {n} hours", n=f"{seconds / 3600:.1f}")
 
 
 def _durations(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.disk.atomic import digest, locked
 from pipeline.errors import UserError
+from pipeline.language.say import say, say_again
 from pipeline.recipe import gates
 from pipeline.recipe.recipe import RUNS, Recipe
 from pipeline.runs import sharding
@@ -54,8 +55,10 @@ def run(
         clock = _look_ahead(recipe, runs, rows, planned, launch_config)
         done, told = [], Told(recipe, runs)
         for index, state in enumerate(planned, 1):
-            why = f", {state.why}" if state.why else ""
-            print(f"[{index}/{len(planned)}] {state.name}: {state.word}{why}", flush=True)
+            stands = say_again(state.word)
+            if state.why:
+                stands = say("{state}, {more}", state=stands, more=state.reason)
+            print(f"[{index}/{len(planned)}] " + say("{stage}: {word}", stage=state.name, word=stands), flush=True)
             if state.due:
                 for parent in sorted(set(recipe.parents(state.name).values()) - chosen):  # held below otherwise
                     gates.hold(recipe.spec.expect, recipe.artifact(parent, runs), force)
@@ -78,8 +81,8 @@ def _look_ahead(
     trained = {state.name for state in planned if state.word == "unmeasured"}
     clock = estimate(recipe, runs, due, trained, _cores())
     if clock.durations:
-        stages = "1 stage" if len(due) == 1 else f"{len(due)} stages"
-        print(f"{stages}, {spoken(clock.whole)} on this machine", flush=True)
+        stages = say("1 stage") if len(due) == 1 else say("{n} stages", n=len(due))
+        print(say("{stages}, {time} on this machine", stages=stages, time=spoken(clock.whole)), flush=True)
     return clock
 
 

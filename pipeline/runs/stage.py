@@ -14,7 +14,7 @@ from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, digest, locked, write_text
 from pipeline.disk.manifest import Cost, Data, Manifest, Parent, Parts
 from pipeline.errors import UserError
-from pipeline.language.say import kept
+from pipeline.language.say import kept, say
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs import sharding
 from pipeline.runs.choose import choose_section
@@ -49,11 +49,11 @@ def run_stage(recipe: Recipe, stage: str, runs: Path, after_training: float | No
     if former is not None and former.fingerprint != fingerprint:
         former = None
     if former is not None and former.data.measured_on == measured_on:
-        print(f"{stage} is fresh", flush=True)
+        print(say("{stage} is fresh", stage=stage), flush=True)
         return
     if former is not None:
         out.verify()
-        print(f"  {stage} is measured again; nothing is trained", flush=True)
+        print("  " + say("{stage} is measured again; nothing is trained", stage=stage), flush=True)
     rows, sources = load_rows(recipe, stage)
 
     import torch

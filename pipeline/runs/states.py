@@ -10,6 +10,7 @@ from pipeline.disk import versions
 from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, digest
 from pipeline.errors import UserError
+from pipeline.language.say import kept, say, say_again
 from pipeline.recipe.recipe import RUNS, Recipe
 
 
@@ -21,6 +22,11 @@ class State:
     name: str
     word: str
     why: str
+
+    @property
+    def reason(self) -> str:
+        """Why, in the language that is spoken."""
+        return say("; ").join(map(say_again, self.why.split("; ")))
 
     @property
     def fresh(self) -> bool:
@@ -53,26 +59,34 @@ def _find_state(
         try:
             out.verify()
         except UserError as error:
-            return State(out.name, "damaged", str(error))
+            return State(out.name, kept("damaged"), str(error))
         for role, parent in parents.items():
             noted, theirs = manifest.parents.get(role), parent.manifest()
             if not waiting and (noted and noted.adapter) != (theirs and theirs.files.get(WEIGHTS)):
-                return State(out.name, "stale", f"'{parent.name}' has been trained again, with another result")
+                return State(
+                    out.name,
+                    kept("stale"),
+                    kept("'{parent}' has been trained again, with another result", parent=parent.name),
+                )
         changed = _list_differences({"data": manifest.data.measured_on}, {"data": measured_on})
         if changed:
-            return State(out.name, "unmeasured", "; ".join(changed))
+            return State(out.name, kept("unmeasured"), "; ".join(changed))
         others = versions.compare(manifest.versions, versions.installed())
-        return State(out.name, "fresh", f"made with {versions.describe(others)}" if others else "")
+        made_with = kept("made with {versions}", versions=versions.describe(others)) if others else ""
+        return State(out.name, kept("fresh"), made_with)
     checkpoint = out.last_checkpoint(fingerprint)
     if checkpoint is not None:
         several = (out.claimed() or {}).get("processes", 1)
-        step = f"goes on from step {checkpoint.name.rsplit('-', 1)[1]}"
-        return State(out.name, "stopped", step + (f", with {several} processes" if several > 1 else ""))
+        step = checkpoint.name.rsplit("-", 1)[1]
+        why = kept("goes on from step {step}", step=step)
+        if several > 1:
+            why = kept("goes on from step {step}, with {n} processes", step=step, n=several)
+        return State(out.name, kept("stopped"), why)
     before = manifest.parts.model_dump() if manifest else (out.claimed() or {}).get("parts")
     if before is None:
-        return State(out.name, "new", f"after {waiting[0]}" if waiting else "never run")
+        return State(out.name, kept("new"), kept("after {parent}", parent=waiting[0]) if waiting else kept("never run"))
     changed = _list_differences(before, parts) if isinstance(before, dict) else []
-    return State(out.name, "stale", "; ".join(changed) or "it was cut short")
+    return State(out.name, kept("stale"), "; ".join(changed) or kept("it was cut short"))
 
 
 def _list_differences(before: Json, now: Json, prefix: str = "") -> list[str]:
@@ -86,17 +100,34 @@ def _list_differences(before: Json, now: Json, prefix: str = "") -> list[str]:
         if isinstance(old, dict) and isinstance(new, dict):
             differences += _list_differences(old, new, f"{place}.".removeprefix("stage."))
         elif prefix == "parents.":
-            differences.append(f"its parent ({key}) has changed")
+            differences.append(kept("its parent ({role}) has changed", role=key))
         elif place in ("data.path", "data.test", "data.questions"):
-            what = "changed" if old and new else "been named" if new else "been taken away"
-            differences.append(f"the file of {place.removeprefix('data.') if key == 'questions' else place} has {what}")
+            what = place.removeprefix("data.") if key == "questions" else place
+            if old and new:
+                differences.append(kept("the file of {what} has changed", what=what))
+            elif new:
+                differences.append(kept("the file of {what} has been named", what=what))
+            else:
+                differences.append(kept("the file of {what} has been taken away", what=what))
         elif place.startswith("data.reward "):
-            what = "changed" if old and new else "come into use" if new else "gone out of use"
-            differences.append(f"{place.rpartition(': ')[2]}, which the reward reads, has {what}")
+            what = place.rpartition(": ")[2]
+            if old and new:
+                differences.append(kept("{what}, which the reward reads, has changed", what=what))
+            elif new:
+                differences.append(kept("{what}, which the reward reads, has come into use", what=what))
+            else:
+                differences.append(kept("{what}, which the reward reads, has gone out of use", what=what))
         elif place == "arithmetic":
-            differences.append(f"this version of OneBase trains it in another way ({_short(old)}, now {_short(new)})")
+            told = kept(
+                "this version of OneBase trains it in another way ({old}, now {new})", old=_short(old), new=_short(new)
+            )
+            differences.append(told)
+        elif old is None:
+            differences.append(kept("{place} was unset, is {new}", place=place, new=_short(new)))
+        elif new is None:
+            differences.append(kept("{place} was {old}, is unset", place=place, old=_short(old)))
         else:
-            differences.append(f"{place} was {_short(old)}, is {_short(new)}")
+            differences.append(kept("{place} was {old}, is {new}", place=place, old=_short(old), new=_short(new)))
     return differences
 
 

@@ -10,6 +10,7 @@ from rich.cells import cell_len, chop_cells
 
 from pipeline.disk.artifact import Artifact
 from pipeline.disk.atomic import Json
+from pipeline.language.say import say, say_again
 from pipeline.recipe.recipe import Recipe
 
 LINE = 80
@@ -26,7 +27,7 @@ class Told:
     def begin(self, stage: str) -> None:
         learns = self.recipe.kind(stage).learns
         if learns:
-            print(f"  {learns}", flush=True)
+            print(f"  {say_again(learns)}", flush=True)
 
     def end(self, stage: str) -> None:
         """The question before and after, or of a stage that answers nothing its first held-out number."""
@@ -44,9 +45,9 @@ class Told:
             if metric is None:
                 return
             before, after = (metric.written(told[metric.name], fine=True) for told in (manifest.before, manifest.after))
-            print(f"  {metric.label}")
-        print(shorten(f"    before: {before}"))
-        print(shorten(f"    after:  {after}"), flush=True)
+            print(f"  {metric.said}")
+        print(shorten("    " + say("before: {text}", text=before)))
+        print(shorten("    " + say("after:  {text}", text=after)), flush=True)
 
 
 def read_samples(out: Artifact) -> list[Json]:
@@ -71,7 +72,7 @@ def asked(sample: Json) -> str:
 
 
 def one_line(answer: str) -> str:
-    return " ".join(answer.split()) or "(nothing)"
+    return " ".join(answer.split()) or say("(nothing)")
 
 
 def shorten(text: str) -> str:

@@ -14,8 +14,9 @@ import traceback
 from pathlib import Path
 
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
+from pipeline.language.say import say, say_again, speak
 from pipeline.recipe.recipe import read
-from pipeline.runs.environment import ERROR_MARK, EVERYWHERE, WATCH, complete_own
+from pipeline.runs.environment import ERROR_MARK, EVERYWHERE, LANGUAGE, WATCH, complete_own
 from pipeline.runs.stage import run_stage
 
 DISK_FULL = ("No space left", "File too large", "inline_container", "StreamWriter")
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--after-training", type=float, metavar="SECONDS")
     given = parser.parse_args()
     complete_own(EVERYWHERE)
+    speak(os.environ.get(LANGUAGE, "en"))
     if os.environ.get(WATCH):
         threading.Thread(target=_die_with_runner, daemon=True).start()
     sys.exit(_guarded(given.recipe, given.stage, given.runs, given.after_training))
@@ -45,7 +47,8 @@ def _guarded(recipe: str, stage: str, runs: Path, after_training: float | None =
     except BrokenInvariant as error:
         return _fail(f"stage '{stage}' stopped, because a check of what it works with failed:\n  {error}", 3)
     except Interrupted as error:
-        print(f"  {stage}: {error}; a checkpoint was saved", flush=True)
+        what = say_again(str(error))
+        print("  " + say("{stage}: {what}; a checkpoint was saved", stage=stage, what=what), flush=True)
         return 130
     except KeyboardInterrupt:
         return 130

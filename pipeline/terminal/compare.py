@@ -20,10 +20,11 @@ from pipeline.errors import UserError
 from pipeline.evaluate.measures import OF_A_POLICY
 from pipeline.evaluate.plan import plan
 from pipeline.evaluate.stored import Results, RewardModel, read_results
+from pipeline.language.say import say
 from pipeline.measure.metric import METRICS, SHARE, Estimate
 from pipeline.recipe import yaml
 from pipeline.recipe.recipe import read
-from pipeline.terminal.console import Row, print_matrix, print_rows
+from pipeline.terminal.console import Row, counted, print_matrix, print_rows
 
 Pair = tuple[Any, Any]
 """Of the first run and of the second."""
@@ -100,36 +101,37 @@ def compare(first: Path, second: Path) -> Difference:
 def show(found: Difference, console: Console) -> None:
     folders = (found.a, found.b)
     console.print(Text(f"A = {found.a}\nB = {found.b}", style="bold"), soft_wrap=True)
-    _table(console, "recipe", "key", {key: (_short(a), _short(b)) for key, (a, b) in found.recipe.items()})
+    _table(console, say("recipe"), say("key"), {key: (_short(a), _short(b)) for key, (a, b) in found.recipe.items()})
     files = {key: (_file(a), _file(b)) for key, (a, b) in found.data.items()}
-    _table(console, "data (rows used, and the files' sha256)", "file", files)
+    _table(console, say("data (rows used, and the files' sha256)"), say("file"), files)
     if not all(found.evaluated):
         own = {key: (_rounded(a), _rounded(b)) for key, (a, b) in found.after.items()}
-        _table(console, "numbers the stages took of themselves", "number", own)
-        missing = " and ".join(str(folder) for folder, done in zip(folders, found.evaluated, strict=True) if not done)
+        _table(console, say("numbers the stages took of themselves"), say("number"), own)
+        missing = [str(folder) for folder, done in zip(folders, found.evaluated, strict=True) if not done]
+        runs = say(", ").join(missing)
         console.print(
-            f"Not evaluated, so there are no intervals (onebase eval): {missing}", markup=False, soft_wrap=True
+            say("Not evaluated, so there are no intervals (onebase eval): {runs}", runs=runs),
+            markup=False,
+            soft_wrap=True,
         )
         return
     for folder, old in zip(folders, found.older, strict=True):
         if old:
-            console.print(
-                Text(f"The evaluation of {folder} is older than the run ({old}): onebase eval", style="yellow"),
-                soft_wrap=True,
-            )
+            told = say("The evaluation of {run} is older than the run ({why}): onebase eval", run=folder, why=old)
+            console.print(Text(told, style="yellow"), soft_wrap=True)
     for name, run in found.alone.items():
-        console.print(f"{name}: evaluated only in {run}", markup=False)
+        console.print(say("{stage}: evaluated only in {run}", stage=name, run=run), markup=False)
     _show_numbers(found, console)
     for name, models in found.reward_models.items():
         shown = [
             {
-                "pairs ranked right": SHARE.shown(model.accuracy),
-                'over "longer wins"': SHARE.shown(model.over_longer, sign=True),
-                "calibration error": f"{model.ece:.2f}",
+                say("pairs ranked right"): SHARE.shown(model.accuracy),
+                say('over "longer wins"'): SHARE.shown(model.over_longer, sign=True),
+                say("calibration error"): f"{model.ece:.2f}",
             }
             for model in models
         ]
-        _table(console, f"reward model {name}", "number", _unlike(*shown))
+        _table(console, say("reward model {name}", name=name), say("number"), _unlike(*shown))
 
 
 def _show_numbers(found: Difference, console: Console) -> None:
@@ -141,19 +143,18 @@ def _show_numbers(found: Difference, console: Console) -> None:
             told = numbers.get(metric.name)
             if told is None or told.a == told.b:
                 continue
-            cell = Text("not the same\nitems", style="dim")
+            cell = Text(say("not the same\nitems"), style="dim")
             if told.change:
                 style = {"better": "green", "worse": "red"}.get(metric.word(told.change), "")
                 cell = Text(metric.lines(told.change, sign=True), style=style)
             rows.append(Row(metric.heading, [metric.lines(told.a), metric.lines(told.b), cell]))
         if rows:
-            console.print(
-                "" if not equal else Text("numbers with 95 % intervals (B - A: taken item by item)", style="italic")
-            )
+            title = say("numbers with 95 % intervals (B - A: taken item by item)")
+            console.print("" if not equal else Text(title, style="italic"))
             print_matrix(stage, ["A", "B", "B - A"], rows, console)
             equal = False
     if equal:
-        console.print("numbers: equal")
+        console.print(say("{what}: equal", what=say("numbers")))
 
 
 def older(folder: Path, results: Results) -> str:
@@ -220,7 +221,7 @@ def _unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Pair]:
 
 def _table(console: Console, title: str, what: str, rows: Mapping[str, tuple[str, str]]) -> None:
     if not rows:
-        console.print(f"{title}: equal")
+        console.print(say("{what}: equal", what=title))
         return
     table = Table(title=title, box=None, pad_edge=False)
     for heading in (what, "A", "B"):
@@ -234,9 +235,9 @@ def _file(told: Json | None) -> str:
     if told is None:
         return ""
     if "base" in told:
-        return f"{str(told['base'])[:24]}, in {told['dtype']}"
-    rows = "" if told["rows"] is None else f"{told['rows']} rows, "
-    return f"{rows}{str(told['sha256'])[:12]}"
+        return say("{base}, in {dtype}", base=str(told["base"])[:24], dtype=told["dtype"])
+    sha256 = str(told["sha256"])[:12]
+    return sha256 if told["rows"] is None else f"{counted(told['rows'], 'row')}, {sha256}"
 
 
 def _rounded(value: float | None) -> str:
@@ -244,5 +245,5 @@ def _rounded(value: float | None) -> str:
 
 
 def _short(value: Any) -> str:
-    text = "unset" if value is None else str(value)
+    text = say("unset") if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -13,6 +13,8 @@ from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
+from pipeline.language.say import say, spoken, translated
+
 UNLIMITED = 10_000
 PROSE = 24
 """Columns of the terminal that running text takes at least."""
@@ -55,7 +57,7 @@ def print_rows(table: Table, console: Console, names: int = 1) -> None:
         for index, (column, cell) in enumerate(zip(table.columns, cells, strict=True)):
             if cell:
                 text = cell if isinstance(cell, Text) else Text.from_markup(str(cell), style=column.style)
-                heading = f"{column.header}: " if column.header and index >= names else ""
+                heading = say("{heading}: ", heading=column.header) if column.header and index >= names else ""
                 console.print(Padding(Text(heading, style="dim") + text, (0, 0, 0, 2 * min(index, names))))
 
 
@@ -75,7 +77,7 @@ def print_matrix(corner: str, names: Sequence[str], rows: Sequence[Row], console
 
 def counted(number: int, what: str) -> str:
     """1 row, 2 rows."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    return f"1 {what}" if number == 1 and spoken() == "en" else translated(f"{{n}} {what}s").format(n=number)
 
 
 def _matrix(corner: str, names: Sequence[str], rows: Sequence[Row], chosen: list[int], console: Console) -> Table:
@@ -92,7 +94,10 @@ def _matrix(corner: str, names: Sequence[str], rows: Sequence[Row], chosen: list
 
 
 def _hold(column: Column, console: Console) -> None:
-    """Have rich give a column the width that its cells need."""
+    """Have rich give a column the width that its cells need, and break running text where it has no spaces, as Chinese
+    does: rich would cut it."""
+    if not column.no_wrap:
+        column.overflow = "fold"
     widest = max(_measure(cell, console).maximum for cell in (column.header, *column.cells))
     least = widest if column.no_wrap else min(PROSE, widest)
     column.min_width = least if column.max_width is None else min(least, column.max_width)

@@ -14,6 +14,7 @@ from pipeline.data.contracts import Row
 from pipeline.data.examine import Section, attempt
 from pipeline.data.tokens import Unrenderable, special_ids, stop_ids
 from pipeline.errors import UserError
+from pipeline.language.say import kept, say, say_again, translated
 from pipeline.plan.sizes import AUTO
 from pipeline.recipe.recipe import Recipe
 from pipeline.stages.arguments import defaults
@@ -100,9 +101,9 @@ def show(found: Json, console: Console) -> None:
         print_rows(table, console)
         show_faults(stage["faults"], console)
         for warning in stage["warnings"]:
-            console.print(Text(f"  ! {warning}", style="yellow"))
+            console.print(Text(f"  ! {say_again(warning)}", style="yellow"))
         if not stage["warnings"] and not stage["faults"]:
-            console.print(Text("  no problems found", style="green"))
+            console.print(Text("  " + say("no problems found"), style="green"))
         console.print()
     show_faults(found["faults"], console)
 
@@ -118,13 +119,17 @@ def show_rows(recipe: Recipe, name: str, count: int, console: Console) -> list[s
     tokenizer = _load_tokenizer(recipe)
     special = special_ids(tokenizer)
     split, _, _, faults = examination.read_sound(_section(recipe, name, {}))
-    console.print(Text.assemble(("loss", "bold green"), "  ", ("no loss", "dim"), "  ", ("special token", "reverse")))
+    console.print(
+        Text.assemble(
+            (say("with loss"), "bold green"), "  ", (say("no loss"), "dim"), "  ", (say("special token"), "reverse")
+        )
+    )
     for row in split.train[:count] if split else []:
         console.print(Text(f"── {row['_place']}", style="green"), soft_wrap=True)  # a rule would cut a long place off
         try:
             sequences = recipe.kind(name).encode(tokenizer, row)
         except Unrenderable as error:
-            console.print(Text(f"refused: {error}", style="red"))
+            console.print(Text(say("refused: {error}", error=error), style="red"))
             continue
         for label, sequence in zip(_labels(row, len(sequences)), sequences, strict=True):
             shown = Text(label)
@@ -139,69 +144,95 @@ def show_rows(recipe: Recipe, name: str, count: int, console: Console) -> list[s
                 if token in special:
                     style += " reverse"
                 shown.append("".join(MARKS.get(letter, letter) for letter in piece), style=style)
-            shown.append(f"  [{len(sequence.ids)} tokens, {sequence.supervised} with loss]", style="cyan")
+            told = say("{n} tokens, {learnt} with loss", n=len(sequence.ids), learnt=sequence.supervised)
+            shown.append(f"  [{told}]", style="cyan")
             console.print(shown)
     show_faults(faults, console)
     return faults
 
 
 def _labels(row: Row, count: int) -> list[str]:
-    return [""] if count == 1 else ["chosen: ", "rejected: "]
+    return (
+        [""] if count == 1 else [say("{heading}: ", heading=say("chosen")), say("{heading}: ", heading=say("rejected"))]
+    )
 
 
 def _lines(stage: Json, width: int) -> list[tuple[str, str]]:
-    lines = [("rows", _source(source)) for source in stage.get("sources", [])]
+    lines = [(say("rows"), _source(source)) for source in stage.get("sources", [])]
     if "tokens" in stage:
         lines += _token_lines(stage["tokens"], width)
     if alike := stage.get("duplicates"):
-        among = f" (looked for among {alike['near_among']} rows)" if alike["near_among"] < stage["train_rows"] else ""
-        lines.append(("duplicates", f"{alike['exact']} exact, {alike['near']} near{among}"))
+        told = say("{exact} exact, {near} near", exact=alike["exact"], near=alike["near"])
+        if alike["near_among"] < stage["train_rows"]:
+            told += say(" (looked for among {n} rows)", n=alike["near_among"])
+        lines.append((say("duplicates"), told))
     if pairs := stage.get("comparisons"):
-        words = "not known" if pairs["bag_of_words"] is None else f"{pairs['bag_of_words']:.1%}"
-        against = f"{pairs['contradictory']} contradict others"
-        lines.append(("comparisons", f"{pairs['pairs']} on {counted(pairs['prompts'], 'prompt')}, {against}"))
-        lines.append(("to beat", f"longer answer wins {pairs['longer_wins']:.1%}, bag of words {words}"))
+        told = say(
+            "{n} on {prompts}, {against} contradict others",
+            n=pairs["pairs"],
+            prompts=counted(pairs["prompts"], "prompt"),
+            against=pairs["contradictory"],
+        )
+        lines.append((say("comparisons"), told))
+        words = say("not known") if pairs["bag_of_words"] is None else f"{pairs['bag_of_words']:.1%}"
+        longer = f"{pairs['longer_wins']:.1%}"
+        beat = say("longer answer wins {longer}, bag of words {words}", longer=longer, words=words)
+        lines.append((say("to beat"), beat))
     return lines
 
 
 def _token_lines(tokens: Json, width: int) -> list[tuple[str, str]]:
     lines = []
     if length := tokens["length"]:
+        spread = say("{range}, 95 % within {p95}; {n} in all", range=_range(length), p95=length["p95"], n=length["sum"])
+        begun = tokens["bos_at_the_start"].items()
         lines += [
-            ("tokens a row", f"{_range(length)}, 95 % within {length['p95']}; {length['sum']} in all"),
+            (say("tokens a row"), spread),
             ("", _bars(tokens["histogram"], width)),
-            ("bytes a token", str(tokens["bytes_per_token"])),
+            (say("bytes a token"), str(tokens["bytes_per_token"])),
             (
-                "BOS at the start",
-                ", ".join(f"{n} in {counted(rows, 'row')}" for n, rows in tokens["bos_at_the_start"].items()),
+                say("BOS at the start"),
+                say(", ").join(say("{n} in {rows}", n=n, rows=counted(rows, "row")) for n, rows in begun),
             ),
         ]
-    over, beyond = tokens["longer_than_max_length"], tokens["tokens_beyond_max_length"]
-    lines.append(
-        ("over max_length", f"{counted(over, 'row')} over {tokens['max_length']} tokens, by {beyond} tokens in all")
+    over = say(
+        "{rows} over {longest} tokens, by {n} tokens in all",
+        rows=counted(tokens["longer_than_max_length"], "row"),
+        longest=tokens["max_length"],
+        n=tokens["tokens_beyond_max_length"],
     )
+    lines.append((say("over max_length"), over))
     if "supervised_tokens" in tokens:
-        bare, ends = tokens["rows_without_supervised_tokens"], tokens["rows_whose_end_of_turn_is_supervised"]
-        lines.append(
-            ("tokens with loss", f"{_range(tokens['supervised_tokens'])} a row; {counted(bare, 'row')} without")
-        )
-        kept = tokens["rows_kept"]
-        lines.append(("end of turn learnt", f"in {ends} of {counted(kept, 'row')} kept"))
+        bare, whole = (counted(tokens[key], "row") for key in ("rows_without_supervised_tokens", "rows_kept"))
+        learnt = say("{range} a row; {rows} without", range=_range(tokens["supervised_tokens"]), rows=bare)
+        lines.append((say("tokens with loss"), learnt))
+        ends = say("in {n} of {rows} kept", n=tokens["rows_whose_end_of_turn_is_supervised"], rows=whole)
+        lines.append((say("end of turn learnt"), ends))
     return lines
 
 
 def _source(source: Json) -> str:
     formats = ", ".join(f"{name} {count}" for name, count in source["formats"].items())
-    parts = [f"{source['path']} ({formats})", f"{source['used']} of {counted(source['rows'], 'row')} used"]
-    parts += [f"{count} refused: {reason}" for reason, count in source["refused"].items()]
-    return "\n".join([*parts, *(f"{source[key]} {label}" for key, label in _EXTRA.items() if key in source)])
+    used = say("{n} of {rows} used", n=source["used"], rows=counted(source["rows"], "row"))
+    parts = [f"{source['path']} ({formats})", used]
+    parts += [say("{n} refused: {reason}", n=count, reason=reason) for reason, count in source["refused"].items()]
+    return "\n".join(
+        [*parts, *(f"{source[key]} {translated(label)}" for key, label in _EXTRA.items() if key in source)]
+    )
 
 
 def _range(spread: Json) -> str:
-    return f"{spread['min']} to {spread['max']}, median {spread['median']}" if spread else "0"
+    if not spread:
+        return "0"
+    return say("{low} to {high}, median {median}", low=spread["min"], high=spread["max"], median=spread["median"])
 
 
-_EXTRA = {"held_out": "held out", "left_out": "not drawn", "drawn": "drawn", "file_rows": "rows in the file"}
+_EXTRA = {
+    "held_out": kept("held out"),
+    "left_out": kept("not drawn"),
+    "drawn": kept("drawn"),
+    "file_rows": kept("rows in the file"),
+}
 
 
 def _bars(histogram: list[Any], width: int) -> str:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from rich.cells import set_cell_size
 from rich.console import Console
 
+from pipeline.language.say import say
 from pipeline.recipe.recipe import Recipe
 from pipeline.terminal.console import make_console
 from pipeline.terminal.results import as_typed, show_answers, show_results
@@ -28,13 +30,13 @@ def show_ending(recipe: Recipe, path: str, overrides: Sequence[str], runs: Path,
 def show_next(recipe: Recipe, path: str, runs: Path, console: Console) -> None:
     """Where things are and what to type next."""
     print_line = partial(console.print, highlight=False, soft_wrap=True, markup=False)
-    print_line(f"\nAdapters, manifests, logs: {runs / recipe.name}/<stage>/")
-    print_line("What to type next:")
-    talk = [("talk to it", f"onebase chat {shlex.quote(str(runs / recipe.name))}")]
+    print_line("\n" + say("Adapters, manifests, logs: {folder}", folder=f"{runs / recipe.name}/<stage>/"))
+    print_line(say("What to type next:"))
+    talk = [(say("talk to it"), f"onebase chat {shlex.quote(str(runs / recipe.name))}")]
     for what, command in (
         *(talk if any(recipe.kind(name).answers for name in recipe.order()) else []),
-        ("compare stages", f"onebase eval {path}"),
-        ("see where it is", f"onebase status {path}"),
-        ("make your own", f"onebase cp {shlex.split(path)[0]} my.yaml"),
+        (say("compare stages"), f"onebase eval {path}"),
+        (say("see where it is"), f"onebase status {path}"),
+        (say("make your own"), f"onebase cp {shlex.split(path)[0]} my.yaml"),
     ):
-        print_line(f"  {what:<17}{command}")
+        print_line(f"  {set_cell_size(what, 17)}{command}")

@@ -12,6 +12,7 @@ from rich.text import Text
 from pipeline.disk.atomic import Json
 from pipeline.disk.manifest import Dtype
 from pipeline.errors import UserError
+from pipeline.language.say import kept, say, say_again, translated
 from pipeline.models.dtype import known_for_cpu
 from pipeline.models.spec import ModelSpec, hub_commit
 from pipeline.plan import auto, cards
@@ -28,19 +29,19 @@ from pipeline.terminal.states import show_states
 
 GIB = 2**30
 ROWS: list[tuple[str, Callable[[Planned], int]]] = [
-    ("weights in 4 bits", lambda stage: stage.memory.quantised),
-    ("weights in bf16", lambda stage: stage.memory.unquantised),
-    ("adapters", lambda stage: stage.memory.adapters),
-    ("gradients", lambda stage: stage.memory.gradients),
-    ("optimizer", lambda stage: stage.memory.optimizer),
-    ("activations", lambda stage: stage.memory.activations),
-    ("logits and loss", lambda stage: stage.memory.logits),
-    ("= peak of a training step", lambda stage: stage.memory.training),
-    ("KV cache of rollouts", lambda stage: stage.memory.cache),
-    ("= peak of rollout, scoring", lambda stage: stage.memory.rollout),
-    ("= peak of evaluation", lambda stage: stage.memory.evaluation),
-    ("CUDA context, fragments", lambda stage: CONTEXT),
-    ("total on the GPU", lambda stage: stage.memory.total),
+    (kept("weights in 4 bits"), lambda stage: stage.memory.quantised),
+    (kept("weights in bf16"), lambda stage: stage.memory.unquantised),
+    (kept("adapters"), lambda stage: stage.memory.adapters),
+    (kept("gradients"), lambda stage: stage.memory.gradients),
+    (kept("optimizer"), lambda stage: stage.memory.optimizer),
+    (kept("activations"), lambda stage: stage.memory.activations),
+    (kept("logits and loss"), lambda stage: stage.memory.logits),
+    (kept("= peak of a training step"), lambda stage: stage.memory.training),
+    (kept("KV cache of rollouts"), lambda stage: stage.memory.cache),
+    (kept("= peak of rollout, scoring"), lambda stage: stage.memory.rollout),
+    (kept("= peak of evaluation"), lambda stage: stage.memory.evaluation),
+    (kept("CUDA context, fragments"), lambda stage: CONTEXT),
+    (kept("total on the GPU"), lambda stage: stage.memory.total),
 ]
 
 
@@ -91,12 +92,12 @@ def show_plan(recipe: Recipe, runs: Path, card: Card | None, console: Console) -
     if not isinstance(plan.states, UserError):
         show_states(plan.states, console)
     if isinstance(plan.needs, UserError):
-        console.print(f"memory and time: not planned: {plan.needs}", markup=False)
+        console.print(say("memory and time: not planned: {error}", error=plan.needs), markup=False)
     else:
         show_needs(plan.needs, console)
     plan.hold(recipe.spec.model)
     if isinstance(plan.states, UserError):
-        console.print(f"\nwhat would run is not known: {plan.states}", markup=False)
+        console.print("\n" + say("what would run is not known: {error}", error=plan.states), markup=False)
 
 
 def plan_as_json(recipe: Recipe, runs: Path, card: Card | None) -> Json:
@@ -148,19 +149,26 @@ def find_needs(recipe: Recipe, begun: Mapping[str, Dtype], card: Card | None) ->
 
 def show_needs(needs: Needs, console: Console) -> None:
     if needs.why:
-        console.print(f"\nmodel.dtype: auto is planned as {needs.dtype}: {needs.why}", markup=False)
+        told = say("model.dtype: auto is planned as {dtype}: {why}", dtype=needs.dtype, why=needs.why)
+        console.print(f"\n{told}", markup=False)
     if needs.assumed:
         console.print(
-            "\nThere is no GPU here. auto is planned as it would be chosen on this machine. --gpu names a card."
+            "\n"
+            + say("There is no GPU here. auto is planned as it would be chosen on this machine. --gpu names a card.")
         )
     console.print()
     _show_table(needs, console)
     if needs.shapes.noted:
         console.print(
-            f"{needs.spec.base}: its shapes are as this package noted them on {needs.shapes.noted}, since its "
-            "config.json is not on this disk and the Hub did not give it.",
-            style="dim", markup=False,
-        )  # fmt: skip
+            say(
+                "{base}: its shapes are as this package noted them on {date}, since its config.json is not on this "
+                "disk and the Hub did not give it.",
+                base=needs.spec.base,
+                date=needs.shapes.noted,
+            ),
+            style="dim",
+            markup=False,
+        )
 
 
 def plan_stages(recipe: Recipe, spec: ModelSpec, shapes: Shapes, card: Card | None) -> dict[str, Planned]:
@@ -181,48 +189,61 @@ def plan_stages(recipe: Recipe, spec: ModelSpec, shapes: Shapes, card: Card | No
 def _planned_dtype(begun: Mapping[str, Dtype], shapes: Shapes, card: Card | None) -> tuple[Dtype, str]:
     """What auto stands for, and why; where only the first run finds out, what takes the most memory."""
     for name, dtype in begun.items():
-        return dtype, f"as in '{name}'"
+        return dtype, say("as in '{name}'", name=name)
     if card:
-        return "bfloat16", "a GPU computes in it or in float16, which takes as much memory"
+        return "bfloat16", say("a GPU computes in it or in float16, which takes as much memory")
     known = known_for_cpu(shapes.hidden, shapes.intermediate)
     if known:
-        return known.dtype, known.why
-    return "float32", "the most it takes on a CPU; the first run measures what is faster here"
+        return known.dtype, say_again(known.why)
+    return "float32", say("the most it takes on a CPU; the first run measures what is faster here")
 
 
 def _show_table(needs: Needs, console: Console) -> None:
     """The memory of each stage in GiB, whether it fits, and how long it takes."""
     shapes, card, stages = needs.shapes, needs.card, list(needs.stages.values())
-    where = f"on {card.name}, {card.room / GIB:.1f} GiB free" if card else "no GPU here; --gpu names one"
-    console.print(
-        f"Peak memory in GiB, {shapes.parameters / 1e9:.3g}B parameters ({where})", style="italic", markup=False
-    )
+    where = say("no GPU here; --gpu names one")
+    if card:
+        where = say("on {card}, {room} GiB free", card=card.name, room=f"{card.room / GIB:.1f}")
+    size = f"{shapes.parameters / 1e9:.3g}B"
+    title = say("Peak memory in GiB, {size} parameters ({where})", size=size, where=where)
+    console.print(title, style="italic", markup=False)
     half = {"bfloat16": "bf16", "float16": "fp16"}.get(needs.dtype, "fp32")
     styles = {"=": "dim", "t": "bold"}
+
+    def checkpointed(stage: Planned) -> str:
+        return say("{n} of {all}", n=stage.work.checkpointed, all=shapes.layers)
+
     rows = [
-        Row(label.replace("bf16", half), [_gib(read(stage)) for stage in stages], styles.get(label[0], ""))
+        Row(translated(label).replace("bf16", half), [_gib(read(stage)) for stage in stages], styles.get(label[0], ""))
         for label, read in ROWS
     ]
     if card:
-        rows.append(Row("fits", [_fits(stage, card) for stage in stages]))
-        rows.append(Row("GiB to spare", [f"{(card.room - stage.memory.total) / GIB:.1f}" for stage in stages]))
+        rows.append(Row(say("fits"), [_fits(stage, card) for stage in stages]))
+        rows.append(Row(say("GiB to spare"), [f"{(card.room - stage.memory.total) / GIB:.1f}" for stage in stages]))
     rows += [
-        Row("longest batch", [f"{stage.work.rows} x {stage.work.length}" for stage in stages]),
-        Row("layers checkpointed", [f"{stage.work.checkpointed} of {shapes.layers}" for stage in stages]),
-        Row("tokens/s", [_or_none(stage.tokens_per_second, "{:.0f}") for stage in stages]),
-        Row("minutes of training", [_minutes(stage.minutes) for stage in stages]),
-        Row("disk, GB", [f"{stage.disk / 1e9:.2f}" for stage in stages]),
-        Row("merging, RAM included", [_gib(stage.memory.merging) for stage in stages]),
+        Row(say("longest batch"), [f"{stage.work.rows} x {stage.work.length}" for stage in stages]),
+        Row(say("layers checkpointed"), [checkpointed(stage) for stage in stages]),
+        Row(say("tokens/s"), [_or_none(stage.tokens_per_second, "{:.0f}") for stage in stages]),
+        Row(say("minutes of training"), [_minutes(stage.minutes) for stage in stages]),
+        Row(say("disk, GB"), [f"{stage.disk / 1e9:.2f}" for stage in stages]),
+        Row(say("merging, RAM included"), [_gib(stage.memory.merging) for stage in stages]),
     ]
     print_matrix("", list(needs.stages), rows, console)
     base = shapes.parameters * 2 / 1e9
-    reached = f"{card.reached:.0%} of {card.name}'s {card.teraflops:g} bf16 TFLOPS" if card and card.teraflops else ""
     notes = [
-        "Total = what always stays (weights to optimizer) + the largest peak (=) + the context.",
-        f"The base takes {base:.3g} GB more on disk. Lengths are estimated at 4 bytes of text a token.",
-        f"Times are estimated at {reached}. They do not include evaluation." if reached else "",
+        say("Total = what always stays (weights to optimizer) + the largest peak (=) + the context."),
+        say("The base takes {gb} GB more on disk. Lengths are estimated at 4 bytes of text a token.", gb=f"{base:.3g}"),
     ]
-    for note in filter(None, notes):
+    if card and card.teraflops:
+        notes.append(
+            say(
+                "Times are estimated at {share} of {card}'s {teraflops} bf16 TFLOPS. They do not include evaluation.",
+                share=f"{card.reached:.0%}",
+                card=card.name,
+                teraflops=f"{card.teraflops:g}",
+            )
+        )
+    for note in notes:
         console.print(note, style="dim", markup=False)
 
 
@@ -233,8 +254,8 @@ def _gib(amount: int) -> str:
 def _fits(stage: Planned, card: Card) -> Text:
     spare = card.room - stage.memory.total
     if spare < 0:
-        return Text("no", style="red")
-    return Text("yes", style="green") if spare > 0.03 * card.room else Text("barely", style="yellow")
+        return Text(say("no"), style="red")
+    return Text(say("yes"), style="green") if spare > 0.03 * card.room else Text(say("barely"), style="yellow")
 
 
 def _or_none(value: float | None, form: str) -> str:

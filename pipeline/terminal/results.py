@@ -16,7 +16,8 @@ from pipeline.disk.artifact import WEIGHTS
 from pipeline.disk.atomic import Json
 from pipeline.disk.manifest import Manifest
 from pipeline.evaluate import verdicts
-from pipeline.evaluate.stored import Results, read_verdicts
+from pipeline.evaluate.stored import Results
+from pipeline.language.say import say
 from pipeline.measure.metric import METRICS, TRUTH, Estimate, Metric
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.told import asked, one_line, read_samples
@@ -28,13 +29,13 @@ from pipeline.terminal.machine import describe
 
 def show_results(recipe: Recipe, runs: Path, console: Console) -> None:
     """The held-out numbers before and after every finished stage, with cost."""
-    title = f"{recipe.name}: what each stage changed on held-out data (MiB: peak memory)"
+    title = say("{name}: what each stage changed on held-out data (MiB: peak memory)", name=recipe.name)
     table = Table(title=title, box=None, pad_edge=False)
-    for column in ("stage", "number"):
+    for column in (say("stage"), say("number")):
         table.add_column(column, no_wrap=True)
-    for column in ("before", "after", "change", "time", "MiB"):
+    for column in (say("before"), say("after"), say("change"), say("time"), "MiB"):
         table.add_column(column, justify="right", no_wrap=True)
-    evaluated, notes = read_verdicts(runs / recipe.name), list[str]()
+    evaluated, notes = verdicts.read(runs / recipe.name), list[str]()
     for name in recipe.order():
         manifest = recipe.artifact(name, runs).manifest()
         if manifest is None:
@@ -44,16 +45,17 @@ def show_results(recipe: Recipe, runs: Path, console: Console) -> None:
         measured = [(metric, note) for metric, note in known if metric.name in manifest.after]
         own = _trained_on(recipe.stages[name])
         if told := evaluated.get((name, manifest.files.get(WEIGHTS, ""))) if own else None:
-            notes.append(f"{name}, by onebase eval: {told.text}")
+            notes.append(say("{stage}, by onebase eval: {text}", stage=name, text=told.text))
         elif text := verdicts.of_itself(recipe.stages[name], manifest.before, manifest.after):
-            notes.append(f"{name}: {text} onebase eval compares its answers by what it was not trained on.")
+            more = say("onebase eval compares its answers by what it was not trained on.")
+            notes.append(say("{stage}: {text} {more}", stage=name, text=text, more=more))
         for metric, note in measured:
-            table.add_row(name, metric.label, *_numbers(metric, manifest, metric.name in own), *cost)
+            table.add_row(name, metric.said, *_numbers(metric, manifest, metric.name in own), *cost)
             for below in filter(None, (note, _interval(metric, manifest))):
                 table.add_row("", f"  {below}", "", "", "", "", "")
             name, cost = "", ["", ""]
         if not measured:
-            table.add_row(name, "none: no held-out data", "", "", "", *cost)
+            table.add_row(name, say("none: no held-out data"), "", "", "", *cost)
     print_rows(table, console, names=2)
     for note in notes:
         console.print(Text(note))
@@ -74,16 +76,17 @@ def show_answers(recipe: Recipe, runs: Path, console: Console) -> None:
     complete = max((len(answers) for answers in told.values()), default=0)
     for question, answers in [item for item in told.items() if len(item[1]) == complete][:3]:
         console.print()
-        asked_for, hint = Text(f"Q: {one_line(question)}", style="bold"), f"   (right: {right.get(question)})"
+        asked_for = Text(say("Q: {question}", question=one_line(question)), style="bold")
+        hint = "   " + say("(right: {answer})", answer=right.get(question))
         if question in right:
             room = console.width - cell_len(asked_for.plain) - cell_len(hint)
             asked_for.append(hint if room >= 0 else f"\n{hint}", style="not bold green")
         console.print(asked_for)
         table = Table.grid(padding=(0, 2, 0, 0))
         table.add_column(style="cyan", justify="right", no_wrap=True)
-        table.add_column(no_wrap=True, overflow="ellipsis")
+        table.add_column()  # rich narrows it before the names, as it could wrap
         for name, answer in answers.items():
-            table.add_row(name, Text(one_line(answer)))
+            table.add_row(name, Text(one_line(answer), no_wrap=True, overflow="ellipsis"))
         console.print(Padding(table, (0, 0, 0, 2)))
 
 
@@ -92,8 +95,8 @@ def show_evaluation(results: Results, console: Console) -> None:
     colours = {"better": "green", "worse": "red", "warning": "yellow", "unshown": "yellow", "unclear": "dim"}
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for name, verdict in results.verdicts.items():
+    table.add_column(overflow="fold")  # Chinese has no spaces to break at
+    for name, verdict in verdicts.find(results).items():
         table.add_row(name, Text(verdict.text, style=colours[verdict.word]))
     console.print(table)
 
@@ -110,7 +113,7 @@ def show_evaluation(results: Results, console: Console) -> None:
         found = [row.numbers.get(name.removesuffix(", zero-shot")) for name in held]
         rows.append(Row(row.shown.heading, [cell(row.shown, value) for value in found]))
     console.print()
-    print_matrix("number, 95 % interval", list(held), rows, console)
+    print_matrix(say("number, 95 % interval"), list(held), rows, console)
 
 
 def results_as_json(results: Results) -> Json:
@@ -132,11 +135,15 @@ def _sources(recipe: Recipe, name: str) -> list[tuple[Metric, str]]:
     return [
         (
             Metric(f"reward/{term.source}", TRUTH.label if term.truth else "score", unit="%" if term.truth else ""),
-            f"by {term.source.rpartition('/')[2]}{'' if term.weight else ', not paid'}",
+            _by(term.source.rpartition("/")[2], bool(term.weight)),
         )
         for term in terms
         if paid != [term] or term.weight != 1 or term.truth
     ]
+
+
+def _by(source: str, paid: bool) -> str:
+    return say("by {source}", source=source) if paid else say("by {source}, not paid", source=source)
 
 
 def _trained_on(section: StageSpec) -> list[str]:
@@ -162,7 +169,7 @@ def _interval(metric: Metric, manifest: Manifest) -> str:
     """Of the change, where the stage has measured it."""
     gain = Estimate.among(manifest.after, f"{metric.name}_gain")
     interval = metric.range(gain, sign=True, fine=True) if gain else ""
-    return f"95 %: {interval}" if interval else ""
+    return say("95 %: {interval}", interval=interval) if interval else ""
 
 
 def as_typed(path: str, overrides: Sequence[str], runs: Path) -> str:

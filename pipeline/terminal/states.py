@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.disk.atomic import Json
+from pipeline.language.say import say, say_again
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.rows import load_rows
 from pipeline.runs.states import State, states
@@ -40,11 +41,18 @@ def show_rows(recipe: Recipe, counts: dict[str, Json]) -> None:
         files = count["sources"][: len(recipe.stages[name].data.parts())]
         rows = sum(file.rows for file in files)
         names = ", ".join(file.path for file in files)
-        held_out = "" if count["held_out"] is None else f", {count['held_out']} held out"
-        asked = f", {counted(count['questions'], 'question')}" if count["questions"] else ""
+        taken = say("{n} of {rows} from {files}", n=count["train"], rows=counted(rows, "row"), files=names)
+        held_out = "" if count["held_out"] is None else say("{n} held out", n=count["held_out"])
+        asked = counted(count["questions"], "question") if count["questions"] else ""
         refused = sum(sum(source.refused.values()) for source in count["sources"])
-        unfit = f", {refused} refused" if refused else ""
-        print(f"{name}: {count['train']} of {counted(rows, 'row')} from {names}{held_out}{asked}{unfit}")
+        unfit = say("{n} refused", n=refused) if refused else ""
+        told = say(", ").join(filter(None, (taken, held_out, asked, unfit)))
+        print(say("{stage}: {word}", stage=name, word=told))
+
+
+def show_sound(path: str, stages: list[str]) -> None:
+    order = " -> ".join(stages)
+    print(say("{recipe}: sound, {stages}: {order}", recipe=path, stages=counted(len(stages), "stage"), order=order))
 
 
 def states_as_json(recipe: Recipe, runs: Path) -> Json:
@@ -64,12 +72,16 @@ def states_as_json(recipe: Recipe, runs: Path) -> Json:
 def show_states(found: list[State], console: Console) -> None:
     """One line per stage: what the next run would do, and why."""
     table = Table(box=None, pad_edge=False)
-    for column in ("stage", "state"):
+    for column in (say("stage"), say("state")):
         table.add_column(column, no_wrap=True)
-    table.add_column("why")
+    table.add_column(say("why"))
     colours = {"fresh": "green", "new": "cyan", "damaged": "red"}
-    actions = {"fresh": "skipped", "unmeasured": "would be measured, not trained", "damaged": "would stop the run"}
+    actions = {
+        "fresh": say("skipped"),
+        "unmeasured": say("would be measured, not trained"),
+        "damaged": say("would stop the run"),
+    }
     for state in found:
-        action = f"{state.word}, {actions.get(state.word, 'would run')}"
-        table.add_row(state.name, Text(action, style=colours.get(state.word, "yellow")), Text(state.why))
+        action = say("{state}, {more}", state=say_again(state.word), more=actions.get(state.word, say("would run")))
+        table.add_row(state.name, Text(action, style=colours.get(state.word, "yellow")), Text(state.reason))
     print_rows(table, console)

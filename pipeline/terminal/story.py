@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.cells import set_cell_size
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from pipeline.disk.atomic import Json
 from pipeline.disk.manifest import Manifest
+from pipeline.language.say import say, say_again
 from pipeline.measure.matching import correct
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.told import asked, one_line, read_samples
@@ -26,18 +28,16 @@ def show_story(recipe: Recipe, runs: Path, page: str, console: Console) -> None:
     """`page`: where the report lies, or why there is none."""
     finished = {name: recipe.artifact(name, runs).manifest() for name in recipe.order()}
     done = {name: manifest for name, manifest in finished.items() if manifest is not None}
-    told = [*_answered(recipe, runs, done), ("cost", _cost(list(done.values()))), ("page", page)]
-    console.print(Text(f"{recipe.name} in short", style="bold"))
+    told = [*_answered(recipe, runs, done), (say("cost"), _cost(list(done.values())))]
+    console.print(Text(say("{name} in short", name=recipe.name), style="bold"))
     for heading, text in told:
-        if heading == "page":  # a path is to be copied whole
-            console.print(f"  {heading:<{INDENT - 2}}{text}", highlight=False, markup=False, soft_wrap=True)
-            continue
         table = Table.grid()
         table.add_column(style="cyan", width=INDENT - 2)
-        table.add_column()
+        table.add_column(overflow="fold")
         table.add_row(heading, Text(text))
         console.print(Padding(table, (0, 0, 0, 2)))
-    console.print()
+    heading = set_cell_size(say("page"), INDENT - 2)
+    console.print(f"  {heading}{page}\n", highlight=False, markup=False, soft_wrap=True)  # to be copied whole
 
 
 def _answered(recipe: Recipe, runs: Path, done: dict[str, Manifest]) -> list[tuple[str, str]]:
@@ -48,20 +48,18 @@ def _answered(recipe: Recipe, runs: Path, done: dict[str, Manifest]) -> list[tup
         return []
     first, last = ends[0], ends[-1]
     before, now = done[first].before.get("question_accuracy"), done[last].after["question_accuracy"]
-    said: dict[str, str] = {}
-    if before is not None:
-        said["before"] = f"Before {first}: {_share(before, done[first])}."
-    said["now"] = f"After {last}: {_share(now, done[last])}."
-    sample = _learnt(read_samples(recipe.artifact(last, runs)))
-    if sample:
-        said["before"] = said.get("before", "") + f' The base, asked "{asked(sample)}": {_quoted(sample["base"])}'
-        said["now"] += f" Asked the same: {_quoted(sample['after'])}"
-    return [(when, text.strip()) for when, text in sorted(said.items())]
+    then = [] if before is None else [say("Before {stage}: {share}.", stage=first, share=_share(before, done[first]))]
+    later = [say("After {stage}: {share}.", stage=last, share=_share(now, done[last]))]
+    if sample := _learnt(read_samples(recipe.artifact(last, runs))):
+        answers = _quoted(sample["base"]), _quoted(sample["after"])
+        then.append(say('The base, asked "{question}": {answer}', question=asked(sample), answer=answers[0]))
+        later.append(say("Asked the same: {answer}", answer=answers[1]))
+    return [(when, say(" ").join(told)) for when, told in ((say("before"), then), (say("now"), later)) if told]
 
 
 def _share(accuracy: float, manifest: Manifest) -> str:
     asked_of = manifest.data.questions
-    return f"{round(accuracy * asked_of)} of {asked_of} held-out questions answered right"
+    return say("{n} of {all} held-out questions answered right", n=round(accuracy * asked_of), all=asked_of)
 
 
 def _learnt(samples: list[Json]) -> Json | None:
@@ -73,7 +71,7 @@ def _learnt(samples: list[Json]) -> Json | None:
 
 def _quoted(answer: str) -> str:
     text = one_line(answer)
-    return f'"{text if len(text) <= QUOTED else text[:QUOTED].rstrip() + " ..."}"'
+    return say('"{text}"', text=text if len(text) <= QUOTED else text[:QUOTED].rstrip() + " ...")
 
 
 def _cost(done: list[Manifest]) -> str:
@@ -81,6 +79,14 @@ def _cost(done: list[Manifest]) -> str:
     time = clock(sum(manifest.seconds for manifest in done))
     peak = max(manifest.peak_memory_mib for manifest in done)
     spent = [manifest.energy_wh for manifest in done if manifest.energy_wh is not None]
-    energy = f"{sum(spent):.1f} Wh ({done[-1].energy_of})" if len(spent) == len(done) else "energy is not counted here"
-    stages = counted(len(done), "stage")
-    return f"{time} for {stages} on {done[-1].device}, {peak / 1024:.1f} GiB of memory at most; {energy}."
+    energy = say("energy is not counted here")
+    if len(spent) == len(done):
+        energy = say("{wh} Wh ({what})", wh=f"{sum(spent):.1f}", what=say_again(done[-1].energy_of))
+    return say(
+        "{time} for {stages} on {device}, {memory} GiB of memory at most; {energy}.",
+        time=time,
+        stages=counted(len(done), "stage"),
+        device=done[-1].device,
+        memory=f"{peak / 1024:.1f}",
+        energy=energy,
+    )

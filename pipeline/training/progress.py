@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 
 from pipeline.disk.artifact import mark_checkpoint
 from pipeline.disk.atomic import written_whole
+from pipeline.language.say import say
 from pipeline.models import adapters
 from pipeline.models.computed import take_computed
 from pipeline.models.out_of_memory import say_split
@@ -51,7 +52,8 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if self.resumed:
-            print(f"  going on from step {state.global_step} of {state.max_steps}", flush=True)
+            told = say("going on from step {step} of {all}", step=state.global_step, all=state.max_steps)
+            print(f"  {told}", flush=True)
         self.began, self.first_step = time.monotonic(), state.global_step
         self.seen = (0.0, time.monotonic())
         if sys.stdout.isatty() and (bar := make_bar(Console())):
@@ -78,21 +80,27 @@ class Progress(TrainerCallback):
         now = time.monotonic()
         fresh = float(logs.get("num_tokens", 0)) - tokens
         # After a resume the count starts at nothing, so the first figure would be of no known span.
-        self.speed = f"{fresh / (now - then):.0f} tok/s" if fresh > 0 and now > then else ""
+        self.speed = say("{n} tok/s", n=f"{fresh / (now - then):.0f}") if fresh > 0 and now > then else ""
         self.seen = (float(logs.get("num_tokens", 0)), now)
-        self.loss = f"loss {logs['loss']:.4f}"
+        self.loss = f"{say('loss')} {logs['loss']:.4f}"
         if "kl" in logs:
-            self.loss = f"reward {logs['reward']:+.2f}  kl {round(logs['kl'], 2) or 0.0:.2f}"
+            self.loss = f"{say('reward')} {logs['reward']:+.2f}  kl {round(logs['kl'], 2) or 0.0:.2f}"
         if not self.bar:
             done = state.global_step - self.first_step
             left = (now - self.began) / max(done, 1) * (state.max_steps - state.global_step)
-            step = f"step {state.global_step}/{state.max_steps}"
-            parts = (self.ctx.out.name, step, self.loss, self.speed, f"{clock(left)} left{self._whole_run(left)}")
+            step = say("step {step}", step=f"{state.global_step}/{state.max_steps}")
+            parts = (
+                self.ctx.out.name,
+                step,
+                self.loss,
+                self.speed,
+                say("{time} left{whole}", time=clock(left), whole=self._whole_run(left)),
+            )
             print("  " + "  ".join(filter(None, parts)), flush=True)
 
     def _whole_run(self, left: float) -> str:
         after = self.ctx.after_training
-        return "" if after is None else f", in all about {clock(left + after)}"
+        return "" if after is None else say(", in all about {time}", time=clock(left + after))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar:
@@ -111,7 +119,8 @@ def make_bar(console: Console) -> Bar | None:
     columns.append(TextColumn("{task.completed}/{task.total}"))
     if console.width >= 80:
         columns.append(TextColumn("{task.fields[note]}"))
-    columns += [TimeRemainingColumn(), TextColumn("left{task.fields[whole]}" if console.width >= 100 else "left")]
+    whole = "{task.fields[whole]}" if console.width >= 100 else ""
+    columns += [TimeRemainingColumn(), TextColumn(say("left") + whole)]
     return Bar(*columns, console=console, expand=True)
 
 
@@ -182,7 +191,7 @@ class Stop(TrainerCallback):
                 raise KeyboardInterrupt
             return
         self.requested, self.requested_at = True, time.monotonic()
-        print("  stopping after this step ...", flush=True)
+        print("  " + say("stopping after this step ..."), flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if any_process(self.requested):

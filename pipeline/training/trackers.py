@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.disk import metrics
 from pipeline.disk.artifact import Artifact
 from pipeline.disk.atomic import Json
+from pipeline.language.say import say
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -80,7 +81,13 @@ class Trackers:
         known["in"] = [tracker.name for tracker in self.open]
         out.note_tracked(known)
         if self.open:
-            print(f"  tracked by {', '.join(known['in'])} as {run} in the project {project}", flush=True)
+            told = say(
+                "tracked by {names} as {run} in the project {project}",
+                names=", ".join(known["in"]),
+                run=run,
+                project=project,
+            )
+            print(f"  {told}", flush=True)
 
     def log(self, step: int, values: Json) -> None:
         if step > self.told:

@@ -20,6 +20,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from pipeline.disk import metrics
 from pipeline.disk.atomic import written_whole
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
+from pipeline.language.say import kept
 from pipeline.models import adapters
 from pipeline.models.forward import plain_on_cpu
 from pipeline.models.out_of_memory import is_out_of_memory
@@ -255,7 +256,8 @@ def train(trainer: Any, ctx: Context, spec: StageSpec) -> dict[str, Any]:
             "Run again to go on from the last checkpoint."
         ) from error
     if stop.requested:
-        raise Interrupted(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
+        state = trainer.state
+        raise Interrupted(kept("stopped at step {step} of {all}", step=state.global_step, all=state.max_steps))
     if trainer.state.global_step == 0:
         raise UserError(f"stages.{ctx.out.name}.train trains no step: raise num_train_epochs or max_steps")
     loss = output.training_loss

@@ -174,7 +174,7 @@ class PPOSettings(RolloutSettings):
     # Critic
     critic: Literal["adapter", "trunk"] = "trunk"
     """A head on the policy's trunk, or an adapter of its own that starts as the reward model [I, C.4]. The trunk is the
-    default by measurement (docs/measurements-speed.md): half the passes of an update, less memory, no worse learning."""
+    default by measurement (docs/measurements-speed.md): half the passes of an update, less memory, as much learnt."""
     value_learning_rate: float | None = Field(default=None, ge=0)
     """Of the critic; learning_rate if not given."""
 

@@ -20,6 +20,7 @@ from pipeline.data.tokens import closes_turns
 from pipeline.disk import metrics
 from pipeline.disk.artifact import Artifact, mark_checkpoint
 from pipeline.errors import Interrupted, UserError
+from pipeline.language.say import in_english
 from pipeline.measure.metric import SHARE, Estimate
 from pipeline.models import adapters
 from pipeline.models.forward import plain_on_cpu
@@ -99,12 +100,13 @@ def warn_of_length(models: dict[str, Artifact]) -> None:
         numbers = artifact.finished().after
         rule = Estimate.among(numbers, "over_longer")
         if rule and not rule.above:
-            print(
-                f"  warning: the reward model '{name}' ranks {SHARE.written(numbers['accuracy'])} of held-out pairs "
-                f"right, {SHARE.written(rule.value, sign=True)} from choosing the longer answer (95 %: "
-                f"{SHARE.range(rule, sign=True)}): no better than length, as far as these pairs can tell",
-                flush=True,
-            )
+            with in_english():  # as all warnings of a training
+                print(
+                    f"  warning: the reward model '{name}' ranks {SHARE.written(numbers['accuracy'])} of held-out pairs "
+                    f"right, {SHARE.written(rule.value, sign=True)} from choosing the longer answer (95 %: "
+                    f"{SHARE.range(rule, sign=True)}): no better than length, as far as these pairs can tell",
+                    flush=True,
+                )
 
 
 def add_roles(model: PeftModel, models: dict[str, Artifact], settings: RolloutSettings) -> dict[str, torch.Tensor]:

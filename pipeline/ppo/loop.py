@@ -102,8 +102,8 @@ def warn_of_length(models: dict[str, Artifact]) -> None:
         if rule and not rule.above:
             with in_english():  # as all warnings of a training
                 print(
-                    f"  warning: the reward model '{name}' ranks {SHARE.written(numbers['accuracy'])} of held-out pairs "
-                    f"right, {SHARE.written(rule.value, sign=True)} from choosing the longer answer (95 %: "
+                    f"  warning: the reward model '{name}' ranks {SHARE.written(numbers['accuracy'])} of held-out "
+                    f"pairs right, {SHARE.written(rule.value, sign=True)} from choosing the longer answer (95 %: "
                     f"{SHARE.range(rule, sign=True)}): no better than length, as far as these pairs can tell",
                     flush=True,
                 )

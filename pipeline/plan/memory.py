@@ -51,6 +51,8 @@ class Work:
     """A score head is trained; there is no LM head."""
     reference: bool = False
     """Each batch goes through the adapter as it was at the start as well, one of the frozen ones."""
+    mismatched: int = 0
+    """Of a stage that puts prompts with other rows' answers through as well (kto): most tokens of such a row."""
     answer: int = 0
     episodes: int = 0
     """Of a stage that samples (ppo): most tokens of an answer, and answers sampled at once."""
@@ -239,7 +241,10 @@ def memory(model: Model, work: Work) -> Memory:
         tile = min(work.tokens, FUSED_HEAD_TOKENS) * min(s.vocab, FUSED_HEAD_COLUMNS) * b
         logits = final + work.tokens * (4 + b) * s.hidden + tile
         if work.reference:  # its forward pass, while the policy's waits for its backward pass
-            activations = max(activations, held + final + model.transient(work.tokens, work.scores))
+            longest = max(work.length, work.mismatched)
+            tokens = work.rows * longest
+            scores = tokens * longest if work.eager else 0
+            activations = max(activations, held + final + model.transient(tokens, scores))
     return Memory(
         quantised=quantised,
         unquantised=unquantised,

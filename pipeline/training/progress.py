@@ -81,7 +81,7 @@ class Progress(TrainerCallback):
         self.speed = f"{fresh / (now - then):.0f} tok/s" if fresh > 0 and now > then else ""
         self.seen = (float(logs.get("num_tokens", 0)), now)
         self.loss = f"loss {logs['loss']:.4f}"
-        if "kl" in logs:
+        if "reward" in logs and "kl" in logs:
             self.loss = f"reward {logs['reward']:+.2f}  kl {round(logs['kl'], 2) or 0.0:.2f}"
         if not self.bar:
             done = state.global_step - self.first_step

@@ -1,5 +1,4 @@
-"""Kahneman-Tversky optimization (arXiv 2402.01306): answers with thumbs up or down, one at a time, against the policy
-that the stage goes on from."""
+"""Kahneman-Tversky optimization (arXiv 2402.01306): one answer at a time, with thumbs up or down."""
 
 from __future__ import annotations
 

@@ -96,7 +96,9 @@ MODELS: dict[str, dict[str, Any]] = {
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 Bytes = dict[str, int]
 MIB = 2**20
-STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "evaluation")
+MISMATCHED = 1
+"""How many times as long as the longest row a prompt with another row's answer can be (kto)."""
+STAGES = ("pretrain", "sft", "reward", "dpo", "kto", "ppo", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -161,19 +163,19 @@ class Counter(LiveBytes):
 
 
 def step(config: dict[str, Any], stage: str, rows: int, length: int, checkpointed: int, variant: Variant) -> Bytes:
-    """A step of pretrain (rows packed into one), sft, dpo (rows: both answers of each pair) or reward."""
+    """A step of pretrain (rows packed into one), sft, dpo (rows: both answers of each pair), kto or reward."""
     live, found = Counter(), {}
     with as_on_cuda(), live:
         base = fake_base(hf_config(config, variant), stage == "reward", getattr(torch, variant.dtype))
         found["weights"] = live.now
         if stage != "reward":
-            outputs = ("log_probs", "entropy") if stage == "dpo" else ("log_probs", "entropy", "is_top1")
-            add_fused_lm_head(base, outputs=outputs)
+            outputs = {"dpo": ("log_probs", "entropy"), "kto": ("log_probs", "entropy", "mean_logits")}
+            add_fused_lm_head(base, outputs=outputs.get(stage, ("log_probs", "entropy", "is_top1")))
         task = (
             {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if stage == "reward" else {"task_type": "CAUSAL_LM"}
         )
         model = adapters._ready(get_peft_model(base, LoraConfig(**{**variant.lora, **task})))
-        if stage == "dpo":
+        if stage in ("dpo", "kto"):
             adapters.twin(model, "ref")
             model.set_adapter("default")
         found["adapters"] = live.now - found["weights"]
@@ -204,13 +206,19 @@ def _loss(model: Any, stage: str, rows: int, length: int) -> torch.Tensor:
         if stage == "reward":
             return model(**batch, use_cache=False).logits.sum()  # type: ignore[no-any-return]
         batch["labels"] = batch["input_ids"]
+        others = {name: value.repeat(1, MISMATCHED) for name, value in batch.items()}  # prompts with others' answers
+        if stage == "kto":
+            with torch.no_grad():
+                kl = model(**others, fused_lm_head=True).log_probs
         log_probs = model(**batch, fused_lm_head=True).log_probs
-        if stage == "dpo":
+        if stage in ("dpo", "kto"):
             flags = [(layer, layer.gradient_checkpointing) for layer in decoder_layers(model)]
             for layer, _ in flags:
                 layer.gradient_checkpointing = False
             model.set_adapter("ref")
             with torch.no_grad():
+                if stage == "kto":
+                    kl = kl - model(**others, fused_lm_head=True).log_probs
                 reference = model(**batch, fused_lm_head=True).log_probs
             model.set_adapter("default")
             for layer, flag in flags:
@@ -306,9 +314,10 @@ def against_plan(
         work = Work(rows, length, checkpointed, **how)
     else:
         counted = step(config, kind, rows, length, checkpointed, variant)
-        packed, frozen = kind == "pretrain", int(kind == "dpo")
-        how |= {"score_head": kind == "reward", "reference": kind == "dpo"}
-        work = Work(rows, length, checkpointed, packed, frozen=frozen, **how)
+        packed, reference = kind == "pretrain", kind in ("dpo", "kto")
+        how |= {"score_head": kind == "reward", "reference": reference, "frozen": int(reference)}
+        how |= {"mismatched": MISMATCHED * length if kind == "kto" else 0}
+        work = Work(rows, length, checkpointed, packed, **how)
     needs = memory(model, work)
     planned = {
         "weights": needs.quantised + needs.unquantised, "adapters": needs.adapters, "gradients": needs.gradients,
@@ -362,7 +371,7 @@ def cases(name: str, layers: int) -> Iterator[tuple[str, int, int, int, Variant]
     for checkpointed in (0, 1, layers):
         for rows, length in ((2, 512), (1, 4096)):
             yield "sft", rows, length, checkpointed, USUAL
-    for kind in ("pretrain", "dpo", "reward", "ppo"):
+    for kind in ("pretrain", "dpo", "kto", "reward", "ppo"):
         if kind == "reward" and MODELS[name]["model_type"] == "granite":  # transformers gives it no score head
             continue
         for checkpointed in (0, layers):

@@ -310,6 +310,7 @@ def test_judges_that_a_stage_was_trained_on_are_known(run: tuple[Recipe, Path, d
     tree["stages"] |= {
         "apart": trained("reward", "apart.jsonl"),
         "dpo-part": trained("dpo", "part.jsonl"),
+        "kto-part": trained("kto", "part.jsonl", train={"train_sampling_strategy": "sequential"}),
         "ppo": trained("ppo", "prompts.jsonl", reward=terms, train={"steps": 1, "batch_size": 1}),
         "ppo-apart": trained("ppo", "prompts.jsonl", reward="apart", train={"steps": 1, "batch_size": 1}),
     }
@@ -318,6 +319,7 @@ def test_judges_that_a_stage_was_trained_on_are_known(run: tuple[Recipe, Path, d
         "pretrain": {}, "sft": {}, "reward": {}, "apart": {},
         "dpo": {"reward": "which saw 24 of its 24 pairs", "apart": "which saw 14 of its 24 pairs"},
         "dpo-part": {"reward": "which saw 10 of its 10 pairs"},
+        "kto-part": {"reward": "which saw 20 of its 20 answers"},
         "ppo": {"reward": "which it was paid by", "apart": "which saw 14 of reward's 24 pairs"},
         "ppo-apart": {"apart": "which it was paid by", "reward": "which saw 14 of apart's 14 pairs"},
     }  # fmt: skip

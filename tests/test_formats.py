@@ -107,7 +107,7 @@ def test_formats_are_told_by_their_keys(tmp_path: Path, case: int) -> None:
         ({"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: y"}, PREFERENCE,
          "the prompts of 'chosen' and 'rejected' differ"),
         ({"messages": [user("q"), says("a")], "label": False}, DEMONSTRATION, "labelled as an undesirable answer"),
-        ({"prompt": "p", "completion": "c", "label": 1}, PREFERENCE, "field 'label' is 1, expected true or false"),
+        ({"prompt": "p", "completion": "c", "label": 2}, PREFERENCE, "field 'label' is 2, expected true or false"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_named(tmp_path: Path, row: dict[str, Any], contract: Any, reason: str) -> None:

@@ -10,7 +10,7 @@ from trl.kernels import ChunkedLogProbFunction
 
 from pipeline.training import head
 
-OUTPUTS = ("log_probs", "entropy", "is_top1")
+OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
 @pytest.mark.parametrize("capped", [None, 3.0])
@@ -35,7 +35,8 @@ def test_values_and_gradients_are_trls(
     logits = capped * torch.tanh(logits / capped) if capped else logits
     exact = torch.distributions.Categorical(logits=logits / temperature).entropy()
     assert torch.allclose(ours[1].double(), exact, atol=2e-4) and torch.allclose(theirs[1].double(), exact, atol=2e-4)
-    assert torch.equal(ours[4], theirs[4]) and ours[2] is None and ours[3] is None
+    assert torch.equal(ours[4], theirs[4]) and ours[2] is None
+    assert torch.allclose(ours[3], theirs[3], atol=1e-5)
     assert torch.allclose(our_gradient, their_gradient, atol=1e-5)
 
 

@@ -187,10 +187,14 @@ def test_axolotl_dpo_and_its_like(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert recipe.stages["dpo"].data.format == "trl" and left.keys() == {"datasets[0].type[0].prompt_format"}
 
 
-def test_answers_with_labels_go_to_dpo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = {**AXOLOTL, "rl": "kto", "datasets": [{"path": "labels.jsonl", "type": "llama3.prompt_pairs"}]}
+def test_answers_with_labels_go_to_kto(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {
+        **AXOLOTL, "rl": "kto", "rl_beta": 0.2, "kto_undesirable_weight": 0.5,
+        "datasets": [{"path": "labels.jsonl", "type": "llama3.prompt_pairs"}],
+    }  # fmt: skip
     recipe, left = imported(tmp_path, capsys, ("a.yml", config))
-    assert recipe.stages["dpo"].data.format == "kto" and left.keys() == {"rl"}
+    kto = recipe.stages["kto"]
+    assert kto.data.format == "kto" and not left and kto.train["beta"] == 0.2 and kto.train["undesirable_weight"] == 0.5
     info = {
         "flat": {
             "file_name": "flat.json",
@@ -202,10 +206,15 @@ def test_answers_with_labels_go_to_dpo(tmp_path: Path, capsys: pytest.CaptureFix
             "columns": {"system": "persona", "kto_tag": "label"},
         },
     }
-    config = {**LF, "stage": "kto", "dataset": "flat,turns"}
+    config = {**LF, "stage": "kto", "dataset": "flat,turns", "kto_chosen_weight": 1.5}
     recipe, left = imported(tmp_path, capsys, ("k.yaml", config), ("dataset_info.json", info))
-    assert [part.format for part in recipe.stages["dpo"].data.parts()] == ["kto", "sharegpt"]
-    assert left.keys() == {"stage", "turns.columns"}
+    kto = recipe.stages["kto"]
+    assert [part.format for part in kto.data.parts()] == ["kto", "kto"]
+    assert kto.train["beta"] == 0.1 and kto.train["desirable_weight"] == 1.5 and left.keys() == {"turns.columns"}
+    text = "trl kto --model_name_or_path a/b --dataset_name c/d --use_peft --desirable_weight 2"
+    recipe, left = imported(tmp_path, capsys, ("run.sh", text))
+    assert recipe.stages["kto"].train == {"desirable_weight": 2} and not left
+    imported(tmp_path, capsys, ("k.yaml", {**config, "per_device_train_batch_size": 1}), builds=False)
 
 
 def test_axolotl_documents_and_full_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

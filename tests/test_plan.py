@@ -42,14 +42,15 @@ CASES = [
     ("Llama-3.1-8B", "sft", 2, 512, 2, Variant(dtype="float32")),
     ("SmolLM2-1.7B", "evaluation", 2, 512, 0, Variant(dtype="float32")),
     ("SmolLM2-1.7B", "sft", 1, 2048, 2, Variant(r=128)),  # gradients of earlier micro-batches decide
-    *(("Llama-3.1-8B", stage, 2, 512, checkpointed) for stage in ("dpo", "reward") for checkpointed in (0, 2)),
+    *(("Llama-3.1-8B", stage, 2, 512, checkpointed) for stage in ("dpo", "kto", "reward") for checkpointed in (0, 2)),
+    ("Gemma-3-1B", "kto", 2, 512, 2),
     *(("Qwen2.5-1.5B", "ppo", 2, 64, checkpointed) for checkpointed in (0, 2)),
     ("Llama-3.1-8B", "evaluation", 2, 512, 0),
     *((name, "sft", 2, 512, checkpointed, SEGMENTS) for checkpointed in (0, 2) for name in
       ("Llama-3.1-8B", "SmolLM2-1.7B", "Qwen2.5-1.5B", "Granite-3-2B")),
     ("Gemma-3-1B", "sft", 1, 4096, 2, SEGMENTS),
     ("Phi-3-mini", "pretrain", 2, 512, 0, SEGMENTS),
-    *(("Llama-3.1-8B", stage, 2, 512, 0, SEGMENTS) for stage in ("dpo", "reward")),
+    *(("Llama-3.1-8B", stage, 2, 512, 0, SEGMENTS) for stage in ("dpo", "kto", "reward")),
     ("Qwen2.5-1.5B", "ppo", 2, 64, 2, SEGMENTS),
 ]  # fmt: skip
 GIB, GB = 2**30, 1e9

@@ -82,8 +82,8 @@ REASONS = {
     "orpo_alpha": "is ORPO's, which has no stage here",
     "simpo_gamma": "is SimPO's, which has no stage here",
     "max_prompt_len": "is not told apart: max_length is of prompt and answer",
-    "kto_desirable_weight": "is KTO's: labelled answers become comparisons here",
-    "kto_undesirable_weight": "is KTO's: labelled answers become comparisons here",
+    "kto_desirable_weight": "is KTO's, and this is no kto stage",
+    "kto_undesirable_weight": "is KTO's, and this is no kto stage",
 }  # fmt: skip
 
 
@@ -103,7 +103,11 @@ def take(words: Words) -> Imported:
     if train["optim"] in OWN_OPTIMIZERS:
         words.leave("optimizer", "is another library's: adamw_torch_fused is taken", train["optim"])
         train["optim"] = DEFAULTS["optim"]
-    if kind in ("dpo", "ipo") and (beta := words.number("rl_beta")) is not None:
+    if kind == "kto":
+        for word in ("desirable_weight", "undesirable_weight"):
+            if (weight := words.number(f"kto_{word}")) is not None:
+                train[word] = weight
+    if kind in ("dpo", "ipo", "kto") and (beta := words.number("rl_beta")) is not None:
         train["beta"] = beta
     _batch(words, train)
     checkpoints = words.take("gradient_checkpointing")
@@ -151,12 +155,10 @@ def _kind(words: Words) -> str:
     rl = words.text("rl")
     if words.flag("reward_model"):
         return "reward"
-    if rl == "kto":
-        words.leave("rl", "has no stage here: dpo learns from comparisons, which rows of both labels become", rl)
-    elif rl not in ("", "dpo", "ipo"):
+    if rl not in ("", "dpo", "ipo", "kto"):
         words.leave("rl", "has no stage here: sft is taken", rl)
         return "sft"
-    return {"": "sft", "ipo": "ipo"}.get(rl, "dpo")
+    return {"": "sft"}.get(rl, rl)
 
 
 def _model(words: Words) -> Json:

@@ -22,7 +22,7 @@ LONGEST = 1 << 20
 """Bytes of a file; a config is never so long. A list of data sets may be."""
 LONGEST_INFO = 1 << 25
 SECRET = re.compile("hub_token|auth_token|api_key|secret|password", re.IGNORECASE)
-ORDER = ("pretrain", "sft", "reward", "dpo", "ppo")
+ORDER = ("pretrain", "sft", "reward", "dpo", "kto", "ppo")
 
 
 @dataclass

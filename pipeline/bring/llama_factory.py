@@ -20,7 +20,7 @@ from pipeline.data.dialogues import SPEAKERS
 from pipeline.disk.atomic import Json
 
 PEER = "LLaMA-Factory"
-KINDS = {"pt": "pretrain", "sft": "sft", "rm": "reward", "dpo": "dpo", "ppo": "ppo", "kto": "dpo"}
+KINDS = {"pt": "pretrain", "sft": "sft", "rm": "reward", "dpo": "dpo", "ppo": "ppo", "kto": "kto"}
 DEFAULTS = {"learning_rate": 5e-5, "num_train_epochs": 3.0, "lr_scheduler_type": "linear"}
 """Where its trainer takes other values than TRL's does."""
 CACHED = "is not needed: rows are read anew and kept on disk"
@@ -49,6 +49,7 @@ REASONS = {
     ),
     **dict.fromkeys(("top_k", "top_p"), "is not offered: answers are drawn from the whole distribution"),
     **dict.fromkeys(("pref_beta", "pref_loss", "dpo_label_smoothing", "reward_model", "reward_model_adapters"), OTHER),
+    **dict.fromkeys(("kto_chosen_weight", "kto_rejected_weight"), OTHER),
     **dict.fromkeys(("ppo_epochs", "ppo_buffer_size", "ppo_target", "max_new_tokens"), OTHER),
     "ppo_score_norm": "is normalize_reward here",
     "ppo_whiten_rewards": "is not offered: advantages are whitened",
@@ -59,8 +60,6 @@ REASONS = {
     "ray_run_name": "is Ray's, which is not used",
     "pref_ftx": "is not taken over; loss_type: [sigmoid, sft] with loss_weights does the like",
     "simpo_gamma": "is SimPO's, which has no stage here",
-    "kto_chosen_weight": "is KTO's: labelled answers become comparisons here",
-    "kto_rejected_weight": "is KTO's: labelled answers become comparisons here",
     "reward_model_type": "is told by the stage that `reward` names",
     "use_reentrant_gc": "is decided here: activations are computed again without reentrance",
     "upcast_layernorm": "is decided here: norms stay as the base has them, adapters are float32",
@@ -88,8 +87,6 @@ def take(words: Words, info: Json | None, folder: str) -> Imported:
     kind = KINDS.get(stage, "sft")
     if stage not in KINDS:
         words.leave("stage", "is no stage here: sft is taken", stage)
-    if stage == "kto":
-        words.leave("stage", "has no stage here: dpo learns from comparisons, which rows of both labels become", stage)
     if (method := words.text("finetuning_type", "lora")) != "lora":
         only_lora(words, "finetuning_type", method)
     model, train = _model(words), dict(DEFAULTS)
@@ -108,6 +105,11 @@ def take(words: Words, info: Json | None, folder: str) -> Imported:
         words.leave("packing", f"is not for {kind}", True)
     if kind == "dpo":
         _dpo(words, train)
+    if kind == "kto":
+        train["beta"] = words.number("pref_beta", 0.1)
+        for word, ours in (("kto_chosen_weight", "desirable_weight"), ("kto_rejected_weight", "undesirable_weight")):
+            if (weight := words.number(word)) is not None:
+                train[ours] = weight
     if kind == "ppo":
         imported.paid_by = words.text("reward_model") or words.text("reward_model_adapters")
         _ppo(words, train)
@@ -257,7 +259,7 @@ def _format(entry: Words) -> str | None:
                 "columns", f"calls the turns '{column}', '{role}', '{content}': rename them as sharegpt has them", given
             )
         if found == "sharegpt" and "label" in given:
-            entry.leave("columns", "are dialogues with a label, which are read where their turns are `messages`", given)
+            found = "kto"
         if renamed := {use: name for use, name in given.items() if use not in ("messages", "label", name)}:
             entry.leave("columns", f"are called otherwise here ({columns.told(renamed)}): rename them", renamed)
         for tag in tags.rest:

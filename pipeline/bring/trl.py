@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import yaml
 
 PEER = "TRL"
-KINDS = {"sft": "sft", "dpo": "dpo", "reward": "reward", "kto": "dpo"}
+KINDS = {"sft": "sft", "dpo": "dpo", "reward": "reward", "kto": "kto"}
 NOT_HERE = ("grpo", "rloo", "ppo", "orpo", "cpo", "gkd", "online_dpo", "nash_md", "xpo", "prm", "bco")
 RENAMED = {"max_seq_length": "max_length", "num_train_epoch": "num_train_epochs"}
 TOLD = "is told by the rows: what the assistant says carries loss"
@@ -101,15 +101,13 @@ def take(words: Words, kind: str, launcher: list[str]) -> Imported:
     """`kind`: as the command names it, empty where a YAML does not say."""
     if kind in NOT_HERE or (kind and kind not in KINDS):
         raise UserError(
-            f"trl {kind}: OneBase has no stage that learns in the same way (there is: sft, reward, dpo, ppo)"
+            f"trl {kind}: OneBase has no stage that learns in the same way (there is: sft, reward, dpo, kto, ppo)"
         )
     if launcher:
         words.leave("command", "is the launcher's: --launch-config, or the shell you type in", " ".join(launcher))
     if not kind:
         kind = _guess(words)
         words.leave("command", f"is not in a YAML, and {kind} is guessed: give the command as a FILE too", kind)
-    elif kind == "kto":
-        words.leave("command", "has no stage here: dpo learns from comparisons, which rows of both labels become", kind)
     kind = KINDS[kind]
     model: Json = _model(words)
     train: Json = {}
@@ -126,6 +124,8 @@ def take(words: Words, kind: str, launcher: list[str]) -> Imported:
 
 
 def _guess(words: Words) -> str:
+    if {"desirable_weight", "undesirable_weight"} & words.rest.keys():
+        return "kto"
     if {"beta", "loss_type", "precompute_ref_log_probs", "label_smoothing"} & words.rest.keys():
         return "dpo"
     return "reward" if "center_rewards_coefficient" in words.rest else "sft"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Row = dict[str, Any]
-RowKind = Literal["text", "demonstration", "preference", "prompt", "question"]
+RowKind = Literal["text", "demonstration", "preference", "rated", "prompt", "question"]
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -139,6 +139,15 @@ def check_preference(row: Row) -> str | None:
     return reason
 
 
+def check_rated(row: Row) -> str | None:
+    reason = check_prompt(row) or check_reply(row, "completion")
+    if reason is None and "label" not in row:
+        return "has no field 'label': true is thumbs up, false is thumbs down"
+    if reason is None and not isinstance(row["label"], bool):
+        return f"field 'label' is {_kind(row['label'])}, expected true or false"
+    return reason
+
+
 def check_question(row: Row) -> str | None:
     reason = check_prompt(row) or check_text(row, "label" if is_labelled(row) else "answer")
     if reason is None and "choices" in row:
@@ -167,6 +176,13 @@ PREFERENCE = Contract(
     '{"prompt": [{"role": "user", "content": "..."}], "chosen": [{"role": "assistant", "content": "..."}], '
     '"rejected": [{"role": "assistant", "content": "..."}]}',
     check_preference,
+)
+RATED = Contract(
+    "unpaired preference",
+    "rated",
+    '{"prompt": [{"role": "user", "content": "..."}], "completion": [{"role": "assistant", "content": "..."}], '
+    '"label": true}',
+    check_rated,
 )
 PROMPT_ONLY = Contract("prompt-only", "prompt", '{"prompt": [{"role": "user", "content": "..."}]}', check_prompt)
 QUESTION = Contract(

@@ -158,3 +158,15 @@ def split_pair(chosen: Messages, rejected: Messages) -> Row:
     if len(chosen) < 2:
         raise Unreadable("the two dialogues share no prompt")
     return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+
+
+def split_answer(row: dict[str, Any]) -> dict[str, Any]:
+    """A dialogue as its last answer and the prompt before it. Raises Unreadable."""
+    messages = row.get("messages")
+    if messages is None or "completion" in row:
+        return row
+    last = messages[-1] if isinstance(messages, list) and len(messages) > 1 else None
+    if not isinstance(last, dict) or last.get("role") != "assistant":
+        raise Unreadable("field 'messages' does not end with an answer of the assistant")
+    rest = {key: value for key, value in row.items() if key != "messages"}
+    return {**rest, "prompt": messages[:-1], "completion": [last]}

@@ -41,6 +41,7 @@ class Section:
     encode: Encode
     learnt: Learnt
     check_rows: Callable[[Sequence[Row], Sequence[Row] | None], None]
+    warn_rows: Callable[[Sequence[Row]], list[str]]
     data: DataSpec
     questions: str | None
     seed: int
@@ -88,6 +89,7 @@ def examine(sections: list[Section], names: list[str], tokenizer: PreTrainedToke
                     section.encode, section.learnt, tokenizer, rows, section.max_length, section.data.too_long
                 )
             faults += render.unaskable(tokenizer, questions)
+        stage["warnings"] = section.warn_rows(split.train)
         if section.contract.kind == "preference":
             stage["comparisons"] = examine_rows.weigh_comparisons(split.train, section.seed)
     found["overlaps"] = _find_overlaps(asked, names)
@@ -95,7 +97,7 @@ def examine(sections: list[Section], names: list[str], tokenizer: PreTrainedToke
         if "tokens" in stage:
             stage["faults"] += [text for text, stops in _object(stage) if stops]
         if "duplicates" in stage:
-            stage["warnings"] = _warn(name, stage, found["overlaps"])
+            stage["warnings"] += _warn(name, stage, found["overlaps"])
     return found
 
 

@@ -20,6 +20,7 @@ from pipeline.data.dialogues import (
     read_messages,
     read_sharegpt,
     read_transcript,
+    split_answer,
     split_pair,
 )
 from pipeline.data.trees import read_tree
@@ -61,6 +62,8 @@ def find_format(row: Row) -> Format | None:
 def read_rows(row: Row, form: Format, kind: RowKind) -> Iterator[Row]:
     """The rows of a kind that one row of a file gives. Raises Unreadable."""
     named = find_format(row) if form in ("auto", "lines") else form
+    if kind == "rated" and row.keys() & {"label", "kto_tag"} and "chosen" not in row:
+        named = "kto"
     if named is None:
         # Left as it is: the contract says which of its own fields is missing.
         yield row
@@ -84,7 +87,9 @@ def read_rows(row: Row, form: Format, kind: RowKind) -> Iterator[Row]:
 def _select(row: Row, kind: RowKind) -> Iterator[Row]:
     """What a stage can use of a row in TRL's words. Of a comparison the better answer is a demonstration, and its
     prompt a prompt; so is a dialogue up to the assistant's last turn."""
-    if isinstance(row.get("replies"), list) and "prompt" in row:
+    if kind == "rated":
+        yield from _select_rated(row)
+    elif isinstance(row.get("replies"), list) and "prompt" in row:
         yield from _select_ranked(_without(row, "replies"), row["replies"], kind)
     elif kind == "prompt" and "prompt" not in row and "messages" in row:
         yield {**_without(row, "messages"), "prompt": _cut_last_answer(row["messages"])}
@@ -111,6 +116,18 @@ def _select_ranked(row: Row, replies: list[Any], kind: RowKind) -> Iterator[Row]
             raise Unreadable(f"has {len(replies)} ranked reply, and a comparison needs two")
         for better, worse in combinations(replies, 2):
             yield {**row, "chosen": better, "rejected": worse}
+
+
+def _select_rated(row: Row) -> Iterator[Row]:
+    """An answer with its label; of a comparison the better answer with thumbs up and the other one with thumbs down."""
+    if not {"chosen", "rejected"} <= row.keys():
+        yield split_answer(row)
+        return
+    if row["chosen"] == row["rejected"]:
+        raise Unreadable("fields 'chosen' and 'rejected' are equal, so the pair teaches nothing")
+    rest = _without(row, "chosen", "rejected", "messages")
+    yield {**rest, "completion": row["chosen"], "label": True}
+    yield {**rest, "completion": row["rejected"], "label": False}
 
 
 def _cut_last_answer(messages: Any) -> list[Any]:
@@ -142,18 +159,23 @@ def _openai(row: Row, kind: RowKind) -> Iterator[Row]:
 
 
 def _kto(row: Row, kind: RowKind) -> Iterator[Row]:
-    if not read_label(row) and kind == "demonstration":
+    label, rest = read_label(row), drop_label(row)
+    if not label and kind == "demonstration":
         raise Unreadable("is labelled as an undesirable answer, so it is not an example to learn from")
-    rest = drop_label(row)
-    yield from READERS[find_format(rest) or "trl"](rest, kind)
+    reader = READERS[find_format(rest) or "trl"]
+    if kind == "rated":
+        yield from ({**shaped, "label": label} for shaped in reader(rest, "demonstration"))
+    else:
+        yield from reader(rest, kind)
 
 
 def read_label(row: Row) -> bool:
-    """A KTO row's label: true for a desirable answer. Raises Unreadable."""
+    """A KTO row's label: true (or 1) for a desirable answer, false (or 0) for one that is not. Raises Unreadable."""
     label = row.get("label", row.get("kto_tag"))
-    if not isinstance(label, bool):
+    label = {"0": 0, "1": 1}.get(label, label) if isinstance(label, str) else label  # a table holds text
+    if not isinstance(label, int) or label not in (0, 1):
         raise Unreadable(f"field 'label' is {label!r:.40}, expected true or false")
-    return label
+    return bool(label)
 
 
 def drop_label(row: Row) -> Row:
@@ -202,7 +224,7 @@ def _answer(row: Row, question: str, key: str, kind: RowKind) -> Row:
         return {**shaped, "replies": row[key]}
     if kind == "question":
         return {**shaped, "answer": row.get(key)}
-    if kind == "preference" or (key not in row and "chosen" in row):
+    if kind == "preference" or ("chosen" in row and (key not in row or kind == "rated")):
         return shaped | {name: [message("assistant", _field(row, name))] for name in ("chosen", "rejected")}
     return {**shaped, "completion": [message("assistant", _field(row, key))]}
 

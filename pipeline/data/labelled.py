@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.data import formats
 from pipeline.data.contracts import Row
-from pipeline.data.dialogues import Unreadable
+from pipeline.data.dialogues import Unreadable, split_answer
 from pipeline.data.shelf import Shelf
 
 ALONE = "is one answer with a label (KTO): no comparison, as no other row answers its prompt with the other label"
@@ -53,13 +53,7 @@ class LabelledRows:
 
 def _read_answer(row: Row) -> Row:
     """A labelled row as prompt and completion. Raises Unreadable."""
-    shaped = next(formats.read_rows(formats.drop_label(row), "auto", "demonstration"))
-    messages = shaped.get("messages")
-    if messages is not None:
-        if not isinstance(messages, list) or len(messages) < 2 or not isinstance(messages[-1], dict):
-            raise Unreadable("field 'messages' does not end with an answer of the assistant")
-        del shaped["messages"]
-        shaped |= {"prompt": messages[:-1], "completion": messages[-1:]}
+    shaped = split_answer(next(formats.read_rows(formats.drop_label(row), "auto", "demonstration")))
     if "prompt" not in shaped or "completion" not in shaped:
         raise Unreadable("has neither 'messages' nor 'prompt' and 'completion'")
     return shaped

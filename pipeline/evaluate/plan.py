@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.data.contracts import DEMONSTRATION, LANGUAGE_MODELING, PREFERENCE, Row
+from pipeline.data.contracts import DEMONSTRATION, LANGUAGE_MODELING, PREFERENCE, RATED, Row
 from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, digest, sha256_of_file
 from pipeline.errors import UserError
@@ -31,7 +31,7 @@ SHOTS = 4
 
 def own_judges(recipe: Recipe, done: Sequence[str]) -> dict[str, dict[str, str]]:
     """For every stage the judges it was trained on, each with how: what ppo was paid by, and the reward models that
-    learnt from pairs which dpo, or what ppo was paid by, learnt from as well."""
+    learnt from pairs which dpo, or what ppo was paid by, learnt from as well, or from answers that kto did."""
     models = [name for name in done if recipe.kind(name).ranks]
     pairs = {name: _pairs(recipe, name) for name in done if models and recipe.kind(name).contract is PREFERENCE}
     found: dict[str, dict[str, str]] = {}
@@ -48,6 +48,11 @@ def own_judges(recipe: Recipe, done: Sequence[str]) -> dict[str, dict[str, str]]
                     if taught != name:
                         told = kept("which saw {n} of {stage}'s {of} pairs", n=both, stage=taught, of=of)
                     found[name][model] = told
+        if models and recipe.kind(name).contract is RATED:
+            rated = _answers(recipe, name)
+            for model in models:
+                if both := len(rated & _answers(recipe, model)):
+                    found[name][model] = kept("which saw {n} of its {of} answers", n=both, of=len(rated))
     return found
 
 
@@ -55,6 +60,15 @@ def _pairs(recipe: Recipe, name: str) -> set[int]:
     """The comparisons a stage was trained on, each as the start of its digest."""
     rows = load_rows(recipe, name)[0].train
     return {int(digest([row.get(key) for key in ("prompt", "chosen", "rejected")])[:16], 16) for row in rows}
+
+
+def _answers(recipe: Recipe, name: str) -> set[int]:
+    """The answers a stage was trained on with whether each is the better one, as the start of their digest."""
+    found = []
+    for row in load_rows(recipe, name)[0].train:
+        rated = [("completion", row["label"])] if "completion" in row else [("chosen", True), ("rejected", False)]
+        found += [digest([row["prompt"], row[key], good]) for key, good in rated]
+    return {int(text[:16], 16) for text in found}
 
 
 def plan(recipe: Recipe, runs: Path, benchmarks: Sequence[Row] = ()) -> list[Measure]:

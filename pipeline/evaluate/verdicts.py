@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipeline.data.contracts import RATED
 from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.errors import UserError
 from pipeline.evaluate.stored import Link, Results, RewardModel, Verdict, read_results
@@ -162,7 +163,7 @@ def _preference_trained(results: Results, name: str) -> Verdict:
     """By every measure that the stage was not trained on (the checked truth, questions, another judge): better by at
     least one and worse by none, or the other way round; what they disagree on is a warning.
 
-    What it was trained on (stage.own_judges, and for dpo which of two answers is likelier) is learnt, mistakes
+    What it was trained on (stage.own_judges, and for dpo and kto which of two answers is likelier) is learnt, mistakes
     included (arXiv 2210.10760): it may say that a stage is worse, never that it is better."""
     parent, arenas = results.parents[name], results.arenas
     numbers, changes = results.numbers[name], results.changes[name]
@@ -187,7 +188,8 @@ def _preference_trained(results: Results, name: str) -> Verdict:
         asked[PREFERENCE_ACCURACY] = say("the better answer is likelier")
     for metric, label in asked.items():
         if metric.name in changes:
-            change, own = changes[metric.name], metric.name == STAGES[stage.kind].raises
+            change, kind = changes[metric.name], STAGES[stage.kind]
+            own = metric.name == kind.raises or (metric is PREFERENCE_ACCURACY and kind.contract is RATED)
             said = say("{label} {change}", label=label, change=metric.change(change))
             said = say("{said}, which is what {kind} trains", said=said, kind=stage.kind) if own else said
             tell(metric.word(change) or UNCLEAR, said, own)

@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy
 import torch
 
 from pipeline.data.render import IGNORED, Encoded, Reply, padded
 from pipeline.measure import intervals
 from pipeline.measure.metric import perplexity
-from pipeline.measure.ranking import over_longer, ranked_right
+from pipeline.measure.ranking import over_longer, rank_auc, ranked_right
 from pipeline.models import processes
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel
@@ -68,6 +69,25 @@ def reward_model(
     margins = [better - worse for better, worse in zip(values[0::2], values[1::2], strict=True)]
     rule = over_longer(margins, *([len(pair[side]) for pair in pairs] for side in (0, 1)))
     return found | rule.numbers("over_longer")
+
+
+def ratings(now: Sequence[float], at_start: Sequence[float], good: Sequence[bool], beta: float) -> dict[str, float]:
+    """Of answers with thumbs up (`good`) or down, by their log-likelihoods now and under the reference. The implied
+    reward of an answer is beta times what it has gained (arXiv 2402.01306, eq. 1); at the start all are 0, ties, and
+    count half.
+
+    `reward_auc`: how often an answer with thumbs up has the greater one, of all pairs of one with thumbs up and one
+    with thumbs down; `reward_margin`: mean of those with thumbs up less mean of the others; `sign_accuracy`: share of
+    answers whose reward has the sign of their label. The first two need answers of both labels.
+    """
+    if not good:
+        return {}
+    rewards_P, good_P = beta * (numpy.array(now) - numpy.array(at_start)), numpy.array(good)
+    found = {"sign_accuracy": float(ranked_right(numpy.where(good_P, rewards_P, -rewards_P)).mean())}
+    if not good_P.any() or good_P.all():
+        return found
+    up, down = rewards_P[good_P], rewards_P[~good_P]
+    return found | {"reward_auc": rank_auc(up, down), "reward_margin": float(up.mean() - down.mean())}
 
 
 def ranking(chosen: list[float], rejected: list[float], accuracy: str, margin: str) -> dict[str, float]:

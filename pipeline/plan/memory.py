@@ -51,6 +51,8 @@ class Work:
     """A score head is trained; there is no LM head."""
     reference: bool = False
     """Each batch goes through the adapter as it was at the start as well, one of the frozen ones."""
+    mismatched: int = 0
+    """Most tokens of a prompt with another row's answer, where a stage puts these through as well (kto)."""
     answer: int = 0
     episodes: int = 0
     """Of a stage that samples (ppo): most tokens of an answer, and answers sampled at once."""
@@ -169,6 +171,10 @@ class Model:
         attention = tokens * 6 * b * s.hidden + (b + (b + 4 + 4 * (b < 4)) * s.heads) * scores  # the mask among them
         return self.rounded() + max(mlp, attention)
 
+    def tile(self, tokens: int) -> int:
+        """Logits that TRL's fused head makes at once."""
+        return min(tokens, FUSED_HEAD_TOKENS) * min(self.shapes.vocab, FUSED_HEAD_COLUMNS) * self.bytes
+
     def held(self, work: Work) -> int:
         """What the layers keep of a whole forward pass until its backward pass begins."""
         s, b = self.shapes, self.bytes
@@ -236,10 +242,14 @@ def memory(model: Model, work: Work) -> Memory:
     elif work.score_head:
         logits = work.tokens * 4 * s.hidden
     else:
-        tile = min(work.tokens, FUSED_HEAD_TOKENS) * min(s.vocab, FUSED_HEAD_COLUMNS) * b
-        logits = final + work.tokens * (4 + b) * s.hidden + tile
+        logits = final + work.tokens * (4 + b) * s.hidden + model.tile(work.tokens)
         if work.reference:  # its forward pass, while the policy's waits for its backward pass
-            activations = max(activations, held + final + model.transient(work.tokens, work.scores))
+            longest = max(work.length, work.mismatched)
+            tokens = work.rows * longest
+            passing = max(
+                model.transient(tokens, tokens * longest * work.eager), tokens * 2 * b * s.hidden + model.tile(tokens)
+            )
+            activations = max(activations, held + final + passing)
     return Memory(
         quantised=quantised,
         unquantised=unquantised,

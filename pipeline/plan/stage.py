@@ -180,6 +180,7 @@ def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, leng
         frozen=int(kind.reference),
         score_head=kind.score_head,
         reference=kind.reference,
+        mismatched=min(limit, 2 * longest) if section.mismatches() else 0,  # one row's prompt, another row's answer
         held_out=lengths.longest if lengths else longest,
         **common,
     )

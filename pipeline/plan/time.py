@@ -50,6 +50,9 @@ def step_seconds(model: Model, work: Work, card: Card, head_share: float = 1.0) 
     if work.reference:  # and its forward pass
         operations += work.tokens * forward_operations(model, work.length, head_share)
         passes += 1
+    if work.mismatched:  # a forward pass of policy and reference each, of rows about as long
+        operations += 2 * work.tokens * forward_operations(model, work.length, head_share)
+        passes += 2
     return _seconds(card, operations, _dequantised(model, passes)) + passes * model.shapes.layers * card.layer
 
 

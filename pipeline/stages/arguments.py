@@ -60,7 +60,8 @@ NUMBERS: dict[str, tuple[type, float]] = {
     "learning_rate": (float, 0), "num_train_epochs": (float, 0), "max_steps": (int, -1),
     BATCH: (int, 1), TOKENS: (int, 1), "gradient_accumulation_steps": (int, 1), "max_length": (int, 1),
     "weight_decay": (float, 0), "max_grad_norm": (float, 0), "warmup_steps": (float, 0), "logging_steps": (float, 0),
-    "save_steps": (float, 0), "save_total_limit": (int, 1), "beta": (float, 0), "r": (int, 1),
+    "save_steps": (float, 0), "save_total_limit": (int, 1), "beta": (float, 0), "desirable_weight": (float, 0),
+    "undesirable_weight": (float, 0), "r": (int, 1),
     "lora_alpha": (float, 0), "lora_dropout": (float, 0),
 }  # fmt: skip
 NOT_BY_TOKENS = {  # words that a batch by tokens makes meaningless, each with the values under which it stays so

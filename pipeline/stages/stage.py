@@ -71,6 +71,14 @@ class StageSpec(BaseModel):
     def check_rows(self, train: Sequence[Row], test: Sequence[Row] | None) -> None:
         """Raises UserError for rows that are fit each by itself and not together."""
 
+    def warn_rows(self, train: Sequence[Row]) -> list[str]:
+        """What speaks against its rows and does not stop it."""
+        return []
+
+    def mismatches(self) -> bool:
+        """Whether each batch goes through policy and reference once more, each prompt with another row's answer."""
+        return False
+
     def question_file(self) -> str | None:
         """Of those that are asked before and after the stage."""
         return None

@@ -60,6 +60,7 @@ def _section(recipe: Recipe, name: str, files: dict[str, str]) -> Section:
         encode=kind.encode,
         learnt=kind.learnt,
         check_rows=section.check_rows,
+        warn_rows=section.warn_rows,
         data=section.data,
         questions=section.question_file(),
         seed=recipe.spec.seed,

@@ -31,9 +31,10 @@ class HeadInOnePass(torch.autograd.Function):
         softcap: float | None,
         logit_scale: float,
         outputs: tuple[str, ...],
-    ) -> tuple[Tensor, Tensor | None, None, None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, None, Tensor | None, Tensor | None]:
         """log p of each target, (N,) in float32; with "entropy" in `outputs` the entropy in nats, and with "is_top1"
-        whether the target is the likeliest token, for figures only: they carry no gradient."""
+        whether the target is the likeliest token, with "mean_logits" the mean of all logits; for figures only: they
+        carry no gradient."""
         autocast = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if autocast else hidden_NH.dtype
         weight_VH, bias_V = weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
@@ -41,6 +42,7 @@ class HeadInOnePass(torch.autograd.Function):
         logp_N = torch.empty(len(hidden_NH))
         entropy_N = torch.empty(len(hidden_NH)) if "entropy" in outputs else None
         top_N = torch.empty(len(hidden_NH), dtype=torch.bool) if "is_top1" in outputs else None
+        mean_N = torch.empty(len(hidden_NH)) if "mean_logits" in outputs else None
         slope_NH = torch.empty_like(hidden_NH, dtype=dtype) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden_NH), size):
             part = slice(start, start + size)
@@ -54,6 +56,8 @@ class HeadInOnePass(torch.autograd.Function):
             logp_N[part] = (logits_nV.gather(1, targets_n1) - total_n1)[:, 0]
             if top_N is not None:
                 top_N[part] = logits_nV.argmax(1) == targets_n1[:, 0]
+            if mean_N is not None:
+                mean_N[part] = logits_nV.mean(1)
             if entropy_N is None and slope_NH is None:
                 continue
             chances_nV = (logits_nV - total_n1).exp_()
@@ -67,8 +71,8 @@ class HeadInOnePass(torch.autograd.Function):
                 slope_NH[part] = slope_nV.to(dtype) @ weight_VH
         ctx.factor, ctx.dtype = logit_scale / temperature, hidden_NH.dtype
         ctx.save_for_backward(*([slope_NH] if slope_NH is not None else []))
-        ctx.mark_non_differentiable(*(values for values in (entropy_N, top_N) if values is not None))
-        return logp_N, entropy_N, None, None, top_N
+        ctx.mark_non_differentiable(*(values for values in (entropy_N, mean_N, top_N) if values is not None))
+        return logp_N, entropy_N, None, mean_N, top_N
 
     @staticmethod
     def backward(ctx: Any, slope_N: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -84,7 +88,7 @@ class Head:
     def apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *more: Any) -> Any:
         trls: Any = ChunkedLogProbFunction
         temperature, _, softcap, logit_scale, outputs = more
-        simple = set(outputs) <= {"log_probs", "entropy", "is_top1"} and not weight.requires_grad
+        simple = set(outputs) <= {"log_probs", "entropy", "mean_logits", "is_top1"} and not weight.requires_grad
         if hidden.device.type != "cpu" or not simple:
             return trls.apply(hidden, weight, bias, targets, *more)
         function: Any = HeadInOnePass

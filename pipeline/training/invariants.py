@@ -172,6 +172,47 @@ def reference_is_the_start(trainer: Any) -> Found:
     return {"step_0_loss": loss, "step_0_margin": margin, "step_0_log_ratio": ratio}
 
 
+def rated_reference_is_the_start(trainer: Any) -> Found:
+    """The same before the first step of KTO: each answer of the first batch, and each prompt with another's answer, is
+    as likely under both, so that the KL term is 0 and the loss of an answer half of its weight.
+    """
+    model = trainer.model.eval()
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    seen = trainer._metrics["eval"]
+    beforehand = trainer.precompute_ref_logps
+
+    def measure(rows: Sequence[int]) -> list[tuple[float, float, float, float]]:
+        """Loss, half of the weight, log-ratio and KL term of each row."""
+        measured = []
+        for row in rows:
+            seen.clear()
+            part = micro_batches.part(batch, row, row + 1)
+            with torch.no_grad(), computing(model):
+                loss = trainer.compute_loss(model, part).item()
+            good = bool(part["label"].item())
+            weight = trainer.desirable_weight if good else trainer.undesirable_weight
+            ratio = abs(seen["rewards/chosen" if good else "rewards/rejected"][-1]) / (trainer.beta or 1)
+            tokens = part["completion_mask"].sum().item() if beforehand else 1
+            measured.append((loss, weight / 2, ratio / tokens, seen["kl"][-1] / tokens))
+        return measured
+
+    length, rows = batch["input_ids"].shape[1], range(micro_batches.rows(batch))
+    parts = run_in_parts(measure, rows, lambda _: length, ROW)
+    seen.clear()
+    losses, halves, ratios, kls = (list(values) for values in zip(*itertools.chain.from_iterable(parts), strict=True))
+    loss, half, ratio, kl = sum(losses) / len(rows), sum(halves) / len(rows), max(ratios), max(kls)
+    plain = not (beforehand or trainer.aux_loss_enabled)
+    tolerance, unit = (PRECOMPUTED_TOLERANCE, "a token") if beforehand else (STEP_0_TOLERANCE, "an answer")
+    if not max(ratio, kl) <= tolerance or (plain and not abs(loss - half) <= STEP_0_TOLERANCE):
+        raise BrokenInvariant(
+            f"every answer as likely under the policy as under its reference before the first KTO step, within "
+            f"{tolerance} nats {unit}" + (f", and the loss half of the answers' weights, {half:.4f}" if plain else ""),
+            f"a difference of {ratio:.4f}, KL {kl:.4f}, loss {loss:.4f}",
+            "a reference that is not the policy this stage starts from",
+        )
+    return {"step_0_loss": loss, "step_0_kl": kl, "step_0_log_ratio": ratio}
+
+
 def base_unchanged(model: PeftModel, digest: str) -> Found:
     """Training has not touched a byte of the base."""
     now = frozen_digest(model)

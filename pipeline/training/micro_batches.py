@@ -35,7 +35,7 @@ COMPARES_PAIRS = {"aot", "aot_unpaired"}
 
 
 class SplitsWhenFull(Trainer):  # type: ignore[misc]
-    """For SFTTrainer, RewardTrainer and DPOTrainer, ahead of them in the order of classes.
+    """For SFTTrainer, RewardTrainer, DPOTrainer and KTOTrainer, ahead of them in the order of classes.
 
     Also checkpoints activations in the first layers only, where `activation_checkpointing` is a number.
     """
@@ -180,6 +180,8 @@ class SplitsWhenFull(Trainer):  # type: ignore[misc]
             return "the other processes wait for this one's gradients"
         if sorting := sorted(losses & COMPARES_PAIRS):
             return f"loss_type {sorting[0]} compares all pairs of a batch with each other"
+        if getattr(self, "calculate_KL", False):
+            return "loss_type kto estimates its KL term from all rows of a batch"
         if "sft" in losses and self.use_weighting:
             return "use_weighting multiplies a mean over tokens (loss_type sft) by one over pairs"
         if getattr(self.args, "activation_offloading", False):
@@ -235,7 +237,7 @@ class SplitsWhenFull(Trainer):  # type: ignore[misc]
 
 def _pairs(inputs: Batch) -> bool:
     """DPO's and the reward trainer's batches hold all chosen rows, then all rejected ones."""
-    return "labels" not in inputs
+    return not inputs.keys() & {"labels", "label"}
 
 
 def rows(inputs: Batch) -> int:
@@ -247,8 +249,8 @@ def rows(inputs: Batch) -> int:
 
 
 def _weight(inputs: Batch) -> int:
-    """What a batch's mean is over: pairs, or tokens with a label."""
-    return rows(inputs) if _pairs(inputs) else int((inputs["labels"][..., 1:] != -100).sum())
+    """What a batch's mean is over: pairs, answers with a label, or tokens with one."""
+    return int((inputs["labels"][..., 1:] != -100).sum()) if "labels" in inputs else rows(inputs)
 
 
 def _chosen(inputs: Batch) -> int:

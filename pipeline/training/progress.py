@@ -83,7 +83,7 @@ class Progress(TrainerCallback):
         self.speed = say("{n} tok/s", n=f"{fresh / (now - then):.0f}") if fresh > 0 and now > then else ""
         self.seen = (float(logs.get("num_tokens", 0)), now)
         self.loss = f"{say('loss')} {logs['loss']:.4f}"
-        if "kl" in logs:
+        if "reward" in logs and "kl" in logs:
             self.loss = f"{say('reward')} {logs['reward']:+.2f}  kl {round(logs['kl'], 2) or 0.0:.2f}"
         if not self.bar:
             done = state.global_step - self.first_step

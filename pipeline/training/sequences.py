@@ -49,12 +49,14 @@ class Tally:
 
 
 Fit = Callable[[Iterator[tuple[Row, T]], Tally], Iterator[T]]
+SINGLE = {"length", "label"}
+"""Columns of one number a row."""
 
 
 @dataclass(frozen=True)
 class Form(Generic[T]):
-    """How encoded rows of one kind lie in Arrow: lists of numbers (and a length), under the names that a trainer takes
-    as tokenized already."""
+    """How encoded rows of one kind lie in Arrow: lists of numbers (and a length or a label), under the names that a
+    trainer takes as tokenized already."""
 
     columns: tuple[str, ...]
     to_row: Callable[[T], dict[str, Any]]
@@ -63,7 +65,7 @@ class Form(Generic[T]):
     def write(self, items: Iterable[T]) -> Dataset:
         """A Dataset that lies in a file without a name, mapped into memory."""
         number = Value("int64")
-        features = Features({name: number if name == "length" else List(number) for name in self.columns})
+        features = Features({name: number if name in SINGLE else List(number) for name in self.columns})
         with tempfile.TemporaryDirectory() as folder:
             file = os.path.join(folder, "rows.arrow")
             with ArrowWriter(path=file, features=features) as writer:

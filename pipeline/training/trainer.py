@@ -189,14 +189,16 @@ class _SeededByEpoch(LengthGroupedSampler):
 
 
 class TakesEncoded(Trainer):  # type: ignore[misc]
-    """For DPOTrainer: rows our encoder has made already; TRL 1.16 has no other way past its own tokenization."""
+    """For DPOTrainer and KTOTrainer: rows our encoder has made already; TRL 1.16 has no other way past its own
+    tokenization."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns: list[str] = list({*self._signature_columns, "chosen_mask", "rejected_mask"})
+        masks = {"chosen_mask", "rejected_mask", "completion_mask", "KL_completion_mask"}
+        self._signature_columns: list[str] = list({*self._signature_columns, *masks})
 
 
 class LearntTokens(DataCollatorForPreference):

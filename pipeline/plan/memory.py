@@ -55,6 +55,8 @@ class Work:
     episodes: int = 0
     """Of a stage that samples (ppo): most tokens of an answer, and answers sampled at once."""
     dequantized_rollout: bool = False
+    sampled: Work | None = None
+    """Of a stage that samples all its answers before it trains: what it puts through the model then."""
     held_out: int = 0
     """Tokens of the longest held-out row; it is scored whole, whatever the rows of training are cut to."""
     answering: int = ANSWER_TOKENS
@@ -240,6 +242,9 @@ def memory(model: Model, work: Work) -> Memory:
         logits = final + work.tokens * (4 + b) * s.hidden + tile
         if work.reference:  # its forward pass, while the policy's waits for its backward pass
             activations = max(activations, held + final + model.transient(work.tokens, work.scores))
+    if work.sampled:
+        before = memory(model, work.sampled)
+        rollout, cache = before.rollout, before.cache
     return Memory(
         quantised=quantised,
         unquantised=unquantised,

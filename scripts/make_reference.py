@@ -25,10 +25,11 @@ from pydantic import BaseModel
 from pipeline.data.load import DataSpec, Part
 from pipeline.models.spec import ModelSpec
 from pipeline.plan.sizes import AUTO_ARGUMENTS
+from pipeline.ppo.rejection_settings import RejectionSettings
 from pipeline.recipe.sections import RecipeSpec
 from pipeline.stages import STAGES
 from pipeline.stages.arguments import NUMBERS, OUR_WORDS
-from pipeline.stages.ppo import RolloutSpec
+from pipeline.stages.ppo import PaidSpec
 from pipeline.stages.stage import PolicySpec, RewardTerm, StageSpec
 
 PAGE, TRAIN = ROOT / "docs" / "recipe.md", ROOT / "docs" / "recipe-train.md"
@@ -140,6 +141,8 @@ def shown(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if isinstance(value, BaseModel):
+        return "see below"
     if isinstance(value, dict):
         return "`{" + ", ".join(f"{key}: {each}" for key, each in value.items()) + "}`"
     if isinstance(value, str):
@@ -180,7 +183,7 @@ def page() -> str:
         text += f"- Defaults of this stage that differ from it: {house}.\n" if house else ""
         text += f"- `questions:` is {'allowed' if stage.answers else 'not allowed: it leaves no policy'}.\n"
         numbers = ", ".join(f"`{number}`" for number in stage.numbers)
-        if issubclass(stage.section, RolloutSpec):
+        if issubclass(stage.section, PaidSpec):
             numbers += "; for each source of the reward also `reward/SOURCE`, with the endings of `reward`"
         text += f"- Numbers that `expect:` can name: {numbers}.\n"
         stages.append(text + (f"\n{table(further)}\n" if further else ""))
@@ -197,6 +200,7 @@ def page() -> str:
             [*words_of(StageSpec), *(word for word in words_of(PolicySpec, without=StageSpec) if word.name != "kind")]
         ),
         *[text.rstrip() for text in stages],
+        "### The section `sampling` of rejection_sampling\n\n" + table(words_of(RejectionSettings)),
         "### An entry of `reward`\n\n" + table(words_of(RewardTerm)),
         "## `data`\n\n" + table(words_of(DataSpec)),
         "### An entry of `mix`\n\n" + table(words_of(Part)),

@@ -6,6 +6,7 @@ runs/<recipe>/<stage>/
   snapshots/       the policy of a preference stage part of the way, for its evaluation
   adapter/         the trained adapter, its tokenizer and chat template (and a reward model's score head)
   chosen.json      what auto stood for
+  kept.jsonl       of rejection sampling: the answers that it has learnt from
   tracked.json     under which name trackers know it
   metrics.jsonl  samples.jsonl  refused.jsonl  log.txt
   manifest.json    written last: it exists, so the stage finished
@@ -43,6 +44,7 @@ class Artifact:
         self.refused = folder / "refused.jsonl"
         self.log = folder / "log.txt"
         self.chosen = folder / "chosen.json"
+        self.kept = folder / "kept.jsonl"
         self._snapshots = folder / "snapshots"
         self._claim = folder / "claim.json"
         self._manifest = folder / "manifest.json"
@@ -84,7 +86,7 @@ class Artifact:
         if former is None or former.get("fingerprint") != fingerprint:
             for leftover in (self.adapter, self.checkpoints, self._snapshots):
                 shutil.rmtree(leftover, ignore_errors=True)
-            for leftover in (self.metrics, self.samples, self.refused, self._tracked):
+            for leftover in (self.metrics, self.samples, self.refused, self.kept, self._tracked):
                 leftover.unlink(missing_ok=True)
         claim = {"fingerprint": fingerprint, "pid": os.getpid(), "parts": parts, **(by or {})}
         write_json(self._claim, claim)

@@ -56,7 +56,7 @@ def choose(
 
     Raises UserError if nothing fits.
     """
-    autos, sampling = find_autos(section), section.sampling()
+    autos, sampling, rollouts = find_autos(section), section.sampling(), section.rollouts()
     if not autos:
         return {}
     room, layers = card.room * (1 - KEPT_FREE), model.shapes.layers
@@ -87,7 +87,7 @@ def choose(
     work = work_with(chosen)
     batches, rows = [work], 0
     if BATCH in autos:
-        rows = sampling.mini if sampling else int(section.train["gradient_accumulation_steps"])
+        rows = rollouts.mini if rollouts else int(section.train["gradient_accumulation_steps"])
         sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
         batches = [replace(work, rows=work.rows * size) for size in sizes]  # work.rows: of one row; two for a pair
     levels = range(layers + 1) if CHECKPOINTING in autos else [work.checkpointed]
@@ -102,7 +102,7 @@ def choose(
     best = min(fitting, key=lambda one: (step_seconds(model, one, timed) or 0.0) / one.tokens)
     if rows:
         chosen[BATCH] = best.rows // work.rows
-        if not sampling:
+        if not rollouts:
             chosen["gradient_accumulation_steps"] = rows // chosen[BATCH]
     if CHECKPOINTING in autos:
         chosen[CHECKPOINTING] = {0: False, layers: True}.get(best.checkpointed, best.checkpointed)

@@ -57,6 +57,8 @@ class Work:
     episodes: int = 0
     """Of a stage that samples (ppo): most tokens of an answer, and answers sampled at once."""
     dequantized_rollout: bool = False
+    sampled: Work | None = None
+    """Of a stage that samples all its answers before it trains: what it puts through the model then."""
     held_out: int = 0
     """Tokens of the longest held-out row; it is scored whole, whatever the rows of training are cut to."""
     answering: int = ANSWER_TOKENS
@@ -250,6 +252,9 @@ def memory(model: Model, work: Work) -> Memory:
                 model.transient(tokens, tokens * longest * work.eager), tokens * 2 * b * s.hidden + model.tile(tokens)
             )
             activations = max(activations, held + final + passing)
+    if work.sampled:
+        before = memory(model, work.sampled)
+        rollout, cache = before.rollout, before.cache
     return Memory(
         quantised=quantised,
         unquantised=unquantised,

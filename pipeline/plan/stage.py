@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,8 @@ taken to have only LONGEST_TOKEN_BYTES in each."""
 LONGEST_TOKEN_BYTES = 3.0
 TEMPLATE = 32
 """Tokens that a chat template adds to a row."""
+ENDED = 0.4
+"""Of the longest answer that is allowed, what an answer takes on average, as it ends by itself."""
 ANSWER_SHARE = 0.5
 """Of a dialogue's tokens, those that carry loss and so go through the LM head."""
 OPTIMIZER_BYTES = {
@@ -108,7 +110,7 @@ def checkpointed_layers(arguments: Mapping[str, Any], layers: int) -> int:
     return (layers if value else 0) if isinstance(value, bool) else min(int(value), layers)
 
 
-def attention(name: str) -> dict[str, bool]:
+def attention(name: str) -> dict[str, Any]:
     """What Work is told of an attn_implementation."""
     segments = name == SEGMENTS
     return {"masked": "flash" not in name and not segments, "eager": name == "eager", "segments": segments}
@@ -159,17 +161,20 @@ def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, leng
         **attention(spec.attn_implementation),
         "answering": _question_tokens(section, longest),
     }
+    frozen, sampled = int(kind.reference), None
     if sampling := section.sampling():
-        answer = sampling.response_length
-        prompt = lengths.longest if lengths else (sampling.max_length or 2 * answer) - answer
-        length = min(limit, prompt + answer)
-        rewards = sum(term.file is None for term in section.reward_terms())
-        return Work(
-            min(rows, sampling.mini), length, checkpointed, trained=1 + (sampling.critic == "adapter"),
-            frozen=1 + rewards, accumulates=sampling.mini > rows, answer=answer,
+        answer, rollouts = sampling.response_length, section.rollouts()
+        prompt = lengths.longest if lengths else (arguments.get("max_length") or 2 * answer) - answer
+        longest, mini = min(limit, prompt + answer), rollouts.mini if rollouts else rows
+        frozen = 1 + sum(term.file is None for term in section.reward_terms())
+        sampled = Work(
+            min(rows, mini), longest, checkpointed, trained=1 + (sampling.critic == "adapter"),
+            frozen=frozen, accumulates=mini > rows, answer=answer,
             episodes=sampling.rollout_batch_size or sampling.batch_size,
             dequantized_rollout=sampling.dequantize_rollout, **common,
         )  # fmt: skip
+        if rollouts:
+            return sampled
     return Work(
         rows * kind.sequences,
         limit if packed else longest,
@@ -177,7 +182,8 @@ def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, leng
         packed=packed,
         accumulates=int(arguments.get("gradient_accumulation_steps", 1)) > 1,
         optimizer_bytes=optimizer_bytes(arguments.get("optim")),
-        frozen=int(kind.reference),
+        frozen=frozen,
+        sampled=sampled,
         score_head=kind.score_head,
         reference=kind.reference,
         mismatched=min(limit, 2 * longest) if section.mismatches() else 0,  # one row's prompt, another row's answer
@@ -194,17 +200,43 @@ def plan_stage(
     adapter = 4 * model.adapter.parameters(model.shapes)
     kept = arguments.get("save_total_limit") or kind.checkpoints
     disk = round(adapter * (1 + (kept + 1) * (1 + work.optimizer_bytes / 4) * work.trained))
-    if sampling := section.sampling():
-        seconds = ppo_seconds(model, work, card, sampling.epochs) if card else None
+    before: float | None = 0.0
+    if rollouts := section.rollouts():
+        seconds = ppo_seconds(model, work, card, rollouts.epochs) if card else None
         tokens = work.episodes * work.length
-        passes: float | None = sampling.steps * sampling.batch_size / work.episodes
+        passes: float | None = rollouts.steps * rollouts.batch_size / work.episodes
     else:
         seconds = step_seconds(model, work, card, 1.0 if kind.every_token else ANSWER_SHARE) if card else None
         tokens = work.tokens
-        passes = _passes(arguments, work, kind.sequences, lengths)
+        passes = _passes(arguments, work, kind.sequences, learnt_lengths(section, lengths))
+        if work.sampled and (before := _sampled_seconds(section, work.sampled, model, lengths, card)) is None:
+            passes = None
     speed = tokens / seconds if seconds else None
-    minutes = passes * seconds / 60 if seconds and passes is not None else None
+    minutes = ((before or 0.0) + passes * seconds) / 60 if seconds and passes is not None else None
     return Planned(work, memory(model, work), card, speed, minutes, disk)
+
+
+def learnt_lengths(section: StageSpec, lengths: Lengths | None) -> Lengths | None:
+    """Of the rows that it trains on: of prompts whose answers are sampled first, with as many answers as may be kept,
+    each as long as answers are on average."""
+    first = section.samples_first()
+    if lengths is None or first is None:
+        return lengths
+    answer, kept = round(ENDED * first.response_length), 1 if first.keep == "best" else first.num_generations
+    return Lengths([tokens + answer for tokens in lengths.rows for _ in range(kept)])
+
+
+def _sampled_seconds(
+    section: StageSpec, work: Work, model: Model, lengths: Lengths | None, card: Card | None
+) -> float | None:
+    """Of the answers that are sampled and scored before the training."""
+    first = section.samples_first()
+    if lengths is None or first is None or card is None:
+        return None
+    answer = round(ENDED * work.answer)
+    work = replace(work, length=round(sum(lengths.rows) / len(lengths.rows)) + answer, answer=answer)
+    seconds = ppo_seconds(model, work, card, epochs=0)
+    return None if seconds is None else seconds * len(lengths.rows) * first.num_generations / work.episodes
 
 
 def _batches(arguments: Mapping[str, Any], limit: int, sequences: int, lengths: Lengths) -> list[list[int]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pipeline.plan.cards import Card
 from pipeline.plan.memory import Model
 from pipeline.plan.sizes import ANSWER_TOKENS, EVALUATION_TOKENS, HELD_OUT_ANSWERS, NEW_TOKENS
-from pipeline.plan.stage import ANSWER_SHARE, Lengths, plan_stage, work_of
+from pipeline.plan.stage import ANSWER_SHARE, ENDED, Lengths, plan_stage, work_of
 from pipeline.plan.time import forward_seconds, ppo_seconds
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ READ = 0.5e9
 """Bytes of a base's weights that are read and quantised in a second."""
 TEMPLATE = 8
 """Tokens that a chat template adds to a short row."""
-ENDED = 0.4
-"""Of the longest answer that is allowed, what an answer takes on average, as it ends by itself."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +71,14 @@ def stage_duration(
 def _training(
     kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, lengths: Lengths, card: Card
 ) -> float | None:
-    sampling = section.sampling()
-    if sampling is None:
+    rollouts = section.rollouts()
+    if rollouts is None:
         minutes = plan_stage(kind, section, model, spec, lengths, card).minutes
         return None if minutes is None else minutes * 60
     work = work_of(kind, section, model, spec, lengths)
     work = replace(work, length=round(_mean(lengths.rows) + ENDED * work.answer), answer=round(ENDED * work.answer))
-    seconds = ppo_seconds(model, work, card, sampling.epochs)
-    return None if seconds is None else seconds * sampling.steps * sampling.batch_size / work.episodes
+    seconds = ppo_seconds(model, work, card, rollouts.epochs)
+    return None if seconds is None else seconds * rollouts.steps * rollouts.batch_size / work.episodes
 
 
 def _held_out(
@@ -101,6 +99,7 @@ def _held_out(
         share = 0.0 if kind.score_head else share
         return forward_seconds(model, card, tokens, mean, max(1.0, tokens / EVALUATION_TOKENS), share)
     work = work_of(kind, section, model, spec, lengths)
+    work = work.sampled or work
     answer = round(ENDED * work.answer)
     at_once = min(work.episodes, HELD_OUT_ANSWERS * len(held_out))
     work = replace(work, length=round(mean + answer), answer=answer, episodes=at_once)

@@ -53,8 +53,16 @@ class Actors(LanguageModel):
         self.value_head = torch.nn.Linear(self.config.hidden_size, 1, device=self.device, dtype=torch.float32)
         torch.nn.init.zeros_(self.value_head.weight)
         torch.nn.init.zeros_(self.value_head.bias)
-        _without_dropout(model)
         self.act_as(POLICY)
+
+    def drop_nothing(self) -> None:
+        """Ratios compare a policy with itself; under dropout it would differ from itself (arXiv 2403.17031, detail
+        11)."""
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0  # type: ignore[assignment]
 
     def act_as(self, adapter: str) -> None:
         """Make one adapter the active one; the trained ones also take gradients while they are."""
@@ -168,12 +176,3 @@ class _HeadLogProbs(torch.autograd.Function):
     def backward(ctx: Any, upstream_N: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         gradient_NH = torch.cat(ctx.saved_tensors)
         return (upstream_N[:, None] * gradient_NH).to(gradient_NH.dtype), None, None
-
-
-def _without_dropout(model: torch.nn.Module) -> None:
-    """Ratios compare a policy with itself; under dropout it would differ from itself (arXiv 2403.17031, detail 11)."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]

@@ -14,8 +14,8 @@ from pipeline.models import processes
 from pipeline.plan.sizes import HELD_OUT_ANSWERS
 from pipeline.ppo import rewards
 from pipeline.ppo.actors import POLICY, REFERENCE, Actors
+from pipeline.ppo.answering import Answering
 from pipeline.ppo.batch import Pack, pack_episodes, run_forward
-from pipeline.ppo.trainer import RolloutTrainer
 
 ANSWERS = HELD_OUT_ANSWERS
 Answers = dict[str, numpy.ndarray[Any, Any]]
@@ -29,7 +29,7 @@ ended            whether it ended by itself
 """
 
 
-def ask(trainer: RolloutTrainer, prompts: Sequence[Row]) -> Answers:
+def ask(trainer: Answering, prompts: Sequence[Row]) -> Answers:
     """The policy as it stands, sampled at the training temperature; the same random draws each time it is called.
     Several processes share the prompts."""
     parts = processes.gather(_ask(trainer, processes.share(prompts)))
@@ -40,7 +40,7 @@ def ask(trainer: RolloutTrainer, prompts: Sequence[Row]) -> Answers:
     return answers
 
 
-def _ask(trainer: RolloutTrainer, prompts: Sequence[Row]) -> Answers:
+def _ask(trainer: Answering, prompts: Sequence[Row]) -> Answers:
     if not prompts:
         return {}
     actors = trainer.actors

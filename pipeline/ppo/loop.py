@@ -31,7 +31,7 @@ from pipeline.ppo.actors import POLICY, REFERENCE, VALUE
 from pipeline.ppo.batch import Rollout, Scored
 from pipeline.ppo.rewards import adapter_name
 from pipeline.ppo.scoring import Scores, describe
-from pipeline.ppo.settings import CHECKPOINTS_KEPT, RolloutSettings
+from pipeline.ppo.settings import CHECKPOINTS_KEPT, RolloutSettings, Sampling
 from pipeline.ppo.trainer import WHOLE_AGAIN, RolloutTrainer
 from pipeline.training.progress import Progress, Snapshots, Stop, keep_newest, note_split, step_of
 from pipeline.training.sequences import Refused, Tally, encode_rows
@@ -41,7 +41,12 @@ if TYPE_CHECKING:
 
 
 def leave_out_unrenderable(
-    ctx: Context, tokenizer: PreTrainedTokenizerBase, settings: RolloutSettings, config: PretrainedConfig, skip: bool
+    ctx: Context,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    response_length: int,
+    config: PretrainedConfig,
+    skip: bool,
 ) -> tuple[Context, dict[str, Any], Refused]:
     """The context without prompts that the template refuses, counts of the others, and those refused.
 
@@ -55,7 +60,7 @@ def leave_out_unrenderable(
             "model could stop at, so no answer would end. Name another one as model.chat_template, for example "
             "recipes/templates/chatml.jinja"
         )
-    room = min(limit for limit in (settings.max_length, window, 1 << 62) if limit) - settings.response_length
+    room = min(limit for limit in (max_length, window, 1 << 62) if limit) - response_length
 
     def render_prompts(rows: Sequence[Row]) -> tuple[list[Row], Tally]:
         kept, long, tally = [], [], Tally(ctx.out.name, skip)
@@ -68,8 +73,8 @@ def leave_out_unrenderable(
             named = "\n".join(long[:NAMED_AT_MOST])
             raise UserError(
                 f"{len(long)} prompts of stage '{ctx.out.name}' are longer than the {max(room, 0)} tokens that "
-                f"max_length {settings.max_length or window} leaves beside response_length "
-                f"{settings.response_length}:\n{named}\nRaise max_length, lower response_length, or remove them."
+                f"max_length {max_length or window} leaves beside an answer of "
+                f"{response_length}:\n{named}\nRaise max_length, allow shorter answers, or remove them."
             )
         return kept, tally
 
@@ -109,7 +114,7 @@ def warn_of_length(models: dict[str, Artifact]) -> None:
                 )
 
 
-def add_roles(model: PeftModel, models: dict[str, Artifact], settings: RolloutSettings) -> dict[str, torch.Tensor]:
+def add_roles(model: PeftModel, models: dict[str, Artifact], settings: Sampling) -> dict[str, torch.Tensor]:
     """Put reference, reward models and critic beside the policy; gives the score heads by adapter name."""
     adapters.twin(model, REFERENCE)
     heads: dict[str, torch.Tensor] = {}

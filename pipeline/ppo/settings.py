@@ -9,12 +9,35 @@ Sources: [S] arXiv 1707.06347 (PPO), [Z] arXiv 1909.08593 (Ziegler et al.), [I] 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 CHECKPOINTS_KEPT = 2
 """Unless save_total_limit says otherwise: the newest may hold an update that only the next rollout shows to be bad."""
+
+
+class Sampling(Protocol):
+    """How a stage samples answers, whatever it calls it."""
+
+    @property
+    def batch_size(self) -> int:
+        """Answers of one round, over all processes."""
+
+    @property
+    def response_length(self) -> int:
+        """Most tokens of an answer."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def rollout_batch_size(self) -> int | None:
+        """Answers sampled at once in a process; all of its share if None."""
+
+    @property
+    def dequantize_rollout(self) -> bool: ...
+    @property
+    def critic(self) -> Literal["adapter", "trunk"] | None: ...
 
 
 class RolloutSettings(BaseModel):

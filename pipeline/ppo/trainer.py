@@ -6,7 +6,6 @@ from the step's number. A run that goes on from a checkpoint therefore needs no 
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import math
 import random
@@ -14,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -23,16 +22,15 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.data import render
 from pipeline.data.contracts import Row
-from pipeline.data.tokens import stop_ids
 from pipeline.errors import UserError
 from pipeline.models import processes
 from pipeline.models.computed import take_computed
-from pipeline.models.forward import plain_layers
-from pipeline.models.out_of_memory import CHECKPOINT, EPISODE, ROLLOUT, WhenSplit, gradients_aside, run_in_parts
-from pipeline.models.sampling import Episode, sample
+from pipeline.models.out_of_memory import CHECKPOINT, EPISODE, gradients_aside, run_in_parts
+from pipeline.models.sampling import Episode
 from pipeline.ppo import algorithm as maths
 from pipeline.ppo import rewards
 from pipeline.ppo.actors import POLICY, Actors
+from pipeline.ppo.answering import Answering
 from pipeline.ppo.batch import Learnt, Pack, Rollout, Scored, pack_episodes
 from pipeline.ppo.health import Health
 from pipeline.ppo.optimizer import make_optimizers, take_step, trained_weights
@@ -44,10 +42,11 @@ WHOLE_AGAIN = 20
 """Steps after which what memory did not hold is tried at its full size again: other programs come and go."""
 
 
-class RolloutTrainer:
+class RolloutTrainer(Answering):
     """`rows` are prompt-only rows; every process is given all of them and takes its share of each batch. What is learnt
     from an answer, and how, PPOTrainer and GRPOTrainer say."""
 
+    settings: RolloutSettings
     shares: tuple[str, ...]
     """The names of what `backward` gives."""
 
@@ -65,31 +64,24 @@ class RolloutTrainer:
         settings: RolloutSettings,
         seed: int,
     ) -> None:
-        self.actors, self.tokenizer, self.rows, self.sources = actors, tokenizer, rows, sources
-        self.settings, self.seed = settings, seed
-        self.rank, self.processes = PartialState().process_index, PartialState().num_processes
-        self.stops = stop_ids(tokenizer)
+        processes = PartialState().num_processes
+        share, rest = divmod(settings.mini, processes)
+        if rest or share % min(settings.per_device_train_batch_size, share):
+            raise UserError(
+                f"a minibatch of {settings.mini} episodes on {processes} process(es) cannot be divided into "
+                f"batches of per_device_train_batch_size {settings.per_device_train_batch_size}: change one of them"
+            )
+        self.pack_size = min(settings.per_device_train_batch_size, share)
+        self.packs_per_minibatch = share // self.pack_size
+        super().__init__(actors, tokenizer, sources, settings, seed, 2 * self.pack_size)
+        self.rows = rows
         self.kl = maths.KLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
         self.health = Health(settings.kl_stop)
         self.scale = maths.LossScale(actors.model.get_input_embeddings().weight.dtype is torch.float16)
         self.score_scale = rewards.ScoreScale(settings.normalize_reward)
         self.step = self.tokens = 0
-        self.at_once: dict[Literal["sampled", "learnt"], int] = {}
-        """Episodes of a rollout's and of an update's pass, once more have been found too many for memory."""
-        self.split_at = 0
-        """The step in which that was found last."""
-        self.when_split: WhenSplit = lambda episodes, left: None
         self.when_scored: WhenScored = lambda *_: None
-        share, rest = divmod(settings.mini, self.processes)
-        if rest or share % min(settings.per_device_train_batch_size, share):
-            raise UserError(
-                f"a minibatch of {settings.mini} episodes on {self.processes} process(es) cannot be divided into "
-                f"batches of per_device_train_batch_size {settings.per_device_train_batch_size}: change one of them"
-            )
-        self.pack_size = min(settings.per_device_train_batch_size, share)
-        self.packs_per_minibatch = share // self.pack_size
-        self.forward_size = 2 * self.pack_size
-        """Sequences of a pass that keeps no gradients."""
+        actors.drop_nothing()
         self.optimizers = make_optimizers(actors, settings)
 
     def steps(self) -> Iterator[Numbers]:
@@ -137,39 +129,6 @@ class RolloutTrainer:
         """So many of the endless row of shuffled epochs, from its place `first` on."""
         places = (divmod(place, len(self.rows)) for place in range(first, first + count))
         return [self.rows[_shuffled(len(self.rows), f"{self.seed}/{order}/{epoch}")[index]] for epoch, index in places]
-
-    @torch.no_grad()
-    def answer(self, rows: Sequence[Row], name: str, copies: int = 1, among: tuple[int, int] | None = None) -> Rollout:
-        """Answers to each row's prompt, `copies` beside each other, by the policy as it stands; equal under an equal
-        name of the draw. No more are sampled at once than in training. `among`: the first row's place in a step's rows,
-        of which other processes answer the rest, and their number."""
-        settings, actors = self.settings, self.actors
-        at_once = self.at_once.get("sampled") or settings.rollout_batch_size or settings.batch_size // self.processes
-        actors.act_as(POLICY)
-        actors.model.eval()
-        draw = random.Random(f"{self.seed}/answers/{name}").getrandbits(63)
-        with plain_layers(actors.model, fold_adapter=True) if settings.dequantize_rollout else contextlib.nullcontext():
-            episodes = sample(
-                actors,
-                [render.prompt(self.tokenizer, row) for row in rows],
-                new_tokens=settings.response_length,
-                temperature=settings.temperature,
-                stops=self.stops,
-                generator=torch.Generator(actors.device).manual_seed(draw),
-                batch_size=max(1, at_once // copies),
-                copies=copies,
-                among=among,
-                critic=actors.state_values if actors.value_adapter == POLICY else None,
-                advice=ROLLOUT,
-                when_split=partial(self._take_fewer, "sampled"),
-            )
-        answers = [episode.answer_ids[:-1] if episode.ended else episode.answer_ids for episode in episodes]
-        texts = [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
-        return Rollout([row for row in rows for _ in range(copies)], episodes, texts)
-
-    def ask_sources(self, rollout: Rollout) -> Scores:
-        """What every source of reward says of each answer, by the source's name."""
-        return rewards.scores(self.sources, self.actors, self.tokenizer, rollout.rows, rollout.texts, self.forward_size)
 
     def choose(self, rollout: Rollout, by_source: Scores) -> tuple[Rollout, Scores]:
         """The answers that are learnt from: all of them, unless a subclass takes others."""
@@ -248,10 +207,6 @@ class RolloutTrainer:
         parts = run_in_parts(backward, rows, lambda _: length, advice, self.at_once.get("learnt"), when_split)
         sums, logps = zip(*parts, strict=True)
         return torch.stack(sums).sum(0), torch.cat(logps)
-
-    def _take_fewer(self, what: Literal["sampled", "learnt"], episodes: int, left: int) -> None:
-        self.at_once[what], self.split_at = left, self.step
-        self.when_split(episodes, left)
 
     def try_longest(self) -> None:
         """Try the update's pass on the longest prompts with answers of full length, so that what does not fit is found

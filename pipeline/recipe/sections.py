@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pipeline.data.load import DataSpec
 from pipeline.disk.artifact import NAME
 from pipeline.disk.atomic import Json
 from pipeline.disk.manifest import Manifest
@@ -201,8 +200,16 @@ def _explain_unknown(loc: tuple[int | str, ...]) -> str:
         section = ModelSpec
     elif loc[0] == "stages":
         of = STAGES[str(loc[2])]
-        section = DataSpec if loc[3] == "data" and len(loc) > 4 else of.section
-        others = [name for name, other in STAGES.items() if key in other.section.model_fields]
+        section = of.section
+        below = _words(section).get(str(loc[3])) if len(loc) > 4 else None
+        if isinstance(below, type) and issubclass(below, BaseModel):  # data, sampling
+            section = below
+        others = [name for name, other in STAGES.items() if key in _words(other.section)]
         if section is of.section and others:
             return f"a {of.name} stage takes no {key}; only {', '.join(others)} may"
-    return f"unknown key{suggest(key, [field.alias or name for name, field in section.model_fields.items()])}"
+    return f"unknown key{suggest(key, _words(section))}"
+
+
+def _words(section: type[BaseModel]) -> dict[str, Any]:
+    """The words that a section takes, each with its type."""
+    return {field.alias or name: field.annotation for name, field in section.model_fields.items()}

@@ -20,10 +20,9 @@ if TYPE_CHECKING:
     from pipeline.ppo.trainer import RolloutTrainer
 
 
-class RolloutSpec(PolicySpec):
+class PaidSpec(PolicySpec):
     """The section of a stage that is paid for its own answers."""
 
-    config_class: ClassVar[type[RolloutSettings]]
     reward: str | list[RewardTerm] | None = Field(default=None, validate_default=True)
     """What it is paid by: a reward stage, `path.py:function`, or a list of {source, weight, truth}."""
 
@@ -46,9 +45,6 @@ class RolloutSpec(PolicySpec):
         # What is only measured by a term, its truth, changes no training.
         return {"reward": [term.model_dump(exclude={"truth"}) for term in self.reward_terms()]}
 
-    def sampling(self) -> RolloutSettings:
-        return self.config_class(**without_auto(self.train))
-
     def check_among(self, stages: dict[str, Stage], *place: str) -> None:
         for term in self.reward_terms():
             if term.file is not None:
@@ -63,6 +59,15 @@ class RolloutSpec(PolicySpec):
             elif not stages[term.source].ranks:
                 kind = stages[term.source].name
                 raise complaint(f"'{term.source}' is a {kind} stage, not a reward model", *place, "reward")
+
+
+class RolloutSpec(PaidSpec):
+    """The section of a stage that learns from its own answers rollout after rollout, by a trainer of ppo/."""
+
+    config_class: ClassVar[type[RolloutSettings]]
+
+    def rollouts(self) -> RolloutSettings:
+        return self.config_class(**without_auto(self.train))
 
 
 class PPOSpec(RolloutSpec):
@@ -99,7 +104,7 @@ def learn_from_answers(spec: RolloutSpec, ctx: Context, trainer_class: type[Roll
     from pipeline.training import trainer as shared
 
     result = Result()
-    settings = spec.sampling()
+    settings = spec.rollouts()
     sources = [rewards.source(term.source, term.weight, term.truth) for term in spec.reward_terms()]
     ctx = loop.fill_columns(ctx)
     tokenizer = bases.load_tokenizer(ctx.model)
@@ -109,7 +114,8 @@ def learn_from_answers(spec: RolloutSpec, ctx: Context, trainer_class: type[Roll
     loop.warn_of_length(models)
     sequences.askable(ctx, tokenizer)
     skip, config = spec.data.on_bad_row == "skip", bases.load_config(ctx.model)
-    ctx, result.counts, result.refused = loop.leave_out_unrenderable(ctx, tokenizer, settings, config, skip)
+    limits = settings.max_length, settings.response_length
+    ctx, result.counts, result.refused = loop.leave_out_unrenderable(ctx, tokenizer, *limits, config, skip)
 
     # base
     set_seed(ctx.seed)

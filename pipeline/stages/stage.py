@@ -17,7 +17,8 @@ from pipeline.disk.artifact import Artifact
 from pipeline.disk.manifest import Table
 from pipeline.measure.metric import Metric
 from pipeline.models.spec import ModelSpec
-from pipeline.ppo.settings import RolloutSettings
+from pipeline.ppo.rejection_settings import RejectionSettings
+from pipeline.ppo.settings import RolloutSettings, Sampling
 from pipeline.stages.arguments import ConfigClass, check_train, defaults
 from pipeline.training.trackers import Trackers
 
@@ -83,9 +84,18 @@ class StageSpec(BaseModel):
         """Of those that are asked before and after the stage."""
         return None
 
-    def sampling(self) -> RolloutSettings | None:
-        """How it samples answers while it trains; None for a stage that does not."""
+    def rollouts(self) -> RolloutSettings | None:
+        """How it samples and learns in turn; None for a stage that does not."""
         return None
+
+    def samples_first(self) -> RejectionSettings | None:
+        """How it samples all its answers before it trains, as sft does, on those that it keeps; None for a stage that
+        does not."""
+        return None
+
+    def sampling(self) -> Sampling | None:
+        """How it samples the answers that it learns from, one way or the other."""
+        return self.rollouts() or self.samples_first()
 
     def reward_terms(self) -> list[RewardTerm]:
         """What it is paid by."""

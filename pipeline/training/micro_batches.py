@@ -215,7 +215,7 @@ class SplitsWhenFull(Trainer):  # type: ignore[misc]
         except UserError:
             return None
         lora = model.peft_config["default"]
-        reference = len(model.peft_config) > 1
+        reference = "ref" in model.peft_config  # as DPOTrainer names it
         work = Work(
             sequences,
             length,
@@ -223,7 +223,7 @@ class SplitsWhenFull(Trainer):  # type: ignore[misc]
             **attention(model.config._attn_implementation),
             accumulates=args.gradient_accumulation_steps > 1,
             optimizer_bytes=optimizer_bytes(args.optim),
-            frozen=int(reference),
+            frozen=len(model.peft_config) - 1,
             score_head=lora.task_type == "SEQ_CLS",
             reference=reference,
             evaluates=False,

@@ -1,0 +1,89 @@
+"""Answers sampled from the policy as it stands, and what the sources of the reward say of them."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.data import render
+from pipeline.data.contracts import Row
+from pipeline.data.tokens import stop_ids
+from pipeline.models.forward import plain_layers
+from pipeline.models.out_of_memory import ROLLOUT, WhenSplit
+from pipeline.models.sampling import sample
+from pipeline.ppo import rewards
+from pipeline.ppo.actors import POLICY, Actors
+from pipeline.ppo.batch import Rollout
+from pipeline.ppo.scoring import Scores
+from pipeline.ppo.settings import Sampling
+
+
+class Answering:
+    """Everything random is drawn from generators seeded by `seed` and the name of a draw. `forward_size`: sequences of
+    a pass that keeps no gradients."""
+
+    step = 0
+    """Optimizer steps that the policy has been trained for; 0 while it is its own reference."""
+
+    def __init__(
+        self,
+        actors: Actors,
+        tokenizer: PreTrainedTokenizerBase,
+        sources: list[rewards.Source],
+        settings: Sampling,
+        seed: int,
+        forward_size: int,
+    ) -> None:
+        self.actors, self.tokenizer, self.sources = actors, tokenizer, sources
+        self.settings, self.seed, self.forward_size = settings, seed, forward_size
+        self.rank, self.processes = PartialState().process_index, PartialState().num_processes
+        self.stops = stop_ids(tokenizer)
+        self.at_once: dict[Literal["sampled", "learnt"], int] = {}
+        """Episodes of a rollout's and of an update's pass, once more have been found too many for memory."""
+        self.split_at = 0
+        """The step in which that was found last."""
+        self.when_split: WhenSplit = lambda episodes, left: None
+
+    @torch.no_grad()
+    def answer(self, rows: Sequence[Row], name: str, copies: int = 1, among: tuple[int, int] | None = None) -> Rollout:
+        """Answers to each row's prompt, `copies` beside each other, by the policy as it stands; equal under an equal
+        name of the draw. No more are sampled at once than in training. `among`: the first row's place in a step's rows,
+        of which other processes answer the rest, and their number."""
+        settings, actors = self.settings, self.actors
+        at_once = self.at_once.get("sampled") or settings.rollout_batch_size or settings.batch_size // self.processes
+        actors.act_as(POLICY)
+        actors.model.eval()
+        draw = random.Random(f"{self.seed}/answers/{name}").getrandbits(63)
+        with plain_layers(actors.model, fold_adapter=True) if settings.dequantize_rollout else contextlib.nullcontext():
+            episodes = sample(
+                actors,
+                [render.prompt(self.tokenizer, row) for row in rows],
+                new_tokens=settings.response_length,
+                temperature=settings.temperature,
+                stops=self.stops,
+                generator=torch.Generator(actors.device).manual_seed(draw),
+                batch_size=max(1, at_once // copies),
+                copies=copies,
+                among=among,
+                critic=actors.state_values if actors.value_adapter == POLICY else None,
+                advice=ROLLOUT,
+                when_split=partial(self._take_fewer, "sampled"),
+            )
+        answers = [episode.answer_ids[:-1] if episode.ended else episode.answer_ids for episode in episodes]
+        texts = [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
+        return Rollout([row for row in rows for _ in range(copies)], episodes, texts)
+
+    def ask_sources(self, rollout: Rollout) -> Scores:
+        """What every source of reward says of each answer, by the source's name."""
+        return rewards.scores(self.sources, self.actors, self.tokenizer, rollout.rows, rollout.texts, self.forward_size)
+
+    def _take_fewer(self, what: Literal["sampled", "learnt"], episodes: int, left: int) -> None:
+        self.at_once[what], self.split_at = left, self.step
+        self.when_split(episodes, left)

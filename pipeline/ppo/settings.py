@@ -197,7 +197,8 @@ class PPOSettings(RolloutSettings):
     # Critic
     critic: Literal["adapter", "trunk"] = "trunk"
     """A head on the policy's trunk, or an adapter of its own that starts as the reward model [I, C.4]. The trunk is the
-    default by measurement (docs/measurements-speed.md): half the passes of an update, less memory, as much learnt."""
+    default by measurement (docs/measurements-speed.md): half the passes of an update, less memory, and it learns no
+    worse."""
     value_learning_rate: float | None = Field(default=None, ge=0)
     """Of the critic; learning_rate if not given."""
 

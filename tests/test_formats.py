@@ -102,7 +102,7 @@ def test_formats_are_told_by_their_keys(tmp_path: Path, case: int) -> None:
         ({"messages": [user("q"), {"role": "tool", "content": "4"}, says("a")]}, DEMONSTRATION,
          "no tool was called before it"),
         ({"messages": [user("q"), {"role": "assistant", "content": "", "tool_calls": [CALL]}, user("x"), says("a")]},
-         DEMONSTRATION, r"messages\[1\] calls a tool, but messages\[2\] is not its result"),
+         DEMONSTRATION, r"messages\[2\] calls a tool, but messages\[3\] is not its result"),
         ({"messages": [user("q"), says("a")], "tools": "{"}, DEMONSTRATION, "'tools' is broken JSON"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: y"}, PREFERENCE,
          "the prompts of 'chosen' and 'rejected' differ"),

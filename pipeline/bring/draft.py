@@ -8,7 +8,8 @@ from itertools import islice
 from typing import Any
 
 from pipeline.bring.rows import File, list_parts
-from pipeline.data.load import DataSpec, Part, prompt_key, read_split
+from pipeline.data.load import DataSpec, Part, read_split
+from pipeline.data.prompts import first_question
 from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec
 from pipeline.plan.cards import GIB, Card, half_of_ram
@@ -204,7 +205,7 @@ def _data_of(kind: str, files: list[File], answers: Answers) -> tuple[dict[str, 
     parts = [Part(**each) for each in source["mix"]] if "mix" in source else None
     spec = DataSpec(path=source.get("path"), mix=parts, on_bad_row="skip")
     split = read_split(spec, STAGES[kind].contract, SEED)
-    prompts = len({prompt_key(row) for row in islice(split.train, COUNTED)})
+    prompts = len({first_question(row) for row in islice(split.train, COUNTED)})
     unfit = sum(source.reasons.total() for source in split.sources)
     layouts = sorted({layout for source in split.sources for layout in source.layouts})
     told = f"{counted(len(split.train), 'row')}, read as {', '.join(layouts)}"

@@ -104,7 +104,9 @@ def read_sharegpt(row: Row) -> Messages:
         speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None:
-            raise Unreadable(f"conversations[{index + 1}].from is {speaker!r:.40}, expected one of {', '.join(SPEAKERS)}")
+            raise Unreadable(
+                f"conversations[{index + 1}].from is {speaker!r:.40}, expected one of {', '.join(SPEAKERS)}"
+            )
         if not isinstance(text, str):
             raise Unreadable(f"conversations[{index + 1}].value is not text")
         if speaker == "function_call":

@@ -127,7 +127,11 @@ def refuse_learnt_results(
         if message["role"] == "tool":
             changed = apply_template(tokenizer, _replace_content(messages, index, "tool"), row)
             if STAND_IN not in changed:
-                raise Unrenderable(f"the chat template leaves out the tool's result of turn {index + 1}: it knows no tools")
+                raise Unrenderable(
+                    f"the chat template leaves out the tool's result of turn {index + 1}: it knows no tools"
+                )
             place = len(os.path.commonprefix([text, changed]))
             if any(start <= place < stop for start, stop in spans):
-                raise Unrenderable(f"the chat template puts the tool's result, turn {index + 1}, into the assistant's turn")
+                raise Unrenderable(
+                    f"the chat template puts the tool's result, turn {index + 1}, into the assistant's turn"
+                )

@@ -55,20 +55,21 @@ def cp(
 @command(app, "check", "onebase check my.yaml")
 def check(recipe: RecipePath, override: Overrides = [], as_json: AsJson = False, lang: Lang = "en") -> None:
     """Check a recipe, its data and its settings. Trains nothing."""
-    from pipeline.stages.check import check_arguments, check_base, check_trackers
+    from pipeline.stages.check import check_arguments, check_base, check_rendering, check_trackers
     from pipeline.terminal.states import count_rows, show_rows, show_sound
 
     with stdout_kept(as_json):
         chain = _read(recipe, override)
-        rows = count_rows(chain)
-        show_rows(chain, rows)
+        counts, rows, refused = count_rows(chain)
+        show_rows(chain, counts, refused)
         chain.parts()
         check_base(chain.spec.model, chain.stages)
         check_trackers(chain.stages)
         check_arguments(chain.spec.model, chain.stages, chain.spec.seed)
-        show_sound(recipe, list(rows))
+        untried = check_rendering(chain.spec.model, chain.stages, rows)
+        show_sound(recipe, list(counts), untried)
     if as_json:
-        print_json({"recipe": chain.name, "stages": rows})
+        print_json({"recipe": chain.name, "stages": counts, "not_tried": untried})
 
 
 @command(app, "data", "onebase data my.yaml sft --show 3")

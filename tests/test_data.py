@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -38,17 +40,17 @@ def rows_file(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> str:
         (LANGUAGE_MODELING, '{"text": "x"', "is broken JSON"),
         (LANGUAGE_MODELING, '{"text": "\\ud800"}', "half of a surrogate pair"),
         (DEMONSTRATION, {"messages": [USER]}, "ends with the role 'user', expected 'assistant'"),
-        (DEMONSTRATION, {"messages": [USER, {"role": "bot", "content": "x"}]}, "messages[1].role is 'bot'"),
+        (DEMONSTRATION, {"messages": [USER, {"role": "bot", "content": "x"}]}, "messages[2].role is 'bot'"),
         (
             DEMONSTRATION,
             {"messages": [USER, {"role": "assistant", "content": ""}]},
-            "messages[1] field 'content' is empty",
+            "messages[2] field 'content' is empty",
         ),
         (DEMONSTRATION, {"messages": [SAYS, USER, SAYS]}, "begins with the role 'assistant'"),
         (PREFERENCE, {"prompt": [USER], "chosen": [USER, SAYS], "rejected": [SAYS]}, "begins with the role 'user'"),
         (QUESTION, {"prompt": [USER], "answer": "x", "choices": None}, "not a list of texts"),
         (DEMONSTRATION, {"messages": []}, "field 'messages' is empty"),
-        (DEMONSTRATION, {"messages": ["hello"]}, "messages[0] is text, expected"),
+        (DEMONSTRATION, {"messages": ["hello"]}, "messages[1] is text, expected"),
         (DEMONSTRATION, {"prompt": "x"}, "has no field 'completion'"),
         (DEMONSTRATION, {"prompt": [USER], "completion": "x"}, "both must be text, or both lists of messages"),
         (PREFERENCE, {"prompt": "p", "chosen": "c", "rejected": "c"}, "are equal, so the pair teaches nothing"),
@@ -125,6 +127,35 @@ def test_dialogues_are_split_by_what_is_asked_not_by_their_system_prompt(tmp_pat
     counts = split.sources[0].counts().as_json()
     assert split.test is not None and len(split.test) == 10
     assert counts["rows"] == 100 == counts["used"] + counts["held_out"] and counts["held_out"] == 10
+
+
+def test_dialogues_that_begin_with_one_question_stay_on_one_side(tmp_path: Path) -> None:
+    system, more = {"role": "system", "content": "be kind"}, {"role": "user", "content": "and then?"}
+    short = [{"messages": [system, {"role": "user", "content": f"q{i}"}, SAYS]} for i in range(20)]
+    long = [{"messages": [{"role": "user", "content": f"Q{i}"}, SAYS, more, SAYS]} for i in range(0, 20, 2)]
+    split = read_split(DataSpec(path=rows_file(tmp_path, short + long), test=0.3), DEMONSTRATION, seed=1)
+
+    def asked(rows: Any) -> set[str]:
+        return {next(m["content"].lower() for m in row["messages"] if m["role"] == "user") for row in rows}
+
+    assert split.test and len(asked(split.test)) == 6 and not asked(split.train) & asked(split.test)
+    assert len(split.train) + len(split.test) == 30
+
+
+def test_a_split_of_prompts_that_share_nothing_is_the_one_of_its_seed(tmp_path: Path) -> None:
+    """By hand: the prompts' digests in order, shuffled by the seed, the first of them held out."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, SAYS, {"role": "user", "content": "w"}, SAYS]}
+        for i in range(20)
+    ]
+    split = read_split(DataSpec(path=rows_file(tmp_path, rows), test=0.2), DEMONSTRATION, seed=3)
+    turns = [json.dumps([(m["role"], m["content"], None) for m in row["messages"][:-1]]) for row in rows]
+    digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in turns]
+    drawn = sorted(digests)
+    random.Random(3).shuffle(drawn)
+    assert split.test and [r["messages"] for r in split.test] == [
+        r["messages"] for r, d in zip(rows, digests, strict=True) if d in drawn[:4]
+    ]
 
 
 def test_formats_of_public_sets(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from conftest import ROOT, tiny_tree, write_recipe
 from rich.console import Console
+from typer.testing import CliRunner
 
-from pipeline.cli import main
+from pipeline.cli import app, main
 from pipeline.data import examine_rows, render
 from pipeline.data.baselines import bag_of_words, longer_wins
 from pipeline.data.examine import faults_in
@@ -178,12 +179,12 @@ def test_marks_in_what_is_said_are_faults_and_in_texts_are_told(tiny_base: Path,
         and "1 texts contain the text of special tokens" in found["pretrain"]["warnings"][0]
     )
     questions, rows = found["sft"]["faults"]
-    assert "1 rows cannot be rendered" in rows and "d.jsonl:5: message 0 holds '<|im_end|>'" in rows
-    assert "asked.jsonl:1: message 0 holds '<|im_end|>'" in questions
+    assert "1 rows cannot be rendered" in rows and "d.jsonl:5: message 1 holds '<|im_end|>'" in rows
+    assert "asked.jsonl:1: message 1 holds '<|im_end|>'" in questions
     tree["stages"]["sft"]["data"]["on_bad_row"] = "skip"
     lenient = terminal.examine(build(tree), ["sft"])["stages"]["sft"]
     assert lenient["faults"] == [questions] and "they would be left out" in " ".join(lenient["warnings"])
-    with pytest.raises(UserError, match=r"asked.jsonl:1: message 0 holds"):  # before weights are read
+    with pytest.raises(UserError, match=r"asked.jsonl:1: message 1 holds"):  # before weights are read
         run_stage(build(tree), "sft", tmp_path / "runs")
 
 
@@ -230,3 +231,37 @@ def test_a_base_without_a_template_gets_one_of_tokens_it_has(tiny_base: Path, tm
 
     with pytest.raises(UserError, match=r"writes <\|im_start\|>, which .* has no token for"):
         load_tokenizer(ModelSpec(base=str(bare), chat_template="recipes/templates/chatml.jinja"))
+
+
+def test_check_refuses_what_the_template_of_the_base_cannot_render(tiny_base: Path, tmp_path: Path) -> None:
+    tree = tiny_tree(tiny_base, tmp_path)
+    path = Path(tree["stages"]["sft"]["data"]["path"])
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "now", "arguments": {}}}]}
+    row = {"messages": [user("What time is it?"), call, {"role": "tool", "content": "noon"}, says("Noon.")]}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    tree["stages"] = {"sft": {"data": {"path": str(path)}}}
+    recipe = str(write_recipe(tree, tmp_path / "r.yaml"))
+    refused = CliRunner().invoke(app, ["check", recipe])
+    assert "1 rows of stage 'sft' cannot be rendered" in str(refused.exception)
+    assert f"{path}:33: the chat template leaves out the tool call" in str(refused.exception)
+    lenient = CliRunner().invoke(app, ["check", recipe, "-o", "stages.sft.data.on_bad_row=skip"])
+    assert lenient.exit_code == 0 and f"left out, from {path}:33" in lenient.output and "sound" in lenient.output
+    # A row that is refused before it gets so far is named, and so is the file that will list all such rows.
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"messages": []}\n')
+    lenient = CliRunner().invoke(app, ["check", recipe, "-o", "stages.sft.data.on_bad_row=skip"])
+    assert f"first refused: {path}:34: field 'messages' is empty" in lenient.output
+    assert "runs/tiny/sft/refused.jsonl" in lenient.output
+
+
+def test_check_says_that_it_did_not_try_the_template_of_a_base_that_is_not_here(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.stages import check
+
+    tree = tiny_tree(tiny_base, tmp_path)
+    away = build(tree).spec.model.model_copy(update={"base": "nobody/has-it"})
+    monkeypatch.setattr("pipeline.models.spec.base_hash", lambda spec: f"{spec.base}@{'0' * 40}")
+    (untried,) = check.check_rendering(away, build(tree).stages, {})
+    assert "the tokenizer of nobody/has-it cannot be loaded" in untried

@@ -12,7 +12,8 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.data.contracts import DEMONSTRATION, LANGUAGE_MODELING, PREFERENCE, PROMPT_ONLY, QUESTION
-from pipeline.data.load import DataSpec, Part, find_prompts, prompt_key, read_source, read_split
+from pipeline.data.load import DataSpec, Part, read_source, read_split
+from pipeline.data.prompts import find_prompts, prompt_key
 from pipeline.errors import UserError
 
 
@@ -95,14 +96,14 @@ def test_formats_are_told_by_their_keys(tmp_path: Path, case: int) -> None:
     [
         ({"instruction": "do", "output": True}, DEMONSTRATION, "field 'output' is True, expected text"),
         ({"instruction": "do", "output": ["a"]}, PREFERENCE, "a comparison needs two"),
-        ({"instruction": "do", "output": "o", "history": ["x"]}, DEMONSTRATION, r"history\[0\] is not a pair"),
+        ({"instruction": "do", "output": "o", "history": ["x"]}, DEMONSTRATION, r"history\[1\] is not a pair"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, DEMONSTRATION, "from is 'alien'"),
         ({"messages": [user("q"), {"role": "assistant", "content": [{"type": "image", "url": "x"}]}]}, DEMONSTRATION,
          "part of type 'image', which is not text"),
         ({"messages": [user("q"), {"role": "tool", "content": "4"}, says("a")]}, DEMONSTRATION,
          "no tool was called before it"),
         ({"messages": [user("q"), {"role": "assistant", "content": "", "tool_calls": [CALL]}, user("x"), says("a")]},
-         DEMONSTRATION, r"messages\[1\] calls a tool, but messages\[2\] is not its result"),
+         DEMONSTRATION, r"messages\[2\] calls a tool, but messages\[3\] is not its result"),
         ({"messages": [user("q"), says("a")], "tools": "{"}, DEMONSTRATION, "'tools' is broken JSON"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: y"}, PREFERENCE,
          "the prompts of 'chosen' and 'rejected' differ"),

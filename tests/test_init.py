@@ -153,7 +153,25 @@ def test_unfit_rows_and_few_rows_are_told(tiny_base: Path, tmp_path: Path) -> No
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "x", "completion": ""}]))
     start(tmp_path / "mine.yaml", Given(str(tiny_base), str(path), "8GB"), asking=False, force=False)
     text = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
-    assert "1 unfit" in text and "too few to hold some out" in text
+    assert f"1 unfit are left out (first {path}:4: field 'completion' is empty)" in text
+    assert "runs/mine/sft/refused.jsonl" in text and "too few to hold some out" in text
+    assert read(tmp_path / "mine.yaml").stages["sft"].data.on_bad_row == "skip"
+
+
+def test_rows_that_the_template_cannot_render_are_told(tiny_base: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": [{"role": "user", "content": f"q{n}"}], "completion": f"<|im_end|>{n}"[10 * (n > 0) :]}
+        for n in range(9)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({**row, "completion": [{"role": "assistant", "content": row["completion"]}]}) + "\n"
+            for row in rows
+        )
+    )
+    start(tmp_path / "mine.yaml", Given(str(tiny_base), str(path), "8GB"), asking=False, force=False)
+    assert "cannot render are left out" in (tmp_path / "mine.yaml").read_text(encoding="utf-8")
     assert read(tmp_path / "mine.yaml").stages["sft"].data.on_bad_row == "skip"
 
 

@@ -510,7 +510,7 @@ def test_prompts_that_the_template_refuses_are_skipped_and_counted(tiny_base: Pa
     tree["stages"] = {"ppo": {**tree["stages"]["ppo"], "reward": f"{tmp_path}/f.py:asked"}}
     tree["train"] = {}
     del tree["stages"]["ppo"]["from"]
-    with pytest.raises(UserError, match=r"1 rows of stage 'ppo' cannot be rendered:\n.*p\.jsonl:1: message 0 holds"):
+    with pytest.raises(UserError, match=r"1 rows of stage 'ppo' cannot be rendered:\n.*p\.jsonl:1: message 1 holds"):
         run_stage(build(tree), "ppo", tmp_path / "runs")
     tree["stages"]["ppo"]["data"]["on_bad_row"] = "skip"
     recipe = build(tree)

@@ -228,7 +228,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer) -> None:  
     assert tokenizer.decode([label for label in labels if label != IGNORED]) == "a<|im_end|>"
     # ... and where only words open it, they could be anybody's.
     fickle.chat_template = "{{ messages | length }}" + PLAIN_TEMPLATE
-    with pytest.raises(Unrenderable, match="renders turn 1 differently"):
+    with pytest.raises(Unrenderable, match="renders turn 2 differently"):
         render.demonstration(fickle, row)
     fickle.chat_template = None
     with pytest.raises(Unrenderable, match="no chat template"):

@@ -221,9 +221,9 @@ def test_a_template_that_closes_no_turn_is_refused_without_sft_too(tiny_base: Pa
 
 def test_what_a_template_throws_away_is_not_taught_as_silence(of_family: Any) -> None:
     thinking = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "all I say </think>"}, *TALK[:2]]
-    with pytest.raises(Unrenderable, match="leaves out what the assistant says in turn 1"):
+    with pytest.raises(Unrenderable, match="leaves out what the assistant says in turn 2"):
         render.demonstration(of_family("qwen3"), {"messages": thinking})
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     silent = [WORK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
-    with pytest.raises(Unrenderable, match="leaves out the tool call of turn 1"):
+    with pytest.raises(Unrenderable, match="leaves out the tool call of turn 2"):
         render.demonstration(of_family("gemma3"), {"messages": silent})

@@ -8,7 +8,8 @@ from itertools import islice
 from typing import Any
 
 from pipeline.bring.rows import File, list_parts
-from pipeline.data.load import DataSpec, Part, prompt_key, read_split
+from pipeline.data.load import DataSpec, Part, read_split
+from pipeline.data.prompts import first_question
 from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec
 from pipeline.plan.cards import GIB, Card, half_of_ram
@@ -18,6 +19,8 @@ from pipeline.recipe import yaml
 from pipeline.recipe.recipe import Recipe, build
 from pipeline.runs.rows import load_rows
 from pipeline.stages import STAGES
+from pipeline.stages.check import check_rendering
+from pipeline.terminal.console import counted
 from pipeline.terminal.plan import plan_stages
 
 SEED = 17
@@ -142,13 +145,25 @@ def draft(answers: Answers) -> Draft:
             # Held out at random, a rare class may be missing on one side: then all rows are trained on.
             del data[kind]["test"]
             told[kind] += "; none held out, as rows of each kind are few"
+    recipe = build(*_parsed("\n".join(_write(answers, data, told, shapes))))
+    for kind in recipe.order():
+        rows, _ = load_rows(recipe, kind)
+        try:
+            check_rendering(recipe.spec.model, {kind: recipe.stages[kind]}, {kind: rows})
+        except UserError:
+            lenient = recipe.stages[kind].model_copy(update={"data": _skipping(recipe.stages[kind].data)})
+            check_rendering(recipe.spec.model, {kind: lenient}, {kind: rows})  # raises if no row is left
+            data[kind]["on_bad_row"] = "skip"
+            told[kind] += "; rows that the base's chat template cannot render are left out"
     lines = _write(answers, data, told, shapes)
     recipe = build(*_parsed("\n".join(lines)))
-    for kind in recipe.order():
-        load_rows(recipe, kind)
     if shapes is None:
         return Draft(answers, lines, told, problem=problem)
     return Draft(answers, lines, told, _plan(recipe, shapes, answers.card))
+
+
+def _skipping(data: DataSpec) -> DataSpec:
+    return data.model_copy(update={"on_bad_row": "skip"})
 
 
 def _plan(recipe: Recipe, shapes: Shapes, card: Card | None) -> dict[str, Planned]:
@@ -190,10 +205,10 @@ def _data_of(kind: str, files: list[File], answers: Answers) -> tuple[dict[str, 
     parts = [Part(**each) for each in source["mix"]] if "mix" in source else None
     spec = DataSpec(path=source.get("path"), mix=parts, on_bad_row="skip")
     split = read_split(spec, STAGES[kind].contract, SEED)
-    prompts = len({prompt_key(row) for row in islice(split.train, COUNTED)})
+    prompts = len({first_question(row) for row in islice(split.train, COUNTED)})
     unfit = sum(source.reasons.total() for source in split.sources)
     layouts = sorted({layout for source in split.sources for layout in source.layouts})
-    told = f"{len(split.train)} rows, read as {', '.join(layouts)}"
+    told = f"{counted(len(split.train), 'row')}, read as {', '.join(layouts)}"
     if prompts >= 20:
         source["test"] = 0.2 if kind == "classify" else 0.1
     elif prompts >= 4:
@@ -202,7 +217,9 @@ def _data_of(kind: str, files: list[File], answers: Answers) -> tuple[dict[str, 
         told += "; too few to hold some out"
     if unfit:
         source["on_bad_row"] = "skip"
-        told += f"; {unfit} unfit, left out and listed in refused.jsonl"
+        first = next(source.refused[0] for source in split.sources if source.refused)
+        why = "".join(each if each.isprintable() else " " for each in f"first {first['place']}: {first['reason']}")
+        told += f"; {unfit} unfit are left out ({why}); a run lists them in runs/{answers.name}/{kind}/refused.jsonl"
     return source, told
 
 
@@ -217,7 +234,7 @@ def _write(answers: Answers, data: dict[str, Any], told: dict[str, str], shapes:
         "  lora: {r: 16, lora_alpha: 32, lora_dropout: 0.0, target_modules: all-linear}",
         "train:                                  # every stage starts from these",
         "  per_device_train_batch_size: auto     # the fastest that fits",
-        "  gradient_accumulation_steps: 16       # the rows of an optimizer step",
+        "  gradient_accumulation_steps: 16       # rows of an optimizer step, whatever fits at once",
         "  activation_checkpointing: auto        # in as few layers as there is room for",
         "  max_length: auto                      # the longest rows that fit",
         "  train_sampling_strategy: group_by_length",

@@ -55,7 +55,7 @@ def check_messages(row: Row, key: str, last: str | None = None) -> str | None:
     if not messages:
         return f"field '{key}' is empty"
     for index, message in enumerate(messages):
-        place = f"{key}[{index}]"
+        place = f"{key}[{index + 1}]"
         if not isinstance(message, dict):
             return f"{place} is {_kind(message)}, expected {{'role', 'content'}}"
         if message.get("role") not in ROLES:
@@ -77,9 +77,9 @@ def _check_calls(messages: list[dict[str, Any]], key: str) -> str | None:
     for index, message in enumerate(messages):
         if message["role"] == "tool":
             if index == 0 or (not called and messages[index - 1]["role"] != "tool"):
-                return f"{key}[{index}] is a tool's result, but no tool was called before it"
+                return f"{key}[{index + 1}] is a tool's result, but no tool was called before it"
         elif called:
-            return f"{key}[{index - 1}] calls a tool, but {key}[{index}] is not its result"
+            return f"{key}[{index}] calls a tool, but {key}[{index + 1}] is not its result"
         called = bool(message.get("tool_calls"))
     return None
 

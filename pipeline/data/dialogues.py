@@ -100,15 +100,17 @@ def read_sharegpt(row: Row) -> Messages:
     messages = [message("system", row["system"])] if isinstance(row.get("system"), str) and row["system"] else []
     for index, turn in enumerate(turns):
         if not isinstance(turn, dict):
-            raise Unreadable(f"conversations[{index}] is not an object with 'from' and 'value'")
+            raise Unreadable(f"conversations[{index + 1}] is not an object with 'from' and 'value'")
         speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None:
-            raise Unreadable(f"conversations[{index}].from is {speaker!r:.40}, expected one of {', '.join(SPEAKERS)}")
+            raise Unreadable(
+                f"conversations[{index + 1}].from is {speaker!r:.40}, expected one of {', '.join(SPEAKERS)}"
+            )
         if not isinstance(text, str):
-            raise Unreadable(f"conversations[{index}].value is not text")
+            raise Unreadable(f"conversations[{index + 1}].value is not text")
         if speaker == "function_call":
-            calls = parse_json(text, f"conversations[{index}] is a call in")
+            calls = parse_json(text, f"conversations[{index + 1}] is a call in")
             calls = [_normalize_call(call) for call in (calls if isinstance(calls, list) else [calls])]
             messages.append({"role": "assistant", "content": "", "tool_calls": calls})
         else:
@@ -128,7 +130,7 @@ def read_history(row: Row) -> Messages:
         raise Unreadable("field 'history' is not a list of pairs")
     for index, pair in enumerate(pairs):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(s, str) and s.strip() for s in pair)):
-            raise Unreadable(f"history[{index}] is not a pair of a question and its answer")
+            raise Unreadable(f"history[{index + 1}] is not a pair of a question and its answer")
         messages += [message("user", pair[0]), message("assistant", pair[1])]
     return messages
 

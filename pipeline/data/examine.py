@@ -115,8 +115,11 @@ def faults_in(found: Json) -> list[str]:
 
 def keep(found: Json, folder: Path) -> None:
     """Put the figures into a run's folder, where its report finds them: a stage's replace those it had."""
+    file, before = folder / "data.json", read_kept(folder)
+    if file.exists() and not (file.read_bytes()[:2] == b"{\n" and all("tokens" in stage for stage in before.values())):
+        raise UserError(f"{file} is not a file of `onebase data`, which would write over it. Choose another --runs")
     whole = {name: stage for name, stage in found["stages"].items() if "tokens" in stage}
-    write_json(folder / "data.json", {**read_kept(folder), **whole})
+    write_json(file, {**before, **whole})
 
 
 def read_kept(folder: Path) -> Json:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy
 
-from pipeline.data import load, render
+from pipeline.data import render
 from pipeline.data.contracts import Row
-from pipeline.data.load import NAMED_AT_MOST, prompt_key
+from pipeline.data.load import NAMED_AT_MOST
+from pipeline.data.prompts import find_prompts, prompt_key
 from pipeline.data.tokens import Unrenderable, marks, stop_ids
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def digest_prompts(rows: Iterable[Row]) -> dict[bytes, str]:
     """What rows ask (or the text of documents), as digests, each with the place of its first row."""
     found: dict[bytes, str] = {}
     for row in rows:
-        for text in load.find_prompts(row):
+        for text in find_prompts(row):
             found.setdefault(_digest(_plain(text)), row["_place"])
     return found
 

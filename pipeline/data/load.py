@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -20,6 +21,7 @@ from pipeline.data.contracts import Contract, Row, is_labelled
 from pipeline.data.dialogues import Unreadable
 from pipeline.data.formats import Format
 from pipeline.data.labelled import LabelledRows
+from pipeline.data.prompts import first_question, prompt_key
 from pipeline.data.shelf import Picked, Shelf
 from pipeline.disk.manifest import SourceCounts
 from pipeline.errors import UserError
@@ -215,30 +217,6 @@ def labels_as_answers(rows: Sequence[Row]) -> Sequence[Row]:
     return [{**row, "answer": row["label"], **shared} if is_labelled(row) else row for row in rows]
 
 
-def find_prompts(row: Row) -> list[str]:
-    """What a row asks, as texts: one for each answer the assistant gives in it, each with all that led to it.
-
-    The same question is the same text whether it is given as text, as messages, or inside a longer dialogue; system
-    messages are left out. A document asks itself.
-    """
-    if "prompt" in row:
-        prompt = row["prompt"]
-        return [_write_turns(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}])]
-    if "messages" in row:
-        return [_write_turns(row["messages"][:i]) for i, m in enumerate(row["messages"]) if m["role"] == "assistant"]
-    return [str(row["text"])]
-
-
-def prompt_key(row: Row) -> str:
-    """What a row asks last: rows with an equal one are about the same thing."""
-    return find_prompts(row)[-1]
-
-
-def _write_turns(messages: list[dict[str, Any]]) -> str:
-    turns = [(m["role"], m.get("content") or "", m.get("tool_calls")) for m in messages if m["role"] != "system"]
-    return json.dumps(turns, sort_keys=True, ensure_ascii=False)
-
-
 def _read_items(source: Source, part: Part, contract: Contract) -> Iterator[tuple[str, Any, str | None]]:
     """Every row a file gives, with its place, and the reason where it is none."""
     labelled = LabelledRows()
@@ -266,7 +244,7 @@ def _hold_out(
 ) -> tuple[list[list[int]], list[tuple[int, int]]]:
     """Indices kept of each source, and (source, index) of those held out: of the distinct prompts or groups the share
     `test`, or that many where it is above 1. Raises UserError if none is kept."""
-    keys = [[_digest(row, group) for row in source.rows] for source in sources]
+    keys = _sides(sources, group)
     distinct = sorted(set().union(*keys))
     random.Random(seed).shuffle(distinct)
     chosen = set(distinct[: int(test) if test > 1 else max(1, round(len(distinct) * test))])
@@ -280,11 +258,26 @@ def _hold_out(
     return kept, [(s, i) for s, of_source in enumerate(keys) for i, key in enumerate(of_source) if key in chosen]
 
 
-def _digest(row: Row, group: str | None) -> bytes:
-    if group is not None and group not in row:
-        raise UserError(f"{row['_place']}: has no column '{group}', which data.group names")
-    key = prompt_key(row) if group is None else json.dumps(row[group], sort_keys=True)
-    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def _sides(sources: list[Source], group: str | None) -> list[list[bytes]]:
+    """Of each row what decides on which side it is: its group, or the prompt; the least of all prompts that begin with
+    one question, so that a dialogue is not on the other side of one that goes on from it."""
+    if group is not None:
+        return [[_digest(json.dumps(_column(row, group), sort_keys=True)) for row in source.rows] for source in sources]
+    prompts = [[(_digest(first_question(row)), _digest(prompt_key(row))) for row in source.rows] for source in sources]
+    least: dict[bytes, bytes] = {}
+    for first, last in chain(*prompts):
+        least[first] = min(last, least.get(first, last))
+    return [[least[first] for first, _ in of_source] for of_source in prompts]
+
+
+def _column(row: Row, name: str) -> Any:
+    if name not in row:
+        raise UserError(f"{row['_place']}: has no column '{name}', which data.group names")
+    return row[name]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def refusal(source: Source, contract: Contract, none_left: bool = False) -> str:

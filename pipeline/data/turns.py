@@ -54,7 +54,7 @@ def _find_by_change(tokenizer: Tokenizer, messages: Messages, index: int, text: 
     start = _find_opening(tokenizer, messages[:index], row, text, place) if place >= 0 and text.endswith(rest) else None
     if start is None:
         raise Unrenderable(
-            f"the chat template renders turn {index} differently when more turns follow, so OneBase cannot tell "
+            f"the chat template renders turn {index + 1} differently when more turns follow, so OneBase cannot tell "
             "which tokens belong to it"
         )
     end, closing = len(text) - len(rest), rest.lstrip()
@@ -93,15 +93,15 @@ def _refuse_lost(messages: Messages, index: int, turn: str) -> None:
     # A thought may be left out of the history, but not an answer, nor all there is.
     content = answer.strip() or thought.replace("<think>", "").strip() if closed else answer.strip()
     if content and content not in turn:
-        raise Unrenderable(f"the chat template leaves out what the assistant says in turn {index}")
+        raise Unrenderable(f"the chat template leaves out what the assistant says in turn {index + 1}")
     for call in messages[index].get("tool_calls") or []:
         if call["function"]["name"] not in turn:
-            raise Unrenderable(f"the chat template leaves out the tool call of turn {index}: it knows no tools")
+            raise Unrenderable(f"the chat template leaves out the tool call of turn {index + 1}: it knows no tools")
 
 
 def refuse_forged(tokenizer: Tokenizer, messages: Messages, row: Row) -> None:
     """Nobody speaks a special token: in what is said it would end the turn, or begin one in another's name."""
-    places = [(f"message {index}", message) for index, message in enumerate(messages)]
+    places = [(f"message {index}", message) for index, message in enumerate(messages, 1)]
     for place, value in (*places, ("'tools'", row.get("tools"))):
         for text in _find_texts(value):
             if spelled := marks(tokenizer, text):
@@ -127,7 +127,11 @@ def refuse_learnt_results(
         if message["role"] == "tool":
             changed = apply_template(tokenizer, _replace_content(messages, index, "tool"), row)
             if STAND_IN not in changed:
-                raise Unrenderable(f"the chat template leaves out the tool's result of turn {index}: it knows no tools")
+                raise Unrenderable(
+                    f"the chat template leaves out the tool's result of turn {index + 1}: it knows no tools"
+                )
             place = len(os.path.commonprefix([text, changed]))
             if any(start <= place < stop for start, stop in spans):
-                raise Unrenderable(f"the chat template puts the tool's result, turn {index}, into the assistant's turn")
+                raise Unrenderable(
+                    f"the chat template puts the tool's result, turn {index + 1}, into the assistant's turn"
+                )

@@ -18,7 +18,7 @@ from pipeline.recipe.recipe import RUNS, Recipe
 from pipeline.runs import sharding
 from pipeline.runs.environment import ERROR_MARK, QUIET, WATCH, ended_in_order, make_environment
 from pipeline.runs.estimate import Clock, estimate, spoken
-from pipeline.runs.recipe_file import write_recipe
+from pipeline.runs.recipe_file import refuse_foreign, write_recipe
 from pipeline.runs.rows import load_rows
 from pipeline.runs.states import State, states
 from pipeline.runs.told import Told
@@ -44,6 +44,7 @@ def run(
     """
     runs = Path(runs)
     sharding.refuse(launch_config)
+    refuse_foreign(runs / recipe.name / "recipe.yaml")
     chosen = _choose_stages(recipe, only, from_)
     refusal = f"the run '{recipe.name}' is already going on in process {{pid}} (lock {runs / recipe.name / '.lock'})."
     with ended_in_order(), locked(runs / recipe.name / ".lock", refusal):

@@ -81,6 +81,10 @@ def run_stage(recipe: Recipe, stage: str, runs: Path, after_training: float | No
             if is_main:
                 out.claim(fingerprint, parts[stage], writer)
                 note_refused([])
+                for source in (source for source in sources if source.refused):
+                    n, first = source.reasons.total(), source.refused[0]
+                    told = f"{n} unfit rows of {source.path} left out, first {first['place']}: {first['reason']}"
+                    print(f"  {told}\n  all of them: {out.refused}", flush=True)
                 trackers.start(out, section.train, _describe(section, recipe, parts[stage], parents))
             processes.wait_for_everyone()
             return out.last_checkpoint(fingerprint)

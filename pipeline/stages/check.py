@@ -1,14 +1,16 @@
 """Build every stage's trainer arguments without a model, so that a refused value is found before any is loaded; and see
-whether the base can do what the stages ask of it."""
+whether the base can do what the stages ask of it, and its chat template render their rows."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
 import logging
+import os
 import tempfile
 import warnings
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, partial
 from pathlib import Path
 
 from pipeline.disk.artifact import Artifact
@@ -23,6 +25,45 @@ SEQUENCE_CLASSIFIERS = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
 LANGUAGE_MODELS = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
 """Layers of which transformers keeps rows apart that lie end to end, by their positions."""
+
+RENDERED = 5000
+"""Rows of a file that are put through the chat template, which makes a few thousand a second."""
+
+
+def check_rendering(model: ModelSpec, stages: Mapping[str, StageSpec], rows: Mapping[str, Rows]) -> list[str]:
+    """Put rows and questions through the chat template, as a stage does before it trains. Loads no weights. Gives what
+    was not tried, and why.
+
+    Raises UserError naming the rows that would stop a run. A base on the Hub that cannot be reached is no fault.
+    """
+    if model.base.endswith(".gguf"):
+        return ["the chat template. It is in the .gguf file, which the first run converts: onebase data tries all rows"]
+    from pipeline.models.base import load_tokenizer
+    from pipeline.models.quiet import quiet
+    from pipeline.stages import STAGES
+    from pipeline.training import sequences
+
+    quiet()
+    try:
+        tokenizer = load_tokenizer(model)
+    except UserError as error:
+        if os.path.isdir(model.base) or model.chat_template:
+            raise
+        return [f"the chat template, as {str(error).splitlines()[0]} Check again once the base is here"]
+    untried = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, spec in stages.items():
+            of, encode = rows[name], STAGES[spec.kind].encode
+            for part, what in ((of.train, "rows"), (of.test or (), "held-out rows")):
+                tally = sequences.Tally(name, spec.data.on_bad_row == "skip")
+                for _ in sequences.encode_rows(part[:RENDERED], partial(encode, tokenizer), tally):
+                    pass
+                if len(part) > RENDERED:
+                    untried.append(f"{name}: only the first {RENDERED} of {len(part)} {what} went through the template")
+            asked = Rows([], questions=of.questions)
+            context = Context(model, asked, {}, Artifact(Path(scratch) / name), 0, "", lambda: None)
+            sequences.askable(context, tokenizer)
+    return untried
 
 
 def check_trackers(stages: dict[str, StageSpec]) -> None:

@@ -202,6 +202,8 @@ def _token_lines(tokens: Json, width: int) -> list[tuple[str, str]]:
         longest=tokens["max_length"],
         n=tokens["tokens_beyond_max_length"],
     )
+    if tokens["max_length"] is None:
+        over = say("not known: max_length is auto or not set")
     lines.append((say("over max_length"), over))
     if "supervised_tokens" in tokens:
         bare, whole = (counted(tokens[key], "row") for key in ("rows_without_supervised_tokens", "rows_kept"))

@@ -8,35 +8,40 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.data.shelf import Shelf
 from pipeline.disk.atomic import Json
 from pipeline.language.say import say, say_again
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.rows import load_rows
 from pipeline.runs.states import State, states
+from pipeline.stages.stage import Rows
 from pipeline.terminal.console import counted, print_rows
 from pipeline.terminal.machine import describe
 from pipeline.terminal.results import metrics_of
 
 
-def count_rows(recipe: Recipe) -> dict[str, Json]:
-    """Of each stage, how many rows it takes of its files, and what became of the others.
+def count_rows(recipe: Recipe) -> tuple[dict[str, Json], dict[str, Rows], dict[str, Shelf[Json]]]:
+    """Of each stage, how many rows it takes of its files, and what became of the others; the rows; and those refused.
 
     Raises UserError naming file and line of rows that are unfit.
     """
-    counts = {}
+    counts: dict[str, Json] = {}
+    rows, refused = {}, {}
     for name in recipe.order():
-        data, sources = load_rows(recipe, name)
+        rows[name], sources = load_rows(recipe, name)
         counts[name] = {
-            "train": len(data.train),
-            "held_out": None if data.test is None else len(data.test),
-            "questions": len(data.questions),
+            "train": len(rows[name].train),
+            "held_out": None if rows[name].test is None else len(rows[name].test or ()),
+            "questions": len(rows[name].questions),
             "sources": [source.counts() for source in sources],
         }
-    return counts
+        if unfit := next((source.refused for source in sources if source.refused), None):
+            refused[name] = unfit
+    return counts, rows, refused
 
 
-def show_rows(recipe: Recipe, counts: dict[str, Json]) -> None:
-    """One line per stage."""
+def show_rows(recipe: Recipe, counts: dict[str, Json], refused: dict[str, Shelf[Json]]) -> None:
+    """One line per stage, and one that names the first of the rows refused."""
     for name, count in counts.items():
         files = count["sources"][: len(recipe.stages[name].data.parts())]
         rows = sum(file.rows for file in files)
@@ -44,13 +49,20 @@ def show_rows(recipe: Recipe, counts: dict[str, Json]) -> None:
         taken = say("{n} of {rows} from {files}", n=count["train"], rows=counted(rows, "row"), files=names)
         held_out = "" if count["held_out"] is None else say("{n} held out", n=count["held_out"])
         asked = counted(count["questions"], "question") if count["questions"] else ""
-        refused = sum(sum(source.refused.values()) for source in count["sources"])
-        unfit = say("{n} refused", n=refused) if refused else ""
+        n = sum(sum(source.refused.values()) for source in count["sources"])
+        unfit = say("{n} refused", n=n) if n else ""
         told = say(", ").join(filter(None, (taken, held_out, asked, unfit)))
         print(say("{stage}: {word}", stage=name, word=told))
+        if name in refused:
+            first, file = refused[name][0], recipe.artifact(name).refused
+            place, reason = first["place"], first["reason"]
+            print("  " + say("first refused: {place}: {reason}", place=place, reason=reason))
+            print("  " + say("a run lists all of them in {file}", file=file))
 
 
-def show_sound(path: str, stages: list[str]) -> None:
+def show_sound(path: str, stages: list[str], untried: list[str]) -> None:
+    for why in untried:
+        print("  " + say("not tried: {why}", why=why))
     order = " -> ".join(stages)
     print(say("{recipe}: sound, {stages}: {order}", recipe=path, stages=counted(len(stages), "stage"), order=order))
 

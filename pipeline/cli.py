@@ -176,7 +176,7 @@ def status(
     lang: Lang = "en",
 ) -> None:
     """Show where every stage stands and what it gained."""
-    from pipeline.runs.states import states
+    from pipeline.runs.states import standing
     from pipeline.terminal.console import make_console
     from pipeline.terminal.results import show_answers, show_results
     from pipeline.terminal.states import show_states, states_as_json
@@ -184,8 +184,7 @@ def status(
     chain, console = _read(recipe, override), make_console()
     if as_json:
         return print_json(states_as_json(chain, runs))
-    show_states(states(chain, runs), console)
-    console.print()
+    show_states(standing(chain, runs), console)
     show_results(chain, runs, console)
     show_answers(chain, runs, console)
 

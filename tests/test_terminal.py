@@ -26,6 +26,8 @@ from rich.table import Table
 from typer.main import get_command
 
 from pipeline.cli import app, main
+from pipeline.disk import metrics
+from pipeline.disk.atomic import digest, locked
 from pipeline.plan import cards
 from pipeline.plan.shapes import read_shapes
 from pipeline.plan.stage import lengths_of, plan_stage, planned_model
@@ -182,6 +184,32 @@ def test_json_of_status_holds_the_manifests(
     assert (loss["label"], loss["unit"], loss["direction"]) == ("corpus loss", "nats a token", "lower")
     again, said = machine("run", path, "--runs", runs, "--only", "pretrain", monkeypatch=monkeypatch, capfd=capfd)
     assert again == {"ran": [], **found} and "[1/1] pretrain: fresh" in said
+
+
+def test_status_tells_of_a_run_that_is_going_on(
+    sealed: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, runs = map(str, sealed)
+    recipe = read(path)
+    dpo = recipe.artifact("dpo", sealed[1])
+
+    def found() -> tuple[str, str]:
+        stage = machine("status", path, "--runs", runs, monkeypatch=monkeypatch, capfd=capfd)[0]["stages"]["dpo"]
+        return stage["state"], stage["why"]
+
+    with locked(sealed[1] / "tiny" / ".lock", "") as note:
+        assert found()[0] == "new"
+        note("dpo")
+        assert found() == ("running", f"before its first step (process {os.getpid()})")
+        dpo.claim(digest(recipe.parts()["dpo"]), recipe.parts()["dpo"])
+        dpo.note_steps(8)
+        metrics.append(dpo.metrics, 5, {"loss": 1.0})
+        assert found() == ("running", f"step 5 of 8 (process {os.getpid()})")
+        shown = typed("status", path, "--runs", runs, columns=80, NO_COLOR="1")
+        assert f"running, step 5 of 8 (process {os.getpid()})" in shown
+        nothing = typed("status", path, "--runs", str(sealed[1] / "none"), columns=80, NO_COLOR="1")
+        assert "held-out data" not in nothing  # no table without a row
+    assert found()[0] == "stale"  # nobody holds the lock: it was cut short
 
 
 def test_json_of_plan_holds_what_was_planned(

@@ -46,7 +46,7 @@ def run(
     sharding.refuse(launch_config)
     chosen = _choose_stages(recipe, only, from_)
     refusal = f"the run '{recipe.name}' is already going on in process {{pid}} (lock {runs / recipe.name / '.lock'})."
-    with ended_in_order(), locked(runs / recipe.name / ".lock", refusal):
+    with ended_in_order(), locked(runs / recipe.name / ".lock", refusal) as note:
         by_name = {state.name: state for state in states(recipe, runs)}
         planned = [state for state in by_name.values() if state.name in chosen]
         rows = {state.name: _check_before(recipe, state, by_name, chosen) for state in planned}
@@ -63,7 +63,9 @@ def run(
                 for parent in sorted(set(recipe.parents(state.name).values()) - chosen):  # held below otherwise
                     gates.hold(recipe.spec.expect, recipe.artifact(parent, runs), force)
                 told.begin(state.name)
+                note(state.name)
                 _launch(recipe, state.name, resolved, runs, launch_config, clock.after_training(state.name))
+                note("")
                 clock.finish(state.name)
                 told.end(state.name)
                 done.append(state.name)

@@ -56,6 +56,9 @@ def show_results(recipe: Recipe, runs: Path, console: Console) -> None:
             name, cost = "", ["", ""]
         if not measured:
             table.add_row(name, say("none: no held-out data"), "", "", "", *cost)
+    if not table.row_count:
+        return
+    console.print()
     print_rows(table, console, names=2)
     for note in notes:
         console.print(Text(note))

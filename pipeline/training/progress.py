@@ -51,6 +51,7 @@ class Progress(TrainerCallback):
             take_computed(model)  # what was measured before training is none of it
         if not state.is_world_process_zero:
             return
+        self.ctx.out.note_steps(state.max_steps)
         if self.resumed:
             told = say("going on from step {step} of {all}", step=state.global_step, all=state.max_steps)
             print(f"  {told}", flush=True)

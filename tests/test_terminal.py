@@ -35,6 +35,7 @@ from pipeline.recipe.recipe import build, read
 from pipeline.runs.told import shorten
 from pipeline.terminal.console import print_rows
 from pipeline.terminal.help import TASKS
+from pipeline.terminal.results import show_answers
 from pipeline.training.progress import make_bar
 
 
@@ -116,7 +117,7 @@ def test_a_terminal_is_given_no_wider_lines_and_no_codes_that_it_does_not_want(
     assert ("\x1b[" in shown) == wants
     plain = re.sub(r"\x1b\[[\d;]*m", "", shown)
     assert "\x1b" not in plain and "\r" not in plain
-    assert max(cell_len(line.rstrip()) for line in plain.splitlines()) <= columns
+    assert max(map(cell_len, plain.splitlines())) <= columns and " \n" not in plain
     assert all(f" {number}" in plain for number in ("5.213", "4.125", "81.9 %", "62:11"))
     rows = [line for line in plain.splitlines() if line.startswith("sft ")]
     if columns == 80:  # a row is one line
@@ -210,6 +211,20 @@ def test_status_tells_of_a_run_that_is_going_on(
         nothing = typed("status", path, "--runs", str(sealed[1] / "none"), columns=80, NO_COLOR="1")
         assert "held-out data" not in nothing  # no table without a row
     assert found()[0] == "stale"  # nobody holds the lock: it was cut short
+
+
+@pytest.mark.parametrize("columns", [40, 80, 100])
+def test_each_answer_keeps_the_name_of_who_gave_it(sealed: tuple[Path, Path], columns: int) -> None:
+    recipe = read(sealed[0])
+    long = "The people of the island make soap. " * 200 + "x" * 500
+    sample = {"prompt": "What?", "answer": "soap", "base": long, "before": "", "after": long}
+    for name in ("pretrain", "sft"):
+        recipe.artifact(name, sealed[1]).samples.write_text(json.dumps(sample) + "\n")
+    shown = Console(file=io.StringIO(), width=columns)
+    show_answers(recipe, sealed[1], shown)
+    lines = shown.file.getvalue().splitlines()[2:]  # type: ignore[attr-defined]
+    assert [line.split()[0] for line in lines] == ["base", "pretrain", "sft"]
+    assert all(columns - 2 <= cell_len(line) <= columns and line.endswith("…") for line in lines)
 
 
 def test_json_of_plan_holds_what_was_planned(

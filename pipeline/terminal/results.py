@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -85,12 +84,12 @@ def show_answers(recipe: Recipe, runs: Path, console: Console) -> None:
             room = console.width - cell_len(asked_for.plain) - cell_len(hint)
             asked_for.append(hint if room >= 0 else f"\n{hint}", style="not bold green")
         console.print(asked_for)
-        table = Table.grid(padding=(0, 2, 0, 0))
-        table.add_column(style="cyan", justify="right", no_wrap=True)
-        table.add_column()  # rich narrows it before the names, as it could wrap
+        widest = max(map(len, answers))  # names are ASCII
         for name, answer in answers.items():
-            table.add_row(name, Text(one_line(answer), no_wrap=True, overflow="ellipsis"))
-        console.print(Padding(table, (0, 0, 0, 2)))
+            label = Text(f"  {name:>{widest}}  ", style="cyan")
+            said = Text(one_line(answer))
+            said.truncate(max(1, console.width - len(label)), overflow="ellipsis")
+            console.print(label + said)
 
 
 def show_evaluation(results: Results, console: Console) -> None:

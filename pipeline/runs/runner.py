@@ -64,6 +64,7 @@ def run(
                     gates.hold(recipe.spec.expect, recipe.artifact(parent, runs), force)
                 told.begin(state.name)
                 note(state.name)
+                print("  " + say("loading the libraries"), flush=True)
                 _launch(recipe, state.name, resolved, runs, launch_config, clock.after_training(state.name))
                 note("")
                 clock.finish(state.name)

@@ -145,7 +145,7 @@ def run(
     """
     from pipeline.report.ending import write_if_possible
     from pipeline.runs import runner
-    from pipeline.terminal.ending import show_ending
+    from pipeline.terminal.ending import show_ending, tell_stopped
     from pipeline.terminal.states import states_as_json
 
     if launch_config and not os.path.isfile(launch_config):
@@ -155,9 +155,7 @@ def run(
         try:
             done = runner.run(chain, only, from_ or None, runs, launch_config, force)
         except KeyboardInterrupt:
-            again = " ".join(sys.argv[1:])
-            told = say("stopped. To go on from there, type the same again: onebase {words}", words=again)
-            print(told, file=sys.stderr)
+            print(tell_stopped(chain, runs, " ".join(sys.argv[1:])), file=sys.stderr)
             raise SystemExit(130) from None
         if done:
             show_ending(chain, recipe, override, runs, write_if_possible(chain, recipe, runs, override))

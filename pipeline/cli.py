@@ -146,7 +146,7 @@ def run(
     """
     from pipeline.report.ending import write_if_possible
     from pipeline.runs import runner
-    from pipeline.terminal.ending import show_ending
+    from pipeline.terminal.ending import show_ending, tell_stopped
     from pipeline.terminal.states import states_as_json
 
     if launch_config and not os.path.isfile(launch_config):
@@ -156,9 +156,7 @@ def run(
         try:
             done = runner.run(chain, only, from_ or None, runs, launch_config, force)
         except KeyboardInterrupt:
-            again = " ".join(sys.argv[1:])
-            told = say("stopped. To go on from there, type the same again: onebase {words}", words=again)
-            print(told, file=sys.stderr)
+            print(tell_stopped(chain, runs, " ".join(sys.argv[1:])), file=sys.stderr)
             raise SystemExit(130) from None
         if done:
             show_ending(chain, recipe, override, runs, write_if_possible(chain, recipe, runs, override))
@@ -177,7 +175,7 @@ def status(
     lang: Lang = "en",
 ) -> None:
     """Show where every stage stands and what it gained."""
-    from pipeline.runs.states import states
+    from pipeline.runs.states import standing
     from pipeline.terminal.console import make_console
     from pipeline.terminal.results import show_answers, show_results
     from pipeline.terminal.states import show_states, states_as_json
@@ -185,8 +183,7 @@ def status(
     chain, console = _read(recipe, override), make_console()
     if as_json:
         return print_json(states_as_json(chain, runs))
-    show_states(states(chain, runs), console)
-    console.print()
+    show_states(standing(chain, runs), console)
     show_results(chain, runs, console)
     show_answers(chain, runs, console)
 

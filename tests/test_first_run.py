@@ -44,6 +44,7 @@ def first(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> FirstRun
     folder = tmp_path_factory.mktemp("first")
     tree = tiny_tree(tiny_base, folder)
     tree["model"].pop("dtype")
+    tree["train"]["logging_steps"] = 100
     tree["stages"] = {name: tree["stages"][name] for name in ("pretrain", "sft")}
     path = write_recipe(tree, folder / "recipe.yaml")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80", "ONEBASE_CACHE": str(folder / "cache")}
@@ -58,13 +59,23 @@ def test_the_time_is_told_before_the_first_stage_and_comes_near(
     first: FirstRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beforehand = first.terminal.splitlines()[0]
-    assert re.fullmatch(r"2 stages, (less than|about) a minute on this machine", beforehand), beforehand
+    assert re.fullmatch(r"2 stages, about a minute on this machine", beforehand), beforehand
     monkeypatch.setenv("ONEBASE_CACHE", str(first.runs.parent / "cache"))
     rows = {name: load_rows(first.recipe, name)[0] for name in first.recipe.order()}
     expected = estimate(first.recipe, first.runs, rows, set(), "2").whole
     assert first.seconds / 4 < expected < 2 * first.seconds  # beside other work a run takes longer
-    left = re.findall(r"sft  step \d+/8  loss .* 0:\d\d left, in all about (\d+):(\d\d)$", first.terminal, re.MULTILINE)
+    left = re.findall(r"sft  step \d+/8  loss .* 0:\d\d left, the run about (\d+):(\d\d)$", first.terminal, re.MULTILINE)
     assert left and all(int(minutes) * 60 + int(rest) < first.seconds for minutes, rest in left)
+
+
+def test_what_takes_a_while_is_told_and_so_are_the_first_and_the_last_step(first: FirstRun) -> None:
+    assert first.recipe.stages["sft"].train["logging_steps"] > 8
+    of_sft = first.terminal.partition("] sft: ")[2]
+    told = re.findall(r"^  (loading .*|measuring .*|sft  step \d+/8)", of_sft, re.MULTILINE)
+    held_out = "measuring on held-out rows {} training"
+    steps = ["sft  step 1/8", "sft  step 8/8"]
+    loading = ["loading the libraries", "loading the base"]
+    assert told == [*loading, held_out.format("before"), *steps, held_out.format("after")]
 
 
 def test_what_libraries_say_is_in_the_log_alone(first: FirstRun) -> None:
@@ -161,5 +172,5 @@ def test_the_time_left_follows_what_the_stages_took(monkeypatch: pytest.MonkeyPa
     left.finish("one")  # twice as long as expected
     assert left.after_training("two") == pytest.approx(22, rel=0.01)
     assert [spoken(seconds) for seconds in (20, 80, 700, 9000)] == [
-        "less than a minute", "about a minute", "about 12 minutes", "about 2.5 hours",
+        "about a minute", "about a minute", "about 12 minutes", "about 2.5 hours",
     ]  # fmt: skip

@@ -16,10 +16,12 @@ import pytest
 from conftest import ROOT, tiny_tree, write_recipe
 
 from pipeline.disk.artifact import Artifact, mark_checkpoint
-from pipeline.disk.atomic import write_json
+from pipeline.cli import app
+from pipeline.disk.atomic import digest, write_json
 from pipeline.errors import UserError
 from pipeline.recipe.recipe import read
 from pipeline.runs.environment import make_environment
+from pipeline.runs.runner import run
 from pipeline.runs.stage import run_stage
 from pipeline.runs.states import states
 from pipeline.training import progress, trainer
@@ -167,6 +169,39 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(
     assert manifest.processes == 1
     sft.seal(manifest.model_copy(update={"processes": 2}))
     assert states(chain, tmp_path)[0].word == "fresh"
+
+
+KILLED = """import os, signal, sys
+if "pipeline.runs.worker" in sys.orig_argv and "accelerate.commands.launch" not in sys.orig_argv:
+    print("the worker's last words", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_stage_says_whether_there_is_a_checkpoint(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(KILLED)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    path = recipe(tiny_base, tmp_path)
+    chain = read(path)
+    with pytest.raises(UserError) as ended:
+        run(chain, runs=tmp_path)
+    said, sft = str(ended.value), chain.artifact("sft", tmp_path)
+    assert "No checkpoint had been written: run again, and the stage begins anew" in said
+    assert "the worker's last words" in said and "Traceback" not in said
+    assert "Traceback" in sft.log.read_text()
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.runs.runner.run", interrupted)
+    for told in ("No checkpoint had been written, so the stage begins anew", "To go on from there"):
+        with pytest.raises(SystemExit) as stopped:
+            app(["run", str(path), "--runs", str(tmp_path)])
+        assert stopped.value.code == 130 and told in capsys.readouterr().err
+        (sft.checkpoints / "checkpoint-2").mkdir(parents=True, exist_ok=True)
+        mark_checkpoint(sft.checkpoints / "checkpoint-2", digest(chain.parts()["sft"]))
 
 
 def test_sigterm_ends_the_worker_too_after_a_checkpoint(tiny_base: Path, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from rich.table import Table
 from typer.main import get_command
 
 from pipeline.cli import app, main
+from pipeline.disk import metrics
+from pipeline.disk.atomic import digest, locked
 from pipeline.plan import cards
 from pipeline.plan.shapes import read_shapes
 from pipeline.plan.stage import lengths_of, plan_stage, planned_model
@@ -33,6 +35,7 @@ from pipeline.recipe.recipe import build, read
 from pipeline.runs.told import shorten
 from pipeline.terminal.console import print_rows
 from pipeline.terminal.help import TASKS
+from pipeline.terminal.results import show_answers
 from pipeline.training.progress import make_bar
 
 
@@ -114,7 +117,7 @@ def test_a_terminal_is_given_no_wider_lines_and_no_codes_that_it_does_not_want(
     assert ("\x1b[" in shown) == wants
     plain = re.sub(r"\x1b\[[\d;]*m", "", shown)
     assert "\x1b" not in plain and "\r" not in plain
-    assert max(cell_len(line.rstrip()) for line in plain.splitlines()) <= columns
+    assert max(map(cell_len, plain.splitlines())) <= columns and " \n" not in plain
     assert all(f" {number}" in plain for number in ("5.213", "4.125", "81.9 %", "62:11"))
     rows = [line for line in plain.splitlines() if line.startswith("sft ")]
     if columns == 80:  # a row is one line
@@ -184,6 +187,46 @@ def test_json_of_status_holds_the_manifests(
     assert again == {"ran": [], **found} and "[1/1] pretrain: fresh" in said
 
 
+def test_status_tells_of_a_run_that_is_going_on(
+    sealed: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, runs = map(str, sealed)
+    recipe = read(path)
+    dpo = recipe.artifact("dpo", sealed[1])
+
+    def found() -> tuple[str, str]:
+        stage = machine("status", path, "--runs", runs, monkeypatch=monkeypatch, capfd=capfd)[0]["stages"]["dpo"]
+        return stage["state"], stage["why"]
+
+    with locked(sealed[1] / "tiny" / ".lock", "") as note:
+        assert found()[0] == "new"
+        note("dpo")
+        assert found() == ("running", f"before its first step (process {os.getpid()})")
+        dpo.claim(digest(recipe.parts()["dpo"]), recipe.parts()["dpo"])
+        dpo.note_steps(8)
+        metrics.append(dpo.metrics, 5, {"loss": 1.0})
+        assert found() == ("running", f"step 5 of 8 (process {os.getpid()})")
+        shown = typed("status", path, "--runs", runs, columns=80, NO_COLOR="1")
+        assert f"running, step 5 of 8 (process {os.getpid()})" in shown
+        nothing = typed("status", path, "--runs", str(sealed[1] / "none"), columns=80, NO_COLOR="1")
+        assert "held-out data" not in nothing  # no table without a row
+    assert found()[0] == "stale"  # nobody holds the lock: it was cut short
+
+
+@pytest.mark.parametrize("columns", [40, 80, 100])
+def test_each_answer_keeps_the_name_of_who_gave_it(sealed: tuple[Path, Path], columns: int) -> None:
+    recipe = read(sealed[0])
+    long = "The people of the island make soap. " * 200 + "x" * 500
+    sample = {"prompt": "What?", "answer": "soap", "base": long, "before": "", "after": long}
+    for name in ("pretrain", "sft"):
+        recipe.artifact(name, sealed[1]).samples.write_text(json.dumps(sample) + "\n")
+    shown = Console(file=io.StringIO(), width=columns)
+    show_answers(recipe, sealed[1], shown)
+    lines = shown.file.getvalue().splitlines()[2:]  # type: ignore[attr-defined]
+    assert [line.split()[0] for line in lines] == ["base", "pretrain", "sft"]
+    assert all(columns - 2 <= cell_len(line) <= columns and line.endswith("…") for line in lines)
+
+
 def test_json_of_plan_holds_what_was_planned(
     sealed: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,7 +275,7 @@ def test_the_bar_is_one_line_and_none_where_codes_are_not_wanted(columns: int) -
 
     bar = make_bar(console(TERM="xterm"))
     assert bar
-    bar.add_task("pretrain", total=12345, completed=6789, note="loss 1.2345 23456 tok/s", whole=", in all about 112:34")
+    bar.add_task("pretrain", total=12345, completed=6789, note="loss 1.2345 23456 tok/s", whole=", the run about 112:34")
     shown = Console(file=io.StringIO(), width=columns)
     shown.print(bar.get_renderable())
     (line,) = shown.file.getvalue().splitlines()  # type: ignore[attr-defined]

@@ -91,6 +91,10 @@ class Artifact:
         claim = {"fingerprint": fingerprint, "pid": os.getpid(), "parts": parts, **(by or {})}
         write_json(self._claim, claim)
 
+    def note_steps(self, steps: int) -> None:
+        """Of the training that has begun under this claim, how many there will be."""
+        write_json(self._claim, {**(self.claimed() or {}), "steps": steps})
+
     def claimed(self) -> Json | None:
         """The claim under which unfinished work lies here; a claim that cannot be read claims nothing."""
         return _read_or_none(self._claim)

@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +113,9 @@ def _temporary(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path, refusal: str, patience: float = 0.0) -> Iterator[None]:
-    """Hold a file lock, or raise UserError(refusal) if another living process still holds it after `patience` seconds.
+def locked(path: Path, refusal: str, patience: float = 0.5) -> Iterator[Callable[[str], None]]:
+    """Hold a file lock, or raise UserError(refusal) if another living process still holds it after `patience` seconds:
+    holder() takes it for a moment. Gives a function that notes in the file what is being done.
 
     The lock is the kernel's (flock), so a process that crashes or is killed lets go of it and leaves nothing stale.
     """
@@ -128,12 +129,30 @@ def locked(path: Path, refusal: str, patience: float = 0.0) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     file.seek(0)
-                    raise UserError(refusal.format(pid=file.read().strip() or "unknown")) from None
+                    raise UserError(refusal.format(pid=file.read().partition(" ")[0] or "unknown")) from None
                 time.sleep(0.2)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+
+        def note(what: str) -> None:
+            file.truncate(0)
+            file.write(f"{os.getpid()} {what}")
+            file.flush()
+
+        note("")
+        yield note
+
+
+def holder(path: Path) -> tuple[str, str] | None:
+    """The process that holds a lock and what it noted, or None if nobody holds it."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pid, _, what = file.read().partition(" ")
+                return pid, what
+    except OSError:
+        pass
+    return None
 
 
 def sha256_of_file(path: Path) -> str:

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from pipeline.models.spec import ModelSpec
     from pipeline.stages.stage import Stage, StageSpec
 
-START = 9.0
+START = 13.0
 """Seconds until a process has its libraries and a small base."""
+CLOSE = 3.0
+"""Those in which a stage checks its base, saves its adapter and ends its process."""
 READ = 0.5e9
 """Bytes of a base's weights that are read and quantised in a second."""
 TEMPLATE = 8
@@ -65,7 +67,7 @@ def stage_duration(
     measured = _held_out(kind, section, model, spec, rows.held_out, lengths, card)
     asked = _questions(model, rows.questions, card)
     loading = START + model.shapes.parameters * 2 / READ
-    return Duration(loading + measured + asked * rows.asked_before, training, measured + asked)
+    return Duration(loading + measured + asked * rows.asked_before, training, measured + asked + CLOSE)
 
 
 def _training(

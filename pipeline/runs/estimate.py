@@ -70,7 +70,7 @@ def estimate(recipe: Recipe, runs: Path, rows: Mapping[str, Rows], trained: set[
 def spoken(seconds: float) -> str:
     """As a person says it."""
     if seconds < 90:
-        return say("about a minute") if seconds > 45 else say("less than a minute")
+        return say("about a minute")  # a stage takes half of one to load and to measure, and twice that beside others
     if seconds < 90 * 60:
         return say("about {n} minutes", n=f"{seconds / 60:.0f}")
     return say("about {n} hours", n=f"{seconds / 3600:.1f}")

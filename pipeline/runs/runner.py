@@ -25,6 +25,8 @@ from pipeline.runs.told import Told
 from pipeline.stages.check import check_base, check_trackers
 from pipeline.stages.stage import Rows
 
+LAUNCHER = "accelerate.commands.launch"
+
 
 def run(
     recipe: Recipe,
@@ -47,7 +49,7 @@ def run(
     refuse_foreign(runs / recipe.name / "recipe.yaml")
     chosen = _choose_stages(recipe, only, from_)
     refusal = f"the run '{recipe.name}' is already going on in process {{pid}} (lock {runs / recipe.name / '.lock'})."
-    with ended_in_order(), locked(runs / recipe.name / ".lock", refusal):
+    with ended_in_order(), locked(runs / recipe.name / ".lock", refusal) as note:
         by_name = {state.name: state for state in states(recipe, runs)}
         planned = [state for state in by_name.values() if state.name in chosen]
         rows = {state.name: _check_before(recipe, state, by_name, chosen) for state in planned}
@@ -64,7 +66,10 @@ def run(
                 for parent in sorted(set(recipe.parents(state.name).values()) - chosen):  # held below otherwise
                     gates.hold(recipe.spec.expect, recipe.artifact(parent, runs), force)
                 told.begin(state.name)
+                note(state.name)
+                print("  " + say("loading the libraries"), flush=True)
                 _launch(recipe, state.name, resolved, runs, launch_config, clock.after_training(state.name))
+                note("")
                 clock.finish(state.name)
                 told.end(state.name)
                 done.append(state.name)
@@ -142,7 +147,7 @@ def _launch(
     worker = ["-m", "pipeline.runs.worker", str(resolved), stage, "--runs", str(runs)]
     if after_training is not None:
         worker += ["--after-training", f"{after_training:.0f}"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, *worker]
+    command = [sys.executable, "-m", LAUNCHER, *arguments, *worker]
     variables = {**make_environment(), WATCH: "1", "PYTHONUNBUFFERED": "1"}
     if variables["TRANSFORMERS_VERBOSITY"] == QUIET["TRANSFORMERS_VERBOSITY"]:
         variables["TRANSFORMERS_VERBOSITY"] = "warning"  # nobody reads it on the terminal, and the log is to keep it
@@ -169,12 +174,24 @@ def _launch(
         raise UserError(logged.rsplit(ERROR_MARK, 1)[1].split("\nTraceback (most recent call last)")[0].strip())
     if "\nKeyboardInterrupt" in logged or status in (130, -signal.SIGINT):
         raise KeyboardInterrupt
-    tail = "\n  ".join(logged.strip().splitlines()[-8:])
+    whole = out.last_checkpoint(digest(recipe.parts()[stage]))
+    again = (
+        f"Run again to go on from {whole.name}."
+        if whole
+        else "No checkpoint had been written: run again, and the stage begins anew."
+    )
     raise UserError(
         f"stage '{stage}' ended without a message (status {status}): it was killed by the system or by another "
-        f"program, for example because memory ran out.\n  {tail}\n"
-        f"Its log is {out.log}. Run again to go on from the last checkpoint."
+        f"program, for example because memory ran out.\n{_last_words(logged)}Its log is {out.log}. {again}"
     )
+
+
+def _last_words(logged: str) -> str:
+    """The last lines of the worker, without the traceback of the launcher that it died under."""
+    own, mark, last = logged.rpartition("Traceback (most recent call last)")
+    if mark and LAUNCHER.replace(".", "/") in last:
+        logged = own
+    return "".join(f"  {line}\n" for line in logged.strip().splitlines()[-8:])
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

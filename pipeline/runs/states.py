@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.disk import versions
+from pipeline.disk import metrics, versions
 from pipeline.disk.artifact import WEIGHTS, Artifact
-from pipeline.disk.atomic import Json, digest
+from pipeline.disk.atomic import Json, digest, holder
 from pipeline.errors import UserError
 from pipeline.language.say import kept, say, say_again
 from pipeline.recipe.recipe import RUNS, Recipe
@@ -17,7 +17,7 @@ from pipeline.recipe.recipe import RUNS, Recipe
 @dataclass(frozen=True)
 class State:
     """Where a stage stands: fresh, unmeasured (trained, but its held-out files are others since), stale, stopped (a
-    checkpoint to go on from), damaged or new, and why."""
+    checkpoint to go on from), damaged or new, and why; to look at also running (see standing())."""
 
     name: str
     word: str
@@ -48,6 +48,27 @@ def states(recipe: Recipe, runs: Path = RUNS) -> list[State]:
         out = recipe.artifact(name, runs)
         by_name[name] = _find_state(out, parts[name], recipe.measured_on(name), parents, waiting)
     return list(by_name.values())
+
+
+def standing(recipe: Recipe, runs: Path = RUNS) -> list[State]:
+    """The same to look at: a stage that a process is at work on is running."""
+    going_on, found = holder(runs / recipe.name / ".lock"), states(recipe, runs)
+    if going_on is None:
+        return found
+    pid, stage = going_on
+    return [_running(recipe, runs, stage, pid) if state.name == stage else state for state in found]
+
+
+def _running(recipe: Recipe, runs: Path, stage: str, pid: str) -> State:
+    """By the claim that it made when it began to train, and the last step it has noted."""
+    out = recipe.artifact(stage, runs)
+    claim = out.claimed() or {}
+    if claim.get("fingerprint") == digest(recipe.parts()[stage]) and "steps" in claim:
+        step = max((row["step"] for row in metrics.read(out.metrics)), default=0)
+        why = kept("step {step} of {steps} (process {n})", step=step, steps=claim["steps"], n=pid)
+    else:
+        why = kept("before its first step (process {n})", n=pid)
+    return State(stage, kept("running"), why)
 
 
 def _find_state(

@@ -233,6 +233,7 @@ def run(spec: ClassifySpec, ctx: Context) -> Result:
     # before there is a head: the likelihood of the labels' own words
     by_words: dict[int, list[int]] = {}
     if texts and not several:
+        ctx.tell_measuring("before")
         policy = shared.policy(ctx, bases.load_base(ctx.model, tokenizer))
         by_words = classes.read_label_words(policy, tokenizer, spec.instruction, texts, names)
         del policy
@@ -240,6 +241,7 @@ def run(spec: ClassifySpec, ctx: Context) -> Result:
 
     # base
     set_seed(ctx.seed)
+    ctx.tell_loading()
     base = bases.load_base(ctx.model, tokenizer, num_labels=len(names))
     result.base_digest = bases.frozen_digest(base)
 
@@ -272,6 +274,7 @@ def run(spec: ClassifySpec, ctx: Context) -> Result:
     result.counts |= shared.train(trainer, ctx, spec)
     result.invariants |= invariants.processes_agree(adapters.trainable(model))
     if texts:
+        ctx.tell_measuring("after")
         scores_NK = numpy.array(scoring.scores(model, tokenizer, [ids for ids, _ in test_set]))
         seen = [row for row in ctx.data.train if row["_place"] not in left_out]
         seen_NK = numpy.array([[int(name in spec.labels_of(row)) for name in names] for row in seen])

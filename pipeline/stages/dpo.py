@@ -42,6 +42,7 @@ def run(spec: DPOSpec, ctx: Context) -> Result:
 
     # base
     set_seed(ctx.seed)
+    ctx.tell_loading()
     base = bases.load_base(ctx.model, tokenizer)
     result.base_digest = bases.frozen_digest(base)
 
@@ -63,11 +64,13 @@ def run(spec: DPOSpec, ctx: Context) -> Result:
     result.invariants |= invariants.reference_is_the_start(trainer)
 
     # train, with the held-out numbers before and after
+    ctx.tell_measuring("before")
     result.before = scoring.preferences(model, tokenizer, test_set)
     result.before |= answers.ask(model, tokenizer, ctx, result.samples, "before")
     trainer.add_callback(Snapshots(ctx, model))
     result.counts |= shared.train(trainer, ctx, spec)
     result.invariants |= invariants.processes_agree(adapters.trainable(model))
+    ctx.tell_measuring("after")
     result.after = scoring.preferences(model, tokenizer, test_set)
     result.after |= answers.ask(model, tokenizer, ctx, result.samples, "after")
 

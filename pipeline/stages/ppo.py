@@ -119,6 +119,7 @@ def learn_from_answers(spec: RolloutSpec, ctx: Context, trainer_class: type[Roll
 
     # base
     set_seed(ctx.seed)
+    ctx.tell_loading()
     base = bases.load_base(ctx.model, tokenizer)
     result.base_digest = bases.frozen_digest(base)
 
@@ -140,11 +141,13 @@ def learn_from_answers(spec: RolloutSpec, ctx: Context, trainer_class: type[Roll
     result.invariants |= handovers.one_copy_of_the_base(model)
 
     # train, with the held-out numbers before and after
+    ctx.tell_measuring("before")
     start = held_out.ask(trainer, ctx.data.test or [])
     result.before = held_out.numbers(start)
     result.before |= answers.ask(model, tokenizer, ctx, result.samples, "before")
     result.counts |= loop.train(trainer, ctx)
     result.invariants |= invariants.processes_agree(actors.trained("policy") | actors.trained("value"))
+    ctx.tell_measuring("after")
     end = held_out.ask(trainer, ctx.data.test or [])
     result.after = held_out.numbers(end) | held_out.gain(start, end)
     result.invariants |= loop.judge_end(trainer, ctx, end)

@@ -58,6 +58,7 @@ def run(spec: PretrainSpec, ctx: Context) -> Result:
 
     # base
     set_seed(ctx.seed)
+    ctx.tell_loading()
     base = bases.load_base(ctx.model, tokenizer)
     result.base_digest = bases.frozen_digest(base)
 
@@ -75,10 +76,12 @@ def run(spec: PretrainSpec, ctx: Context) -> Result:
     result.invariants |= invariants.only_adapter_trains(model)
 
     # train, with the held-out numbers before and after
+    ctx.tell_measuring("before")
     result.before = scoring.language_model(model, tokenizer, test_set)
     result.before |= answers.ask(model, tokenizer, ctx, result.samples, "before")
     result.counts |= shared.train(trainer, ctx, spec)
     result.invariants |= invariants.processes_agree(adapters.trainable(model))
+    ctx.tell_measuring("after")
     result.after = scoring.language_model(model, tokenizer, test_set)
     result.after |= answers.ask(model, tokenizer, ctx, result.samples, "after")
 

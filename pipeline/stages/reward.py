@@ -43,6 +43,7 @@ def run(spec: RewardSpec, ctx: Context) -> Result:
 
     # base
     set_seed(ctx.seed)
+    ctx.tell_loading()
     base = bases.load_base(ctx.model, tokenizer, num_labels=1)
     result.base_digest = bases.frozen_digest(base)
 
@@ -56,9 +57,11 @@ def run(spec: RewardSpec, ctx: Context) -> Result:
     result.invariants |= invariants.only_adapter_trains(model, head=True)
 
     # train, with the held-out numbers before and after
+    ctx.tell_measuring("before")
     result.before = scoring.reward_model(model, tokenizer, test_set)
     result.counts |= shared.train(trainer, ctx, spec)
     result.invariants |= invariants.processes_agree(adapters.trainable(model))
+    ctx.tell_measuring("after")
     result.after = scoring.reward_model(model, tokenizer, test_set)
 
     # save

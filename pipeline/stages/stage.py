@@ -15,6 +15,7 @@ from pipeline.data.render import Encoded
 from pipeline.disk import metrics
 from pipeline.disk.artifact import Artifact
 from pipeline.disk.manifest import Table
+from pipeline.language.say import say
 from pipeline.measure.metric import Metric
 from pipeline.models.spec import ModelSpec
 from pipeline.ppo.rejection_settings import RejectionSettings
@@ -222,10 +223,29 @@ class Context:
     """Seconds from the last step of this stage to the end of the run, as estimated; None where nothing is known."""
     trackers: Trackers = field(default_factory=Trackers)
 
+    def tell_loading(self) -> None:
+        _tell(say("loading the base"))
+
+    def tell_measuring(self, when: Literal["before", "after"]) -> None:
+        if self.data.test or self.data.questions:
+            _tell(
+                say("measuring on held-out rows before training")
+                if when == "before"
+                else say("measuring on held-out rows after training")
+            )
+
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Note what was measured at an optimizer step."""
         metrics.append(self.out.metrics, step, values)
         self.trackers.log(step, values)
+
+
+def _tell(what: str) -> None:
+    """By the first process alone: what takes a while is not passed over in silence."""
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        print(f"  {what}", flush=True)
 
 
 @dataclass

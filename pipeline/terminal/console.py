@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook, RenderResult
 from rich.measure import Measurement
 from rich.padding import Padding
+from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -37,7 +38,37 @@ def make_console() -> Console:
     console = Console(color_system=None if os.environ.get("NO_COLOR") else "auto", highlight=False)
     if console.is_dumb_terminal:  # rich takes these to be 80 columns wide
         console.size = shutil.get_terminal_size()
+    console.push_render_hook(_Trim())
     return console
+
+
+class _Trimmed:
+    """What is printed, without the blanks with which rich fills a line up."""
+
+    def __init__(self, shown: ConsoleRenderable) -> None:
+        self.shown = shown
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        held: list[Segment] = []
+        for segment in console.render(self.shown, options):
+            first, *others = segment.text.split("\n")
+            held.append(segment._replace(text=first))
+            for text in others:
+                yield from _trim(held)
+                yield Segment.line()
+                held = [segment._replace(text=text)]
+        yield from held
+
+
+def _trim(line: list[Segment]) -> list[Segment]:
+    while line and not line[-1].text.strip(" "):
+        line.pop()
+    return [*line[:-1], line[-1]._replace(text=line[-1].text.rstrip(" "))] if line else []
+
+
+class _Trim(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Trimmed(shown) for shown in renderables]
 
 
 def print_rows(table: Table, console: Console, names: int = 1) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pipeline.language.say import say
 from pipeline.recipe.recipe import Recipe
+from pipeline.runs.states import states
 from pipeline.terminal.console import make_console
 from pipeline.terminal.results import as_typed, show_answers, show_results
 from pipeline.terminal.story import show_story
@@ -25,6 +26,16 @@ def show_ending(recipe: Recipe, path: str, overrides: Sequence[str], runs: Path,
     show_results(recipe, runs, console)
     show_answers(recipe, runs, console)
     show_next(recipe, as_typed(path, overrides, runs), runs, console)
+
+
+def tell_stopped(recipe: Recipe, runs: Path, words: str) -> str:
+    """What was said to a run that was stopped, and what comes of it. `words`: what was typed."""
+    if any(state.word == "stopped" for state in states(recipe, runs)):
+        return say("stopped. To go on from there, type the same again: onebase {words}", words=words)
+    return say(
+        "stopped. No checkpoint had been written, so the stage begins anew if you type the same again: onebase {words}",
+        words=words,
+    )
 
 
 def show_next(recipe: Recipe, path: str, runs: Path, console: Console) -> None:

@@ -23,7 +23,7 @@ from pipeline.plan.sizes import AUTO
 from pipeline.plan.stage import Planned, lengths_of, plan_stage, planned_model
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.dtype import begun_in
-from pipeline.runs.states import State, states
+from pipeline.runs.states import State, standing
 from pipeline.terminal.console import Row, print_matrix
 from pipeline.terminal.states import show_states
 
@@ -77,7 +77,7 @@ class Plan:
 def make_plan(recipe: Recipe, runs: Path, card: Card | None) -> Plan:
     begun = dict[str, Dtype]()
     try:
-        found: list[State] | UserError = states(recipe, runs)
+        found: list[State] | UserError = standing(recipe, runs)
         begun = begun_in(recipe, runs)
     except UserError as error:  # what a stage needs follows from shapes alone
         found = error

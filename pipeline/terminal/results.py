@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -56,6 +55,9 @@ def show_results(recipe: Recipe, runs: Path, console: Console) -> None:
             name, cost = "", ["", ""]
         if not measured:
             table.add_row(name, say("none: no held-out data"), "", "", "", *cost)
+    if not table.row_count:
+        return
+    console.print()
     print_rows(table, console, names=2)
     for note in notes:
         console.print(Text(note))
@@ -82,12 +84,12 @@ def show_answers(recipe: Recipe, runs: Path, console: Console) -> None:
             room = console.width - cell_len(asked_for.plain) - cell_len(hint)
             asked_for.append(hint if room >= 0 else f"\n{hint}", style="not bold green")
         console.print(asked_for)
-        table = Table.grid(padding=(0, 2, 0, 0))
-        table.add_column(style="cyan", justify="right", no_wrap=True)
-        table.add_column()  # rich narrows it before the names, as it could wrap
+        widest = max(map(len, answers))  # names are ASCII
         for name, answer in answers.items():
-            table.add_row(name, Text(one_line(answer), no_wrap=True, overflow="ellipsis"))
-        console.print(Padding(table, (0, 0, 0, 2)))
+            label = Text(f"  {name:>{widest}}  ", style="cyan")
+            said = Text(one_line(answer))
+            said.truncate(max(1, console.width - len(label)), overflow="ellipsis")
+            console.print(label + said)
 
 
 def show_evaluation(results: Results, console: Console) -> None:

@@ -13,7 +13,7 @@ from pipeline.disk.atomic import Json
 from pipeline.language.say import say, say_again
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.rows import load_rows
-from pipeline.runs.states import State, states
+from pipeline.runs.states import State, standing
 from pipeline.stages.stage import Rows
 from pipeline.terminal.console import counted, print_rows
 from pipeline.terminal.machine import describe
@@ -70,7 +70,7 @@ def show_sound(path: str, stages: list[str], untried: list[str]) -> None:
 def states_as_json(recipe: Recipe, runs: Path) -> Json:
     """Where each stage stands, the manifest of what is there, and what its numbers are."""
     stages = {}
-    for state in states(recipe, runs):
+    for state in standing(recipe, runs):
         manifest = recipe.artifact(state.name, runs).manifest()
         stages[state.name] = {
             "state": state.word,
@@ -87,13 +87,15 @@ def show_states(found: list[State], console: Console) -> None:
     for column in (say("stage"), say("state")):
         table.add_column(column, no_wrap=True)
     table.add_column(say("why"))
-    colours = {"fresh": "green", "new": "cyan", "damaged": "red"}
+    colours = {"fresh": "green", "running": "green", "new": "cyan", "damaged": "red"}
     actions = {
         "fresh": say("skipped"),
         "unmeasured": say("would be measured, not trained"),
         "damaged": say("would stop the run"),
     }
     for state in found:
-        action = say("{state}, {more}", state=say_again(state.word), more=actions.get(state.word, say("would run")))
-        table.add_row(state.name, Text(action, style=colours.get(state.word, "yellow")), Text(state.reason))
+        more = state.reason if state.word == "running" else actions.get(state.word, say("would run"))
+        action = say("{state}, {more}", state=say_again(state.word), more=more)
+        why = "" if state.word == "running" else state.reason
+        table.add_row(state.name, Text(action, style=colours.get(state.word, "yellow")), Text(why))
     print_rows(table, console)

@@ -37,7 +37,7 @@ def show_story(recipe: Recipe, runs: Path, page: str, console: Console) -> None:
         table.add_row(heading, Text(text))
         console.print(Padding(table, (0, 0, 0, 2)))
     heading = set_cell_size(say("page"), INDENT - 2)
-    console.print(f"  {heading}{page}\n", highlight=False, markup=False, soft_wrap=True)  # to be copied whole
+    console.print(f"  {heading}{page}", highlight=False, markup=False, soft_wrap=True)  # to be copied whole
 
 
 def _answered(recipe: Recipe, runs: Path, done: dict[str, Manifest]) -> list[tuple[str, str]]:

@@ -51,6 +51,7 @@ class Progress(TrainerCallback):
             take_computed(model)  # what was measured before training is none of it
         if not state.is_world_process_zero:
             return
+        self.ctx.out.note_steps(state.max_steps)
         if self.resumed:
             told = say("going on from step {step} of {all}", step=state.global_step, all=state.max_steps)
             print(f"  {told}", flush=True)
@@ -64,6 +65,8 @@ class Progress(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args is not None and args.logging_strategy == "steps" and state.global_step in (1, state.max_steps):
+            control.should_log = True  # logging_steps may be more than there are; ppo logs each
         if self.bar:
             left = self.bar.tasks[0].time_remaining
             whole = "" if left is None else self._whole_run(left)
@@ -100,7 +103,7 @@ class Progress(TrainerCallback):
 
     def _whole_run(self, left: float) -> str:
         after = self.ctx.after_training
-        return "" if after is None else say(", in all about {time}", time=clock(left + after))
+        return "" if after is None else say(", the run about {time}", time=clock(left + after))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar:

@@ -275,7 +275,8 @@ def test_the_bar_is_one_line_and_none_where_codes_are_not_wanted(columns: int) -
 
     bar = make_bar(console(TERM="xterm"))
     assert bar
-    bar.add_task("pretrain", total=12345, completed=6789, note="loss 1.2345 23456 tok/s", whole=", the run about 112:34")
+    note = "loss 1.2345 23456 tok/s"
+    bar.add_task("pretrain", total=12345, completed=6789, note=note, whole=", the run about 112:34")
     shown = Console(file=io.StringIO(), width=columns)
     shown.print(bar.get_renderable())
     (line,) = shown.file.getvalue().splitlines()  # type: ignore[attr-defined]

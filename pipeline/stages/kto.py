@@ -157,7 +157,7 @@ STAGE = Stage(
     contract=RATED,
     reference=True,
     raises="reward_auc",
-    headlines=(Metric("reward_auc", "good answers gain more than bad ones", unit="%"), QUESTION_ACCURACY),
+    headlines=(Metric("reward_auc", "good answers gain more than bad ones, AUC"), QUESTION_ACCURACY),
     numbers=("reward_auc", "reward_margin", "sign_accuracy", "question_accuracy", "stopped"),
     encode=encode,
     run=run,

@@ -54,7 +54,7 @@ def test_floats_are_numbers_and_overrides_apply(good: Path) -> None:
         (("  base:", "  bass:"), 3, "model.bass", "did you mean 'base'"),
         (("    from: pretrain", "    from: pretrian"), 9, "stages.sft.from", "did you mean 'pretrain'"),
         (("  sft:", "  stf:"), 8, "stages.stf", "there is no stage 'stf'"),
-        (("name: t", "name: a/b"), 1, "name", "letters, digits"),
+        (("name: t", "name: a/b"), 1, "name", "a-z, A-Z, 0-9"),
         (("path: data/d", "paht: data/d"), 10, "stages.sft.data.paht", "did you mean 'path'"),
         (("1e-5", "'1e-5'"), 7, "stages.pretrain.train.learning_rate", "without quotes"),
         (("learning_rate: 1e-5", "output_dir: x"), 7, "stages.pretrain.train.output_dir", "set by the runner"),

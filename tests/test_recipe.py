@@ -327,6 +327,23 @@ def test_what_is_no_recipe_is_told_in_plain_words(tmp_path: Path) -> None:
         assert "Errno" not in str(caught.value)
 
 
+def test_a_missing_file_of_rows_is_told_with_its_place_and_where_it_may_lie(tiny_base: Path, tmp_path: Path) -> None:
+    from pipeline.runs.rows import load_rows
+
+    tree = tiny_tree(tiny_base, tmp_path)
+    tree["stages"] = {"sft": {"data": {"path": "dialogues.jsonl"}}}
+    path = write_recipe(tree, tmp_path / "mine.yaml")
+    line = 1 + path.read_text().splitlines().index('    "path": "dialogues.jsonl"')
+    expected = (
+        f"{path}:{line}: stages.sft.data.path: a file of that name is beside the recipe: {tmp_path}/dialogues.jsonl"
+    )
+    recipe = read(path)
+    for refuse in (recipe.parts, lambda: load_rows(recipe, "sft")):
+        with pytest.raises(UserError) as caught:
+            refuse()
+        assert str(caught.value).startswith(expected) and "no such file (looked in" in str(caught.value)
+
+
 def test_weights_that_are_cut_short_or_missing_are_found_by_their_headers(tiny_base: Path, tmp_path: Path) -> None:
     import shutil
 

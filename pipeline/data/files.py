@@ -63,7 +63,11 @@ def read_placed(path: str, split: str, lines: bool, encoding: str = "utf-8") -> 
             raise UserError(f"{path}: data.split is '{split}', but a single file has no splits; name the file instead")
         yield from _read_file(local, lines, encoding)
     else:
-        raise UserError(f"{path}: no such file (looked in {Path.cwd()})")
+        raise UserError(no_such_file(path))
+
+
+def no_such_file(path: str) -> str:
+    return f"{path}: no such file (looked in {Path.cwd()})"
 
 
 def hash_content(path: str) -> str:
@@ -76,7 +80,7 @@ def hash_content(path: str) -> str:
         names = "".join(f"{at.relative_to(local)} {sha256_of_file(at)}\n" for at in listed if at.is_file())
         return hashlib.sha256(names.encode()).hexdigest()
     if not is_hub_id(path):
-        raise UserError(f"{path}: no such file (looked in {Path.cwd()})")
+        raise UserError(no_such_file(path))
     return f"hub:{hub.find_commit(path)}"
 
 

@@ -63,7 +63,8 @@ class DataSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str | None = None
-    """Training rows: a file or folder (see data/files.py), or the id of a data set on the Hub (owner/name)."""
+    """Training rows: a file or folder (see data/files.py), or the id of a data set on the Hub (owner/name).
+    Paths count from the folder in which a command is typed."""
     mix: list[Part] | None = Field(default=None, min_length=1)
     """Several sources instead of one path, each with its weight or epochs."""
     test: str | int | float | None = None

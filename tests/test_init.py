@@ -158,6 +158,44 @@ def test_unfit_rows_and_few_rows_are_told(tiny_base: Path, tmp_path: Path) -> No
     assert read(tmp_path / "mine.yaml").stages["sft"].data.on_bad_row == "skip"
 
 
+TABLES = [
+    ("frage;antwort\nq;a\n", "utf-8", "has the columns frage, antwort. Needed are: for sft prompt and completion"),
+    ("prompt,response\nq,a\n", "utf-8", "rename 'response' to 'completion'"),
+    ("question,answer\nq,schön\n", "latin-1", "not UTF-8 .*data.encoding.*--encoding"),
+]
+
+
+@pytest.mark.parametrize(("text", "encoding", "reason"), TABLES)
+def test_a_table_that_cannot_be_used_is_told_by_its_columns(
+    text: str, encoding: str, reason: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "faq.csv").write_bytes(text.encode(encoding))
+    with pytest.raises(UserError, match=reason):
+        start(
+            tmp_path / "mine.yaml", Given(str(tiny_base), str(tmp_path / "faq.csv"), "none"), asking=False, force=False
+        )
+
+
+def test_a_table_with_semicolons_capitals_and_an_encoding_is_read(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "faq.csv").write_bytes("Question;Answer\nWann, bitte?;Um neun. Schön!\n".encode("latin-1"))
+    given = Given(str(tiny_base), str(tmp_path / "faq.csv"), "none", encoding="latin-1")
+    start(tmp_path / "fragen und 行.yaml", given, asking=False, force=False)
+    assert "The run is named 'fragen-und'" in capsys.readouterr().out
+    recipe = read(tmp_path / "fragen und 行.yaml")
+    assert recipe.name == "fragen-und"
+    (row,) = load_rows(recipe, "sft")[0].train
+    assert (row["prompt"][0]["content"], row["completion"][0]["content"]) == ("Wann, bitte?", "Um neun. Schön!")
+
+
+def test_rows_inside_an_object_are_told(tmp_path: Path) -> None:
+    for text in ('{"data": [{"prompt": "a"}]}', '{\n "data": [\n  {"prompt": "a"}]\n}'):
+        (tmp_path / "w.json").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match="with the rows inside it under 'data'"):
+            start(tmp_path / "m.yaml", Given("", str(tmp_path / "w.json")), asking=False, force=False)
+
+
 def test_rows_that_the_template_cannot_render_are_told(tiny_base: Path, tmp_path: Path) -> None:
     rows = [
         {"prompt": [{"role": "user", "content": f"q{n}"}], "completion": f"<|im_end|>{n}"[10 * (n > 0) :]}

@@ -31,6 +31,15 @@ def test_a_run_does_not_write_over_a_recipe_in_its_folder(tiny_base: Path, tmp_p
         run(read(own), runs=tmp_path)
 
 
+def test_a_schema_is_written_over_its_own_kind_only(tmp_path: Path) -> None:
+    own = tmp_path / "schema.json"
+    own.write_text('{"mine": 1}', encoding="utf-8")
+    refused = CliRunner().invoke(app, ["schema", "-o", str(own)])
+    assert "is there already and is no schema" in str(refused.exception) and own.read_text() == '{"mine": 1}'
+    own.unlink()
+    assert [CliRunner().invoke(app, ["schema", "-o", str(own)]).exit_code for _ in range(2)] == [0, 0]
+
+
 def test_an_examination_does_not_write_over_rows_in_the_folder_of_a_run(tiny_base: Path, tmp_path: Path) -> None:
     tree = tiny_tree(tiny_base, tmp_path)
     folder = tmp_path / "tiny"

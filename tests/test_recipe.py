@@ -54,7 +54,7 @@ def test_floats_are_numbers_and_overrides_apply(good: Path) -> None:
         (("  base:", "  bass:"), 3, "model.bass", "did you mean 'base'"),
         (("    from: pretrain", "    from: pretrian"), 9, "stages.sft.from", "did you mean 'pretrain'"),
         (("  sft:", "  stf:"), 8, "stages.stf", "there is no stage 'stf'"),
-        (("name: t", "name: a/b"), 1, "name", "letters, digits"),
+        (("name: t", "name: a/b"), 1, "name", "a-z, A-Z, 0-9"),
         (("path: data/d", "paht: data/d"), 10, "stages.sft.data.paht", "did you mean 'path'"),
         (("1e-5", "'1e-5'"), 7, "stages.pretrain.train.learning_rate", "without quotes"),
         (("learning_rate: 1e-5", "output_dir: x"), 7, "stages.pretrain.train.output_dir", "set by the runner"),
@@ -313,3 +313,62 @@ def test_errors_have_status_2_and_no_traceback(tmp_path: Path) -> None:
     )
     assert shown.returncode == 2
     assert shown.stderr.startswith("error: ") and "Traceback" not in shown.stderr
+
+
+def test_what_is_no_recipe_is_told_in_plain_words(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\x89PNG\xff")
+    for path, reason in (
+        (tmp_path / "nofile.yaml", "there is no file .*nofile.yaml"),
+        (tmp_path, "is a folder: name its recipe, for example .*/recipe.yaml"),
+        (tmp_path / "binary.yaml", "is no text in UTF-8"),
+    ):
+        with pytest.raises(UserError, match=reason) as caught:
+            read(path)
+        assert "Errno" not in str(caught.value)
+
+
+def test_a_missing_file_of_rows_is_told_with_its_place_and_where_it_may_lie(tiny_base: Path, tmp_path: Path) -> None:
+    from pipeline.runs.rows import load_rows
+
+    tree = tiny_tree(tiny_base, tmp_path)
+    tree["stages"] = {"sft": {"data": {"path": "dialogues.jsonl"}}}
+    path = write_recipe(tree, tmp_path / "mine.yaml")
+    line = 1 + path.read_text().splitlines().index('    "path": "dialogues.jsonl"')
+    expected = (
+        f"{path}:{line}: stages.sft.data.path: a file of that name is beside the recipe: {tmp_path}/dialogues.jsonl"
+    )
+    recipe = read(path)
+    for refuse in (recipe.parts, lambda: load_rows(recipe, "sft")):
+        with pytest.raises(UserError) as caught:
+            refuse()
+        assert str(caught.value).startswith(expected) and "no such file (looked in" in str(caught.value)
+
+
+def test_weights_that_are_cut_short_or_missing_are_found_by_their_headers(tiny_base: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from pipeline.stages.check import check_base
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    recipe = build(tiny_tree(base, tmp_path))
+    check_base(recipe.spec.model, recipe.stages)
+    weights = base / "model.safetensors"
+    whole = weights.read_bytes()
+    for cut in (0, 5, len(whole) // 2, len(whole) - 1):
+        weights.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=f"model.safetensors is damaged or not whole: it has {cut} bytes"):
+            check_base(recipe.spec.model, recipe.stages)
+    weights.write_bytes(whole)
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="lacks model-00002.safetensors"):
+        check_base(recipe.spec.model, recipe.stages)
+
+
+def test_a_file_that_cannot_be_written_is_named_and_not_its_temporary(tmp_path: Path) -> None:
+    from pipeline.disk.atomic import write_text
+
+    (tmp_path / "mine.yaml").mkdir()
+    with pytest.raises(OSError, match=r"/mine\.yaml'$"):
+        write_text(tmp_path / "mine.yaml", "x")

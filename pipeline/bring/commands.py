@@ -27,6 +27,7 @@ def init(
     card: Annotated[str, typer.Option(metavar="CARD", help="The GPU: rtx3060, 12GB, or none.")] = "",
     goal: Annotated[str, typer.Option(metavar="GOAL", help="follow, prefer, classify, corpus or chain.")] = "",
     language: Annotated[str, typer.Option(metavar="LANGUAGE", help="The language of the data.")] = "",
+    encoding: Annotated[str, typer.Option(metavar="NAME", help="Of the data, if it is not UTF-8: cp1252.")] = "",
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing. Take the defaults.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
@@ -36,7 +37,7 @@ def init(
     """
     from pipeline.bring.init import Given, start
 
-    start(file, Given(base, data, card, goal, language), asking=not yes, force=force)
+    start(file, Given(base, data, card, goal, language, encoding), asking=not yes, force=force)
 
 
 def bring(
@@ -73,8 +74,11 @@ def schema(out: Out = None) -> None:
     """Print the JSON schema of a recipe, for editors."""
     import json
 
-    from pipeline.recipe.schema import make_schema
+    from pipeline.errors import UserError
+    from pipeline.recipe.schema import TITLE, make_schema
 
+    if out is not None and out.exists() and f'"title": "{TITLE}"' not in out.read_text("utf-8", errors="replace"):
+        raise UserError(f"{out} is there already and is no schema of OneBase; choose another name")
     _give(json.dumps(make_schema(), indent=1, ensure_ascii=False) + "\n", out)
 
 

@@ -87,6 +87,7 @@ class Answers:
     card: Card | None
     card_is_here: bool
     base: str
+    encoding: str = ""
 
 
 @dataclass(frozen=True)
@@ -202,8 +203,10 @@ def _data_of(kind: str, files: list[File], answers: Answers) -> tuple[dict[str, 
         source = {"path": files[0].path}
     else:
         source = {"mix": [{"path": file.path} for file in files]}
+    if answers.encoding:
+        source["encoding"] = answers.encoding
     parts = [Part(**each) for each in source["mix"]] if "mix" in source else None
-    spec = DataSpec(path=source.get("path"), mix=parts, on_bad_row="skip")
+    spec = DataSpec(path=source.get("path"), mix=parts, encoding=answers.encoding or "utf-8", on_bad_row="skip")
     split = read_split(spec, STAGES[kind].contract, SEED)
     prompts = len({first_question(row) for row in islice(split.train, COUNTED)})
     unfit = sum(source.reasons.total() for source in split.sources)

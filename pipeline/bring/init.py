@@ -11,11 +11,11 @@ from pipeline.bring import rows
 from pipeline.bring.draft import GOALS, Answers, Draft, draft
 from pipeline.bring.questions import settle
 from pipeline.data.files import is_hub_id
-from pipeline.disk.artifact import NAME
 from pipeline.disk.atomic import write_text
 from pipeline.errors import UserError, suggest
 from pipeline.plan import cards
 from pipeline.plan.cards import GIB, Card
+from pipeline.stages import STAGES
 
 DEMO = "models/SmolLM2-135M-Instruct"
 NO_CARD = "none"
@@ -40,17 +40,22 @@ class Given:
     card: str = ""
     goal: str = ""
     language: str = ""
+    encoding: str = ""
 
 
 def start(file: Path, given: Given, asking: bool, force: bool) -> None:
     """Ask what was not given, and write the recipe. Raises UserError where a file is in the way or an option is bad."""
     if file.exists() and not force:
         raise UserError(f"{file} is there already; choose another name, or write over it with --force")
-    if not NAME.fullmatch(file.stem):
-        raise UserError(f"{file}: the run is named by the file, so it may have letters, digits, - and _ only")
+    name = name_of_run(file)
+    if name != file.stem:
+        print(f"The run is named '{name}': a name has a-z, A-Z, 0-9, - and _ only. Change `name:` if you like")
+
+    def read_data(text: str) -> tuple[str, list[rows.File]]:
+        return _read_data(text, given.encoding or "utf-8")
 
     question = "Your data: a file, a folder, or a data set on the Hub (owner/name)"
-    path, found = settle(given.data, question, "", "--data", asking, _read_data)
+    path, found = settle(given.data, question, "", "--data", asking, read_data)
     goals = "\n".join(f"  {name:<9} {GOALS[name].does}" for name in GOALS)
     default = _goal_of(found)
     question = f"What the model shall learn\n{goals}\nGoal"
@@ -64,7 +69,7 @@ def start(file: Path, given: Given, asking: bool, force: bool) -> None:
 
     def read_base(text: str) -> Draft:
         base = _read_base(text)
-        return draft(Answers(file.stem, path, found, goal, language, card, card is here, base))
+        return draft(Answers(name, path, found, goal, language, card, card is here, base, given.encoding))
 
     question = "Base: a Hub id, a local folder, or a .gguf file"
     made = settle(given.base, question, default, "--base", asking, read_base)
@@ -74,12 +79,17 @@ def start(file: Path, given: Given, asking: bool, force: bool) -> None:
     print(f"{file} is written. Next: onebase check {file}, then onebase run {file}")
 
 
-def _read_data(text: str) -> tuple[str, list[rows.File]]:
+def name_of_run(file: Path) -> str:
+    """The file's name, without what the name of a run may not have."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", file.stem).strip("-_")[:100] or "mine"
+
+
+def _read_data(text: str, encoding: str) -> tuple[str, list[rows.File]]:
     if not os.path.exists(text) and not is_hub_id(text):
         raise UserError(f"{text}: no such file or folder (looked in {Path.cwd()})")
-    found = rows.look_at(text)
+    found = rows.look_at(text, encoding)
     for file in found[:10]:
-        print(f"  {file.path}: {file.layouts}; of use for {', '.join(sorted(file.fits))}")
+        print(f"  {file.path}: {file.layouts}; usable for {', '.join(kind for kind in STAGES if kind in file.fits)}")
     return text, found
 
 
@@ -98,7 +108,8 @@ def _read_goal(text: str, found: list[rows.File]) -> str:
     for kind in GOALS[text].needs:
         if not any(kind in file.fits for file in found):
             example = GOALS[text].example
-            raise UserError(f"'{text}' takes rows like {example}, and there are none in {found[0].path}")
+            has = f"{found[0].path}, which has the columns {found[0].columns}"
+            raise UserError(f"'{text}' takes rows like {example}, and there are none in {has}")
     return text
 
 

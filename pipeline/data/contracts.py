@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 Row = dict[str, Any]
@@ -28,6 +29,14 @@ class Contract:
     kind: RowKind
     example: str
     check: Callable[[Row], str | None]
+    columns: str = ""
+    """What its rows have as columns of a table."""
+
+    def expected(self, path: str) -> str:
+        """What its rows look like, in the words of the file they come from."""
+        if self.columns and {".csv", ".tsv", ".parquet"} & {*Path(path).suffixes}:
+            return f"Expected the columns {self.columns} (docs/data.md, Formats)"
+        return f"Expected rows like {self.example}"
 
 
 def check_text(row: Row, key: str) -> str | None:
@@ -163,12 +172,15 @@ def is_labelled(row: Row) -> bool:
     return "label" in row and "answer" not in row
 
 
-LANGUAGE_MODELING = Contract("language modeling", "text", '{"text": "..."}', lambda row: check_text(row, "text"))
+LANGUAGE_MODELING = Contract(
+    "language modeling", "text", '{"text": "..."}', lambda row: check_text(row, "text"), "text"
+)
 DEMONSTRATION = Contract(
     "prompt-completion or messages",
     "demonstration",
     '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
     check_demonstration,
+    "prompt, completion (or question, answer; or instruction, output)",
 )
 PREFERENCE = Contract(
     "preference",
@@ -176,6 +188,10 @@ PREFERENCE = Contract(
     '{"prompt": [{"role": "user", "content": "..."}], "chosen": [{"role": "assistant", "content": "..."}], '
     '"rejected": [{"role": "assistant", "content": "..."}]}',
     check_preference,
+    "prompt, chosen, rejected",
+)
+PROMPT_ONLY = Contract(
+    "prompt-only", "prompt", '{"prompt": [{"role": "user", "content": "..."}]}', check_prompt, "prompt"
 )
 RATED = Contract(
     "unpaired preference",
@@ -183,11 +199,12 @@ RATED = Contract(
     '{"prompt": [{"role": "user", "content": "..."}], "completion": [{"role": "assistant", "content": "..."}], '
     '"label": true}',
     check_rated,
+    "prompt, completion, label",
 )
-PROMPT_ONLY = Contract("prompt-only", "prompt", '{"prompt": [{"role": "user", "content": "..."}]}', check_prompt)
 QUESTION = Contract(
     "question with its answer",
     "question",
     '{"prompt": [{"role": "user", "content": "..."}], "answer": "..."}',
     check_question,
+    "question, answer (or prompt, answer)",
 )

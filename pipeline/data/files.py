@@ -2,7 +2,7 @@
 
 .jsonl .ndjson        one JSON object a line
 .json                 a list of objects, held in memory whole (or one a line, as some .json files are)
-.csv .tsv .parquet    a row a row
+.csv .tsv .parquet    a row a row; a .csv may have semicolons or tabs
 .txt .md .rst         documents: a file is one, unless form feeds or lines of a lone % part it; `format: lines` makes
                       every line one
 ... .gz .zst          any of these, compressed
@@ -23,7 +23,6 @@ import json
 import os
 import re
 import string
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,19 +31,16 @@ from typing import Any
 from pipeline.data import hub
 from pipeline.data.contracts import Row
 from pipeline.data.dialogues import Unreadable
+from pipeline.data.tables import KNOWN_COLUMNS, STRAY, Placed, not_utf8, read_table, refuse_constant
 from pipeline.disk.atomic import sha256_of_file
 from pipeline.errors import UserError
 
-Placed = tuple[str, Row | Unreadable]
 LINES, LISTS, TABLES, TEXTS = {".jsonl", ".ndjson"}, {".json"}, {".csv", ".tsv"}, {".txt", ".md", ".rst", ".text"}
 PACKED = {".gz", ".zst"}
 ENDINGS = LINES | LISTS | TABLES | TEXTS | {".parquet"}
 PARTS = re.compile(r"\f|^%[ \t]*\r?$", re.MULTILINE)
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-STRAY = re.compile("[\udc80-\udcff]")
 SPLIT = re.compile(r"(train|test|validation|valid|dev|eval)([-_.]|$)", re.IGNORECASE)
-NESTED = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "tools", "history")
-"""Columns of a table whose text may be a JSON list of messages."""
 LONGEST_DOCUMENT = 1 << 27
 """Characters of one document; more is a file of many that nothing parts."""
 
@@ -67,7 +63,11 @@ def read_placed(path: str, split: str, lines: bool, encoding: str = "utf-8") -> 
             raise UserError(f"{path}: data.split is '{split}', but a single file has no splits; name the file instead")
         yield from _read_file(local, lines, encoding)
     else:
-        raise UserError(f"{path}: no such file (looked in {Path.cwd()})")
+        raise UserError(no_such_file(path))
+
+
+def no_such_file(path: str) -> str:
+    return f"{path}: no such file (looked in {Path.cwd()})"
 
 
 def hash_content(path: str) -> str:
@@ -80,7 +80,7 @@ def hash_content(path: str) -> str:
         names = "".join(f"{at.relative_to(local)} {sha256_of_file(at)}\n" for at in listed if at.is_file())
         return hashlib.sha256(names.encode()).hexdigest()
     if not is_hub_id(path):
-        raise UserError(f"{path}: no such file (looked in {Path.cwd()})")
+        raise UserError(no_such_file(path))
     return f"hub:{hub.find_commit(path)}"
 
 
@@ -143,7 +143,7 @@ def _read_file(file: Path, lines: bool, encoding: str) -> Iterator[Placed]:
         elif ending in LISTS:
             yield from _read_list(file, encoding)
         elif ending in TABLES:
-            yield from _read_table(file, encoding)
+            yield from read_table(file, _read_lines(file, encoding), tabs=ending == ".tsv")
         else:
             yield from _read_documents(file, encoding)
     except UnicodeError as error:
@@ -181,12 +181,12 @@ def _parse_lines(file: Path, encoding: str, parse: Callable[[str], Row | Unreada
         if line.strip(string.whitespace):
             stray = STRAY.search(line)
             at_byte = len(line[: stray.start()].encode()) if stray else 0
-            yield f"{file}:{number}", _not_utf8(f"byte {at_byte} of the line") if stray else parse(line)
+            yield f"{file}:{number}", not_utf8(f"byte {at_byte} of the line") if stray else parse(line)
 
 
 def _parse_object(line: str) -> Row | Unreadable:
     try:
-        row = json.loads(line.rstrip("\n"), parse_constant=_refuse_constant)
+        row = json.loads(line.rstrip("\n"), parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         return Unreadable(f"is broken JSON: {error}")
     return _check_object(row) if SURROGATE.search(line) or not isinstance(row, dict) else row
@@ -202,24 +202,16 @@ def _check_object(row: Any) -> Row | Unreadable:
     return row
 
 
-def _not_utf8(where: str) -> Unreadable:
-    return Unreadable(
-        f"holds bytes that are not UTF-8 ({where}): name their encoding as data.encoding, for example latin-1"
-    )
-
-
-def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is not JSON")
-
-
 def _read_list(file: Path, encoding: str) -> Iterator[Placed]:
     """A list of objects; one that begins with an object has one a line."""
-    if next((line for line in _read_lines(file, encoding) if line.strip()), "").lstrip().startswith("{"):
+    first = next((line for line in _read_lines(file, encoding) if line.strip()), "")
+    if first.lstrip().startswith("{"):
+        _refuse_wrapped(file, first, encoding)
         yield from _parse_lines(file, encoding, _parse_object)
         return
     text = "".join(_read_lines(file, encoding))
     try:
-        rows = json.loads(text, parse_constant=_refuse_constant)
+        rows = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is broken JSON: {error}") from error
     if not isinstance(rows, list):
@@ -227,49 +219,25 @@ def _read_list(file: Path, encoding: str) -> Iterator[Placed]:
     has_stray = STRAY.search(text) is not None
     for number, row in enumerate(rows, 1):
         torn = has_stray and STRAY.search(json.dumps(row, ensure_ascii=False))
-        yield f"{file}[{number}]", _not_utf8("somewhere in the row") if torn else _check_object(row)
+        yield f"{file}[{number}]", not_utf8("somewhere in the row") if torn else _check_object(row)
 
 
-def _read_table(file: Path, encoding: str) -> Iterator[Placed]:
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(
-        _read_lines(file, encoding), delimiter="\t" if _ending(file) == ".tsv" else ",", strict=True
-    )
-    columns = reader.fieldnames or []
-    if STRAY.search("".join(columns)):
-        raise UserError(f"{file}:1: the header {_not_utf8('in a name')}")
-    if len(set(columns)) < len(columns):
-        raise UserError(f"{file}:1: two columns have the same name: {', '.join(columns)}")
-    last = 1
+def _refuse_wrapped(file: Path, first: str, encoding: str) -> None:
+    """Raises UserError for a file that is one object around the list of rows."""
     try:
-        for row in reader:
-            # A quoted field runs over several lines; the row is named by its first.
-            place, last = f"{file}:{last + 1}", reader.line_num
-            if torn := next((column for column, text in row.items() if STRAY.search(str(text))), None):
-                yield place, _not_utf8(f"column '{torn}'")
-            elif None in row:
-                yield place, Unreadable("has more fields than the header")
-            elif None in row.values():
-                yield place, Unreadable("has fewer fields than the header")
-            else:
-                yield place, {column: _parse_cell(column, text) for column, text in row.items()}
-    except csv.Error as error:
-        raise UserError(
-            f"{file}:{last + 1}: a quote opens here and is not closed as CSV requires ({error}). "
-            "Double the quotes inside a field, or use .jsonl"
-        ) from error
-
-
-def _parse_cell(column: str, text: str) -> Any:
-    """A table holds text; messages are read out of it, and so is a label that is true or false."""
-    if column in ("label", "kto_tag") and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if column in NESTED and text.startswith("[{"):
+        whole = json.loads(first)
+    except (ValueError, RecursionError):
         try:
-            return json.loads(text, parse_constant=_refuse_constant)
+            whole = json.loads("".join(_read_lines(file, encoding)))
         except (ValueError, RecursionError):
-            return text
-    return text
+            return  # one object a line, and the first is broken
+    lists = [key for key, value in whole.items() if isinstance(value, list) and key not in KNOWN_COLUMNS]
+    if len(lists) == 1 and not whole.keys() & KNOWN_COLUMNS and isinstance((whole[lists[0]] or [0])[0], dict):
+        key = lists[0]
+        raise UserError(
+            f"{file} is one object, with the rows inside it under '{key}'. Save that list alone, for example: "
+            f"jq '.\"{key}\"' {file} > rows.json"
+        )
 
 
 def _read_documents(file: Path, encoding: str) -> Iterator[Placed]:
@@ -295,7 +263,7 @@ def _make_document(file: Path, line: int, text: str) -> Iterator[Placed]:
     if text.strip():
         start = line + text[: len(text) - len(text.lstrip())].count("\n")
         stray = STRAY.search(text)
-        torn = stray and _not_utf8(f"line {line + text.count(chr(10), 0, stray.start())}")
+        torn = stray and not_utf8(f"line {line + text.count(chr(10), 0, stray.start())}")
         yield f"{file}:{start}", torn or {"text": text.strip("\r\n")}
 
 

@@ -63,7 +63,8 @@ class DataSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str | None = None
-    """Training rows: a file or folder (see data/files.py), or the id of a data set on the Hub (owner/name)."""
+    """Training rows: a file or folder (see data/files.py), or the id of a data set on the Hub (owner/name).
+    Paths count from the folder in which a command is typed."""
     mix: list[Part] | None = Field(default=None, min_length=1)
     """Several sources instead of one path, each with its weight or epochs."""
     test: str | int | float | None = None
@@ -163,7 +164,7 @@ def read_source(path: str, contract: Contract, spec: DataSpec, part: Part | None
         elif part.limit and len(rows) >= part.limit:
             break
     if not rows and not source.reasons:
-        raise UserError(f"{path} is empty. Expected rows like {contract.example}")
+        raise UserError(f"{path} is empty. {contract.expected(path)}")
     if source.reasons and (stop or not rows):
         raise UserError(refusal(source, contract, none_left=not rows))
     return source
@@ -288,4 +289,4 @@ def refusal(source: Source, contract: Contract, none_left: bool = False) -> str:
     lines += [f"  {entry['place']}: {entry['reason']}" for entry in first]
     lines += [f"  ... and {total - len(first)} more"] if total > len(first) else []
     advice = "Correct the rows, or set on_bad_row: skip in the stage's data section to go on without them."
-    return "\n".join([*lines, f"Expected rows like {contract.example}", advice])
+    return "\n".join([*lines, contract.expected(source.path), advice])

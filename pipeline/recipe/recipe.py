@@ -7,13 +7,14 @@ before torch is imported.
 from __future__ import annotations
 
 import graphlib
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from pipeline.data.files import hash_content
+from pipeline.data.files import hash_content, is_hub_id, no_such_file
 from pipeline.data.load import DataSpec
 from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, digest, sha256_of_file
@@ -36,6 +37,9 @@ class Recipe:
 
     spec: RecipeSpec
     tree: Json
+    file: str = "recipe"
+    lines: Json = field(default_factory=dict, compare=False)
+    """Of each dotted key in that file, for messages."""
 
     @property
     def name(self) -> str:
@@ -96,6 +100,7 @@ class Recipe:
         model = self.model_parts()
         parts: dict[str, Json] = {}
         for name in self.order():
+            self.check_files(name)
             section = self.stages[name]
             data, from_ = section.data, section.from_ or ""
             train = {key: value for key, value in section.train.items() if key not in RUNTIME_WORDS}
@@ -118,6 +123,22 @@ class Recipe:
                 "parents": parents,
             }
         return parts
+
+    def check_files(self, stage: str) -> None:
+        """Raises UserError with the recipe's line and key for a file of rows that is not there."""
+        section = self.stages[stage]
+        named: list[tuple[str, object]] = [
+            ("data.mix" if section.data.mix else "data.path", part.path) for part in section.data.parts()
+        ]
+        named += [("data.test", section.data.test), ("questions", section.question_file())]
+        for key, file in named:
+            if isinstance(file, str) and not os.path.exists(file) and not is_hub_id(file):
+                raise UserError(
+                    f"{self._place(f'stages.{stage}.{key}')}: {beside(self.file, file)}{no_such_file(file)}"
+                )
+
+    def _place(self, key: str) -> str:
+        return f"{self.file}:{self.lines[key]}: {key}" if key in self.lines else f"{self.file}: {key}"
 
     def measured_on(self, stage: str) -> dict[str, str]:
         """The hashes of files that a stage is measured on and does not learn from. When one changes, the finished stage
@@ -170,7 +191,7 @@ def build(
     for text in overrides:
         tree = yaml.override(tree, text)
     try:
-        recipe = Recipe(sections.check(tree), tree)
+        recipe = Recipe(sections.check(tree), tree, path, lines or {})
         try:
             recipe.order()
         except graphlib.CycleError as error:
@@ -179,6 +200,12 @@ def build(
     except ValidationError as error:
         raise UserError(sections.locate(error, path, lines or {})) from None
     return recipe
+
+
+def beside(recipe: str, file: str) -> str:
+    """Where a missing file may be meant to lie."""
+    there = os.path.join(os.path.dirname(recipe), file)
+    return f"a file of that name is beside the recipe: {there}. " if os.path.exists(there) else ""
 
 
 def _settings(data: DataSpec) -> Json:

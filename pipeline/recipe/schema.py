@@ -26,6 +26,7 @@ from pipeline.stages.arguments import NUMBERS, WHY_NOT, ConfigClass, defaults, e
 from pipeline.stages.stage import RewardTerm, StageSpec
 
 DRAFT = "http://json-schema.org/draft-07/schema#"
+TITLE = "A OneBase recipe"
 PLACE = "#/definitions/{model}"
 
 
@@ -50,8 +51,8 @@ def make_schema() -> Json:
     properties["train"] |= _shared_arguments()
     properties["stages"] = _stages()
     properties["expect"] |= {"additionalProperties": {"anyOf": [_comparison(), _comparisons()]}}
-    whole |= {"title": "A OneBase recipe", "definitions": definitions}
-    return {"$schema": DRAFT, **_plain(whole)}
+    whole |= {"definitions": definitions}
+    return {"$schema": DRAFT, "title": TITLE, **_plain(whole)}
 
 
 def _describe(schema: Json, model: type[BaseModel]) -> None:

@@ -50,7 +50,7 @@ class RecipeSpec(BaseModel):
     @classmethod
     def _name_is_a_folder(cls, name: str) -> str:
         if not NAME.fullmatch(name):
-            raise ValueError("letters, digits, - and _ only, at most 100: it becomes a folder below runs/")
+            raise ValueError("a-z, A-Z, 0-9, - and _ only, at most 100: it becomes a folder below runs/")
         return name
 
     @model_validator(mode="before")
@@ -65,7 +65,7 @@ class RecipeSpec(BaseModel):
         stages, known = {}, frozenset[str]()
         for name, section in tree["stages"].items():
             if not NAME.fullmatch(str(name)):
-                limits = "a stage's name has letters, digits, - and _ only, at most 100: it becomes a folder"
+                limits = "a stage's name has a-z, A-Z, 0-9, - and _ only, at most 100: it becomes a folder"
                 raise complaint(limits, "stages", name)
             stages[name] = section
             if not isinstance(section, dict):

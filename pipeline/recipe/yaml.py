@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,16 @@ def load(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
 
     Raises UserError with file and line if the file is not a YAML mapping.
     """
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder: name its recipe, for example {os.path.join(path, 'recipe.yaml')}")
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no text in UTF-8, so it is no recipe") from None
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path} (looked in {Path.cwd()})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     return parse(text, str(path))
 
 

@@ -11,6 +11,7 @@ from pipeline.stages.stage import Rows
 def load_rows(recipe: Recipe, stage: str) -> tuple[Rows, list[Source]]:
     """A stage's rows, checked; and the files they came from, which know what was refused."""
     section = recipe.stages[stage]
+    recipe.check_files(stage)
     split = read_split(section.data, recipe.kind(stage).contract, recipe.spec.seed)
     section.check_rows(split.train, split.test)
     file = section.question_file()

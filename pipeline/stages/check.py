@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import logging
 import os
 import tempfile
@@ -83,6 +84,7 @@ def check_base(model: ModelSpec, stages: dict[str, StageSpec]) -> None:
 
     if model.base.endswith(".gguf"):  # what architecture that is, only its weights' file tells
         return
+    check_weights(Path(model.base))
     headed = [name for name, spec in stages.items() if STAGES[spec.kind].score_head]
     packed = [name for name, spec in stages.items() if STAGES[spec.kind].arguments(spec).get("packing")]
     try:
@@ -112,6 +114,29 @@ def check_base(model: ModelSpec, stages: dict[str, StageSpec]) -> None:
     mixing = {*config.get("layer_types", ()), *(config.get("text_config") or {}).get("layer_types", ())} - ATTENDING
     if packed and mixing:
         raise UserError(unpackable(packed[0], f"{model.base} has {', '.join(sorted(mixing))} layers"))
+
+
+def check_weights(folder: Path) -> None:
+    """Raises UserError for a file of weights in a local folder that is cut short or missing, by its header alone."""
+    for file in sorted(folder.glob("*.safetensors")):
+        size, needed = file.stat().st_size, 0
+        try:
+            with file.open("rb") as bytes_:
+                length = int.from_bytes(bytes_.read(8), "little")
+                header = json.loads(bytes_.read(min(length, size)))
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+            needed = 8 + length + max(ends, default=0)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            needed = -1
+        if size != needed:
+            raise UserError(f"model.base: {file} is damaged or not whole: it has {size} bytes. Fetch the model again")
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f"model.base: {index} is damaged. Fetch the model again") from None
+        if missing := [name for name in named if not (folder / name).is_file()]:
+            raise UserError(f"model.base: {folder} lacks {missing[0]}, which {index.name} names. Fetch the model again")
 
 
 @cache

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from make_tiny_base import make_tiny_base
 
 from pipeline.disk.atomic import digest
 from pipeline.disk.manifest import Data, Manifest, Parent, Parts
+from pipeline.language.say import speak
 from pipeline.recipe.recipe import Recipe
 
 
@@ -35,6 +37,12 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _in_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("ONEBASE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _in_english() -> Iterator[None]:
+    yield
+    speak("en")  # whatever a test has asked for
 
 
 def head(file: str, rows: int, to: Path) -> str:

@@ -113,7 +113,7 @@ def test_numbers_equal_scikit_learns(several: bool) -> None:
 
 def test_from_rows_to_the_report(tiny_base: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_base, tmp_path, write(tmp_path, rows(60)), class_weights="balanced")
-    assert "sound, 1 stages: classify" in onebase(ROOT, tmp_path, "check", recipe)
+    assert "sound, 1 stage: classify" in onebase(ROOT, tmp_path, "check", recipe)
     assert "classify (classify)" in onebase(ROOT, tmp_path, "data", recipe)
     assert "classify" in onebase(ROOT, tmp_path, "plan", recipe, "--gpu", "rtx3060")
     onebase(ROOT, tmp_path, "run", recipe)

@@ -299,4 +299,4 @@ def test_a_base_on_the_hub_is_loaded_at_the_commit_it_was_fingerprinted_at(
     hub.stop()
     alone = {**machine, "HF_HUB_OFFLINE": "1"}
     again = onebase(alone, "run", str(recipe), "--runs", str(tmp_path / "runs"))
-    assert "nothing to do" in again.stdout, again.stderr
+    assert "Nothing to do" in again.stdout, again.stderr

@@ -35,7 +35,7 @@ def test_a_stage_is_one_file_and_one_line(with_toy: Path, tiny_base: Path, tmp_p
     tree["stages"] = {"toy": {"data": data, "train": {"max_steps": 3}}}
     tree["train"], tree["expect"] = {}, {"toy.loss": "< 100"}
     recipe = str(write_recipe(tree, tmp_path / "recipe.yaml"))
-    assert "sound, 1 stages: toy" in onebase(with_toy, with_toy, "check", recipe)
+    assert "sound, 1 stage: toy" in onebase(with_toy, with_toy, "check", recipe)
     assert "toy" in onebase(with_toy, with_toy, "plan", recipe, "--gpu", "rtx3060")
     onebase(with_toy, with_toy, "run", recipe)
     manifest = json.loads((with_toy / "runs" / "tiny" / "toy" / "manifest.json").read_text())

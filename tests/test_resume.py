@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from conftest import ROOT, tiny_tree, write_recipe
 
-from pipeline.disk.artifact import Artifact, mark_checkpoint
 from pipeline.cli import app
+from pipeline.disk.artifact import Artifact, mark_checkpoint
 from pipeline.disk.atomic import digest, write_json
 from pipeline.errors import UserError
 from pipeline.recipe.recipe import read

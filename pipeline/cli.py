@@ -29,6 +29,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=help.print_version, is_eager=True)] = False,
+) -> None:
+    pass
+
+
 bringing.add_to(app)
 publishing.add_to(app)
 
@@ -96,8 +105,7 @@ def data(
     else:
         faults = show_examination(chain, names, runs, as_json, make_console())
     if faults:
-        many = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise UserError(f"{many} in the data, listed above: a run would stop there")
+        raise UserError("faults in the data, listed above: a run would stop there")
 
 
 @command(app, "plan", "onebase plan my.yaml --gpu rtx3060")

@@ -64,8 +64,9 @@ def test_the_time_is_told_before_the_first_stage_and_comes_near(
     rows = {name: load_rows(first.recipe, name)[0] for name in first.recipe.order()}
     expected = estimate(first.recipe, first.runs, rows, set(), "2").whole
     assert first.seconds / 4 < expected < 2 * first.seconds  # beside other work a run takes longer
-    pattern = r"sft  step \d+/8  loss .* 0:\d\d left, the run about (\d+):(\d\d)$"
-    left = re.findall(pattern, first.terminal, re.MULTILINE)
+    left = re.findall(
+        r"sft  step \d+/8  loss .* 0:\d\d left, the run about (\d+):(\d\d)$", first.terminal, re.MULTILINE
+    )
     assert left and all(int(minutes) * 60 + int(rest) < first.seconds for minutes, rest in left)
 
 

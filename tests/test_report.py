@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,7 +25,7 @@ from pipeline.disk import metrics
 from pipeline.disk.atomic import digest, write_json
 from pipeline.disk.manifest import Data, SourceCounts
 from pipeline.errors import UserError
-from pipeline.evaluate import arena, measures, results
+from pipeline.evaluate import arena, measures, results, verdicts
 from pipeline.evaluate.measure import Measure
 from pipeline.evaluate.plan import plan
 from pipeline.evaluate.stored import Link, Results, Verdict, read_results
@@ -383,6 +384,18 @@ def test_identical_inputs_give_identical_bytes_but_for_the_date(run: tuple[Recip
     for before, after in zip(first, second, strict=True):
         differing = [(a, b) for a, b in zip(before.splitlines(), after.splitlines(), strict=True) if a != b]
         assert len(differing) == 1 and "Made on 2026-01-01" in differing[0][0]
+
+
+def test_nothing_is_claimed_of_a_few_held_out_rows(evaluated: Results) -> None:
+    def of_five(found: dict[str, Any]) -> dict[str, Any]:
+        return {name: {key: replace(known, n=5) for key, known in told.items()} for name, told in found.items()}
+
+    few = {"numbers": of_five(evaluated.numbers), "changes": of_five(evaluated.changes), "arenas": {}}
+    found = verdicts.find(evaluated.model_copy(update=few))
+    for name in ("pretrain", "sft", "dpo"):
+        assert found[name].word == "unclear" and "oo few to rely on" in found[name].text and "5" in found[name].text
+        assert "Better" not in found[name].text
+    assert opening.best(evaluated, found)[0] == "No stage is shown to be better than the base"
 
 
 def test_verdicts_follow_the_planted_truth(evaluated: Results) -> None:

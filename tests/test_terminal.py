@@ -227,6 +227,17 @@ def test_each_answer_keeps_the_name_of_who_gave_it(sealed: tuple[Path, Path], co
     assert all(columns - 2 <= cell_len(line) <= columns and line.endswith("…") for line in lines)
 
 
+def test_outside_the_clone_the_recipes_are_said_to_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in (["ls"], ["cp", "quickstart", "x.yaml"]):
+        monkeypatch.setattr(sys, "argv", ["onebase", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2 and "no recipes here: they lie in the folder recipes/" in capfd.readouterr().err
+
+
 def test_json_of_plan_holds_what_was_planned(
     sealed: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,8 +286,7 @@ def test_the_bar_is_one_line_and_none_where_codes_are_not_wanted(columns: int) -
 
     bar = make_bar(console(TERM="xterm"))
     assert bar
-    note = "loss 1.2345 23456 tok/s"
-    bar.add_task("pretrain", total=12345, completed=6789, note=note, whole=", the run about 112:34")
+    bar.add_task("pretrain", total=12345, completed=6789, note="loss 1.2345 23456 tok/s", whole=", the run about 99:59")
     shown = Console(file=io.StringIO(), width=columns)
     shown.print(bar.get_renderable())
     (line,) = shown.file.getvalue().splitlines()  # type: ignore[attr-defined]

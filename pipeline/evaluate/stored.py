@@ -188,6 +188,11 @@ class Results(Written):
         written = self.model_dump()
         return {**written, "digest": digest([RESULTS, written])}
 
+    @property
+    def rewarded(self) -> bool:
+        """Whether anything here is paid."""
+        return any("reward" in numbers for numbers in self.numbers.values())
+
     def columns(self) -> dict[str, Numbers]:
         """The numbers of every policy, as a table has them; the base with examples stands beside the base without."""
         columns: dict[str, Numbers] = {}

@@ -29,6 +29,9 @@ BETTER, WORSE, UNCLEAR, WARNING = "better", "worse", "unclear", "warning"
 UNSHOWN = "unshown"
 """It rose in what it was trained on, and in nothing else."""
 
+FEW = 20
+"""Held-out rows below which a change is told and nothing is claimed of it: so few are often alike."""
+
 
 def find(results: Results) -> dict[str, Verdict]:
     """Of every stage, in the language that is spoken."""
@@ -71,16 +74,27 @@ def _loss(results: Results, name: str, metric: Metric) -> Verdict:
     if change is None:
         return _nothing_held_out()
     before, after = (results.numbers[policy][metric.name].value for policy in (parent, name))
+    values = {
+        "n": change.n,
+        "label": metric.heading,
+        "before": metric.number(before),
+        "after": metric.number(after),
+        "change": metric.change(change),
+        "was": f"{perplexity(before):.1f}",
+        "now": f"{perplexity(after):.1f}",
+    }
+    if _too_few(change):
+        text = say(
+            "On {n} held-out rows: too few to rely on. {label}: {before} to {after} ({change}), perplexity {was} to "
+            "{now}.",
+            **values | {"label": _capital(metric.heading)},
+        )
+        return Verdict(word=UNCLEAR, text=text)
     word = metric.word(change) or UNCLEAR
     text = say(
-        "{compared} on held-out rows, {label}: {before} to {after} ({change}), perplexity {was} to {now}.",
+        "{compared} on {n} held-out rows, {label}: {before} to {after} ({change}), perplexity {was} to {now}.",
         compared=_compared(word, parent),
-        label=metric.heading,
-        before=metric.number(before),
-        after=metric.number(after),
-        change=metric.change(change),
-        was=f"{perplexity(before):.1f}",
-        now=f"{perplexity(after):.1f}",
+        **values,
     )
     return Verdict(word=word, text=text)
 
@@ -89,14 +103,20 @@ def _questions(results: Results, name: str) -> Verdict:
     asked, parent = QUESTION_ACCURACY, results.parents[name]
     change = results.changes[name][asked.name]
     before, after = (results.numbers[policy][asked.name] for policy in (parent, name))
+    values = {
+        "before": asked.written(before.value),
+        "after": asked.written(after.value),
+        "n": after.n,
+        "change": asked.change(change),
+    }
+    if _too_few(after):
+        text = say("On {n} questions: too few to rely on. {before} to {after} answered right ({change}).", **values)
+        return Verdict(word=UNCLEAR, text=text)
     word = asked.word(change) or UNCLEAR
     text = say(
         "{compared}: {before} to {after} of {n} questions answered right ({change}).",
         compared=_compared(word, parent),
-        before=asked.written(before.value),
-        after=asked.written(after.value),
-        n=after.n,
-        change=asked.change(change),
+        **values,
     )
     return Verdict(word=word, text=text)
 
@@ -150,6 +170,9 @@ def _reward(found: RewardModel | None) -> Verdict:
         words=SHARE.written(found.bag_of_words.value),
         error=f"{found.ece:.2f}",
     )
+    if _too_few(found.accuracy):
+        told = say("On {n} held-out pairs: too few to rely on. {text}", n=found.accuracy.n, text=text)
+        return Verdict(word=UNCLEAR, text=told)
     if found.flags:
         flags = say(" and ").join(say_again(flag) for flag in found.flags)
         return Verdict(word=WARNING, text=say("{text} It {flags}.", text=text, flags=flags))
@@ -169,11 +192,15 @@ def _preference_trained(results: Results, name: str) -> Verdict:
     numbers, changes = results.numbers[name], results.changes[name]
     stage = next(stage for stage in results.chain if stage.name == name)
     told: dict[str, list[str]] = {BETTER: [], WORSE: [], UNCLEAR: []}
+    few: list[str] = []
     learnt: list[str] = []
     """What has risen of that which it was trained on."""
 
-    def tell(word: str, said: str, own: bool) -> None:
-        (learnt if own and word == BETTER else told[word]).append(said)
+    def tell(word: str, said: str, own: bool, found: Estimate) -> None:
+        if _too_few(found):
+            few.append(say("{said} (n {n})", said=said, n=found.n))
+        else:
+            (learnt if own and word == BETTER else told[word]).append(said)
 
     for judge in sorted(arenas, key=lambda judge: {"judge": 0, "truth": 1}.get(judge, 2)):
         rate = arenas[judge].wins.get(name, {}).get(parent)
@@ -182,7 +209,7 @@ def _preference_trained(results: Results, name: str) -> Verdict:
             said = say("wins {rate} {by}", rate=SHARE.shown(rate), by=judged_by(judge))
             said = say("{said}, {why}", said=said, why=say_again(why)) if why else said
             low, high = rate.low or 0.0, 1.0 if rate.high is None else rate.high
-            tell(BETTER if low > 0.5 else WORSE if high < 0.5 else UNCLEAR, said, bool(why))
+            tell(BETTER if low > 0.5 else WORSE if high < 0.5 else UNCLEAR, said, bool(why), rate)
     asked = {QUESTION_ACCURACY: QUESTION_ACCURACY.said}
     if not arenas:
         asked[PREFERENCE_ACCURACY] = say("the better answer is likelier")
@@ -192,13 +219,15 @@ def _preference_trained(results: Results, name: str) -> Verdict:
             own = metric.name == kind.raises or (metric is PREFERENCE_ACCURACY and kind.contract is RATED)
             said = say("{label} {change}", label=label, change=metric.change(change))
             said = say("{said}, which is what {kind} trains", said=said, kind=stage.kind) if own else said
-            tell(metric.word(change) or UNCLEAR, said, own)
+            tell(metric.word(change) or UNCLEAR, said, own, change)
     flagged = results.over_optimised.get(name)
     if flagged and not learnt:  # the mean has risen where the win rate has not
         learnt.append(say("mean reward {change}", change=REWARD.change(changes["reward"])))
-    if not any(told.values()) and not learnt:
+    if not any(told.values()) and not learnt and not few:
         return Verdict(word=UNCLEAR, text=say("Nothing held out to judge it by: give it a data.test or questions."))
     after = []
+    if few:
+        after.append(say("Too few to rely on: {told}.", told=_several(few)))
     if told[UNCLEAR]:
         after.append(say("Within chance: {told}.", told=_several(told[UNCLEAR])))
     if "kl" in numbers:
@@ -267,6 +296,10 @@ def _truth_gain(section: StageSpec, after: Mapping[str, float]) -> Estimate | No
     name, scale = (f"reward/{truth.source}_gain", 1.0) if len(terms) > 1 else ("reward_gain", truth.weight)
     found = Estimate.among(after, name)
     return found.scaled(1 / scale) if found and scale > 0 else None
+
+
+def _too_few(found: Estimate) -> bool:
+    return 0 < found.n < FEW  # 0: not known
 
 
 def judged_by(judge: str) -> str:

@@ -222,5 +222,6 @@ def _templates() -> jinja2.Environment:
     found.filters["say_again"] = say_again
     found.globals |= {"say": _say, "say_again": say_again}
     found.globals |= {"judge_name": sentences.judge_name, "word_shown": opening.word_shown}
+    found.globals |= {"of_the_picture": sentences.of_the_picture}
     found.globals |= {"of_the_judge": sentences.of_the_judge}
     return found

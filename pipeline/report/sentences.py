@@ -85,11 +85,24 @@ def of_best_of_n(curve: Curve) -> str:
     )
 
 
+def of_the_picture(name: str) -> str:
+    """What stands for a picture where it is not seen."""
+    what, _, of = name.partition("-")
+    known = {
+        "training": say("training of {of}", of=of),
+        "path": say("the way of {of}", of=of),
+        "calibration": say("calibration of {of}", of=of),
+        "scores": say("scores of {of}", of=of),
+        "lengths": say("lengths of answers"),
+    }
+    return known.get(what, name)
+
+
 def of_the_cost(costs: list[Json], device: str) -> str:
     energy = next((row["energy_of"] for row in costs if row["energy"] is not None), None)
     told = say(
         "On {device}; peak memory is the {memory}. Tokens of padding not counted.",
-        device=device,
+        device=say_again(device),
         memory=say_again(costs[0]["peak_is"]),
     )
     if energy is None:

@@ -223,13 +223,17 @@ def _measure_cost(started: float, meter: Meter) -> Cost:
     return Cost(
         started=datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         seconds=round(time.time() - started, 1),
-        device=torch.cuda.get_device_name() if cuda else f"cpu ({torch.get_num_threads()} threads)",
+        device=torch.cuda.get_device_name() if cuda else _name_cpu(torch.get_num_threads()),
         peak_memory_mib=round(peak),
         energy_wh=meter.watt_hours(),
         energy_of=meter.of,
         peak_memory_is=kept("CUDA memory allocated") if cuda else kept("resident set of the process"),
         versions=versions.installed(),
     )
+
+
+def _name_cpu(threads: int) -> str:
+    return kept("cpu (1 thread)") if threads == 1 else kept("cpu ({n} threads)", n=threads)
 
 
 def _json_line(value: Json) -> str:

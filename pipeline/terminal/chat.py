@@ -47,6 +47,8 @@ class Chat:
     system: str = ""
     stopped: str = ""
     """The last question, where its answer was stopped: no history holds it, but it can still be corrected."""
+    opening: str = ""
+    """Who answers, as the first line says it."""
     kept: tuple[int, int] | None = None
     """Where in the file the last exchange was kept, from byte to byte: to correct it again replaces it."""
 
@@ -234,14 +236,17 @@ def open_chat(run: Path, policies: list[str], corrections: Path, new_tokens: int
     asked = [name for name in chosen if name != BASE] or there
     model = settle(recipe.spec.model, {name: Artifact(run / name).finished().dtype for name in asked})
     folders = {name: Artifact(run / name).adapter for name in chosen if name != BASE}
-    return Chat(Bench(model, folders, {}, 1.0), chosen, corrections, new_tokens, temperature)
+    unasked = not policies and not there
+    base = Path(recipe.spec.model.base).name
+    opening = f"no stage has finished: you talk to the base, {base}" if unasked else f"{' and '.join(chosen)} of {base}"
+    return Chat(Bench(model, folders, {}, 1.0), chosen, corrections, new_tokens, temperature, opening=opening)
 
 
 def talk(chat: Chat) -> None:
     """In the terminal, until Ctrl-D."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  input() then edits lines, remembers them, and takes any length
-    print(f"{' and '.join(chat.policies)} of {chat.bench.model.config.model_type}; /help lists the commands\n")
+    print(f"{chat.opening}; /help lists the commands\n")
 
     def typed() -> Iterable[str]:
         while True:

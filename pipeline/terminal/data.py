@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -83,7 +84,12 @@ def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 def show_examination(recipe: Recipe, names: list[str], runs: Path, as_json: bool, console: Console) -> list[str]:
     """Examine the named stages' data, keep the figures in the run's folder, show them, and return the faults."""
     found = examine(recipe, names)
-    examination.keep(found, runs / recipe.name)
+    try:
+        examination.keep(found, runs / recipe.name)
+    except OSError as error:
+        raise UserError(
+            f"the figures cannot be kept in {runs / recipe.name} ({error.strerror}); name a folder with --runs DIR"
+        ) from error
     if as_json:
         print_json(found)
     else:
@@ -102,7 +108,7 @@ def show(found: Json, console: Console) -> None:
         print_rows(table, console)
         show_faults(stage["faults"], console)
         for warning in stage["warnings"]:
-            console.print(Text(f"  ! {say_again(warning)}", style="yellow"))
+            console.print(Padding(Text(f"! {say_again(warning)}", style="yellow"), (0, 0, 0, 2)))
         if not stage["warnings"] and not stage["faults"]:
             console.print(Text("  " + say("no problems found"), style="green"))
         console.print()

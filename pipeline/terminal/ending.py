@@ -14,6 +14,7 @@ from pipeline.language.say import say
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.states import states
 from pipeline.terminal.console import make_console
+from pipeline.terminal.recipes import comes_along
 from pipeline.terminal.results import as_typed, show_answers, show_results
 from pipeline.terminal.story import show_story
 
@@ -43,11 +44,12 @@ def show_next(recipe: Recipe, path: str, runs: Path, console: Console) -> None:
     print_line = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     print_line("\n" + say("Adapters, manifests, logs: {folder}", folder=f"{runs / recipe.name}/<stage>/"))
     print_line(say("What to type next:"))
+    named = shlex.split(path)[0]
     talk = [(say("talk to it"), f"onebase chat {shlex.quote(str(runs / recipe.name))}")]
     for what, command in (
         *(talk if any(recipe.kind(name).answers for name in recipe.order()) else []),
-        (say("compare stages"), f"onebase eval {path}"),
+        (say("compare stages") if len(recipe.order()) > 1 else say("measure it"), f"onebase eval {path}"),
         (say("see where it is"), f"onebase status {path}"),
-        (say("make your own"), f"onebase cp {shlex.split(path)[0]} my.yaml"),
+        *([(say("make your own"), f"onebase cp {shlex.quote(named)} my.yaml")] if comes_along(named) else []),
     ):
         print_line(f"  {set_cell_size(what, 17)}{command}")

@@ -11,6 +11,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from pipeline import __version__
+
 TASKS = {
     "Begin": ("env", "ls", "cp", "init", "import"),
     "Before a run": ("check", "data", "plan", "schema"),
@@ -62,7 +64,15 @@ class Group(TyperGroup):
         with formatter.section("Example"):
             _write_rows(formatter, EXAMPLES)
         formatter.write_paragraph()
-        formatter.write_text("onebase COMMAND --help lists the options of a command.")
+        formatter.write_text(
+            "onebase COMMAND --help lists the options of a command; onebase --version names the version."
+        )
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"onebase {__version__}")
+        raise typer.Exit
 
 
 def command(app: typer.Typer, name: str, example: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

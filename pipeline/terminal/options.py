@@ -18,4 +18,6 @@ Overrides = Annotated[
 ]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where runs are kept.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; everything else goes to stderr.")]
-Lang = Annotated[Literal["en", "zh"], typer.Option("--lang", callback=speak, help="Tell it in English or in Chinese.")]
+Lang = Annotated[
+    Literal["en", "zh"], typer.Option("--lang", callback=speak, help="Tell it in English (en) or in Chinese (zh).")
+]

@@ -210,11 +210,18 @@ def _show_table(needs: Needs, console: Console) -> None:
     half = {"bfloat16": "bf16", "float16": "fp16"}.get(needs.dtype, "fp32")
     styles = {"=": "dim", "t": "bold"}
 
+    on_cpu = {"CUDA context, fragments": say("libraries, fragments"), "total on the GPU": say("total memory")}
+    labels = on_cpu if card is None or needs.assumed else {}
+
     def checkpointed(stage: Planned) -> str:
         return say("{n} of {all}", n=stage.work.checkpointed, all=shapes.layers)
 
     rows = [
-        Row(translated(label).replace("bf16", half), [_gib(read(stage)) for stage in stages], styles.get(label[0], ""))
+        Row(
+            labels.get(label, translated(label)).replace("bf16", half),
+            [_gib(read(stage)) for stage in stages],
+            styles.get(label[0], ""),
+        )
         for label, read in ROWS
     ]
     if card:
@@ -231,7 +238,7 @@ def _show_table(needs: Needs, console: Console) -> None:
     print_matrix("", list(needs.stages), rows, console)
     base = shapes.parameters * 2 / 1e9
     notes = [
-        say("Total = what always stays (weights to optimizer) + the largest peak (=) + the context."),
+        say("Total = what always stays (weights to optimizer) + the largest peak (=) + the fragments."),
         say("The base takes {gb} GB more on disk. Lengths are estimated at 4 bytes of text a token.", gb=f"{base:.3g}"),
     ]
     if card and card.teraflops:

@@ -12,6 +12,8 @@ from pipeline.errors import UserError
 from pipeline.recipe.recipe import Recipe, read
 from pipeline.terminal.console import make_console, print_rows
 
+NONE = "no recipes here: they lie in the folder recipes/ of the clone. Type the command there, or name a file"
+
 
 def read_recipe(name: str, overrides: Sequence[str]) -> Recipe:
     """A recipe by its file, or by a name that `onebase ls` shows."""
@@ -35,10 +37,14 @@ def show_recipes() -> None:
     from rich.table import Table
     from rich.text import Text
 
+    found = _recipes()
+    if not found:
+        raise UserError(NONE)
+
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column()
-    for name, path in _recipes().items():
+    for name, path in found.items():
         table.add_row(Text(name), Text(_about(path)))
     print_rows(table, make_console())
 
@@ -46,7 +52,8 @@ def show_recipes() -> None:
 def copy_recipe(name: str, to: Path) -> None:
     source = Path(_find(name))
     if not os.path.isfile(source):
-        raise UserError(f"no recipe '{name}' (there is: {', '.join(_recipes())})")
+        found = _recipes()
+        raise UserError(f"no recipe '{name}' (there is: {', '.join(found)})" if found else NONE)
     target = to / source.name if to.is_dir() else to
     if target.exists():
         raise UserError(f"{target} is there already; choose another name")
@@ -68,6 +75,12 @@ def _recipes() -> dict[str, Path]:
             files = [file for file in sorted(folder.rglob("*.yaml")) if "accelerate" not in file.parts]
             return {str(file.relative_to(folder).with_suffix("")): file for file in files}
     return {}
+
+
+def comes_along(name: str) -> bool:
+    """Whether a recipe is one of OneBase's own."""
+    own = [path.resolve() for path in _recipes().values()]
+    return Path(_find(name)).resolve() in own
 
 
 def _find(name: str) -> str:

@@ -106,8 +106,13 @@ def show_evaluation(results: Results, console: Console) -> None:
         return metric.lines(found) if found else ""
 
     held = results.columns()
+
+    def label(metric: Metric) -> str:
+        known = sorted({numbers[metric.name].n for numbers in held.values() if metric.name in numbers})
+        return say("{label} (n {n})", label=metric.heading, n=" / ".join(map(str, known)))
+
     rows = [
-        Row(metric.heading, [cell(metric, numbers.get(metric.name)) for numbers in held.values()])
+        Row(label(metric), [cell(metric, numbers.get(metric.name)) for numbers in held.values()])
         for metric in METRICS
         if any(metric.name in numbers for numbers in held.values())
     ]

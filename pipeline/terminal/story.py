@@ -86,7 +86,7 @@ def _cost(done: list[Manifest]) -> str:
         "{time} for {stages} on {device}, {memory} GiB of memory at most; {energy}.",
         time=time,
         stages=counted(len(done), "stage"),
-        device=done[-1].device,
+        device=say_again(done[-1].device),
         memory=f"{peak / 1024:.1f}",
         energy=energy,
     )

@@ -164,7 +164,7 @@ def run(
         try:
             done = runner.run(chain, only, from_ or None, runs, launch_config, force)
         except KeyboardInterrupt:
-            print(tell_stopped(chain, runs, " ".join(sys.argv[1:])), file=sys.stderr)
+            tell_stopped(chain, runs, " ".join(sys.argv[1:]))
             raise SystemExit(130) from None
         if done:
             show_ending(chain, recipe, override, runs, write_if_possible(chain, recipe, runs, override))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -29,14 +30,18 @@ def show_ending(recipe: Recipe, path: str, overrides: Sequence[str], runs: Path,
     show_next(recipe, as_typed(path, overrides, runs), runs, console)
 
 
-def tell_stopped(recipe: Recipe, runs: Path, words: str) -> str:
-    """What was said to a run that was stopped, and what comes of it. `words`: what was typed."""
+def tell_stopped(recipe: Recipe, runs: Path, words: str) -> None:
+    """To a person who has stopped a run. `words`: what was typed."""
     if any(state.word == "stopped" for state in states(recipe, runs)):
-        return say("stopped. To go on from there, type the same again: onebase {words}", words=words)
-    return say(
-        "stopped. No checkpoint had been written, so the stage begins anew if you type the same again: onebase {words}",
-        words=words,
-    )
+        again = say("stopped. To go on from there, type the same again: onebase {words}", words=words)
+        print(again, file=sys.stderr)
+    else:
+        anew = say(
+            "stopped. No checkpoint had been written, so the stage begins anew if you type the same again: "
+            "onebase {words}",
+            words=words,
+        )
+        print(anew, file=sys.stderr)
 
 
 def show_next(recipe: Recipe, path: str, runs: Path, console: Console) -> None:

@@ -12,8 +12,6 @@ from pipeline.errors import UserError
 from pipeline.recipe.recipe import Recipe, read
 from pipeline.terminal.console import make_console, print_rows
 
-NONE = "no recipes here: they lie in the folder recipes/ of the clone. Type the command there, or name a file"
-
 
 def read_recipe(name: str, overrides: Sequence[str]) -> Recipe:
     """A recipe by its file, or by a name that `onebase ls` shows."""
@@ -39,7 +37,7 @@ def show_recipes() -> None:
 
     found = _recipes()
     if not found:
-        raise UserError(NONE)
+        raise _none()
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True)
@@ -53,7 +51,7 @@ def copy_recipe(name: str, to: Path) -> None:
     source = Path(_find(name))
     if not os.path.isfile(source):
         found = _recipes()
-        raise UserError(f"no recipe '{name}' (there is: {', '.join(found)})" if found else NONE)
+        raise UserError(f"no recipe '{name}' (there is: {', '.join(found)})") if found else _none()
     target = to / source.name if to.is_dir() else to
     if target.exists():
         raise UserError(f"{target} is there already; choose another name")
@@ -75,6 +73,10 @@ def _recipes() -> dict[str, Path]:
             files = [file for file in sorted(folder.rglob("*.yaml")) if "accelerate" not in file.parts]
             return {str(file.relative_to(folder).with_suffix("")): file for file in files}
     return {}
+
+
+def _none() -> UserError:
+    return UserError("no recipes here: they lie in the folder recipes/ of the clone. Type the command there")
 
 
 def comes_along(name: str) -> bool:

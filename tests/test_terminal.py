@@ -276,7 +276,7 @@ def test_json_of_check_and_compare_and_errors(
     assert found["recipe"] == {"name": ["a", "b"], "seed": [4, 5]} and found["data"] == {}
     assert found["after"] == {"pretrain corpus_loss": [0.5, 0.75]} and found["evaluated"] == [False, False]
     nothing, said = machine("status", "no.yaml", monkeypatch=monkeypatch, capfd=capfd, status=2)
-    assert nothing is None and said.startswith("error: no.yaml")
+    assert nothing is None and said.startswith("error: there is no file no.yaml")
 
 
 @pytest.mark.parametrize("columns", [120, 80, 60, 40])

@@ -55,7 +55,7 @@ def test_a_stage_is_one_file_and_one_line(with_toy: Path, tiny_base: Path, tmp_p
     for wrong, says in (
         ("stages.toy.train.max_step=3", "unknown key; did you mean 'max_steps'"),
         ("stages.toy.train.max_steps=0", "greater than or equal to 1"),
-        ("stages.toy.reward=toy", "a toy stage takes no reward; only ppo may"),
+        ("stages.toy.reward=toy", "a toy stage takes no reward; only ppo, grpo, rejection_sampling may"),
         ("expect.toy={accuracy: '> 0'}", "toy does not give this number"),
     ):
         assert says in onebase(with_toy, with_toy, "check", recipe, "-o", wrong, status=2)

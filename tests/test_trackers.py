@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,10 @@ TO_BOTH = {"report_to": ["trackio", "tensorboard"]}
 
 
 @pytest.fixture(scope="module")
-def trackio_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("trackio")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRACKIO_DIR", str(folder))  # trackio reads it when it is imported
-        for package in ("trackio", "tensorboard"):
-            pytest.importorskip(package, reason="pip install -e '.[dev]'")
-        yield folder
+def trackio_folder() -> Path:
+    for package in ("trackio", "tensorboard"):
+        pytest.importorskip(package, reason="pip install -e '.[dev]'")
+    return Path(os.environ["TRACKIO_DIR"])
 
 
 class Dies(Progress):

@@ -61,6 +61,8 @@ else by a function. Where a word stands beside `yes`, the stage is refused by na
   which GLM stops. It writes no thoughts.
 - **Granite 4**: TRL cannot compute the balance loss of its experts. Set `router_aux_loss_coef: 0.0`.
 - **Gemma 3 (4B to 27B) and Gemma 4** are loaded whole. Their parts that see and hear get no adapter.
+- **Gemma 4 (E2B, E4B)**: its last layers share keys and values. Under activation checkpointing these hold the graph
+  that holds them, so they stay in memory after a step. How much a long run loses has not been measured.
 - **Phi 4 mini**: where a batch has a row longer than 4096 tokens, transformers computes all its rows with the factors
   for long rows.
 - **DeepSeek R1 distills**: the template asks for a thought and leaves thoughts out of the history. SFT teaches the

@@ -64,6 +64,8 @@ def test_advantages_are_scores_within_their_group(scale: Any) -> None:
         group = SCORES[place - place % 4 : place - place % 4 + 4]
         divisor = {"group": statistics.stdev(group) + 1e-4, "batch": spread + 1e-4, "none": 1.0}[scale]
         assert found[place].item() == pytest.approx((score - statistics.mean(group)) / divisor)
+    tenths = torch.tensor([*SCORES[:4], *[0.1] * 4], dtype=torch.float64)
+    assert groups.alike(tenths, 4).tolist() == [False, True]
     left_out = groups.leave_one_out(torch.tensor(SCORES, dtype=torch.float64), 4)
     assert left_out[1].item() == pytest.approx(1.0 - (0.0 + 1.0 + 0.5) / 3)
 

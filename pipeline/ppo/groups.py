@@ -19,9 +19,10 @@ TINY = 1e-4
 """Added to a deviation before it divides, as TRL does."""
 
 
-def deviations(scores_R: Tensor, size: int) -> Tensor:
-    """(R / size,) Of each group's scores: their standard deviation (of a sample: n - 1)."""
-    return scores_R.view(-1, size).std(1)
+def alike(scores_R: Tensor, size: int) -> Tensor:
+    """(R / size,) Whether all answers of a group have one score. Their deviation may be rounding, and not 0."""
+    groups = scores_R.view(-1, size)
+    return groups.amax(1) == groups.amin(1)
 
 
 def advantages(scores_R: Tensor, size: int, scale: Literal["group", "batch", "none"], spread: float) -> Tensor:

@@ -54,7 +54,7 @@ class GRPOTrainer(RolloutTrainer):
 
     def _find_alike(self, rollout: Rollout, by_source: Scores) -> list[int]:
         scores_R = torch.tensor(rewards.total(self.sources, by_source), dtype=torch.float64)
-        return [place for place, value in enumerate(groups.deviations(scores_R, self.copies).tolist()) if value == 0]
+        return groups.alike(scores_R, self.copies).nonzero()[:, 0].tolist()
 
     def _put_in(
         self, rollout: Rollout, by_source: Scores, alike: list[int], others: Rollout, their_scores: Scores
@@ -107,7 +107,7 @@ class GRPOTrainer(RolloutTrainer):
         else:
             advantages_R = groups.advantages(paid_R, self.copies, settings.scale_rewards, spread)
         lengths_R = torch.tensor([len(episode.answer_ids) for episode in episodes], dtype=torch.float64)
-        alike = float((groups.deviations(paid_R, self.copies) == 0).double().sum())
+        alike = groups.alike(paid_R, self.copies).sum().item()
         sums = [lengths_R.sum().item(), (lengths_R * learns_R).sum().item(), kl_R.sum().item(), surprise, alike]
         tokens, learnt, kl, surprise, alike = processes.add_up(sums).tolist()
         batch = []

@@ -23,21 +23,43 @@ from pipeline.errors import Interrupted, UserError
 from pipeline.language.say import in_english
 from pipeline.measure.metric import SHARE, Estimate
 from pipeline.models import adapters
+from pipeline.models.base import load_config
 from pipeline.models.forward import plain_on_cpu
 from pipeline.models.processes import any_process
 from pipeline.ppo import checkpoint as checkpoints
 from pipeline.ppo import held_out
 from pipeline.ppo.actors import POLICY, REFERENCE, VALUE
 from pipeline.ppo.batch import Rollout, Scored
+from pipeline.ppo.invariants import same_tokenizer
 from pipeline.ppo.rewards import adapter_name
 from pipeline.ppo.scoring import Scores, describe
 from pipeline.ppo.settings import CHECKPOINTS_KEPT, RolloutSettings, Sampling
 from pipeline.ppo.trainer import WHOLE_AGAIN, RolloutTrainer
 from pipeline.training.progress import Progress, Snapshots, Stop, keep_newest, note_split, step_of
-from pipeline.training.sequences import Refused, Tally, encode_rows
+from pipeline.training.sequences import Refused, Tally, askable, encode_rows
 
 if TYPE_CHECKING:
     from pipeline.stages.stage import Context
+
+
+def prepare(
+    ctx: Context, tokenizer: PreTrainedTokenizerBase, max_length: int | None, response_length: int, skip: bool
+) -> tuple[Context, dict[str, Artifact], dict[str, Any], Refused]:
+    """What a stage that is paid for its answers needs before its base is loaded: the context with the prompts that can
+    be answered, the reward models by name, counts of the prompts, and those refused.
+
+    Raises UserError for what would stop it later: a reward model of another tokenizer, questions or prompts that the
+    template refuses.
+    """
+    ctx = fill_columns(ctx)
+    models = {parent.name: parent for role, parent in ctx.parents.items() if role.startswith("reward")}
+    for parent in models.values():
+        same_tokenizer(tokenizer, parent)
+    warn_of_length(models)
+    askable(ctx, tokenizer)
+    config = load_config(ctx.model)
+    ctx, counts, refused = leave_out_unrenderable(ctx, tokenizer, max_length, response_length, config, skip)
+    return ctx, models, counts, refused
 
 
 def leave_out_unrenderable(

@@ -117,6 +117,7 @@ def run(spec: KTOSpec, ctx: Context) -> Result:
 
     # base
     set_seed(ctx.seed)
+    ctx.tell_loading()
     base = bases.load_base(ctx.model, tokenizer)
     result.base_digest = bases.frozen_digest(base)
 
@@ -137,12 +138,14 @@ def run(spec: KTOSpec, ctx: Context) -> Result:
     result.invariants |= invariants.rated_reference_is_the_start(trainer)
 
     # train, with the held-out numbers before and after
+    ctx.tell_measuring("before")
     at_start = likelihoods()
     result.before = scoring.ratings(at_start, at_start, good, args.beta)
     result.before |= answers.ask(model, tokenizer, ctx, result.samples, "before")
     trainer.add_callback(Snapshots(ctx, model))
     result.counts |= shared.train(trainer, ctx, spec)
     result.invariants |= invariants.processes_agree(adapters.trainable(model))
+    ctx.tell_measuring("after")
     result.after = scoring.ratings(likelihoods(), at_start, good, args.beta)
     result.after |= answers.ask(model, tokenizer, ctx, result.samples, "after")
 

@@ -100,22 +100,15 @@ def learn_from_answers(spec: RolloutSpec, ctx: Context, trainer_class: type[Roll
     from pipeline.ppo import actors as roles
     from pipeline.ppo import held_out, loop, rewards
     from pipeline.ppo import invariants as handovers
-    from pipeline.training import invariants, sequences
+    from pipeline.training import invariants
     from pipeline.training import trainer as shared
 
     result = Result()
     settings = spec.rollouts()
     sources = [rewards.source(term.source, term.weight, term.truth) for term in spec.reward_terms()]
-    ctx = loop.fill_columns(ctx)
     tokenizer = bases.load_tokenizer(ctx.model)
-    models = {parent.name: parent for role, parent in ctx.parents.items() if role.startswith("reward")}
-    for parent in models.values():
-        handovers.same_tokenizer(tokenizer, parent)
-    loop.warn_of_length(models)
-    sequences.askable(ctx, tokenizer)
-    skip, config = spec.data.on_bad_row == "skip", bases.load_config(ctx.model)
-    limits = settings.max_length, settings.response_length
-    ctx, result.counts, result.refused = loop.leave_out_unrenderable(ctx, tokenizer, *limits, config, skip)
+    limits = settings.max_length, settings.response_length, spec.data.on_bad_row == "skip"
+    ctx, models, result.counts, result.refused = loop.prepare(ctx, tokenizer, *limits)
 
     # base
     set_seed(ctx.seed)

@@ -58,19 +58,13 @@ def run(spec: RejectionSpec, ctx: Context) -> Result:
     result = Result()
     args, settings = shared.arguments(SFTConfig, spec, ctx), spec.sampling_
     sources = [rewards.source(term.source, term.weight, term.truth) for term in spec.reward_terms()]
-    ctx = loop.fill_columns(ctx)
     tokenizer = bases.load_tokenizer(ctx.model)
-    models = {parent.name: parent for role, parent in ctx.parents.items() if role.startswith("reward")}
-    for parent in models.values():
-        handovers.same_tokenizer(tokenizer, parent)
-    loop.warn_of_length(models)
-    sequences.askable(ctx, tokenizer)
-    skip, config = spec.data.on_bad_row == "skip", bases.load_config(ctx.model)
-    limits = args.max_length, settings.response_length
-    ctx, result.counts, result.refused = loop.leave_out_unrenderable(ctx, tokenizer, *limits, config, skip)
+    limits = args.max_length, settings.response_length, spec.data.on_bad_row == "skip"
+    ctx, models, result.counts, result.refused = loop.prepare(ctx, tokenizer, *limits)
 
     # base
     set_seed(ctx.seed)
+    ctx.tell_loading()
     base = bases.load_base(ctx.model, tokenizer)
     result.base_digest = bases.frozen_digest(base)
 
@@ -85,6 +79,7 @@ def run(spec: RejectionSpec, ctx: Context) -> Result:
 
     # before: the held-out numbers
     sampler = answering.Answering(actors, tokenizer, sources, settings, ctx.seed, 2 * args.per_device_train_batch_size)
+    ctx.tell_measuring("before")
     start = held_out.ask(sampler, ctx.data.test or [])
     result.before = held_out.numbers(start)
     result.before |= answers.ask(model, tokenizer, ctx, result.samples, "before")
@@ -116,6 +111,7 @@ def run(spec: RejectionSpec, ctx: Context) -> Result:
 
     # after
     sampler.step = 1
+    ctx.tell_measuring("after")
     end = held_out.ask(sampler, ctx.data.test or [])
     result.after = held_out.numbers(end) | held_out.gain(start, end)
     actors.act_as(roles.POLICY)

@@ -14,7 +14,7 @@ from pipeline.measure.calibration import Bin
 from pipeline.measure.metric import Estimate, Metric
 from pipeline.recipe.recipe import Recipe
 
-RESULTS = 7
+RESULTS = 8
 """Counts up when results.json says something else or in another way."""
 Numbers = dict[str, Estimate]
 """By the name of a metric."""
@@ -85,6 +85,8 @@ class RewardModel(Written):
     """Expected calibration error."""
     scores: dict[str, list[float]]
     flags: list[str]
+    disagreement: Numbers = {}
+    """Of the heads, as heads.disagreement names it; empty where there is one."""
 
 
 class Arena(Written):

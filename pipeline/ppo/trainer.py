@@ -224,16 +224,16 @@ class RolloutTrainer(Answering):
         scores_R = torch.tensor(totals, dtype=torch.float64)
         mean, std = maths.mean_and_std(processes.add_up(maths.moments(scores_R, torch.ones_like(scores_R))))
         ended, empty = sum(e.ended for e in rollout.episodes), sum(not text for text in rollout.texts)
-        sums = processes.add_up([ended, empty, *map(sum, by_source.values())]) / self.settings.batch_size
+        columns = rewards.columns(self.sources, by_source)
+        sums = processes.add_up([ended, empty, *map(sum, columns.values())]) / self.settings.batch_size
         ended, empty, *means = sums.tolist()
-        scores = {f"score/{name}": value for name, value in zip(by_source, means, strict=True)}
         return {
             "score": mean,
             "score_std": std,
             "eos_share": ended,
             "empty_share": empty,
             "num_tokens": float(self.tokens),
-            **(scores if len(scores) > 1 else {}),
+            **dict(zip(columns, means, strict=True)),
         }
 
 

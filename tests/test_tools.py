@@ -429,7 +429,7 @@ def test_an_environment_that_fails_is_named(tool_base: Path, tmp_path: Path, cas
     [
         ("def reset", "def begin", "has no method reset"), ("def add", "def _add", "has no tool: a method"),
         ("n: int", "n", "the tool 'add' of .* cannot be described to the model"),
-        ("def add", "async def add", "is async"), ("class Counter", "class Other", "defines no class 'Counter'"),
+        ("def add", "async def add", "is async"), ("class Counter", "class Other", "defines no 'Counter'"),
     ],
 )  # fmt: skip
 def test_a_class_that_is_no_environment_is_named(tmp_path: Path, there: str, instead: str, why: str) -> None:

@@ -29,6 +29,5 @@ def load_named(reference: str, key: Literal["reward", "environment"]) -> Any:
         sys.path.pop(0)
     named = getattr(module, name, None)
     if not callable(named):
-        what = "class" if key == "environment" else "function"
-        raise UserError(f"{key}: {reference}: {file} defines no {what} '{name}'")
+        raise UserError(f"{key}: {reference}: {file} defines no '{name}'")
     return named

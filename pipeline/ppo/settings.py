@@ -40,6 +40,10 @@ class Sampling(Protocol):
     def cache_implementation(self) -> Literal["static"] | None: ...
     @property
     def critic(self) -> Literal["adapter", "trunk"] | None: ...
+    @property
+    def max_tool_calling_iterations(self) -> int | None: ...
+    @property
+    def tool_timeout(self) -> float: ...
 
 
 class RolloutSettings(BaseModel):
@@ -100,6 +104,13 @@ class RolloutSettings(BaseModel):
     """static: sample with keys and values at their full size from the start, and on a GPU by a compiled step. Answers
     that have ended stay in the batch. Its gain on a GPU is not measured; on a CPU it is slower. (Of TRL's
     GRPOConfig.)"""
+
+    # Tools
+    max_tool_calling_iterations: int | None = Field(default=None, ge=1)
+    """With an environment: most turns of an answer after which tools are run; as many as the answer has room for if not
+    given. (TRL's name.)"""
+    tool_timeout: float = Field(default=10.0, gt=0)
+    """Seconds that a tool may take; one that takes longer stops the run."""
 
     # Optimizer
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"

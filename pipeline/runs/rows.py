@@ -16,7 +16,20 @@ def load_rows(recipe: Recipe, stage: str) -> tuple[Rows, list[Source]]:
     section.check_rows(split.train, split.test)
     file = section.question_file()
     # A held-out share has no file of its own: its rows are counted with the file they were taken from.
-    if not file:
-        return Rows(split.train, split.test), split.sources
-    questions = read_source(file, QUESTION, DataSpec(path=file, encoding=section.data.encoding))
-    return Rows(split.train, split.test, labels_as_answers(questions.rows)), [*split.sources, questions]
+    rows, sources = Rows(split.train, split.test), split.sources
+    if file:
+        questions = read_source(file, QUESTION, DataSpec(path=file, encoding=section.data.encoding))
+        rows = Rows(split.train, split.test, labels_as_answers(questions.rows))
+        sources = [*sources, questions]
+    return _add_tools(rows, section.asked_with()), sources
+
+
+def _add_tools(rows: Rows, environment: str | None) -> Rows:
+    """The rows with what their template is told of an environment's tools."""
+    if environment is None:
+        return rows
+    from pipeline.models.environments import with_tools  # reads the class, and with it whatever that imports
+
+    some = (None if part is None else with_tools(part, environment) for part in (rows.train, rows.test, rows.questions))
+    train, test, questions = some
+    return Rows(train or [], test, questions or [])

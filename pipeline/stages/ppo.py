@@ -46,6 +46,7 @@ class PaidSpec(PolicySpec):
         return {"reward": [term.model_dump(exclude={"truth"}) for term in self.reward_terms()]}
 
     def check_among(self, stages: dict[str, Stage], *place: str) -> None:
+        super().check_among(stages, *place)
         for term in self.reward_terms():
             if term.file is not None:
                 name = term.source.rpartition(":")[2]
@@ -65,6 +66,11 @@ class RolloutSpec(PaidSpec):
     """The section of a stage that learns from its own answers rollout after rollout, by a trainer of ppo/."""
 
     config_class: ClassVar[type[RolloutSettings]]
+
+    def check_among(self, stages: dict[str, Stage], *place: str) -> None:
+        super().check_among(stages, *place)
+        if self.environment is None and "max_tool_calling_iterations" in self.train:
+            raise complaint("is for a stage with an environment: name one, or remove it", *place, "train")
 
     def rollouts(self) -> RolloutSettings:
         return self.config_class(**without_auto(self.train))

@@ -58,7 +58,7 @@ def _ask(trainer: Answering, prompts: Sequence[Row]) -> Answers:
         "reward": rewards.total(trainer.sources, by_source),
         **({f"reward/{name}": values for name, values in by_source.items()} if len(by_source) > 1 else {}),
         "kl": kl,
-        "answer_length": [len(episode.answer_ids) for episode in episodes],
+        "answer_length": [len(episode.sampled) for episode in episodes],
         "ended": [episode.ended for episode in episodes],
     }
     return {name: numpy.reshape(values, (-1, ANSWERS)) for name, values in answers.items()}

@@ -251,8 +251,10 @@ class RolloutTrainer(Answering):
         scores_R = torch.tensor(totals, dtype=torch.float64)
         mean, std = maths.mean_and_std(processes.add_up(maths.moments(scores_R, torch.ones_like(scores_R))))
         ended, empty = sum(e.ended for e in rollout.episodes), sum(not text for text in rollout.texts)
-        sums = processes.add_up([ended, empty, *map(sum, by_source.values())]) / self.settings.batch_size
-        ended, empty, *means = sums.tolist()
+        calls, failures = sum(one.calls for one in rollout.told), sum(one.failures for one in rollout.told)
+        sums = processes.add_up([ended, empty, calls, failures, *map(sum, by_source.values())])
+        ended, empty, calls, failures, *means = (sums / self.settings.batch_size).tolist()
+        tools = {"tools/call_frequency": calls, "tools/failure_frequency": failures / calls if calls else 0.0}
         scores = {f"score/{name}": value for name, value in zip(by_source, means, strict=True)}
         return {
             "score": mean,
@@ -261,6 +263,7 @@ class RolloutTrainer(Answering):
             "empty_share": empty,
             "num_tokens": float(self.tokens),
             **(scores if len(scores) > 1 else {}),
+            **(tools if self.rows[0].get("environment") else {}),
         }
 
 

@@ -115,11 +115,14 @@ class Recipe:
             for file in sorted({term.file for term in terms if term.file}):
                 for read, path in read_by(Path(file)).items():
                     hashes[f"reward {file}: {read}"] = sha256_of_file(path)
+            hashes |= self.environment_files(name)
             parents = {role: digest(parts[parent]) for role, parent in self.parents(name).items()}
             if from_.startswith(published.PREFIX):
                 parents["policy"] = f"sha256:{published.pulled(from_).verify().files[WEIGHTS]}"
             stage = {"kind": section.kind, "arithmetic": self.kind(name).arithmetic, "train": train}
             stage |= {"data": _settings(data), **section.further_parts()}
+            if environment := section.asked_with():
+                stage["environment"] = environment
             parts[name] = {
                 "stage": stage,
                 "model": model,
@@ -128,6 +131,12 @@ class Recipe:
                 "parents": parents,
             }
         return parts
+
+    def environment_files(self, stage: str) -> dict[str, str]:
+        """The hashes of the files that a stage's environment depends on."""
+        environment = self.stages[stage].asked_with()
+        read = read_by(Path(environment.rpartition(":")[0])) if environment else {}
+        return {f"environment {environment}: {name}": sha256_of_file(path) for name, path in read.items()}
 
     def check_files(self, stage: str) -> None:
         """Raises UserError with the recipe's line and key for a file of rows that is not there."""
@@ -156,6 +165,8 @@ class Recipe:
                     hashes[key.removeprefix("data.")] = hash_content(file)
                 except UserError as error:
                     raise UserError(f"stages.{stage}.{key}: {error}") from error
+        if environment := self.environment_files(stage):  # asked with other tools, a question is another one
+            hashes = {key: f"sha256:{digest([content, environment])}" for key, content in hashes.items()}
         return hashes
 
     def pinned_tree(self) -> Json:

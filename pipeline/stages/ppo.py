@@ -46,6 +46,7 @@ class PaidSpec(PolicySpec):
         return {"reward": [term.model_dump(exclude={"truth"}) for term in self.reward_terms()]}
 
     def check_among(self, stages: dict[str, Stage], *place: str) -> None:
+        super().check_among(stages, *place)
         for term in self.reward_terms():
             if term.file is not None:
                 name = term.source.rpartition(":")[2]
@@ -68,6 +69,11 @@ class RolloutSpec(PaidSpec):
 
     def learns_again(self) -> dict[str, str]:
         return {kind: f"{AGAIN[kind]}_coef" for kind in self.rollouts().kept_coefs}
+
+    def check_among(self, stages: dict[str, Stage], *place: str) -> None:
+        super().check_among(stages, *place)
+        if self.environment is None and "max_tool_calling_iterations" in self.train:
+            raise complaint("is for a stage with an environment: name one, or remove it", *place, "train")
 
     def rollouts(self) -> RolloutSettings:
         return self.config_class(**without_auto(self.train))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,8 @@ class Lengths:
     """Tokens of a stage's rows, estimated from their bytes."""
 
     rows: list[int]
+    again: list[list[int]] = field(default_factory=list)
+    """Of each earlier stage whose rows it learns again, as that stage cut them."""
 
     @property
     def longest(self) -> int:
@@ -116,12 +118,30 @@ def attention(name: str) -> dict[str, Any]:
     return {"masked": "flash" not in name and not segments, "eager": name == "eager", "segments": segments}
 
 
-def lengths_of(section: StageSpec, contract: Contract, seed: int) -> Lengths | None:
-    """None where the rows are not on this disk, or are too many to be read for an estimate."""
+def lengths_of(
+    section: StageSpec, contract: Contract, seed: int, again: Iterable[tuple[Stage, StageSpec]] = ()
+) -> Lengths | None:
+    """None where the rows are not on this disk, or are too many to be read for an estimate. `again`: the earlier stages
+    whose rows are learnt again."""
+    own, earlier = _read_lengths(section, contract, seed), list[list[int]]()
+    for kind, of in again:
+        if (tokens := _read_lengths(of, kind.contract, seed)) is None:
+            return None
+        earlier.append(cut_again(kind, of, tokens))
+    return None if own is None else Lengths(own, earlier)
+
+
+def cut_again(kind: Stage, section: StageSpec, tokens: list[int]) -> list[int]:
+    """Tokens of rows that an earlier stage was trained on, no longer than it takes them."""
+    limit = kind.arguments(section).get("max_length")
+    return [min(length, limit) if isinstance(limit, int) else length for length in tokens]
+
+
+def _read_lengths(section: StageSpec, contract: Contract, seed: int) -> list[int] | None:
     paths = [Path(part.path) for part in section.data.parts()]
     if not all(os.path.isfile(path) and path.stat().st_size <= READ_AT_MOST for path in paths):
         return None
-    return Lengths(tokens_of(read_split(section.data, contract, seed).train))
+    return tokens_of(read_split(section.data, contract, seed).train)
 
 
 def tokens_of(rows: Iterable[Row]) -> list[int]:
@@ -171,7 +191,8 @@ def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, leng
             min(rows, mini), longest, checkpointed, trained=1 + (sampling.critic == "adapter"),
             frozen=frozen, accumulates=mini > rows, answer=answer,
             episodes=sampling.rollout_batch_size or sampling.batch_size,
-            dequantized_rollout=sampling.dequantize_rollout, **common,
+            dequantized_rollout=sampling.dequantize_rollout,
+            again=tuple(Lengths(rows).longest for rows in lengths.again) if lengths else (), **common,
         )  # fmt: skip
         if rollouts:
             return sampled

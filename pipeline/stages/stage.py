@@ -87,6 +87,11 @@ class StageSpec(BaseModel):
         """Of those that are asked before and after the stage."""
         return None
 
+    def learns_again(self) -> dict[str, str]:
+        """The kinds of stages that its policy comes from whose rows it learns again, each with the key that says so. Of
+        each kind it is the nearest stage."""
+        return {}
+
     def asked_with(self) -> str | None:
         """The environment whose tools its rows tell of and its policy is asked with."""
         return None
@@ -215,12 +220,23 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Earlier:
+    """The training rows of a stage that the policy comes from."""
+
+    kind: Stage
+    section: StageSpec
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True)
 class Rows:
     """A stage's data, loaded and checked already."""
 
     train: Sequence[Row]
     test: Sequence[Row] | None = None
     questions: Sequence[Row] = field(default_factory=list)
+    earlier: dict[str, Earlier] = field(default_factory=dict)
+    """What it learns again of earlier stages, by their names."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -25,6 +26,8 @@ from trl import GRPOTrainer as TRLsGRPOTrainer
 from pipeline.data import render
 from pipeline.disk import metrics
 from pipeline.errors import Interrupted, UserError
+from pipeline.evaluate.bench import Bench
+from pipeline.evaluate.plan import plan
 from pipeline.models import adapters, dialogue, environments
 from pipeline.models import base as bases
 from pipeline.models.dialogue import Told
@@ -386,7 +389,18 @@ def test_a_stopped_run_and_two_processes_end_as_an_unbroken_one(
     one, two = (load_file(recipe.artifact(s, runs).adapter / "adapter_model.safetensors") for s in ("whole", "two"))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
 
-    # What the tools do is part of what was learnt.
+    # An evaluation asks with the tools at hand too.
+    taken = {}
+    for measure in (measure for measure in plan(recipe, runs) if measure.subject == "whole"):
+        bench = Bench(recipe.spec.model, {"whole": measure.folders["whole"]}, {}, 1.0)
+        with bench.ready():
+            taken[measure.name] = measure.take(bench)
+    assert taken["questions"]["text"] == ["It is done"]
+    assert taken["answers"]["scores"][counter][0][0] in (1.0, 3.0), "what the row starts with, and what was added"
+
+    # What the tools do is part of what was learnt; how long they may take is not.
+    slower = read(path, "stages.whole.train.tool_timeout=99")
+    assert slower.parts()["whole"] == recipe.parts()["whole"]
     (tmp_path / "counter.py").write_text(COUNTER.replace("unlucky", "no luck"))
     (state, *_) = states(read(path), runs)
     assert (state.word, state.why) == (
@@ -481,3 +495,25 @@ def test_the_calculator_does_arithmetic_and_nothing_else(expression: str, result
     else:
         with pytest.raises(result):
             calculator.calculate(expression)
+
+
+def test_the_search_ranks_documents_as_bm25_does() -> None:
+    """By Lucene's formula written out (k1 = 1.5, b = 0.75), which bm25s takes unless it is told otherwise."""
+    pytest.importorskip("bm25s")
+    environment = environments.load("recipes/environments/search.py:Search")
+    texts = [json.loads(line)["text"] for line in (ROOT / "data" / "corpus.jsonl").read_text().splitlines()]
+    words = [re.findall(r"\b\w\w+\b", text.lower()) for text in texts]
+    mean = statistics.mean(map(len, words))
+    search = environment.make()
+    search.reset()
+    for query in ("lighthouse of Isket", "pigs goats"):
+        scores = [0.0] * len(texts)
+        for word in query.lower().split():
+            holding = sum(word in some for some in words)
+            idf = math.log(1 + (len(texts) - holding + 0.5) / (holding + 0.5))
+            for place, some in enumerate(words):
+                count = some.count(word)
+                scores[place] += idf * count / (count + 1.5 * (1 - 0.75 + 0.75 * len(some) / mean))
+        first, second = sorted(range(len(texts)), key=lambda place: -scores[place])[:2]
+        assert search.search(query) == f"{texts[first]}\n\n{texts[second]}"
+    assert search.search("xyzzy") == "Nothing was found."

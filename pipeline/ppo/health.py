@@ -75,8 +75,8 @@ class Health:
             notes.append(f"all answers of the last {WINDOW} steps got the same reward: there is nothing to learn from")
         if len(last) == WINDOW and all(past.get("tools/failure_frequency") == 1 for past in last):
             notes.append(
-                f"every call of a tool in the last {WINDOW} steps went wrong: show the model right calls first (sft), or "
-                "call the tool by hand"
+                f"every call of a tool in the last {WINDOW} steps went wrong: show the model right calls first (sft), "
+                "or call the tool by hand"
             )
         if len(self.history) >= 2 * WINDOW:
             longer = _mean(last, "answer_length") / max(_mean(first, "answer_length"), 1.0)

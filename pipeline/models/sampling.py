@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import DynamicCache
+from torch.nn import functional
 
 from pipeline.data.render import padded
 from pipeline.models.base import computing
+from pipeline.models.cache import make_cache, take_rows
 from pipeline.models.out_of_memory import HELD_OUT, WhenSplit, run_in_parts, say_split
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def sample(
     shared: int = 0,
     among: tuple[Sequence[int], int] | None = None,
     limits: Sequence[int] | None = None,
+    static: bool = False,
     advice: str = HELD_OUT,
     when_split: WhenSplit = say_split,
 ) -> list[Episode]:
@@ -91,8 +93,10 @@ def sample(
     shortest has, are read once for each batch (examples of few-shot prompting). `critic`: hidden states (B, hidden) to
     values (B,), noted beside the tokens. `among`: the prompts' places among so many prompts as the number says; several
     processes that share them draw what one would. `limits`: most tokens of the answers to each prompt, where they
-    differ; none is above `new_tokens`. Where memory does not hold `batch_size`, fewer are sampled together, and
-    `when_split` is called; `advice` (models/out_of_memory.py) is for an answer that does not fit even alone.
+    differ; none is above `new_tokens`. `static`: with a static cache, and on a GPU a compiled step; finished answers
+    then stay in the batch, whose size is compiled with it. Where memory does not hold `batch_size`, fewer are sampled
+    together, and `when_split` is called; `advice` (models/out_of_memory.py) is for an answer that does not fit even
+    alone.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     # One number for each token there may be, drawn before any is: how many are sampled at once and when answers end
@@ -105,7 +109,7 @@ def sample(
     def answers(batch: Sequence[int]) -> dict[int, list[Episode]]:
         few, ends = [prompts[i] for i in batch], [limits[i] for i in batch for _ in range(copies)]
         luck_BG = luck_PCG[batch, :, : max(ends)].flatten(0, 1)
-        drawn = _sample_batch(language_model, few, luck_BG, ends, temperature, stops, critic, copies, shared)
+        drawn = _sample_batch(language_model, few, luck_BG, ends, temperature, stops, critic, copies, shared, static)
         return {i: drawn[place * copies : (place + 1) * copies] for place, i in enumerate(batch)}
 
     parts = run_in_parts(answers, order, lambda i: len(prompts[i]) + limits[i], advice, batch_size, when_split)
@@ -123,6 +127,7 @@ def _sample_batch(
     critic: Callable[[torch.Tensor], torch.Tensor] | None,
     copies: int,
     shared: int,
+    static: bool,
 ) -> list[Episode]:
     episodes = [Episode(prompt, [], [], ended=False) for prompt in prompts for _ in range(copies)]
     device = language_model.device
@@ -130,14 +135,17 @@ def _sample_batch(
     rests = [prompt[shared:] for prompt in prompts]
     ids_BT, mask_BT = (t.to(device) for t in padded(rests, language_model.pad_id, side="left"))
     positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0) + shared
-    cache = DynamicCache(config=language_model.config)
+    length = shared + ids_BT.shape[1] + luck_BG.shape[1]
+    cache = make_cache(language_model.config, length, static)
     if shared:
         start_1S = torch.tensor([prompts[0][:shared]], device=device)
         ones_1S = torch.ones_like(start_1S)
         with computing(language_model.model):
             language_model.hidden(start_1S, ones_1S, ones_1S.cumsum(1) - 1, cache)
-        _take_rows(cache, torch.zeros(len(prompts), dtype=torch.long, device=device))
+        take_rows(cache, torch.zeros(len(prompts), dtype=torch.long, device=device))
         mask_BT = torch.cat([ones_1S.to(mask_BT).expand(len(prompts), -1), mask_BT], dim=1)
+    if static:  # of one shape for all steps: no token sees the places after its own
+        mask_BT = functional.pad(mask_BT, (0, length - mask_BT.shape[1]), value=1)
     alive = list(range(len(episodes)))
     # Of each token so far, on the device: what was drawn for the rows alive. Fetched when rows leave and at the end.
     drawn: list[tuple[torch.Tensor, ...]] = []
@@ -145,10 +153,11 @@ def _sample_batch(
     writing_B = torch.ones(len(episodes), dtype=torch.bool, device=device)
     for place in range(luck_BG.shape[1]):
         with computing(language_model.model):
-            hidden_BTH = language_model.hidden(ids_BT, mask_BT, positions_BT, cache)
+            step = language_model.step if static and place else language_model.hidden
+            hidden_BTH = step(ids_BT, mask_BT, positions_BT, cache)
             logits_BV = language_model.logits(hidden_BTH[:, -1])
         if place == 0 and copies > 1:
-            _take_rows(cache, torch.arange(len(prompts), device=device).repeat_interleave(copies))
+            take_rows(cache, torch.arange(len(prompts), device=device).repeat_interleave(copies))
             hidden_BTH, logits_BV, positions_BT, mask_BT = (
                 t.repeat_interleave(copies, 0) for t in (hidden_BTH, logits_BV, positions_BT, mask_BT)
             )
@@ -161,24 +170,20 @@ def _sample_batch(
         if left == 0:
             break
         ids_BT, positions_BT = token_B[:, None], positions_BT[:, -1:] + 1
+        if static:
+            continue
         mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(alive), 1)], dim=1)
         if left < SHRINK_BELOW * len(alive):
             _write([episodes[row] for row in alive], drawn)
             drawn = []
             kept_K = writing_B.nonzero().squeeze(1)
-            _take_rows(cache, kept_K)
+            take_rows(cache, kept_K)
             ids_BT, positions_BT, mask_BT = ids_BT[kept_K], positions_BT[kept_K], mask_BT[kept_K]
             alive, luck_BG = [alive[row] for row in kept_K.tolist()], luck_BG[kept_K]
             limits_B = limits_B[kept_K]
             writing_B = writing_B[kept_K]
     _write([episodes[row] for row in alive], drawn)
     return episodes
-
-
-def _take_rows(cache: DynamicCache, rows_B: torch.Tensor) -> None:
-    """Keep these rows of a cache, some of them several times. By the one way that its convolution and recurrent layers
-    have too (transformers 5.23), not only those that attend."""
-    cache.reorder_cache(rows_B)  # type: ignore[arg-type]
 
 
 def _write(episodes: list[Episode], drawn: list[tuple[torch.Tensor, ...]]) -> None:

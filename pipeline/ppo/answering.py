@@ -72,6 +72,7 @@ class Answering:
                 batch_size=max(1, at_once // copies),
                 copies=copies,
                 among=among and (range(among[0], among[0] + len(rows)), among[1]),
+                static=settings.cache_implementation == "static",
                 critic=actors.state_values if actors.value_adapter == POLICY else None,
                 advice=ROLLOUT,
                 when_split=partial(self._take_fewer, "sampled"),

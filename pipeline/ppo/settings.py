@@ -37,6 +37,8 @@ class Sampling(Protocol):
     @property
     def dequantize_rollout(self) -> bool: ...
     @property
+    def cache_implementation(self) -> Literal["static"] | None: ...
+    @property
     def critic(self) -> Literal["adapter", "trunk"] | None: ...
     @property
     def max_tool_calling_iterations(self) -> int | None: ...
@@ -98,6 +100,10 @@ class RolloutSettings(BaseModel):
     dequantize_rollout: bool = False
     """Sample from a dequantised copy of the weights with the policy's adapter added (2 bytes a parameter, only while it
     samples). What is learnt from is computed by the 4-bit model with its adapter all the same."""
+    cache_implementation: Literal["static"] | None = None
+    """static: sample with keys and values at their full size from the start, and on a GPU by a compiled step. Answers
+    that have ended stay in the batch. Its gain on a GPU is not measured; on a CPU it is slower. (Of TRL's
+    GRPOConfig.)"""
 
     # Tools
     max_tool_calling_iterations: int | None = Field(default=None, ge=1)

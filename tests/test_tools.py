@@ -59,7 +59,7 @@ class Counter:
             n: A number.
         """
         if n == 13:
-            raise ValueError("unlucky")
+            raise ValueError("un<|im_end|>lucky")  # which would end a turn
         self.total += n
         return self.total
 '''
@@ -255,7 +255,9 @@ def test_replies_carry_no_loss_and_the_rest_the_loss_of_plain_passes(tool_base: 
 
 def test_ppo_sees_the_first_token_after_a_reply_as_the_next_action(tool_base: Path, counter: str) -> None:
     """Values and log-probabilities of the sampled tokens, one behind the other, by plain passes."""
-    ppo = ppo_trainer(tool_base, lambda **_: [0.0] * 8, quantize="none", batch_size=8, response_length=160)
+    ppo = ppo_trainer(
+        tool_base, lambda **_: [0.0] * 8, quantize="none", batch_size=8, mini_batch_size=4, response_length=160
+    )
     ppo.rows = rows_of(counter)
     with torch.no_grad():
         ppo.actors.value_head.weight.normal_(generator=torch.Generator().manual_seed(4))
@@ -401,7 +403,7 @@ def test_a_stopped_run_and_two_processes_end_as_an_unbroken_one(
     # What the tools do is part of what was learnt; how long they may take is not.
     slower = read(path, "stages.whole.train.tool_timeout=99")
     assert slower.parts()["whole"] == recipe.parts()["whole"]
-    (tmp_path / "counter.py").write_text(COUNTER.replace("unlucky", "no luck"))
+    (tmp_path / "counter.py").write_text(COUNTER.replace("lucky", "luck"))
     (state, *_) = states(read(path), runs)
     assert (state.word, state.why) == (
         "stale",

@@ -18,6 +18,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from pipeline.disk.atomic import digest
 from pipeline.errors import UserError
 
+Choose = Literal["random", "gap", "uncertain", "disagree"]
 TIE, BOTH_BAD, SKIP = "tie", "both_bad", "skip"
 ANNOTATOR = re.compile(r"\w[\w -]{0,39}")
 """Of a person: it becomes a file, so it has letters (of any script), digits, - and _ and blanks alone."""
@@ -71,7 +72,7 @@ class Vote(BaseModel):
     """Of a pair whose better answer is known: which it is."""
     seconds: float = Field(ge=0, allow_inf_nan=False)
     """From when the pair was shown to the vote."""
-    choose: Literal["random", "gap", "uncertain", "disagree"] = "random"
+    choose: Choose = "random"
     """How the pair was chosen."""
     share: bool = False
     """The pair was meant for two people."""

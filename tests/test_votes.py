@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.data.contracts import DEMONSTRATION, PREFERENCE, RATED, Contract
+from pipeline.data.load import DataSpec, read_source
 from pipeline.data.votes import append, check_annotator, pair_of, parse, read_votes
 from pipeline.errors import UserError
 
@@ -78,3 +80,51 @@ def test_a_name_that_is_a_path_is_refused(name: str) -> None:
 
 def test_names_of_any_script_are_taken() -> None:
     assert [check_annotator(name) for name in ("Ada L", "小明", "Zoe\u0308")] == ["Ada L", "小明", "Zo\u00eb"]
+
+
+def test_a_line_that_stands_twice_is_named(tmp_path: Path) -> None:
+    lines = [json.dumps(vote(number)) for number in (0, 1, 0)]
+    (tmp_path / "ada.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"ada\.jsonl:3: the same vote stands on .*ada\.jsonl:1"):
+        read_votes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("contract", "expected"),
+    [
+        (PREFERENCE, [("It is salt.", "It is tin."), ("c", "a"), ("c", "b"), ("a", "b")]),
+        (DEMONSTRATION, ["It is wool."]),
+        (RATED, [("It is tin.", False), ("It is salt.", True), ("It is wool.", True), ("It is tin.", False),
+                 ("It is salt.", False), ("b", False), ("c", True)]),
+    ],
+)  # fmt: skip
+def test_votes_are_rows_of_each_stage(tmp_path: Path, contract: Contract, expected: list[Any]) -> None:
+    """Comparisons, corrections, thumbs. Ties, skips, known answers and what was taken back are counted, not trained
+    on; a file beside them that the page keeps is none of them."""
+    ranked = [{"text": text, "stage": "sft", "adapter": "", "seed": 0, "temperature": 1.0} for text in "abc"]
+    prompt = [{"role": "user", "content": "Which?"}]
+    of_three = {"candidates": ranked, "shown": [0, 1, 2], "choice": 2, "ranking": [2, 0, 1], "edit": None}
+    of_three |= {"guidelines": None, "prompt": prompt, "pair": pair_of(prompt, list("abc"))}
+    bare = {"edit": None}
+    lines = [
+        vote(0), vote(1, choice="tie", **bare), vote(2, choice="skip", **bare), vote(3, gold=1), vote(4),
+        vote(4, id="back", undoes="v4"), vote(5, choice="both_bad", **bare), vote(6, **of_three),
+    ]  # fmt: skip
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "ada.jsonl").write_text(text + '{"id": "cut', encoding="utf-8")
+    (tmp_path / ".drawn").write_text("{}", encoding="utf-8")
+    source = read_source(str(tmp_path), contract, DataSpec(path=str(tmp_path)))
+
+    def said(answer: Any) -> str:
+        return answer if isinstance(answer, str) else answer[-1]["content"]
+
+    if contract is PREFERENCE:
+        found: list[Any] = [(said(row["chosen"]), said(row["rejected"])) for row in source.rows]
+    elif contract is DEMONSTRATION:
+        found = [said(row["completion"]) for row in source.rows]
+    else:
+        found = [(said(row["completion"]), row["label"]) for row in source.rows]
+    assert found == expected
+    assert source.file_rows == source.layouts.total() == 9 and not source.reasons
+    assert source.layouts["vote taken back"] == source.layouts["vote cut short"] == 1
+    assert source.layouts["vote on a known answer"] == 1

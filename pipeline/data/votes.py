@@ -132,15 +132,36 @@ def append(file: Path, vote: Vote) -> None:
             os.close(folder)
 
 
-def read_lines(file: Path) -> tuple[list[Vote], str]:
-    """Every line of a file, those that were taken back and those that take back included; and its last line as far as
-    it goes, where it was cut short: it was never reported as saved.
+def files_in(path: Path) -> list[Path]:
+    """The files of votes in a folder; or the one that is named."""
+    files = path.glob("*.jsonl") if path.is_dir() else [path]
+    return sorted(file for file in files if not file.name.startswith("."))
 
-    Raises UserError naming file and line of one that is no vote.
+
+def read_placed(file: Path) -> tuple[list[tuple[str, Vote]], str]:
+    """Every line of a file with its place, those that were taken back and those that take back included; and the last
+    line as far as it goes, where it was cut short: it was never reported as saved.
+
+    Raises UserError naming file and line of one that is no vote, or that stands there twice.
     """
     whole, _, cut = file.read_bytes().rpartition(b"\n")
-    lines = [parse(line, f"{file}:{number}") for number, line in enumerate(whole.split(b"\n"), 1) if line.strip()]
-    return lines, cut.decode("utf-8", "replace")
+    placed: list[tuple[str, Vote]] = []
+    place_by_id: dict[str, str] = {}
+    for number, line in enumerate(whole.split(b"\n"), 1):
+        if line.strip():
+            place = f"{file}:{number}"
+            vote = parse(line, place)
+            if first := place_by_id.get(vote.id):
+                raise UserError(f"{place}: the same vote stands on {first}. Take one of the two lines out of the file")
+            place_by_id[vote.id] = place
+            placed.append((place, vote))
+    return placed, cut.decode("utf-8", "replace")
+
+
+def read_lines(file: Path) -> tuple[list[Vote], str]:
+    """The same without places."""
+    placed, cut = read_placed(file)
+    return [vote for _, vote in placed], cut
 
 
 def parse(line: bytes | str, place: str) -> Vote:
@@ -161,10 +182,9 @@ def read_votes(path: Path) -> tuple[list[Vote], list[str]]:
 
     Raises UserError naming file and line of a row that is no vote.
     """
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     votes: list[Vote] = []
     told = []
-    for file in files:
+    for file in files_in(path):
         lines, cut = read_lines(file)
         votes += standing(lines)
         if cut:

@@ -47,7 +47,7 @@ class Desk:
         """By the id of a vote, what its prompt asks."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._before: dict[str, str] = read_json(self._screens) or {}
-        for file in sorted(self.folder.glob("*.jsonl")):
+        for file in files.files_in(self.folder):
             self._open(file)
 
     def _open(self, file: Path) -> None:

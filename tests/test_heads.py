@@ -28,6 +28,8 @@ from pipeline.evaluate import reward_check, verdicts
 from pipeline.measure import heads, scoring
 from pipeline.models import adapters
 from pipeline.models import base as bases
+from pipeline.models.dialogue import Told
+from pipeline.models.sampling import Episode
 from pipeline.models.spec import ModelSpec
 from pipeline.ppo import rewards
 from pipeline.ppo.actors import Actors
@@ -244,19 +246,21 @@ def test_from_pairs_to_a_policy_paid_by_the_lower_bound(
 
 
 def test_what_is_paid_equals_a_loop(tiny_base: Path) -> None:
-    class Told:
+    class Judge:
         def head_scores(self, adapter: str, sequences: list[list[int]], at_once: int) -> list[list[float]]:
             return [[2.0, 5.0, -4.0], [1.0, 6.5, -3.0]]
 
     source = rewards.Source("r", 0.5, "reward-r", head_means=(1, 5, -4), lower_bound=1.5, length_penalty=0.25)
-    rows, texts = [{"prompt": "one", "_place": "x:1"}] * 2, [" a longer answer than that", " a"]
     tokenizer = bases.load_tokenizer(ModelSpec(base=str(tiny_base)))
-    long, short = (len(tokenizer.tokenize(text)) for text in texts)
-    assert long > short
-    said = rewards.scores([source], Told(), tokenizer, rows, texts, 8)  # type: ignore[arg-type]
+    tools = Episode([1], [5, 6, 7, 8], [0.0, 0.0, 0.0], True, tool_mask=[1, 0, 1, 1])
+    told = [
+        Told({"prompt": "one", "_place": "x:1"}, episode, " text")
+        for episode in (tools, Episode([1], [5], [0.0], True))
+    ]
+    said = rewards.scores([source], Judge(), tokenizer, told, 8)  # type: ignore[arg-type]
     wanted = [
-        0.5 * (1.0 - 1.5 * statistics.stdev([1.0, 0.0, 0.0]) - 0.25 * long),
-        0.5 * (1.5 - 1.5 * statistics.stdev([0.0, 1.5, 1.0]) - 0.25 * short),
+        0.5 * (1.0 - 1.5 * statistics.stdev([1.0, 0.0, 0.0]) - 0.25 * 3),
+        0.5 * (1.5 - 1.5 * statistics.stdev([0.0, 1.5, 1.0]) - 0.25 * 1),
     ]
     assert rewards.total([source], said) == pytest.approx(wanted)
 

@@ -118,13 +118,14 @@ def describe(
             paid[row] = {name: values[place] for name, values in numbers.items()}
     return [
         {
-            "prompt": rollout.rows[place]["prompt"],
-            "answer": rollout.texts[place],
+            "prompt": one.row["prompt"],
+            "answer": one.text,
+            **({"turns": one.turns} if one.turns else {}),
             "score": totals[place],
             **{name: values[place] for name, values in columns.items()},
             **paid[place],
-            "answer_length": len(episode.answer_ids),
-            "ended": episode.ended,
+            "answer_length": len(one.episode.sampled),
+            "ended": one.episode.ended,
         }
-        for place, episode in enumerate(rollout.episodes)
+        for place, one in enumerate(rollout.told)
     ]

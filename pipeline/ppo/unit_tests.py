@@ -90,6 +90,7 @@ def _judge(code: str, tests: str) -> int:
                 pass_fds=[end.fileno()],
                 env={"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"},
                 cwd="/",
+                start_new_session=True,
             )
             for part, end in zip(("answer", "tests"), ends, strict=True)
         ]

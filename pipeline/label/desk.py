@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,6 +21,8 @@ from pipeline.errors import UserError
 from pipeline.label.drawing import AHEAD, Drawer, Pair
 from pipeline.language.say import say
 
+GONE = 900.0
+"""Seconds with one pair after which a person is taken to have gone, and others are shown it."""
 GOLD_EVERY = 10
 """One pair in so many has a known answer, where there are such pairs."""
 
@@ -42,11 +45,12 @@ class Desk:
     def __post_init__(self) -> None:
         self._lines: dict[str, list[Vote]] = {}
         self._screens = self.folder / ".screens"
-        """By person, the pair before them: kept, so that after a crash nobody is shown what another is reading."""
+        """By person, the pair before them and since when: kept, so that after a crash nobody is shown what another is
+        reading."""
         self._asks: dict[str, str] = {}
         """By the id of a vote, what its prompt asks."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._before: dict[str, str] = read_json(self._screens) or {}
+        self._before: dict[str, tuple[str, float]] = read_json(self._screens) or {}
         for file in files.files_in(self.folder):
             self._open(file)
 
@@ -88,21 +92,22 @@ class Desk:
             for vote in self.votes(other)
             if vote.choice != SKIP
         )
-        held = {pair for other, pair in self._before.items() if other != annotator}
+        now = time.time()
+        for other, (name, since) in self._before.items():
+            if other != annotator and now - since < GONE:
+                taken[name] += 1
         self.drawer.need(len(asked) + sum(taken.values()) + AHEAD)
-        free = [
+        free = (
             pair
             for pair in self.drawer.pairs
             if pair.asks not in asked and taken[pair.name] < (2 if self.shared(pair) else 1)
-        ]
-        # What lies before another person comes last: it is theirs, unless they have gone.
-        free.sort(key=lambda pair: pair.name in held and not self.shared(pair))
-        return self._show(annotator, free[0] if free else None)
+        )
+        return self._show(annotator, next(free, None))
 
     def _show(self, annotator: str, pair: Pair | None) -> Pair | None:
         name = "" if pair is None else pair.name
-        if self._before.get(annotator) != name:
-            self._before[annotator] = name
+        if self._before.get(annotator, ("", 0.0))[0] != name:
+            self._before[annotator] = (name, time.time())
             write_json(self._screens, self._before)
         return pair
 

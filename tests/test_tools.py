@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -25,6 +26,8 @@ from trl import GRPOTrainer as TRLsGRPOTrainer
 from pipeline.data import render
 from pipeline.disk import metrics
 from pipeline.errors import Interrupted, UserError
+from pipeline.evaluate.bench import Bench
+from pipeline.evaluate.plan import plan
 from pipeline.models import adapters, dialogue, environments
 from pipeline.models import base as bases
 from pipeline.models.dialogue import Told
@@ -56,7 +59,7 @@ class Counter:
             n: A number.
         """
         if n == 13:
-            raise ValueError("unlucky")
+            raise ValueError("un<|im_end|>lucky")  # which would end a turn
         self.total += n
         return self.total
 '''
@@ -252,7 +255,9 @@ def test_replies_carry_no_loss_and_the_rest_the_loss_of_plain_passes(tool_base: 
 
 def test_ppo_sees_the_first_token_after_a_reply_as_the_next_action(tool_base: Path, counter: str) -> None:
     """Values and log-probabilities of the sampled tokens, one behind the other, by plain passes."""
-    ppo = ppo_trainer(tool_base, lambda **_: [0.0] * 8, quantize="none", batch_size=8, response_length=160)
+    ppo = ppo_trainer(
+        tool_base, lambda **_: [0.0] * 8, quantize="none", batch_size=8, mini_batch_size=4, response_length=160
+    )
     ppo.rows = rows_of(counter)
     with torch.no_grad():
         ppo.actors.value_head.weight.normal_(generator=torch.Generator().manual_seed(4))
@@ -386,8 +391,19 @@ def test_a_stopped_run_and_two_processes_end_as_an_unbroken_one(
     one, two = (load_file(recipe.artifact(s, runs).adapter / "adapter_model.safetensors") for s in ("whole", "two"))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
 
-    # What the tools do is part of what was learnt.
-    (tmp_path / "counter.py").write_text(COUNTER.replace("unlucky", "no luck"))
+    # An evaluation asks with the tools at hand too.
+    taken = {}
+    for measure in (measure for measure in plan(recipe, runs) if measure.subject == "whole"):
+        bench = Bench(recipe.spec.model, {"whole": measure.folders["whole"]}, {}, 1.0)
+        with bench.ready():
+            taken[measure.name] = measure.take(bench)
+    assert taken["questions"]["text"] == ["It is done"]
+    assert taken["answers"]["scores"][counter][0][0] in (1.0, 3.0), "what the row starts with, and what was added"
+
+    # What the tools do is part of what was learnt; how long they may take is not.
+    slower = read(path, "stages.whole.train.tool_timeout=99")
+    assert slower.parts()["whole"] == recipe.parts()["whole"]
+    (tmp_path / "counter.py").write_text(COUNTER.replace("lucky", "luck"))
     (state, *_) = states(read(path), runs)
     assert (state.word, state.why) == (
         "stale",
@@ -481,3 +497,25 @@ def test_the_calculator_does_arithmetic_and_nothing_else(expression: str, result
     else:
         with pytest.raises(result):
             calculator.calculate(expression)
+
+
+def test_the_search_ranks_documents_as_bm25_does() -> None:
+    """By Lucene's formula written out (k1 = 1.5, b = 0.75), which bm25s takes unless it is told otherwise."""
+    pytest.importorskip("bm25s")
+    environment = environments.load("recipes/environments/search.py:Search")
+    texts = [json.loads(line)["text"] for line in (ROOT / "data" / "corpus.jsonl").read_text().splitlines()]
+    words = [re.findall(r"\b\w\w+\b", text.lower()) for text in texts]
+    mean = statistics.mean(map(len, words))
+    search = environment.make()
+    search.reset()
+    for query in ("lighthouse of Isket", "pigs goats"):
+        scores = [0.0] * len(texts)
+        for word in query.lower().split():
+            holding = sum(word in some for some in words)
+            idf = math.log(1 + (len(texts) - holding + 0.5) / (holding + 0.5))
+            for place, some in enumerate(words):
+                count = some.count(word)
+                scores[place] += idf * count / (count + 1.5 * (1 - 0.75 + 0.75 * len(some) / mean))
+        first, second = sorted(range(len(texts)), key=lambda place: -scores[place])[:2]
+        assert search.search(query) == f"{texts[first]}\n\n{texts[second]}"
+    assert search.search("xyzzy") == "Nothing was found."

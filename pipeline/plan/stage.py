@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.data.load import read_split
 from pipeline.errors import UserError
+from pipeline.models.environments import with_tools
 from pipeline.models.spec import SEGMENTS
 from pipeline.plan.batches import take
 from pipeline.plan.cards import Card
@@ -32,6 +34,8 @@ taken to have only LONGEST_TOKEN_BYTES in each."""
 LONGEST_TOKEN_BYTES = 3.0
 TEMPLATE = 32
 """Tokens that a chat template adds to a row."""
+TOOLS_BYTES = 400
+"""Of what a template says of tools besides their descriptions: how to call them."""
 ENDED = 0.4
 """Of the longest answer that is allowed, what an answer takes on average, as it ends by itself."""
 ANSWER_SHARE = 0.5
@@ -141,7 +145,10 @@ def _read_lengths(section: StageSpec, contract: Contract, seed: int) -> list[int
     paths = [Path(part.path) for part in section.data.parts()]
     if not all(os.path.isfile(path) and path.stat().st_size <= READ_AT_MOST for path in paths):
         return None
-    return tokens_of(read_split(section.data, contract, seed).train)
+    rows = read_split(section.data, contract, seed).train
+    if environment := section.asked_with():
+        rows = with_tools(rows, environment)
+    return tokens_of(rows)
 
 
 def tokens_of(rows: Iterable[Row]) -> list[int]:
@@ -300,6 +307,8 @@ def _text_bytes(value: Any) -> int:
     if not isinstance(value, dict):
         return 0
     if "content" in value:
-        return _text_bytes(value["content"]) + len(str(value.get("role", "")))
+        calls = json.dumps(value["tool_calls"]) if value.get("tool_calls") else ""
+        return _text_bytes(value["content"]) + len(str(value.get("role", ""))) + len(calls)
     either = max(_text_bytes(value.get("chosen")), _text_bytes(value.get("rejected")))
-    return either + sum(_text_bytes(value.get(key)) for key in ("prompt", "completion", "messages", "text"))
+    tools = TOOLS_BYTES + len(json.dumps(value["tools"])) if value.get("tools") else 0
+    return tools + either + sum(_text_bytes(value.get(key)) for key in ("prompt", "completion", "messages", "text"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -111,6 +112,8 @@ def _conversation(tokenizer: PreTrainedTokenizerBase, one: Told) -> list[int]:
     answer = copy.deepcopy(one.completion)
     for message in answer if isinstance(answer, list) else ():
         message["content"] = without_marks(tokenizer, message["content"])
+        for call in message.get("tool_calls", ()):
+            call["function"] = json.loads(without_marks(tokenizer, json.dumps(call["function"], ensure_ascii=False)))
     return render.conversation(tokenizer, {**one.row, "answer": answer}, "answer")
 
 

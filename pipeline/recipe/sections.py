@@ -44,6 +44,9 @@ class RecipeSpec(BaseModel):
     train: dict[str, Any] = {}
     """What every stage's `train:` starts from; each stage takes the words its trainer knows."""
     stages: dict[str, Section]
+    guidelines: str | None = None
+    """A Markdown file that people read beside the answers they compare (`onebase label`); each second heading (`##`) is
+    a row of its own. Helpful, truthful and harmless, unless one is named."""
     expect: gates.Expect = {}
     """What a stage's held-out numbers must reach before the next one runs: {"sft.question_accuracy": ">= 0.6"}. What an
     evaluation must find that it has kept: {"ppo.forgetting.sft.question_accuracy": ">= -0.02"}."""
@@ -110,6 +113,8 @@ def check(tree: Json) -> RecipeSpec:
     template = spec.model.chat_template
     if template and not os.path.isfile(template):
         raise complaint(f"no such file: {template}", "model", "chat_template")
+    if spec.guidelines and not os.path.isfile(spec.guidelines):
+        raise complaint(f"no such file: {spec.guidelines}", "guidelines")
     for name, section in spec.stages.items():
         if section.train.get("push_to_hub") and os.path.exists(spec.model.base) and not spec.model.public_id:
             unnamed = (

@@ -195,12 +195,17 @@ class Drawer:
         return [*whole, *[None] * (len(rows) - len(asked))]
 
     def _score(self, bench: Bench, pairs: list[Pair]) -> list[Pair]:
+        from pipeline.models.dialogue import Told
+        from pipeline.models.sampling import Episode
         from pipeline.ppo import rewards
 
-        asked = [{"prompt": pair.prompt} for pair in pairs for _ in pair.candidates]
-        texts = [candidate.text for pair in pairs for candidate in pair.candidates]
+        told = [
+            Told({"prompt": pair.prompt}, Episode([], [], [], ended=True), candidate.text)
+            for pair in pairs
+            for candidate in pair.candidates
+        ]
         source = rewards.source(self.reward, 1.0)
-        flat = rewards.scores([source], bench.actors, bench.tokenizer, asked, texts, bench.at_once)[source.name]
+        flat = rewards.scores([source], bench.actors, bench.tokenizer, told, bench.at_once)[source.name]
         width = len(self.policies)
         return [replace(pair, scores=flat[i * width : (i + 1) * width]) for i, pair in enumerate(pairs)]
 

@@ -7,7 +7,7 @@ are sampled together, and finished answers leave the batch, so that the long one
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,19 +27,43 @@ SHRINK_BELOW = 0.75
 
 @dataclass
 class Episode:
-    """One prompt and the policy's answer, which runs through its end-of-turn token if it has one."""
+    """One prompt and the policy's answer, which runs through its end-of-turn token if it has one. Where the policy
+    calls tools, their replies stand in the answer too, and nothing but what it sampled is ever learnt from."""
 
     prompt_ids: list[int]
     answer_ids: list[int]
     logp: list[float]
     """Of each sampled token, at the sampling temperature, as the sampler computed it."""
     ended: bool
-    """It ended by itself, not at the length limit."""
+    """It ended by itself, not at a limit of length or of calls."""
     values: list[float] = field(default_factory=list)
-    """A critic's, of the states before the tokens, where one was asked along."""
+    """A critic's, of the states before the sampled tokens, where one was asked along."""
+    tool_mask: list[int] = field(default_factory=list)
+    """As TRL's: for each token of the answer 1 if the policy sampled it, 0 if a tool's reply holds it. Empty: all are
+    sampled."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)
+
+    @property
+    def sampled(self) -> list[int]:
+        """The places in the answer of the tokens that the policy sampled."""
+        return [place for place, own in enumerate(self.tool_mask or [1] * len(self.answer_ids)) if own]
+
+    def cut(self, tokens: int) -> Episode:
+        """With so many tokens of the answer at most."""
+        mask = self.tool_mask[:tokens]
+        logp = self.logp[: sum(mask) if mask else tokens]
+        return replace(self, answer_ids=self.answer_ids[:tokens], logp=logp, tool_mask=mask)
+
+    def go_on(self, reply_ids: list[int], more: Episode) -> None:
+        """Add a tool's reply, and what the policy sampled after it."""
+        self.tool_mask = self.tool_mask or [1] * len(self.answer_ids)
+        self.tool_mask += [0] * len(reply_ids) + [1] * len(more.answer_ids)
+        self.answer_ids += reply_ids + more.answer_ids
+        self.logp += more.logp
+        self.values += more.values
+        self.ended = more.ended
 
 
 @torch.no_grad()
@@ -55,7 +79,8 @@ def sample(
     critic: Callable[[torch.Tensor], torch.Tensor] | None = None,
     copies: int = 1,
     shared: int = 0,
-    among: tuple[int, int] | None = None,
+    among: tuple[Sequence[int], int] | None = None,
+    limits: Sequence[int] | None = None,
     static: bool = False,
     advice: str = HELD_OUT,
     when_split: WhenSplit = say_split,
@@ -66,26 +91,28 @@ def sample(
     `temperature` 0 takes the likeliest token. `batch_size`: most prompts sampled together. A prompt is read once,
     whatever the number of its answers. `shared`: so many tokens with which all prompts begin alike, fewer than the
     shortest has, are read once for each batch (examples of few-shot prompting). `critic`: hidden states (B, hidden) to
-    values (B,), noted beside the tokens. `among`: the prompts are those from the first of these numbers on, among so
-    many as the second; several processes that share them draw what one would. `static`: with a static cache, and on a
-    GPU a compiled step; finished answers then stay in the batch, whose size is compiled with it. Where memory does not
-    hold `batch_size`, fewer are sampled together, and `when_split` is called; `advice` (models/out_of_memory.py) is for
-    an answer that does not fit even alone.
+    values (B,), noted beside the tokens. `among`: the prompts' places among so many prompts as the number says; several
+    processes that share them draw what one would. `limits`: most tokens of the answers to each prompt, where they
+    differ; none is above `new_tokens`. `static`: with a static cache, and on a GPU a compiled step; finished answers
+    then stay in the batch, whose size is compiled with it. Where memory does not hold `batch_size`, fewer are sampled
+    together, and `when_split` is called; `advice` (models/out_of_memory.py) is for an answer that does not fit even
+    alone.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     # One number for each token there may be, drawn before any is: how many are sampled at once and when answers end
     # changes no draw, and policies asked with the same seed differ by what they are, not by their luck.
-    first, whole = among or (0, len(prompts))
+    places, whole = among or (range(len(prompts)), len(prompts))
     luck_PCG = torch.rand(whole, copies, new_tokens, generator=generator, device=language_model.device)
-    luck_PCG = luck_PCG[first : first + len(prompts)]
+    luck_PCG = luck_PCG[list(places)]
+    limits = limits or [new_tokens] * len(prompts)
 
     def answers(batch: Sequence[int]) -> dict[int, list[Episode]]:
-        few = [prompts[i] for i in batch]
-        luck_BG = luck_PCG[batch].flatten(0, 1)
-        drawn = _sample_batch(language_model, few, luck_BG, temperature, stops, critic, copies, shared, static)
+        few, ends = [prompts[i] for i in batch], [limits[i] for i in batch for _ in range(copies)]
+        luck_BG = luck_PCG[batch, :, : max(ends)].flatten(0, 1)
+        drawn = _sample_batch(language_model, few, luck_BG, ends, temperature, stops, critic, copies, shared, static)
         return {i: drawn[place * copies : (place + 1) * copies] for place, i in enumerate(batch)}
 
-    parts = run_in_parts(answers, order, lambda i: len(prompts[i]) + new_tokens, advice, batch_size, when_split)
+    parts = run_in_parts(answers, order, lambda i: len(prompts[i]) + limits[i], advice, batch_size, when_split)
     episodes = {i: drawn for part in parts for i, drawn in part.items()}
     return [episode for i in range(len(prompts)) for episode in episodes[i]]
 
@@ -94,6 +121,7 @@ def _sample_batch(
     language_model: LanguageModel,
     prompts: list[list[int]],
     luck_BG: torch.Tensor,
+    limits: list[int],
     temperature: float,
     stops: list[int],
     critic: Callable[[torch.Tensor], torch.Tensor] | None,
@@ -103,7 +131,7 @@ def _sample_batch(
 ) -> list[Episode]:
     episodes = [Episode(prompt, [], [], ended=False) for prompt in prompts for _ in range(copies)]
     device = language_model.device
-    stops_S = torch.tensor(stops, device=device)
+    stops_S, limits_B = torch.tensor(stops, device=device), torch.tensor(limits, device=device)
     rests = [prompt[shared:] for prompt in prompts]
     ids_BT, mask_BT = (t.to(device) for t in padded(rests, language_model.pad_id, side="left"))
     positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0) + shared
@@ -137,7 +165,7 @@ def _sample_batch(
         ended_B = torch.isin(token_B, stops_S)
         values = (critic(hidden_BTH[:, -1]),) if critic else ()
         drawn.append((token_B, logp_B, writing_B, ended_B, *values))
-        writing_B = writing_B & ~ended_B
+        writing_B = writing_B & ~ended_B & (limits_B > place + 1)
         left = int(writing_B.sum())
         if left == 0:
             break
@@ -152,6 +180,7 @@ def _sample_batch(
             take_rows(cache, kept_K)
             ids_BT, positions_BT, mask_BT = ids_BT[kept_K], positions_BT[kept_K], mask_BT[kept_K]
             alive, luck_BG = [alive[row] for row in kept_K.tolist()], luck_BG[kept_K]
+            limits_B = limits_B[kept_K]
             writing_B = writing_B[kept_K]
     _write([episodes[row] for row in alive], drawn)
     return episodes

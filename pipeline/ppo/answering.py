@@ -12,12 +12,11 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.data import render
 from pipeline.data.contracts import Row
 from pipeline.data.tokens import stop_ids
+from pipeline.models import dialogue
 from pipeline.models.forward import plain_layers
 from pipeline.models.out_of_memory import ROLLOUT, WhenSplit
-from pipeline.models.sampling import sample
 from pipeline.ppo import rewards
 from pipeline.ppo.actors import POLICY, Actors
 from pipeline.ppo.batch import Rollout
@@ -62,28 +61,29 @@ class Answering:
         actors.model.eval()
         draw = random.Random(f"{self.seed}/answers/{name}").getrandbits(63)
         with plain_layers(actors.model, fold_adapter=True) if settings.dequantize_rollout else contextlib.nullcontext():
-            episodes = sample(
+            told = dialogue.answer(
                 actors,
-                [render.prompt(self.tokenizer, row) for row in rows],
+                self.tokenizer,
+                rows,
                 new_tokens=settings.response_length,
                 temperature=settings.temperature,
                 stops=self.stops,
                 generator=torch.Generator(actors.device).manual_seed(draw),
                 batch_size=max(1, at_once // copies),
                 copies=copies,
-                among=among,
+                among=among and (range(among[0], among[0] + len(rows)), among[1]),
                 static=settings.cache_implementation == "static",
                 critic=actors.state_values if actors.value_adapter == POLICY else None,
                 advice=ROLLOUT,
                 when_split=partial(self._take_fewer, "sampled"),
+                iterations=settings.max_tool_calling_iterations,
+                seconds=settings.tool_timeout,
             )
-        answers = [episode.answer_ids[:-1] if episode.ended else episode.answer_ids for episode in episodes]
-        texts = [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
-        return Rollout([row for row in rows for _ in range(copies)], episodes, texts)
+        return Rollout(told)
 
     def ask_sources(self, rollout: Rollout) -> Scores:
         """What every source of reward says of each answer, by the source's name."""
-        return rewards.scores(self.sources, self.actors, self.tokenizer, rollout.rows, rollout.texts, self.forward_size)
+        return rewards.scores(self.sources, self.actors, self.tokenizer, rollout.told, self.forward_size)
 
     def _take_fewer(self, what: Literal["sampled", "learnt"], episodes: int, left: int) -> None:
         self.at_once[what], self.split_at = left, self.step

@@ -39,6 +39,8 @@ class RejectionSettings(BaseModel):
     # What PPO lets a recipe choose, and this stage does not have
     critic: ClassVar[None] = None
     rollout_batch_size: ClassVar[None] = None
+    max_tool_calling_iterations: ClassVar[None] = None
+    tool_timeout: ClassVar[float] = 10.0
 
     @model_validator(mode="after")
     def _fits(self) -> RejectionSettings:

@@ -99,6 +99,13 @@ def check(tree: Json) -> RecipeSpec:
     for name, section in spec.stages.items():
         _check_from(section.from_, kinds, "stages", name, "from")
         section.check_among(kinds, "stages", name)
+        for kind, key in section.learns_again().items():
+            if nearest(spec.stages, name, kind) is None:
+                problem = (
+                    f"learns rows of a {kind} stage again, and the policy of '{name}' comes from none in this recipe "
+                    f"(from: {section.from_}). Let it come from one, or leave {key} out"
+                )
+                raise complaint(problem, "stages", name, "train", key)
     _check_truth(spec)
     check_words(spec.model.lora, words("LoraConfig"), "model", "lora")
     template = spec.model.chat_template
@@ -115,6 +122,17 @@ def check(tree: Json) -> RecipeSpec:
             raise complaint(unnamed, "stages", name, "train", "push_to_hub")
     gates.check(spec.expect, {name: [*kinds[name].numbers, *of.source_numbers()] for name, of in spec.stages.items()})
     return spec
+
+
+def nearest(stages: dict[str, StageSpec], stage: str, kind: str) -> str | None:
+    """The first stage of a kind on the way that the policy of `stage` came; None where there is none."""
+    seen, name = {stage}, stages[stage].from_
+    while name in stages and name not in seen:  # a circle is complained of later
+        if stages[name].kind == kind:
+            return name
+        seen.add(name)
+        name = stages[name].from_
+    return None
 
 
 def _on_published(spec: RecipeSpec) -> RecipeSpec:

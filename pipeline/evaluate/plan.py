@@ -18,6 +18,7 @@ from pipeline.evaluate.measures import MEASURES, loss_of
 from pipeline.language.say import kept
 from pipeline.measure.metric import CORPUS_LOSS, DIALOGUE_LOSS
 from pipeline.plan.sizes import NEW_TOKENS
+from pipeline.ppo.shipped import SHIPPED
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import ancestors
 from pipeline.runs.rows import load_rows
@@ -201,6 +202,7 @@ def _sampling(recipe: Recipe, samplers: list[str], prompts: list[Row], models: l
     functions = [source for source in (*sources, truth or "") if ".py:" in source]
     read = {source: read_by(Path(source.rpartition(":")[0])) for source in functions}
     files = {source: {name: sha256_of_file(path) for name, path in known.items()} for source, known in read.items()}
+    files |= {source: {source: SHIPPED[source].is_of} for source in (*sources, truth) if source in SHIPPED}
     return {
         "new_tokens": settings.response_length if settings else NEW_TOKENS,
         "temperature": settings.temperature if settings else 1.0,

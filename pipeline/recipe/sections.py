@@ -196,7 +196,7 @@ def _check_truth(spec: RecipeSpec) -> None:
     first: str | None = None
     for name, section in spec.stages.items():
         for term in (term for term in section.reward_terms() if term.truth):
-            if term.file is None:
+            if term.is_stage:
                 problem = f"'{term.source}' is a reward model; truth: true is for a function that gives 0 or 1"
                 raise complaint(problem, "stages", name, "reward")
             first = first or term.source

@@ -132,7 +132,16 @@ def lengths_of(
         if (tokens := _read_lengths(of, kind.contract, seed)) is None:
             return None
         earlier.append(cut_again(kind, of, tokens))
-    return None if own is None else Lengths(own, earlier)
+    return None if own is None else Lengths(mixed(section, own, earlier), earlier)
+
+
+def mixed(section: StageSpec, own: list[int], earlier: list[list[int]]) -> list[int]:
+    """Tokens of a stage's rows, with those of earlier stages that it mixes in: the first ones, for want of the draw."""
+    shares, found = section.replayed().values(), list(own)
+    for share, tokens in zip(shares, earlier, strict=False):
+        count = max(1, round(len(own) * share / (1 - sum(shares))))
+        found += (tokens * (count // len(tokens) + 1))[:count]
+    return found
 
 
 def cut_again(kind: Stage, section: StageSpec, tokens: list[int]) -> list[int]:

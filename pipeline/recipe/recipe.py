@@ -75,7 +75,7 @@ class Recipe:
     def learnt_again(self, stage: str) -> list[str]:
         """The stages whose rows this one learns again."""
         found = (nearest(self.stages, stage, kind) for kind in self.stages[stage].learns_again())
-        return [name for name in found if name]
+        return [*(name for name in found if name), *self.stages[stage].replayed()]
 
     def order(self) -> list[str]:
         """The stages, each after its parents; as written where that leaves a choice."""

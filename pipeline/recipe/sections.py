@@ -101,6 +101,13 @@ def check(tree: Json) -> RecipeSpec:
     for name, section in spec.stages.items():
         _check_from(section.from_, kinds, "stages", name, "from")
         section.check_among(kinds, "stages", name)
+        for earlier in section.replayed():
+            if earlier not in ancestors(spec.stages, name) or kinds[earlier].held_out_loss is None:
+                problem = (
+                    f"'{earlier}' is not a stage that '{name}' comes from and that learns documents or dialogues; only "
+                    "the rows of such a stage can be mixed in. Let it come from one, or leave it out"
+                )
+                raise complaint(problem, "stages", name, "replay", earlier)
         for kind, key in section.learns_again().items():
             if nearest(spec.stages, name, kind) is None:
                 problem = (

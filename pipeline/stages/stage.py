@@ -108,6 +108,10 @@ class StageSpec(BaseModel):
         """The environment whose tools its rows tell of and its policy is asked with."""
         return None
 
+    def replayed(self) -> dict[str, float]:
+        """Stages that its policy comes from whose rows are among those it trains on, each with their share."""
+        return {}
+
     def rollouts(self) -> RolloutSettings | None:
         """How it samples and learns in turn; None for a stage that does not."""
         return None

@@ -193,7 +193,7 @@ def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, leng
         answer, rollouts = sampling.response_length, section.rollouts()
         prompt = lengths.longest if lengths else (arguments.get("max_length") or 2 * answer) - answer
         longest, mini = min(limit, prompt + answer), rollouts.mini if rollouts else rows
-        frozen = 1 + sum(term.file is None for term in section.reward_terms())
+        frozen = 1 + sum(term.is_stage for term in section.reward_terms())
         sampled = Work(
             min(rows, mini), longest, checkpointed, trained=1 + (sampling.critic == "adapter"),
             frozen=frozen, accumulates=mini > rows, answer=answer,

@@ -63,7 +63,7 @@ class Recipe:
         """The stages this one is handed something by, by the role they play for it."""
         section = self.stages[stage]
         policy = {"policy": section.from_} if section.from_ and not section.from_.startswith(published.PREFIX) else {}
-        rewards = [term.source for term in section.reward_terms() if term.file is None]
+        rewards = [term.source for term in section.reward_terms() if term.is_stage]
         return policy | {"reward" if len(rewards) == 1 else f"reward {name}": name for name in rewards}
 
     def parent_artifacts(self, stage: str, runs: Path = RUNS) -> dict[str, Artifact]:
@@ -115,6 +115,9 @@ class Recipe:
             for file in sorted({term.file for term in terms if term.file}):
                 for read, path in read_by(Path(file)).items():
                     hashes[f"reward {file}: {read}"] = sha256_of_file(path)
+            for term in terms:
+                if term.shipped:
+                    hashes[f"reward {term.source}: the function {term.source}"] = term.shipped.is_of
             hashes |= self.environment_files(name)
             parents = {role: digest(parts[parent]) for role, parent in self.parents(name).items()}
             if from_.startswith(published.PREFIX):

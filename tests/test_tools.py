@@ -39,6 +39,7 @@ from pipeline.recipe.recipe import build, read
 from pipeline.runs.stage import run_stage
 from pipeline.runs.states import states
 from pipeline.stages.stage import Context
+from pipeline.terminal.data import examine
 
 # As recipes/templates/chatml-tools.jinja, with a line in place of the schema: the tiny base's window is small.
 SHIPPED = (ROOT / "recipes" / "templates" / "chatml-tools.jinja").read_text(encoding="utf-8")
@@ -478,6 +479,16 @@ def test_what_makes_no_sense_in_a_recipe_is_named(
     tree["stages"]["two"] = {**tree["stages"]["two"], **change}
     with pytest.raises(UserError, match=re.escape(why)):
         build(tree)
+
+
+def test_the_data_are_examined_with_what_the_template_tells_of_tools(
+    tool_base: Path, counter: str, tmp_path: Path
+) -> None:
+    tree = tools_tree(tool_base, counter, tmp_path)
+    recipe = build({**tree, "stages": {"whole": tree["stages"]["whole"]}})
+    ids = len(render.prompt(bases.load_tokenizer(recipe.spec.model), rows_of(counter)[0]))
+    figures = examine(recipe, ["whole"])["stages"]["whole"]
+    assert f'"max": {ids}' in json.dumps(figures["tokens"])
 
 
 def test_rows_that_do_not_go_with_an_environment_are_named(counter: str) -> None:

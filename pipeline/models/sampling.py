@@ -36,6 +36,9 @@ class Episode:
     """It ended by itself, not at the length limit."""
     values: list[float] = field(default_factory=list)
     """A critic's, of the states before the tokens, where one was asked along."""
+    sampling_logp: list[float] = field(default_factory=list)
+    """Of each token, by the engine that sampled it, where it was one (ppo/engine.py); `logp` is then by a pass of the
+    model's own over the same tokens."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)

@@ -12,6 +12,7 @@ from pipeline.data import render
 from pipeline.data.contracts import PROMPT_ONLY, Row
 from pipeline.errors import complaint, suggest
 from pipeline.measure.metric import QUESTION_ACCURACY, Metric
+from pipeline.ppo.engine_settings import EngineSettings
 from pipeline.ppo.settings import CHECKPOINTS_KEPT, PPOSettings, RolloutSettings
 from pipeline.stages.arguments import defines, without_auto
 from pipeline.stages.stage import Context, PolicySpec, Result, RewardTerm, Stage
@@ -38,14 +39,20 @@ class PaidSpec(PolicySpec):
             raise complaint("pays nothing: every weight is 0, and a source with weight 0 is only measured")
         return reward
 
+    rollout: EngineSettings | None = None
+    """Another program that samples the answers, see [rollouts by an engine](rollouts.md). Without it the model that is
+    trained samples them itself."""
+
     def reward_terms(self) -> list[RewardTerm]:
         return _terms(self.reward or [])
 
     def further_parts(self) -> dict[str, Any]:
         # What is only measured by a term, its truth, changes no training.
-        return {"reward": [term.model_dump(exclude={"truth"}) for term in self.reward_terms()]}
+        reward = {"reward": [term.model_dump(exclude={"truth"}) for term in self.reward_terms()]}
+        return {**reward, "rollout": self.rollout.engine} if self.rollout else reward
 
     def check_among(self, stages: dict[str, Stage], *place: str) -> None:
+        self._check_rollout(*place)
         for term in self.reward_terms():
             if term.file is not None:
                 name = term.source.rpartition(":")[2]
@@ -59,6 +66,16 @@ class PaidSpec(PolicySpec):
             elif not stages[term.source].ranks:
                 kind = stages[term.source].name
                 raise complaint(f"'{term.source}' is a {kind} stage, not a reward model", *place, "reward")
+
+    def _check_rollout(self, *place: str) -> None:
+        sampling = self.sampling()
+        if self.rollout and sampling and sampling.dequantize_rollout:
+            raise complaint(
+                "samples, and so does dequantize_rollout's copy: leave one of the two out", *place, "rollout"
+            )
+        corrects = [word for word in self.train if word.startswith("vllm_")]
+        if corrects and not self.rollout:
+            raise complaint("is for an engine: add rollout: {engine: vllm} to the stage", *place, "train", corrects[0])
 
 
 class RolloutSpec(PaidSpec):
@@ -98,12 +115,13 @@ def learn_from_answers(spec: RolloutSpec, ctx: Context, trainer_class: type[Roll
     from pipeline.models import base as bases
     from pipeline.models.forward import checkpoint_first
     from pipeline.ppo import actors as roles
-    from pipeline.ppo import held_out, loop, rewards
+    from pipeline.ppo import engine, held_out, loop, rewards
     from pipeline.ppo import invariants as handovers
     from pipeline.training import invariants
     from pipeline.training import trainer as shared
 
     result = Result()
+    engine.refuse_several(spec.rollout, ctx)
     settings = spec.rollouts()
     sources = [rewards.source(term.source, term.weight, term.truth) for term in spec.reward_terms()]
     tokenizer = bases.load_tokenizer(ctx.model)
@@ -133,6 +151,8 @@ def learn_from_answers(spec: RolloutSpec, ctx: Context, trainer_class: type[Roll
         result.invariants |= handovers.scores_as_it_did(actors, rewards.adapter_name(name), parent, ctx.model.dtype)
     result.invariants |= handovers.one_copy_of_the_base(model)
 
+    trainer.engine = engine.start(ctx, spec.rollout, settings, model, tokenizer, result.base_digest)
+
     # train, with the held-out numbers before and after
     ctx.tell_measuring("before")
     start = held_out.ask(trainer, ctx.data.test or [])
@@ -144,6 +164,7 @@ def learn_from_answers(spec: RolloutSpec, ctx: Context, trainer_class: type[Roll
     end = held_out.ask(trainer, ctx.data.test or [])
     result.after = held_out.numbers(end) | held_out.gain(start, end)
     result.invariants |= loop.judge_end(trainer, ctx, end)
+    result.invariants |= engine.end(trainer.engine)
     actors.act_as(roles.POLICY)
     result.after |= answers.ask(model, tokenizer, ctx, result.samples, "after")
 

@@ -6,7 +6,8 @@
 Weights are random and quantised layer by layer, so nothing is downloaded and the whole never lies in memory in 16 bits.
 Both sides train on the same rows, with the same LoRA, batch and checkpointing, one after the other in this process;
 the first steps are left out of the times. "plain" is TRL's trainer as its documentation has it (its fused LM head, its
-bfloat16 adapter); ours is the trainer of pipeline/stages. TRL has no PPO any more, so ours stands alone there. Measured
+bfloat16 adapter); ours is the trainer of pipeline/stages. TRL has no PPO any more, so ours stands alone there,
+with the cache that grows and with cache_implementation: static. Measured
 memory is torch.cuda.max_memory_allocated, to which the planned figure without the CUDA context is compared; what the
 allocator had reserved is beside it. A stage that fails, or does not fit, is a row that says so; the JSON is written
 anew after every row. Ours halves a batch that does not fit: a note says to how many rows, and the plan is of the whole.
@@ -56,6 +57,7 @@ TINY = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True,
 }  # fmt: skip
 WARM_UP = 2
+STATIC = "ours, static cache"
 TRAINERS = {
     "pretrain": (SFTTrainer, SFTConfig),
     "sft": (SFTTrainer, SFTConfig),
@@ -191,7 +193,7 @@ def checkpointed(given: argparse.Namespace, config: dict[str, Any]) -> int:
     return int(config["num_hidden_layers"]) if given.checkpointed is None else int(given.checkpointed)
 
 
-def ppo_trainer(given: argparse.Namespace, config: dict[str, Any], folder: Path) -> PPOTrainer:
+def ppo_trainer(given: argparse.Namespace, config: dict[str, Any], folder: Path, side: str = "ours") -> PPOTrainer:
     """PPO on random weights with one reward model; answers as long as they may be."""
     device = torch.device(given.device)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tiny")
@@ -203,6 +205,7 @@ def ppo_trainer(given: argparse.Namespace, config: dict[str, Any], folder: Path)
     settings = PPOSettings(
         steps=1 + given.steps, batch_size=4 * given.rows, per_device_train_batch_size=given.rows,
         response_length=given.length // 2, num_ppo_epochs=1,
+        cache_implementation="static" if side == STATIC else None,
     )  # fmt: skip
     head_1H = torch.randn(1, config["hidden_size"], device=device, dtype=torch.bfloat16)
     actors = Actors(model, tokenizer.pad_token_id, 1.0, settings.critic, {"reward-reward": head_1H})
@@ -213,10 +216,10 @@ def ppo_trainer(given: argparse.Namespace, config: dict[str, Any], folder: Path)
     return trainer
 
 
-def ppo(given: argparse.Namespace, config: dict[str, Any], folder: Path) -> Measured:
+def ppo(side: str, given: argparse.Namespace, config: dict[str, Any], folder: Path) -> Measured:
     """Steps of pipeline/ppo, rollouts included."""
     device = torch.device(given.device)
-    trainer = ppo_trainer(given, config, folder)
+    trainer = ppo_trainer(given, config, folder, side)
     settings = trainer.settings
     halved: list[int] = []
     trainer.when_split = lambda episodes, left: halved.append(left)
@@ -234,7 +237,7 @@ def ppo(given: argparse.Namespace, config: dict[str, Any], folder: Path) -> Meas
     planned = Model(shapes_of(config), Adapter())
     expected = ppo_seconds(planned, work, _card(device), 1) if device.type == "cuda" else None
     return Measured(
-        "ppo", "ours", (memory(planned, work).total - CONTEXT) / 2**30, *_peaks(device),
+        "ppo", side, (memory(planned, work).total - CONTEXT) / 2**30, *_peaks(device),
         settings.batch_size * length / expected if expected else None,
         (tokens[-1] - tokens[0]) / (ends[-1] - ends[0]),
         f"did not fit: {halved[-1]} episodes at a time" if halved else "",
@@ -269,7 +272,7 @@ def _peaks(device: torch.device) -> tuple[float | None, float | None]:
 def measured(stage: str, side: str, given: argparse.Namespace, config: dict[str, Any], folder: Path) -> Measured:
     """A row, also of what fails."""
     try:
-        return ppo(given, config, folder) if stage == "ppo" else train(stage, side, given, config, folder)
+        return ppo(side, given, config, folder) if stage == "ppo" else train(stage, side, given, config, folder)
     except Exception as error:  # whatever one stage dies of, the others are still to be measured
         full = is_out_of_memory(error) or "does not fit in memory" in str(error)
         if not full:
@@ -302,7 +305,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         make_tiny_base(Path(scratch) / "tiny")
         for stage in given.stages:
-            for side in ("ours",) if stage == "ppo" else ("plain", "ours"):
+            for side in ("ours", STATIC) if stage == "ppo" else ("plain", "ours"):
                 print(f"{stage}, {side} ...", flush=True)
                 _reset(device)
                 found.append(measured(stage, side, given, config, Path(scratch)))

@@ -1,7 +1,7 @@
 """Our PPO against TRL 1.12's experimental PPOTrainer: episodes a second and peak live bytes, same work, in one run.
 
     pip install --no-deps --target /tmp/trl112 trl==1.12.0
-    OMP_WAIT_POLICY=passive python scripts/bench_ppo.py /tmp/trl112 [--answer 48] [--rounds 2] [--json FILE]
+    python scripts/bench_ppo.py /tmp/trl112 [--answer 48] [--rounds 2] [--json FILE]
 
 The demo model answers the demo prompts, with fresh adapters of the same shape on both sides: the same 4-bit base,
 prompts, answer length, batch, microbatch and epochs. TRL holds three quantised models (policy with its adapter switched
@@ -22,9 +22,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 BATCH, MICRO, EPOCHS, RATE, TEMPERATURE = 32, 8, 2, 1e-5, 1.0
+
+
+def run_as_a_stage() -> None:
+    """Start anew in the environment that `onebase run` gives a stage; glibc reads its settings at the start alone."""
+    sys.path.append(".")
+    from pipeline.runs.environment import make_environment
+
+    wanted = {**make_environment(), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], wanted)
 
 
 def prompts(tokenizer: Any) -> list[dict[str, Any]]:
@@ -52,6 +60,7 @@ class Ours:
     def __init__(self, spec: Any, folder: Path, answer: int, critic: str, dequantize: bool) -> None:
         from pipeline.models import adapters
         from pipeline.models import base as bases
+        from pipeline.models.forward import plain_on_cpu
         from pipeline.ppo import rewards
         from pipeline.ppo.actors import REFERENCE, VALUE, Actors
         from pipeline.ppo.ppo import PPOTrainer
@@ -71,6 +80,8 @@ class Ours:
         )  # fmt: skip
         actors = Actors(model, tokenizer.pad_token_id, TEMPERATURE, settings.critic, {"reward-reward": head})  # type: ignore[dict-item]
         self.modules = [model, actors.value_head]
+        self.plain = plain_on_cpu(model)
+        self.plain.__enter__()  # as the stage's loop does, for as long as it trains
         self.steps = PPOTrainer(actors, tokenizer, prompts(tokenizer), [source], settings, 17).steps()
 
     def step(self) -> dict[str, float]:
@@ -147,6 +158,7 @@ def main() -> None:
     parser.add_argument("--critic", nargs="+", choices=["trunk", "adapter"], default=["trunk", "adapter"])
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    run_as_a_stage()
     sys.path[:0] = [str(given.trl), str(Path(__file__).resolve().parent), "."]
     import torch
     import trl

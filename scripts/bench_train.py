@@ -6,7 +6,8 @@
 
 TRL is configured at its best: pretrain and sft packed (bfd) with its fused head; reward and dpo have no packing in TRL
 1.16. Rounds of the sides take turns. Real tokens are those of the rows, whatever a side pads, packs or shares. All
-sides get the guard that keeps bitsandbytes from losing gradients on CPUs with AVX512-BF16. The third side is TRL with
+sides get the guard that keeps bitsandbytes from losing gradients on CPUs with AVX512-BF16, and the environment that
+`onebase run` gives a stage. The third side is TRL with
 our LM head in place of its own, whose CPU version is a fallback: what it gains is what that fallback costs. The rows
 are made of words of the demo corpus: documents and dialogues of 64 to 512 tokens, and for pairs prompts of about 256
 tokens with answers of 64 to 128. The losses of the first batch are compared under the same adapter of random numbers.
@@ -31,6 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+from bench_ppo import run_as_a_stage
 from datasets import Dataset
 from live_bytes import LiveBytes
 from peft import LoraConfig, get_peft_model
@@ -287,6 +289,7 @@ def main() -> None:
     parser.add_argument("--grow", type=int, nargs="+")
     parser.add_argument("--trl", help="folder of TRL 1.12, for ppo")
     given = parser.parse_args()
+    run_as_a_stage()
     if given.stage == "ppo":
         if not given.trl:
             parser.error("--stage ppo needs --trl, the folder of TRL 1.12: see scripts/bench_ppo.py")

@@ -239,7 +239,8 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(tiny_base: Path, tm
         ("stages.ppo.rollout.top_p: unknown key", {"rollout": {**vllm, "top_p": 0.9}}),
         ("stages.ppo.train.top_k: unknown key", {"rollout": vllm, "train": {"top_k": 40}}),
         ("vllm_importance_sampling_mode: is for an engine", {"train": {"vllm_importance_sampling_mode": "token_mask"}}),
-        ("leave one of the two out", {"rollout": vllm, "train": {"dequantize_rollout": True}}),
+        ("together with dequantize_rollout", {"rollout": vllm, "train": {"dequantize_rollout": True}}),
+        ("together with environment", {"rollout": vllm, "environment": "recipes/environments/search.py:Search"}),
     ]:
         with pytest.raises(UserError, match=re.escape(said)):
             read(**section)

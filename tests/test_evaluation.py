@@ -24,7 +24,8 @@ from pipeline.measure.ranking import over_longer
 from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.models.base import computing
-from pipeline.models.sampling import sample
+from pipeline.models.dialogue import Told
+from pipeline.models.sampling import Episode, sample
 from pipeline.ppo import loop, rewards
 from pipeline.recipe.recipe import Recipe, build
 from pipeline.runs.rows import load_rows
@@ -290,7 +291,8 @@ def test_what_is_declared_the_truth_must_be_one_function_and_say_0_or_1(
     terms = _paid_by(tree, {"source": f"{file}:shorter"}, {**half, "weight": 0}).stages["ppo"].reward_terms()
     sources = [rewards.source(term.source, term.weight, term.truth) for term in terms]
     with pytest.raises(UserError, match=r"half is declared the truth and returned 0.5"):
-        rewards.scores(sources, bench.actors, bench.tokenizer, rows, ["a", "b"], 4)
+        told = [Told(row, Episode([], [], [], True), text) for row, text in zip(rows, "ab", strict=True)]
+        rewards.scores(sources, bench.actors, bench.tokenizer, told, 4)
 
 
 def test_judges_that_a_stage_was_trained_on_are_known(run: tuple[Recipe, Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ LAYERS = [
     ["recipe"],
     ["runs"],
     ["evaluate"],
+    ["label"],
     ["terminal", "report", "publish"],
     ["bring"],
     ["cli"],

@@ -17,6 +17,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import ROOT, head, tiny_tree, write_recipe
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 
 from pipeline.data import render
 from pipeline.disk import metrics
@@ -113,6 +114,26 @@ def test_greedy_rollout_is_generate_and_sampled_log_probs_are_the_models_own(tin
         first = len(episode.prompt_ids)
         own = [logp_TV[first + i - 1, token].item() for i, token in enumerate(episode.answer_ids)]
         assert episode.logp == pytest.approx(own, abs=1e-4)
+
+
+def test_a_static_cache_draws_the_same_tokens_by_one_compiled_step(tiny_base: Path) -> None:
+    """Several answers to each of ragged prompts, which end apart. The compiler sees one program for all tokens."""
+    ppo = trainer(tiny_base, length, batch_size=4)
+    actors, prompts = ppo.actors, [render.prompt(ppo.tokenizer, row) for row in ROWS]
+    actors.__dict__["step"] = torch.compile(actors.hidden, backend=(counter := CompileCounter()))
+    growing, static = (
+        sample(
+            actors, prompts, new_tokens=12, temperature=1.0, stops=list(range(0, 512, 8)), copies=2, static=static,
+            generator=torch.Generator().manual_seed(1),
+        )
+        for static in (False, True)
+    )  # fmt: skip
+    assert [e.answer_ids for e in static] == [e.answer_ids for e in growing]
+    for one, other in zip(static, growing, strict=True):
+        assert one.logp == pytest.approx(other.logp, abs=1e-4)
+    assert len({len(e.answer_ids) for e in static}) > 2
+    assert counter.frame_count == 1
+    torch._dynamo.reset()  # what it has compiled holds the model
 
 
 def test_tokens_stay_on_the_device_until_answers_end(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,8 +129,10 @@ def test_all_fresh_takes_under_two_seconds(tiny_base: Path, tmp_path: Path) -> N
     ],
 )  # fmt: skip
 def test_shipped_rewards_pay_for_right_answers_only(reference: str, answer: str | None, told: dict[str, int]) -> None:
-    from pipeline.ppo.rewards import function
+    from pipeline.models.own_code import load_named
 
     completions = [[{"role": "assistant", "content": text}] for text in told]
-    scores = function(reference)(completions=completions, answer=[answer] * len(told), prompts=[[]] * len(told))
+    scores = load_named(reference, "reward")(
+        completions=completions, answer=[answer] * len(told), prompts=[[]] * len(told)
+    )
     assert scores == list(told.values())

@@ -23,6 +23,7 @@ from pipeline.data.formats import Format
 from pipeline.data.labelled import LabelledRows
 from pipeline.data.prompts import first_question, prompt_key
 from pipeline.data.shelf import Picked, Shelf
+from pipeline.data.voted import is_of_votes, read_voted
 from pipeline.disk.manifest import SourceCounts
 from pipeline.errors import UserError
 
@@ -220,6 +221,12 @@ def labels_as_answers(rows: Sequence[Row]) -> Sequence[Row]:
 
 def _read_items(source: Source, part: Part, contract: Contract) -> Iterator[tuple[str, Any, str | None]]:
     """Every row a file gives, with its place, and the reason where it is none."""
+    if is_of_votes(part.path):
+        for place, layout, rows in read_voted(part.path, contract.kind):
+            source.file_rows += 1
+            source.layouts[layout] += 1
+            yield from ((place, row, None) for row in rows)
+        return
     labelled = LabelledRows()
     for place, row in files.read_placed(part.path, part.split, part.format == "lines", part.encoding or "utf-8"):
         source.file_rows += 1

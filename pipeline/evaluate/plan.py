@@ -91,6 +91,8 @@ def plan(recipe: Recipe, runs: Path, benchmarks: Sequence[Row] = ()) -> list[Mea
     wanted += [Benchmark(policy, [task]) for policy in run.policies for task in benchmarks]
     hashes = {name: recipe.artifact(name, runs).verify().files[WEIGHTS] for name in done}
     model = {**recipe.parts()[done[0]]["model"], "dtype": recipe.artifact(done[0], runs).finished().dtype}
+    for name in done:  # as what a policy answers depends on its tools
+        model |= recipe.environment_files(name)
     found = []
     for measure in (measure for measure in wanted if measure.rows):
         folders = {name: recipe.artifact(name, runs).adapter for name in measure.others if name in done}
@@ -174,6 +176,7 @@ def _sampling(recipe: Recipe, samplers: list[str], prompts: list[Row], models: l
     return {
         "new_tokens": settings.response_length if settings else NEW_TOKENS,
         "temperature": settings.temperature if settings else 1.0,
+        "max_tool_calling_iterations": settings.max_tool_calling_iterations if settings else None,
         "seed": recipe.spec.seed,
         "sources": sources,
         "truth": truth,

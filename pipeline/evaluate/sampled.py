@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.data import render
 from pipeline.data.contracts import Row
 from pipeline.data.tokens import stop_ids
 from pipeline.disk.atomic import Json
 from pipeline.measure import matching
-from pipeline.models import sampling
+from pipeline.models import dialogue
+from pipeline.models.dialogue import Told
 from pipeline.ppo import rewards
 
 if TYPE_CHECKING:
@@ -22,44 +22,41 @@ def take(bench: Bench, policy: str, rows: list[Row], settings: Json) -> Json:
     """The tables that measures.Answers names. Raises UserError if a declared truth is not 0 or 1."""
     sources, truth = settings["sources"], settings["truth"]
     copies = settings["copies"]
-    prompts = [render.prompt(bench.tokenizer, row) for row in rows]
     with bench.sampling_as(policy):
-        episodes = sampling.sample(
+        told = dialogue.answer(
             bench.actors,
-            prompts,
+            bench.tokenizer,
+            rows,
             new_tokens=settings["new_tokens"],
             temperature=bench.actors.temperature,
             stops=stop_ids(bench.tokenizer),
             generator=torch.Generator(bench.actors.device).manual_seed(settings["seed"]),
             batch_size=max(1, 4 * bench.at_once // copies),
             copies=copies,
+            iterations=settings.get("max_tool_calling_iterations"),
         )
-    texts = [
-        str(bench.tokenizer.decode(e.answer_ids[:-1] if e.ended else e.answer_ids, skip_special_tokens=True)).strip()
-        for e in episodes
-    ]
-    asked = [row for row in rows for _ in range(copies)]
+    episodes, texts = [one.episode for one in told], [one.text for one in told]
     found: Json = {
         "text": _rows(texts, copies),
-        "length": _rows([len(e.answer_ids) for e in episodes], copies),
+        "length": _rows([len(e.sampled) for e in episodes], copies),
         "ended": _rows([e.ended for e in episodes], copies),
         "truth": None,
-        "scores": {name: _rows(_scores(bench, name, asked, texts, name == truth), copies) for name in sources},
+        "scores": {name: _rows(_scores(bench, name, told, name == truth), copies) for name in sources},
         "kl": None,
     }
     if truth == "answer":
-        found["truth"] = _rows([float(matching.correct(r, t)) for r, t in zip(asked, texts, strict=True)], copies)
+        found["truth"] = _rows([float(matching.correct(one.row, one.text)) for one in told], copies)
     elif truth:
-        found["truth"] = found["scores"].get(truth) or _rows(_scores(bench, truth, asked, texts, True), copies)
+        found["truth"] = found["scores"].get(truth) or _rows(_scores(bench, truth, told, True), copies)
     if settings.get("reference"):
         theirs = bench.log_probs(settings["reference"], episodes, bench.at_once)
         found["kl"] = _rows([sum(e.logp) - b for e, b in zip(episodes, theirs, strict=True)], copies)
     return found
 
 
-def _scores(bench: Bench, source: str, asked: list[Row], texts: list[str], truth: bool) -> list[float]:
+def _scores(bench: Bench, source: str, told: list[Told], truth: bool) -> list[float]:
     named = [rewards.source(source, 1.0, truth)]
-    return rewards.scores(named, bench.actors, bench.tokenizer, asked, texts, bench.at_once)[source]
+    return rewards.scores(named, bench.actors, bench.tokenizer, told, bench.at_once)[source]
 
 
 def _rows(flat: list[Any], width: int) -> list[list[Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,9 +16,9 @@ from pipeline.data.contracts import Row
 from pipeline.data.tokens import Unrenderable, stop_ids
 from pipeline.measure.matching import correct
 from pipeline.measure.scoring import batches
-from pipeline.models import processes, sampling
+from pipeline.models import dialogue, processes
 from pipeline.models.forward import LanguageModel, plain_on_cpu
-from pipeline.plan.sizes import ANSWER_TOKENS, NEW_TOKENS
+from pipeline.plan.sizes import ANSWER_TOKENS, NEW_TOKENS, TOOL_TOKENS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -108,25 +107,25 @@ def generate(
     model.eval()
     language_model = LanguageModel(model, tokenizer.pad_token_id)
     prompts = [render.prompt(tokenizer, row) for row in rows]
-    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1) if alike else 0
+    limits = [TOOL_TOKENS if row.get("environment") else new_tokens for row in rows]
+    shared = dialogue.common_start(prompts) if alike or any(row.get("environment") for row in rows) else 0
 
     answers: dict[int, Answer] = {}
     with plain_on_cpu(model):
-        lengths = [len(ids) - shared + new_tokens for ids in prompts]
+        lengths = [len(ids) - shared + limit for ids, limit in zip(prompts, limits, strict=True)]
         for batch in processes.share(list(batches(lengths, tokens=ANSWER_TOKENS))):
-            episodes = sampling.sample(
+            told = dialogue.answer(
                 language_model,
-                [prompts[i] for i in batch],
-                new_tokens=new_tokens,
+                tokenizer,
+                [rows[i] for i in batch],
+                new_tokens=max(limits[i] for i in batch),
+                limits=[limits[i] for i in batch],
                 temperature=0,
                 stops=stop_ids(tokenizer),
                 generator=torch.Generator(model.device),
-                shared=shared,
+                alike=alike,
             )
-            for index, episode in zip(batch, episodes, strict=True):
-                said = episode.answer_ids[:-1] if episode.ended else episode.answer_ids
-                text = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
-                answers[index] = Answer(text, stopped=episode.ended)
+            answers |= {i: Answer(one.text, one.episode.ended) for i, one in zip(batch, told, strict=True)}
     found = {index: answer for part in processes.gather(answers) for index, answer in part.items()}
     return [found[index] for index in range(len(rows))]
 

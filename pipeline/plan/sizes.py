@@ -14,6 +14,8 @@ ANSWER_TOKENS = 4096
 """Tokens of a batch of questions, their answers included."""
 NEW_TOKENS = 32
 """Of an answer to a question, at most."""
+TOOL_TOKENS = 128
+"""The same where the answer may call tools, whose replies count too."""
 HELD_OUT_ANSWERS = 4
 """Sampled by PPO to each held-out prompt: most of what one answer's reward tells of a policy is the luck of the
 draw."""

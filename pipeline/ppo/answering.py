@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.data import render
 from pipeline.data.contracts import Row
 from pipeline.data.tokens import stop_ids
+from pipeline.models import dialogue
 from pipeline.models.forward import plain_layers
 from pipeline.models.out_of_memory import ROLLOUT, WhenSplit
-from pipeline.models.sampling import Episode, sample
+from pipeline.models.sampling import Episode
 from pipeline.ppo import rewards
 from pipeline.ppo.actors import POLICY, Actors
 from pipeline.ppo.batch import Pack, Rollout, pack_episodes, run_forward
@@ -64,32 +65,30 @@ class Answering:
         actors.act_as(POLICY)
         actors.model.eval()
         draw = random.Random(f"{self.seed}/answers/{name}").getrandbits(63)
-        prompts = [render.prompt(self.tokenizer, row) for row in rows]
         if self.engine:
-            return self._told(rows, copies, self._ask_engine(self.engine, prompts, name, copies))
+            return self._ask_engine(self.engine, rows, name, copies)
         with plain_layers(actors.model, fold_adapter=True) if settings.dequantize_rollout else contextlib.nullcontext():
-            episodes = sample(
+            told = dialogue.answer(
                 actors,
-                prompts,
+                self.tokenizer,
+                rows,
                 new_tokens=settings.response_length,
                 temperature=settings.temperature,
                 stops=self.stops,
                 generator=torch.Generator(actors.device).manual_seed(draw),
                 batch_size=max(1, at_once // copies),
                 copies=copies,
-                among=among,
+                among=among and (range(among[0], among[0] + len(rows)), among[1]),
+                static=settings.cache_implementation == "static",
                 critic=actors.state_values if actors.value_adapter == POLICY else None,
                 advice=ROLLOUT,
                 when_split=partial(self._take_fewer, "sampled"),
+                iterations=settings.max_tool_calling_iterations,
+                seconds=settings.tool_timeout,
             )
-        return self._told(rows, copies, episodes)
+        return Rollout(told)
 
-    def _told(self, rows: Sequence[Row], copies: int, episodes: list[Episode]) -> Rollout:
-        answers = [episode.answer_ids[:-1] if episode.ended else episode.answer_ids for episode in episodes]
-        texts = [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
-        return Rollout([row for row in rows for _ in range(copies)], episodes, texts)
-
-    def _ask_engine(self, engine: Engine, prompts: list[list[int]], name: str, copies: int) -> list[Episode]:
+    def _ask_engine(self, engine: Engine, rows: Sequence[Row], name: str, copies: int) -> Rollout:
         """Answers by the engine, with log-probabilities and values by a pass of the model itself over their tokens.
 
         Raises EngineError where the two are further apart than the recipe allows.
@@ -97,11 +96,11 @@ class Answering:
         settings, actors = self.settings, self.actors
         seeds = [
             [random.Random(f"{self.seed}/engine/{name}/{place}/{copy}").getrandbits(31) for copy in range(copies)]
-            for place in range(len(prompts))
+            for place in range(len(rows))
         ]
         episodes = engine.answer(
             self.step,
-            prompts,
+            [render.prompt(self.tokenizer, row) for row in rows],
             seeds,
             new_tokens=settings.response_length,
             temperature=settings.temperature,
@@ -113,7 +112,11 @@ class Answering:
                 episodes[row].logp = logp_G[:count]
                 episodes[row].values = values_G[:count]
         engine.compare(self.step, episodes)
-        return episodes
+        return Rollout([self._tell(rows[place // copies], episode) for place, episode in enumerate(episodes)])
+
+    def _tell(self, row: Row, episode: Episode) -> dialogue.Told:
+        ids = episode.answer_ids[:-1] if episode.ended else episode.answer_ids
+        return dialogue.Told(row, episode, str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip())
 
     def _read(self, pack: Pack) -> list[list[list[float]]]:
         def forward(part: Pack) -> list[torch.Tensor]:
@@ -124,7 +127,7 @@ class Answering:
 
     def ask_sources(self, rollout: Rollout) -> Scores:
         """What every source of reward says of each answer, by the source's name."""
-        return rewards.scores(self.sources, self.actors, self.tokenizer, rollout.rows, rollout.texts, self.forward_size)
+        return rewards.scores(self.sources, self.actors, self.tokenizer, rollout.told, self.forward_size)
 
     def _take_fewer(self, what: Literal["sampled", "learnt"], episodes: int, left: int) -> None:
         self.at_once[what], self.split_at = left, self.step

@@ -1,33 +1,49 @@
 """A batch on its way: prompts -> Rollout -> Scored -> Learnt. Each step is made whole and never changed.
 
 Of a pack: B episodes, T tokens of its longest prompt with answer, G tokens of its longest answer, N tokens of all its
-answers, row after row. Values on (B, G) are 0 where an answer has no token.
+answers, row after row. Values on (B, G) are 0 where an answer has no token. What tools reply is in T and neither in G
+nor in N: it is seen and not learnt from, and after the last token before a reply comes the first one after it.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Self
+from functools import lru_cache
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from pipeline.data.contracts import Row
 from pipeline.data.render import padded
+from pipeline.models.dialogue import Told
 from pipeline.models.out_of_memory import EPISODE, run_in_parts
 from pipeline.models.sampling import Episode
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Rollout:
     """A process's share of a step's prompts, answered by the policy."""
 
-    rows: Sequence[Row]
-    """The prompts, one for each episode."""
-    episodes: list[Episode]
-    texts: list[str]
-    """The answers as text, without their end-of-turn tokens."""
+    told: list[Told]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The prompts, one for each episode."""
+        return [one.row for one in self.told]
+
+    @property
+    def episodes(self) -> list[Episode]:
+        return [one.episode for one in self.told]
+
+    @property
+    def texts(self) -> list[str]:
+        """The answers as text, without their end-of-turn tokens; where tools are called, what is said last."""
+        return [one.text for one in self.told]
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,7 @@ class Pack:
     mask_BG: Tensor
     """(B, G) 1.0 where an answer has a token."""
     token_N: Tensor
-    """(N) The answers' tokens."""
+    """(N) The answers' tokens, those that the policy sampled."""
     row_N: Tensor
     """(N) The row of each, among B."""
     column_N: Tensor
@@ -138,14 +154,25 @@ def pack_episodes(
 
 def _pack(rows: list[int], episodes: list[Episode], pad_id: int, device: torch.device) -> Pack:
     ids_BT, mask_BT = padded([episodes[i].prompt_ids + episodes[i].answer_ids for i in rows], pad_id)
-    _, mask_BG = padded([episodes[i].answer_ids for i in rows], pad_id)
+    _, mask_BG = padded([episodes[i].sampled for i in rows], pad_id)
     places = [
-        (token, place, column, len(episodes[i].prompt_ids) + column - 1)
+        (episodes[i].answer_ids[at], place, column, len(episodes[i].prompt_ids) + at - 1)
         for place, i in enumerate(rows)
-        for column, token in enumerate(episodes[i].answer_ids)
+        for column, at in enumerate(episodes[i].sampled)
     ]
     tensors = (ids_BT, mask_BT, mask_BG.float(), *torch.tensor(places).T.contiguous())
     return Pack(rows, *(tensor.to(device) for tensor in tensors))
+
+
+def take_in_turn(items: Sequence[Item], first: int, count: int, seed: str) -> list[Item]:
+    """So many of an endless row of shuffled epochs over the items, from its place `first` on."""
+    places = (divmod(place, len(items)) for place in range(first, first + count))
+    return [items[_shuffled(len(items), f"{seed}/{epoch}")[index]] for epoch, index in places]
+
+
+@lru_cache(maxsize=8)
+def _shuffled(count: int, seed: str) -> list[int]:
+    return random.Random(seed).sample(range(count), count)
 
 
 def run_forward(forward: Callable[[Pack], list[Tensor]], pack: Pack) -> list[Tensor]:

@@ -60,16 +60,16 @@ class GRPOTrainer(RolloutTrainer):
         self, rollout: Rollout, by_source: Scores, alike: list[int], others: Rollout, their_scores: Scores
     ) -> tuple[Rollout, Scores]:
         useless = set(self._find_alike(others, their_scores))
-        rows, episodes, texts = list(rollout.rows), list(rollout.episodes), list(rollout.texts)
+        told = list(rollout.told)
         by_source = {name: list(values) for name, values in by_source.items()}
         for other, place in enumerate(alike):
             if other in useless:
                 continue
             old, new = (slice(group * self.copies, (group + 1) * self.copies) for group in (place, other))
-            rows[old], episodes[old], texts[old] = others.rows[new], others.episodes[new], others.texts[new]
+            told[old] = others.told[new]
             for name, values in by_source.items():
                 values[old] = their_scores[name][new]
-        return Rollout(rows, episodes, texts), by_source
+        return Rollout(told), by_source
 
     @torch.no_grad()
     def score(self, episodes: list[Episode], totals: list[float]) -> list[Scored]:
@@ -106,7 +106,7 @@ class GRPOTrainer(RolloutTrainer):
             advantages_R = groups.leave_one_out(paid_R - settings.beta * kl_R, self.copies)
         else:
             advantages_R = groups.advantages(paid_R, self.copies, settings.scale_rewards, spread)
-        lengths_R = torch.tensor([len(episode.answer_ids) for episode in episodes], dtype=torch.float64)
+        lengths_R = torch.tensor([len(episode.sampled) for episode in episodes], dtype=torch.float64)
         alike = groups.alike(paid_R, self.copies).sum().item()
         sums = [lengths_R.sum().item(), (lengths_R * learns_R).sum().item(), kl_R.sum().item(), surprise, alike]
         tokens, learnt, kl, surprise, alike = processes.add_up(sums).tolist()

@@ -15,7 +15,7 @@ RUNAWAY = 1.5
 """Answers this many times as long as at the start, while reward rises."""
 
 KEPT = ("kl", "entropy", "answer_length", "reward", "eos_share", "empty_share", "score", "score_std", "grad_norm",
-        "frac_reward_zero_std")  # fmt: skip
+        "frac_reward_zero_std", "tools/failure_frequency")  # fmt: skip
 
 
 @dataclass
@@ -73,6 +73,11 @@ class Health:
             notes.append("more than half of the answers are cut at response_length: raise it, or missing_eos_penalty")
         if len(last) == WINDOW and all(past["score_std"] <= ALIKE * abs(past["score"]) for past in last):
             notes.append(f"all answers of the last {WINDOW} steps got the same reward: there is nothing to learn from")
+        if len(last) == WINDOW and all(past.get("tools/failure_frequency") == 1 for past in last):
+            notes.append(
+                f"every call of a tool in the last {WINDOW} steps went wrong: show the model right calls first (sft), "
+                "or call the tool by hand"
+            )
         if len(self.history) >= 2 * WINDOW:
             longer = _mean(last, "answer_length") / max(_mean(first, "answer_length"), 1.0)
             if longer > RUNAWAY and _mean(last, "reward") > _mean(first, "reward"):

@@ -11,6 +11,7 @@ import torch
 from pipeline.data.contracts import Row
 from pipeline.measure import intervals
 from pipeline.models import processes
+from pipeline.models.forward import plain_on_cpu
 from pipeline.plan.sizes import HELD_OUT_ANSWERS
 from pipeline.ppo import rewards
 from pipeline.ppo.actors import POLICY, REFERENCE, Actors
@@ -32,7 +33,8 @@ ended            whether it ended by itself
 def ask(trainer: Answering, prompts: Sequence[Row]) -> Answers:
     """The policy as it stands, sampled at the training temperature; the same random draws each time it is called.
     Several processes share the prompts."""
-    parts = processes.gather(_ask(trainer, processes.share(prompts)))
+    with plain_on_cpu(trainer.actors.model):
+        parts = processes.gather(_ask(trainer, processes.share(prompts)))
     answers: Answers = {name: numpy.empty((len(prompts), ANSWERS)) for name in parts[0]}
     for rank, part in enumerate(parts):
         for name, values in part.items():
@@ -58,7 +60,7 @@ def _ask(trainer: Answering, prompts: Sequence[Row]) -> Answers:
         "reward": rewards.total(trainer.sources, by_source),
         **({f"reward/{name}": values for name, values in by_source.items()} if len(by_source) > 1 else {}),
         "kl": kl,
-        "answer_length": [len(episode.answer_ids) for episode in episodes],
+        "answer_length": [len(episode.sampled) for episode in episodes],
         "ended": [episode.ended for episode in episodes],
     }
     return {name: numpy.reshape(values, (-1, ANSWERS)) for name, values in answers.items()}

@@ -4,7 +4,6 @@ BrokenInvariant."""
 from __future__ import annotations
 
 import gc
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,7 +65,7 @@ def policy_is_reference(trainer: RolloutTrainer) -> Found:
     actors, settings = trainer.actors, trainer.settings
     # The beginnings of two episodes show it as well as all, and take less memory than training does.
     episodes = [
-        replace(episode, answer_ids=episode.answer_ids[:COMPARED], logp=episode.logp[:COMPARED])
+        episode.cut(COMPARED)
         for episode in trainer.answer(trainer.rows[: min(2, trainer.pack_size)], "step 0").episodes
     ]
     pack = pack_episodes(episodes, trainer.pack_size, actors.pad_id, actors.device)[0]

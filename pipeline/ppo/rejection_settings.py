@@ -32,10 +32,15 @@ class RejectionSettings(BaseModel):
     dequantize_rollout: bool = False
     """Sample from a dequantised copy of the weights with the policy's adapter added (2 bytes a parameter, only while it
     samples)."""
+    cache_implementation: Literal["static"] | None = None
+    """static: sample with keys and values at their full size from the start, and on a GPU by a compiled step. Its gain
+    on a GPU is not measured; on a CPU it is slower."""
 
     # What PPO lets a recipe choose, and this stage does not have
     critic: ClassVar[None] = None
     rollout_batch_size: ClassVar[None] = None
+    max_tool_calling_iterations: ClassVar[None] = None
+    tool_timeout: ClassVar[float] = 10.0
 
     @model_validator(mode="after")
     def _fits(self) -> RejectionSettings:

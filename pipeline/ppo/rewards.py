@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+import json
 import math
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data import render
-from pipeline.data.contracts import Row
 from pipeline.data.tokens import without_marks
 from pipeline.errors import UserError
 from pipeline.models import processes
+from pipeline.models.dialogue import Told
+from pipeline.models.own_code import load_named
 from pipeline.ppo import algorithm
 from pipeline.ppo.actors import Actors
 
@@ -45,39 +43,20 @@ def adapter_name(stage: str) -> str:
 
 
 def source(name: str, weight: float, truth: bool = False) -> Source:
-    """From what a recipe names: a stage, or `path.py:function`."""
+    """From what a recipe names: a stage, `path.py:function`, or an environment's class that scores its own answers by a
+    method get_reward, as TRL's do."""
     if ".py:" in name:
-        return Source(name, weight, function=function(name), truth=truth)
+        named = load_named(name, "reward")
+        function = _ask_environments if isinstance(named, type) else named
+        return Source(name, weight, function=function, truth=truth)
     return Source(name, weight, adapter=adapter_name(name))
-
-
-def function(reference: str) -> Callable[..., Any]:
-    """The function named by `path.py:name`. Raises UserError if there is none, or its file fails when read."""
-    file, _, name = reference.rpartition(":")
-    spec = importlib.util.spec_from_file_location(f"onebase_reward_{Path(file).stem}", file)
-    if spec is None or spec.loader is None or not os.path.isfile(file):
-        raise UserError(f"reward: {reference}: no such Python file: {file}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their own module up
-    sys.path.insert(0, str(Path(file).resolve().parent))  # so that it can import its neighbours
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # the file is the user's program: it can fail in any way
-        raise UserError(f"reward: {file} fails when it is imported: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.pop(0)
-    function: Callable[..., Any] | None = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"reward: {reference}: {file} defines no function '{name}'")
-    return function
 
 
 def scores(
     sources: list[Source],
     actors: Actors,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    answers: list[str],
+    told: Sequence[Told],
     at_once: int,
 ) -> dict[str, list[float]]:
     """What every source says of each answer, by the source's name.
@@ -88,10 +67,10 @@ def scores(
     by_source = {}
     for source in sources:
         if source.adapter is not None:
-            sequences = [_conversation(tokenizer, row, text) for row, text in zip(rows, answers, strict=True)]
+            sequences = [_conversation(tokenizer, one) for one in told]
             by_source[source.name] = actors.scores(source.adapter, sequences, at_once)
         else:
-            by_source[source.name] = _call(source, rows, answers)
+            by_source[source.name] = _call(source, told)
     return by_source
 
 
@@ -125,23 +104,28 @@ class ScoreScale:
         return mean, std if std > 1e-3 * max(1.0, abs(mean)) else 1.0
 
 
-def _conversation(tokenizer: PreTrainedTokenizerBase, row: Row, text: str) -> list[int]:
-    answer: Any = text
-    if not isinstance(row["prompt"], str):
-        answer = [{"role": "assistant", "content": without_marks(tokenizer, text)}]
-    return render.conversation(tokenizer, {**row, "answer": answer}, "answer")
+def _ask_environments(environments: list[Any], **_: Any) -> list[float]:
+    return [environment.get_reward() for environment in environments]
 
 
-def _call(source: Source, rows: Sequence[Row], answers: list[str]) -> list[float]:
-    """A function is called as TRL's GRPO calls it: lists by keyword, one for each column of the rows."""
+def _conversation(tokenizer: PreTrainedTokenizerBase, one: Told) -> list[int]:
+    answer = copy.deepcopy(one.completion)
+    for message in answer if isinstance(answer, list) else ():
+        message["content"] = without_marks(tokenizer, message["content"])
+        for call in message.get("tool_calls", ()):
+            call["function"] = json.loads(without_marks(tokenizer, json.dumps(call["function"], ensure_ascii=False)))
+    return render.conversation(tokenizer, {**one.row, "answer": answer}, "answer")
+
+
+def _call(source: Source, told: Sequence[Told]) -> list[float]:
+    """A function is called as TRL's GRPO calls it: lists by keyword, one for each column of the rows, and with an
+    environment one of its instances, in the state in which the answers left them."""
     assert source.function is not None
-    rows = copy.deepcopy(rows)  # what it does to its arguments must not reach the data
-    columns = {key: [row.get(key) for row in rows] for key in rows[0] if key not in ("prompt", "_place")}
-    prompts = [row["prompt"] for row in rows]
-    completions: list[Any] = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, answers, strict=True)
-    ]
+    rows = copy.deepcopy([one.row for one in told])  # what it does to its arguments must not reach the data
+    columns = {key: [row.get(key) for row in rows] for key in rows[0] if key not in ("prompt", "_place", "environment")}
+    if any(one.world is not None for one in told):
+        columns["environments"] = [one.world for one in told]
+    prompts, completions = [row["prompt"] for row in rows], [copy.deepcopy(one.completion) for one in told]
     try:
         returned = source.function(prompts=prompts, completions=completions, **columns)
         values = None if isinstance(returned, str | bytes | dict | set) else list(returned)
@@ -155,12 +139,12 @@ def _call(source: Source, rows: Sequence[Row], answers: list[str]) -> list[float
     if len(values) != len(rows):
         raise UserError(f"the reward function {source.name} returned {len(values)} values for {len(rows)} answers")
     numbers = []
-    for row, text, value in zip(rows, answers, values, strict=True):
+    for one, value in zip(told, values, strict=True):
         try:
             numbers.append(float(value))
         except (TypeError, ValueError, OverflowError, RuntimeError):
             numbers.append(math.nan)
-        where = f"{value!r} for the prompt at {row['_place']} with the answer {text[:80]!r}"
+        where = f"{value!r} for the prompt at {one.row['_place']} with the answer {one.text[:80]!r}"
         if not abs(numbers[-1]) < LARGEST:
             raise UserError(f"the reward function {source.name} returned {where}: expected a number below {LARGEST:g}")
         if source.truth and numbers[-1] not in (0, 1):

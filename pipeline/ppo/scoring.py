@@ -118,13 +118,14 @@ def describe(
             paid[row] = {name: values[place] for name, values in numbers.items()}
     return [
         {
-            "prompt": rollout.rows[place]["prompt"],
-            "answer": rollout.texts[place],
+            "prompt": one.row["prompt"],
+            "answer": one.text,
+            **({"turns": one.turns} if one.turns else {}),
             "score": totals[place],
             **{f"score/{name}": values[place] for name, values in by_source.items() if len(by_source) > 1},
             **paid[place],
-            "answer_length": len(episode.answer_ids),
-            "ended": episode.ended,
+            "answer_length": len(one.episode.sampled),
+            "ended": one.episode.ended,
         }
-        for place, episode in enumerate(rollout.episodes)
+        for place, one in enumerate(rollout.told)
     ]

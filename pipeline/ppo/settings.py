@@ -37,7 +37,13 @@ class Sampling(Protocol):
     @property
     def dequantize_rollout(self) -> bool: ...
     @property
+    def cache_implementation(self) -> Literal["static"] | None: ...
+    @property
     def critic(self) -> Literal["adapter", "trunk"] | None: ...
+    @property
+    def max_tool_calling_iterations(self) -> int | None: ...
+    @property
+    def tool_timeout(self) -> float: ...
 
 
 class RolloutSettings(BaseModel):
@@ -94,6 +100,25 @@ class RolloutSettings(BaseModel):
     dequantize_rollout: bool = False
     """Sample from a dequantised copy of the weights with the policy's adapter added (2 bytes a parameter, only while it
     samples). What is learnt from is computed by the 4-bit model with its adapter all the same."""
+    cache_implementation: Literal["static"] | None = None
+    """static: sample with keys and values at their full size from the start, and on a GPU by a compiled step. Answers
+    that have ended stay in the batch. Its gain on a GPU is not measured; on a CPU it is slower. (Of TRL's
+    GRPOConfig.)"""
+
+    # Tools
+    max_tool_calling_iterations: int | None = Field(default=None, ge=1)
+    """With an environment: most turns of an answer after which tools are run; as many as the answer has room for if not
+    given. (TRL's name.)"""
+    tool_timeout: float = Field(default=10.0, gt=0)
+    """Seconds that a tool may take; one that takes longer stops the run."""
+
+    # Keeping what earlier stages taught
+    sft_coef: float = Field(default=0.0, ge=0)
+    """Weight of the loss on demonstrations that every update adds to its own, so that the policy keeps them (PPO-ptx
+    [I, eq. 2]). They are the training rows of the nearest sft stage that the policy comes from, as many in an update as
+    it has episodes; the loss is the mean over their supervised tokens, at temperature 1."""
+    pretraining_coef: float = Field(default=0.0, ge=0)
+    """The same for documents of the nearest pretrain stage, in pieces of at most its max_length. In [I] it is 27.8."""
 
     # Correction, where an engine samples
     vllm_importance_sampling_correction: bool = True
@@ -137,6 +162,12 @@ class RolloutSettings(BaseModel):
     """The stage's name if not given; something unique is put after it."""
     trackio_space_id: str | None = None
     """A Space on the Hub that trackio sends to; it keeps to this machine if not given."""
+
+    @property
+    def kept_coefs(self) -> dict[str, float]:
+        """The weight of the loss on rows of earlier stages, by their kind, of those that are learnt again."""
+        coefs = {"sft": self.sft_coef, "pretrain": self.pretraining_coef}
+        return {kind: coef for kind, coef in coefs.items() if coef}
 
     @property
     def checkpointing(self) -> bool | int:

@@ -22,7 +22,7 @@ from pipeline.errors import UserError, complaint
 from pipeline.models import published
 from pipeline.models.spec import base_hash, pinned
 from pipeline.recipe import sections, yaml
-from pipeline.recipe.sections import RecipeSpec
+from pipeline.recipe.sections import RecipeSpec, nearest
 from pipeline.stages import STAGES
 from pipeline.stages.arguments import RUNTIME_WORDS
 from pipeline.stages.reward_file import read_by
@@ -72,6 +72,11 @@ class Recipe:
         on_hub = {"policy": published.pulled(from_)} if from_.startswith(published.PREFIX) else {}
         return {**on_hub, **{role: self.artifact(name, runs) for role, name in self.parents(stage).items()}}
 
+    def learnt_again(self, stage: str) -> list[str]:
+        """The stages whose rows this one learns again."""
+        found = (nearest(self.stages, stage, kind) for kind in self.stages[stage].learns_again())
+        return [name for name in found if name]
+
     def order(self) -> list[str]:
         """The stages, each after its parents; as written where that leaves a choice."""
         graph = graphlib.TopologicalSorter({name: set(self.parents(name).values()) for name in self.stages})
@@ -110,11 +115,14 @@ class Recipe:
             for file in sorted({term.file for term in terms if term.file}):
                 for read, path in read_by(Path(file)).items():
                     hashes[f"reward {file}: {read}"] = sha256_of_file(path)
+            hashes |= self.environment_files(name)
             parents = {role: digest(parts[parent]) for role, parent in self.parents(name).items()}
             if from_.startswith(published.PREFIX):
                 parents["policy"] = f"sha256:{published.pulled(from_).verify().files[WEIGHTS]}"
             stage = {"kind": section.kind, "arithmetic": self.kind(name).arithmetic, "train": train}
             stage |= {"data": _settings(data), **section.further_parts()}
+            if environment := section.asked_with():
+                stage["environment"] = environment
             parts[name] = {
                 "stage": stage,
                 "model": model,
@@ -123,6 +131,12 @@ class Recipe:
                 "parents": parents,
             }
         return parts
+
+    def environment_files(self, stage: str) -> dict[str, str]:
+        """The hashes of the files that a stage's environment depends on."""
+        environment = self.stages[stage].asked_with()
+        read = read_by(Path(environment.rpartition(":")[0])) if environment else {}
+        return {f"environment {environment}: {name}": sha256_of_file(path) for name, path in read.items()}
 
     def check_files(self, stage: str) -> None:
         """Raises UserError with the recipe's line and key for a file of rows that is not there."""
@@ -151,6 +165,8 @@ class Recipe:
                     hashes[key.removeprefix("data.")] = hash_content(file)
                 except UserError as error:
                     raise UserError(f"stages.{stage}.{key}: {error}") from error
+        if environment := self.environment_files(stage):  # asked with other tools, a question is another one
+            hashes = {key: f"sha256:{digest([content, environment])}" for key, content in hashes.items()}
         return hashes
 
     def pinned_tree(self) -> Json:

@@ -43,6 +43,9 @@ class RecipeSpec(BaseModel):
     train: dict[str, Any] = {}
     """What every stage's `train:` starts from; each stage takes the words its trainer knows."""
     stages: dict[str, Section]
+    guidelines: str | None = None
+    """A Markdown file that people read beside the answers they compare (`onebase label`); each second heading (`##`) is
+    a row of its own. Helpful, truthful and harmless, unless one is named."""
     expect: gates.Expect = {}
     """What a stage's held-out numbers must reach before the next one runs: {"sft.question_accuracy": ">= 0.6"}."""
 
@@ -96,11 +99,20 @@ def check(tree: Json) -> RecipeSpec:
     for name, section in spec.stages.items():
         _check_from(section.from_, kinds, "stages", name, "from")
         section.check_among(kinds, "stages", name)
+        for kind, key in section.learns_again().items():
+            if nearest(spec.stages, name, kind) is None:
+                problem = (
+                    f"learns rows of a {kind} stage again, and the policy of '{name}' comes from none in this recipe "
+                    f"(from: {section.from_}). Let it come from one, or leave {key} out"
+                )
+                raise complaint(problem, "stages", name, "train", key)
     _check_truth(spec)
     check_words(spec.model.lora, words("LoraConfig"), "model", "lora")
     template = spec.model.chat_template
     if template and not os.path.isfile(template):
         raise complaint(f"no such file: {template}", "model", "chat_template")
+    if spec.guidelines and not os.path.isfile(spec.guidelines):
+        raise complaint(f"no such file: {spec.guidelines}", "guidelines")
     for name, section in spec.stages.items():
         if section.train.get("push_to_hub") and os.path.exists(spec.model.base) and not spec.model.public_id:
             unnamed = (
@@ -110,6 +122,17 @@ def check(tree: Json) -> RecipeSpec:
             raise complaint(unnamed, "stages", name, "train", "push_to_hub")
     gates.check(spec.expect, {name: [*kinds[name].numbers, *of.source_numbers()] for name, of in spec.stages.items()})
     return spec
+
+
+def nearest(stages: dict[str, StageSpec], stage: str, kind: str) -> str | None:
+    """The first stage of a kind on the way that the policy of `stage` came; None where there is none."""
+    seen, name = {stage}, stages[stage].from_
+    while name in stages and name not in seen:  # a circle is complained of later
+        if stages[name].kind == kind:
+            return name
+        seen.add(name)
+        name = stages[name].from_
+    return None
 
 
 def _on_published(spec: RecipeSpec) -> RecipeSpec:

@@ -138,6 +138,14 @@ def _list_differences(before: Json, now: Json, prefix: str = "") -> list[str]:
                 differences.append(kept("{what}, which the reward reads, has come into use", what=what))
             else:
                 differences.append(kept("{what}, which the reward reads, has gone out of use", what=what))
+        elif place.startswith("data.environment "):
+            what = place.rpartition(": ")[2]
+            if old and new:
+                differences.append(kept("{what}, which the environment reads, has changed", what=what))
+            elif new:
+                differences.append(kept("{what}, which the environment reads, has come into use", what=what))
+            else:
+                differences.append(kept("{what}, which the environment reads, has gone out of use", what=what))
         elif place == "arithmetic":
             told = kept(
                 "this version of OneBase trains it in another way ({old}, now {new})", old=_short(old), new=_short(new)

@@ -27,7 +27,7 @@ RUNTIME_WORDS = frozenset((  # words that change what is seen or how fast it goe
     "logging_steps", "logging_first_step", "logging_dir", "save_steps", "save_total_limit", "report_to",
     "disable_tqdm", "run_name", "dataloader_num_workers", "dataloader_pin_memory", "dataset_num_proc", "push_to_hub",
     "hub_model_id", "hub_private_repo", "hub_strategy", "hub_revision", "project", "trackio_space_id", "log_level",
-    "use_cpu", "kl_stop",
+    "use_cpu", "kl_stop", "tool_timeout",
 ))  # fmt: skip
 OUR_WORDS = {  # the trainers' words that something else here decides; passed on they would be ignored or do harm
     "is set by the runner; for the seed use the recipe's own `seed:`": (

@@ -58,15 +58,15 @@ def check_rendering(model: ModelSpec, stages: Mapping[str, StageSpec], rows: Map
     with tempfile.TemporaryDirectory() as scratch:
         for name, spec in stages.items():
             of, encode = rows[name], STAGES[spec.kind].encode
+            asked = Rows(of.train[:1], questions=of.questions)
+            context = Context(model, asked, {}, Artifact(Path(scratch) / name), 0, "", lambda: None)
+            sequences.askable(context, tokenizer)
             for part, what in ((of.train, "rows"), (of.test or (), "held-out rows")):
                 tally = sequences.Tally(name, spec.data.on_bad_row == "skip")
                 for _ in sequences.encode_rows(part[:RENDERED], partial(encode, tokenizer), tally):
                     pass
                 if len(part) > RENDERED:
                     untried.append(f"{name}: only the first {RENDERED} of {len(part)} {what} went through the template")
-            asked = Rows([], questions=of.questions)
-            context = Context(model, asked, {}, Artifact(Path(scratch) / name), 0, "", lambda: None)
-            sequences.askable(context, tokenizer)
     return untried
 
 

@@ -52,6 +52,7 @@ class PaidSpec(PolicySpec):
         return {**reward, "rollout": self.rollout.engine} if self.rollout else reward
 
     def check_among(self, stages: dict[str, Stage], *place: str) -> None:
+        super().check_among(stages, *place)
         self._check_rollout(*place)
         for term in self.reward_terms():
             if term.file is not None:
@@ -69,10 +70,10 @@ class PaidSpec(PolicySpec):
 
     def _check_rollout(self, *place: str) -> None:
         sampling = self.sampling()
-        if self.rollout and sampling and sampling.dequantize_rollout:
-            raise complaint(
-                "samples, and so does dequantize_rollout's copy: leave one of the two out", *place, "rollout"
-            )
+        mine = [word for word in ("dequantize_rollout", "cache_implementation") if getattr(sampling, word, None)]
+        mine += ["environment"] if self.environment else []
+        if self.rollout and mine:
+            raise complaint(f"does not go together with {mine[0]}: leave one of the two out", *place, "rollout")
         corrects = [word for word in self.train if word.startswith("vllm_")]
         if corrects and not self.rollout:
             raise complaint("is for an engine: add rollout: {engine: vllm} to the stage", *place, "train", corrects[0])
@@ -83,6 +84,14 @@ class RolloutSpec(PaidSpec):
 
     config_class: ClassVar[type[RolloutSettings]]
 
+    def learns_again(self) -> dict[str, str]:
+        return {kind: f"{AGAIN[kind]}_coef" for kind in self.rollouts().kept_coefs}
+
+    def check_among(self, stages: dict[str, Stage], *place: str) -> None:
+        super().check_among(stages, *place)
+        if self.environment is None and "max_tool_calling_iterations" in self.train:
+            raise complaint("is for a stage with an environment: name one, or remove it", *place, "train")
+
     def rollouts(self) -> RolloutSettings:
         return self.config_class(**without_auto(self.train))
 
@@ -90,6 +99,10 @@ class RolloutSpec(PaidSpec):
 class PPOSpec(RolloutSpec):
     kind: Literal["ppo"] = "ppo"
     config_class = PPOSettings
+
+
+AGAIN = {"sft": "sft", "pretrain": "pretraining"}
+"""How coefficient and loss of an earlier stage's rows are called, by its kind."""
 
 
 def _terms(reward: str | list[RewardTerm]) -> list[RewardTerm]:
@@ -117,6 +130,8 @@ def learn_from_answers(spec: RolloutSpec, ctx: Context, trainer_class: type[Roll
     from pipeline.ppo import actors as roles
     from pipeline.ppo import engine, held_out, loop, rewards
     from pipeline.ppo import invariants as handovers
+    from pipeline.ppo.keeping import Kept
+    from pipeline.stages import earlier
     from pipeline.training import invariants
     from pipeline.training import trainer as shared
 
@@ -127,6 +142,12 @@ def learn_from_answers(spec: RolloutSpec, ctx: Context, trainer_class: type[Roll
     tokenizer = bases.load_tokenizer(ctx.model)
     limits = settings.max_length, settings.response_length, spec.data.on_bad_row == "skip"
     ctx, models, result.counts, result.refused = loop.prepare(ctx, tokenizer, *limits)
+    kept = []
+    for name, source in ctx.data.earlier.items():
+        texts, counts = earlier.store(ctx, tokenizer, name)
+        result.counts |= counts
+        kind = source.section.kind
+        kept.append(Kept(f"{AGAIN[kind]}_loss", settings.kept_coefs[kind], texts))
 
     # base
     set_seed(ctx.seed)
@@ -145,7 +166,7 @@ def learn_from_answers(spec: RolloutSpec, ctx: Context, trainer_class: type[Roll
     actors = roles.Actors(model, tokenizer.pad_token_id, settings.temperature, settings.critic, heads)
 
     # trainer
-    trainer = trainer_class(actors, tokenizer, ctx.data.train, sources, settings, ctx.seed)
+    trainer = trainer_class(actors, tokenizer, ctx.data.train, sources, settings, ctx.seed, kept)
     result.invariants |= handovers.policy_is_reference(trainer)
     for name, parent in models.items():
         result.invariants |= handovers.scores_as_it_did(actors, rewards.adapter_name(name), parent, ctx.model.dtype)

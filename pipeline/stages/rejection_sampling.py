@@ -30,6 +30,9 @@ class RejectionSpec(PaidSpec):
 
     def check_among(self, stages: dict[str, Stage], *place: str) -> None:
         super().check_among(stages, *place)
+        if self.environment is not None:
+            problem = "rejection sampling keeps answers of one turn only. Remove it, or use a grpo stage"
+            raise complaint(problem, *place, "environment")
         checked = all(term.truth for term in self.reward_terms() if term.weight)
         if checked and self.sampling_.threshold is None:
             raise complaint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +16,13 @@ from pipeline.data.render import Encoded
 from pipeline.disk import metrics
 from pipeline.disk.artifact import Artifact
 from pipeline.disk.manifest import Table
+from pipeline.errors import complaint
 from pipeline.language.say import say
 from pipeline.measure.metric import Metric
 from pipeline.models.spec import ModelSpec
 from pipeline.ppo.rejection_settings import RejectionSettings
 from pipeline.ppo.settings import RolloutSettings, Sampling
-from pipeline.stages.arguments import ConfigClass, check_train, defaults
+from pipeline.stages.arguments import ConfigClass, check_train, defaults, defines
 from pipeline.training.trackers import Trackers
 
 BASE = "base"
@@ -85,6 +87,15 @@ class StageSpec(BaseModel):
         """Of those that are asked before and after the stage."""
         return None
 
+    def learns_again(self) -> dict[str, str]:
+        """The kinds of stages that its policy comes from whose rows it learns again, each with the key that says so. Of
+        each kind it is the nearest stage."""
+        return {}
+
+    def asked_with(self) -> str | None:
+        """The environment whose tools its rows tell of and its policy is asked with."""
+        return None
+
     def rollouts(self) -> RolloutSettings | None:
         """How it samples and learns in turn; None for a stage that does not."""
         return None
@@ -117,9 +128,24 @@ class PolicySpec(StageSpec):
 
     questions: str | None = None
     """Held-out questions with answers ({"prompt", "answer"} rows), asked before and after the stage."""
+    environment: str | None = None
+    """A Python class as `path.py:Class`, whose methods are tools: its rows tell the model of them, and whenever the
+    model is asked something and calls one, it is run (docs/tools.md)."""
 
     def question_file(self) -> str | None:
         return self.questions
+
+    def asked_with(self) -> str | None:
+        return self.environment
+
+    def check_among(self, stages: dict[str, Stage], *place: str) -> None:
+        if self.environment is None:
+            return
+        file, _, name = self.environment.rpartition(":")
+        if not file.endswith(".py") or not os.path.isfile(file):
+            raise complaint(f"no such file: {file or name}; expected path.py:Class", *place, "environment")
+        if not defines(Path(file), name):
+            raise complaint(f"{file} defines no '{name}', or is not Python", *place, "environment")
 
 
 @dataclass(frozen=True)
@@ -194,12 +220,23 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Earlier:
+    """The training rows of a stage that the policy comes from."""
+
+    kind: Stage
+    section: StageSpec
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True)
 class Rows:
     """A stage's data, loaded and checked already."""
 
     train: Sequence[Row]
     test: Sequence[Row] | None = None
     questions: Sequence[Row] = field(default_factory=list)
+    earlier: dict[str, Earlier] = field(default_factory=dict)
+    """What it learns again of earlier stages, by their names."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pipeline import __version__
 TASKS = {
     "Begin": ("env", "ls", "cp", "init", "import"),
     "Before a run": ("check", "data", "plan", "schema"),
-    "Run": ("run", "status"),
+    "Run": ("run", "status", "label"),
     "Judge": ("eval", "report", "chat", "compare"),
     "Give away": ("publish", "serve"),
 }

@@ -22,6 +22,7 @@ from pipeline.data.render import IGNORED, Encoded, Reply, TooLong, fit, unaskabl
 from pipeline.data.shelf import OneByOne
 from pipeline.data.tokens import Unrenderable
 from pipeline.errors import UserError
+from pipeline.models import dialogue
 
 if TYPE_CHECKING:
     from pipeline.stages.stage import Context, StageSpec
@@ -256,7 +257,11 @@ def fit_pairs(encoded: Iterator[tuple[Row, Any]], tally: Tally, max_length: int 
 
 
 def askable(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError naming the questions that cannot be put to the model, before any weights are read."""
+    """Raises UserError naming the questions that cannot be put to the model, before any weights are read; and for a
+    chat template that does not take the tools of the rows' environment."""
+    rows = (*ctx.data.train[:1], *ctx.data.questions[:1])
+    for environment in {row["environment"] for row in rows if row.get("environment")}:
+        dialogue.check_template(tokenizer, environment)
     if refused := unaskable(tokenizer, ctx.data.questions):
         named = "\n  ".join(refused[:NAMED_AT_MOST])
         raise UserError(f"{len(refused)} questions of stage '{ctx.out.name}' cannot be asked; correct them:\n  {named}")

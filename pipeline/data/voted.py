@@ -1,0 +1,76 @@
+"""Votes as rows to train on: comparisons, right answers that people wrote, or answers with thumbs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.contracts import Row, RowKind
+from pipeline.data.votes import BOTH_BAD, SKIP, TIE, Vote, files_in, read_placed, standing
+
+Voted = tuple[str, str, list[Row]]
+"""A line's place, what it is, and the rows that it gives."""
+
+
+def is_of_votes(path: str) -> bool:
+    """Whether a file, or the first one of a folder, holds votes, told by its first line."""
+    if not Path(path).exists():
+        return False
+    for file in files_in(Path(path)):
+        with file.open("rb") as lines:
+            first = lines.readline()
+        if first.strip():
+            return all(f'"{key}":'.encode() in first for key in ("annotator", "pair", "candidates", "shown", "choice"))
+    return False
+
+
+def read_voted(path: str, kind: RowKind) -> Iterator[Voted]:
+    """Every line of the files: none is passed over without being counted as something.
+
+    Raises UserError naming file and line of one that is no vote.
+    """
+    for file in files_in(Path(path)):
+        placed, cut = read_placed(file)
+        stands = {vote.id for vote in standing([vote for _, vote in placed])}
+        for place, vote in placed:
+            if vote.undoes is not None:
+                yield place, "undo", []
+            elif vote.id not in stands:
+                yield place, "vote taken back", []
+            elif vote.gold is not None:
+                yield place, "vote on a known answer", []
+            else:
+                rows = list(_rows(vote, kind))
+                word = "" if rows else "without a correction" if kind == "demonstration" else str(vote.choice)
+                yield place, f"vote {word}".replace("_", " ").strip(), rows
+        if cut:
+            yield f"{file}:{len(placed) + 1}", "vote cut short", []
+
+
+def _rows(vote: Vote, kind: RowKind) -> Iterator[Row]:
+    """A known answer is there to see attention by, and is not trained on; neither is a pair that was skipped."""
+    texts, choice = [candidate.text for candidate in vote.candidates], vote.choice
+    shared: Row = {"prompt": vote.prompt, "annotator": vote.annotator}
+
+    def answer(text: str) -> Any:
+        return text if isinstance(vote.prompt, str) else [{"role": "assistant", "content": text}]
+
+    if kind == "prompt":
+        yield shared
+    elif kind == "demonstration" and vote.edit:
+        yield {**shared, "completion": answer(vote.edit.text)}
+    elif kind == "preference" and isinstance(choice, int):
+        others = [index for index in range(len(texts)) if index != choice]
+        for better, worse in combinations(vote.ranking, 2) if vote.ranking else ((choice, other) for other in others):
+            yield {**shared, "chosen": answer(texts[better]), "rejected": answer(texts[worse])}
+    elif kind == "rated":
+        best, worst = (vote.ranking[0], vote.ranking[-1]) if vote.ranking else (choice, None)
+        for index, text in enumerate(texts):
+            if choice == BOTH_BAD or (isinstance(choice, int) and index != best and worst in (None, index)):
+                yield {**shared, "completion": answer(text), "label": False}
+            elif index == best and choice not in (TIE, SKIP):
+                yield {**shared, "completion": answer(text), "label": True}
+        if vote.edit:
+            yield {**shared, "completion": answer(vote.edit.text), "label": True}

@@ -1,0 +1,258 @@
+"""Answers to compare, drawn from the stages of a run ahead of the people who read them, and kept on disk.
+
+`labels/.drawn` holds one line for each prompt whose answers were drawn, with the adapters that gave them. A
+server that is started again shows the same answers. What another adapter gave is not shown again: it is drawn anew.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.data.contracts import Row
+from pipeline.data.prompts import prompt_key
+from pipeline.data.votes import Candidate, Choose, pair_of
+from pipeline.disk.atomic import digest
+from pipeline.errors import UserError
+from pipeline.language.say import say
+
+if TYPE_CHECKING:
+    from pipeline.evaluate.bench import Bench
+
+COPIES = 4
+"""Answers drawn for each that is wanted, of which the first that differs from the others is taken."""
+BLOCK, POOL = 8, 64
+"""Prompts answered together; and those from which the pairs worth showing first are chosen."""
+AHEAD = 24
+"""Pairs that lie ready beyond the furthest person, so that nobody waits for the model."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two or more answers to one prompt."""
+
+    prompt: str | list[dict[str, Any]]
+    candidates: list[Candidate]
+    scores: list[float] | None = None
+    """The reward model's, where the run has one: told after a vote, never before."""
+    gold: int | None = None
+    """Which answer is the better one, where that is known."""
+
+    @cached_property
+    def name(self) -> str:
+        return pair_of(self.prompt, [candidate.text for candidate in self.candidates])
+
+    @cached_property
+    def asks(self) -> str:
+        return digest(prompt_key({"prompt": self.prompt}))
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Who gives one of the answers."""
+
+    stage: str
+    adapter: str
+    temperature: float
+
+
+@dataclass
+class Drawer:
+    """Draws pairs in a thread of its own, block after block."""
+
+    file: Path
+    policies: list[Policy]
+    """One for each answer beside the others."""
+    prompts: Sequence[Row]
+    seed: int
+    new_tokens: int
+    choose: Choose
+    load: Callable[[], Bench]
+    reward: str = ""
+    """The reward stage that scores the answers; empty where the run has none."""
+    pairs: list[Pair] = field(default_factory=list)
+    """In the order in which people see them. Only ever added to."""
+    told: list[str] = field(default_factory=list)
+    failed: str = ""
+    bench: Bench | None = None
+
+    def __post_init__(self) -> None:
+        self._block = BLOCK if self.choose == "random" else POOL
+        policies = [[policy.stage, policy.adapter, policy.temperature] for policy in self.policies]
+        asked = [row["prompt"] for row in self.prompts]
+        self._key = digest([policies, self.seed, self.new_tokens, self.choose, self.reward, asked])
+        self._drawn = 0
+        self._wanted = threading.Event()
+        self._needed = AHEAD
+        self._read()
+
+    @property
+    def finished(self) -> bool:
+        """Every prompt has been answered."""
+        return self._drawn >= len(self.prompts)
+
+    def need(self, pairs: int) -> None:
+        """So many pairs are to lie ready."""
+        self._needed = max(self._needed, pairs)
+        self._wanted.set()
+
+    def start(self) -> None:
+        threading.Thread(target=self._draw, name="drawing", daemon=True).start()
+
+    def _draw(self) -> None:
+        try:
+            while not self.finished:
+                if len(self.pairs) >= self._needed:
+                    self._wanted.wait()
+                    self._wanted.clear()
+                    continue
+                if self.bench is None:
+                    self.bench = self.load()
+                self.keep(self._block_of_pairs(self.bench))
+        except Exception as error:  # the page tells it: a thread that dies in silence leaves people waiting
+            self.failed = str(error) or type(error).__name__
+            if not isinstance(error, UserError):
+                raise
+
+    def _block_of_pairs(self, bench: Bench) -> list[Pair | None]:
+        """The next block: for each prompt its pair, or None where the answers drawn were all alike."""
+        rows = [
+            self.prompts[number] for number in range(self._drawn, min(self._drawn + self._block, len(self.prompts)))
+        ]
+        with bench.ready():
+            pairs: list[Pair | None] = []
+            for start in range(0, len(rows), BLOCK):
+                pairs += self._answer(bench, rows[start : start + BLOCK], self._drawn + start)
+            found = [pair for pair in pairs if pair is not None]
+            if self.reward and found:
+                found = self._score(bench, found)
+        # What reads as a comparison worth a person's time comes first: docs/label.md says why.
+        if self.choose == "gap":
+            found.sort(key=lambda pair: -_spread(pair))
+        elif self.choose == "uncertain":
+            found.sort(key=_spread)
+        return [*found, *[None] * (len(rows) - len(found))]
+
+    def _answer(self, bench: Bench, rows: list[Row], first: int) -> list[Pair | None]:
+        import torch
+
+        from pipeline.data import render
+        from pipeline.data.tokens import Unrenderable, stop_ids, without_marks
+        from pipeline.models import sampling
+
+        asked: list[tuple[Row, list[int]]] = []
+        for row in rows:
+            try:
+                asked.append((row, render.prompt(bench.tokenizer, row)))
+            except Unrenderable as error:
+                self.told.append(f"{row.get('_place', '')}: {error}")
+        answers: list[list[Candidate]] = [[] for _ in asked]
+        for place, policy in enumerate(self.policies):
+            seed = (self.seed + 7919 * first + place) % 2**32
+            with bench.sampling_as(policy.stage):
+                episodes = sampling.sample(
+                    bench.actors,
+                    [ids for _, ids in asked],
+                    new_tokens=self.new_tokens,
+                    temperature=policy.temperature,
+                    stops=stop_ids(bench.tokenizer),
+                    generator=torch.Generator(bench.actors.device).manual_seed(seed),
+                    copies=COPIES if policy.temperature else 1,
+                )
+            copies = len(episodes) // max(1, len(asked))
+            for number, so_far in enumerate(answers):
+                texts = []
+                for episode in episodes[number * copies : (number + 1) * copies]:
+                    ids = episode.answer_ids[:-1] if episode.ended else episode.answer_ids
+                    text = str(bench.tokenizer.decode(ids, skip_special_tokens=True))
+                    texts.append(without_marks(bench.tokenizer, text).strip())
+                others = {candidate.text for candidate in so_far}
+                new = next((text for text in texts if text and text not in others), None)
+                if new is not None:
+                    so_far.append(
+                        Candidate(
+                            text=new,
+                            stage=policy.stage,
+                            adapter=policy.adapter,
+                            seed=seed,
+                            temperature=policy.temperature,
+                        )
+                    )
+        whole = [
+            Pair(row["prompt"], drawn) if len(drawn) == len(self.policies) else None
+            for (row, _), drawn in zip(asked, answers, strict=True)
+        ]
+        return [*whole, *[None] * (len(rows) - len(asked))]
+
+    def _score(self, bench: Bench, pairs: list[Pair]) -> list[Pair]:
+        from pipeline.models.dialogue import Told
+        from pipeline.models.sampling import Episode
+        from pipeline.ppo import rewards
+
+        told = [
+            Told({"prompt": pair.prompt}, Episode([], [], [], ended=True), candidate.text)
+            for pair in pairs
+            for candidate in pair.candidates
+        ]
+        source = rewards.source(self.reward, 1.0)
+        flat = rewards.scores([source], bench.actors, bench.tokenizer, told, bench.at_once)[source.name]
+        width = len(self.policies)
+        return [replace(pair, scores=flat[i * width : (i + 1) * width]) for i, pair in enumerate(pairs)]
+
+    def keep(self, block: list[Pair | None]) -> None:
+        """Put the pairs of the next prompts on disk, then before the people; None for a prompt that gave no pair."""
+        lines = [{"key": self._key, "pair": None if pair is None else _as_json(pair)} for pair in block]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        self._drawn += len(block)
+        self.pairs += [pair for pair in block if pair is not None]
+        alike = sum(pair is None for pair in block)
+        if alike:
+            self.told.append(say("{n} prompts passed over: their answers were alike", n=alike))
+
+    def _read(self) -> None:
+        """What was drawn before, by these policies; whole blocks alone, since a kill may have cut the last one."""
+        lines: list[Any] = []
+        others: set[str] = set()
+        if self.file.exists():
+            for text in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    continue  # cut by a kill; its block is drawn again, to the same answers
+                if line["key"] == self._key:
+                    lines.append(line["pair"])
+                elif line["pair"]:
+                    others |= {f"{one['stage']} {one['adapter']}" for one in line["pair"]["candidates"]}
+        whole = len(lines) if len(lines) == len(self.prompts) else len(lines) // self._block * self._block
+        self._drawn = whole
+        self.pairs = [_from_json(pair) for pair in lines[:whole] if pair]
+        now = {f"{policy.stage} {policy.adapter}" for policy in self.policies}
+        changed = sorted({one.split()[0] for one in others - now} & {policy.stage for policy in self.policies})
+        if changed and not lines:
+            why = say(
+                "answers of an earlier adapter of {stages} are not shown again; new ones are drawn",
+                stages=", ".join(changed),
+            )
+            self.told.append(why)
+
+
+def _spread(pair: Pair) -> float:
+    """How far apart the reward model's scores lie."""
+    assert pair.scores is not None
+    return max(pair.scores) - min(pair.scores)
+
+
+def _as_json(pair: Pair) -> dict[str, Any]:
+    candidates = [candidate.model_dump() for candidate in pair.candidates]
+    return {"prompt": pair.prompt, "candidates": candidates, "scores": pair.scores}
+
+
+def _from_json(pair: dict[str, Any]) -> Pair:
+    return Pair(pair["prompt"], [Candidate(**one) for one in pair["candidates"]], pair["scores"])

@@ -1,0 +1,199 @@
+"""An environment: a Python class whose methods are the model's tools, as TRL's GRPO takes it (`environment_factory`).
+
+    class Game:
+        def reset(self, **row) -> str | None: ...      a text is put after the prompt
+        def guess(self, number: int) -> str: ...       a tool: every other method whose name has no leading underscore
+
+Each answer has an instance of its own. A row says under `environment` which class it is asked with, and under `tools`
+what the chat template is told of its methods.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import json
+import re
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from pipeline.data.contracts import Row
+from pipeline.data.tokens import Messages
+from pipeline.errors import UserError
+from pipeline.models.own_code import load_named
+
+NO_TOOLS = ("reset", "get_reward")
+"""Methods that are none, by TRL's convention."""
+TOOL_SECONDS = 10.0
+"""That a tool may take, unless a stage says otherwise."""
+OPENING, CLOSING = "<tool_call>", "</tool_call>"
+_CALL = re.compile(f"{OPENING}(.*?)(?:{CLOSING}|$)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """`tools`: a JSON schema of each, as chat templates take them."""
+
+    name: str
+    make: Callable[[], Any]
+    tools: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a model asks of a tool; or, where it cannot be read, what is wrong with it."""
+
+    name: str
+    arguments: dict[str, Any]
+    wrong: str = ""
+
+
+@lru_cache
+def load(reference: str) -> Environment:
+    """The environment named by `path.py:Class`. Raises UserError for what is none."""
+    from transformers.utils.chat_template_utils import get_json_schema
+
+    make = load_named(reference, "environment")
+    methods = dict(inspect.getmembers(make, predicate=inspect.isfunction))
+    if "reset" not in methods:
+        raise UserError(f"environment: {reference} has no method reset(self, **row), with which an answer begins")
+    tools = []
+    for name, method in methods.items():
+        if name in NO_TOOLS or name.startswith("_"):
+            continue
+        if inspect.iscoroutinefunction(method):
+            raise UserError(f"environment: the tool '{name}' of {reference} is async. Make it a plain method")
+        try:
+            tools.append(get_json_schema(method))
+        except Exception as error:
+            raise UserError(
+                f"environment: the tool '{name}' of {reference} cannot be described to the model: {error} It needs a "
+                "docstring with an `Args:` section, and a type hint for each argument."
+            ) from error
+    if not tools:
+        raise UserError(f"environment: {reference} has no tool: a method beside reset, without a leading underscore")
+    return Environment(reference, make, tools)
+
+
+def with_tools(rows: Sequence[Row], reference: str) -> list[Row]:
+    """The rows, to be asked with an environment. Raises UserError for a row that names other tools, or whose prompt is
+    text: only a chat template tells of tools."""
+    tools = load(reference).tools
+    for row in rows:
+        if isinstance(row.get("prompt"), str):
+            raise UserError(
+                f"{row['_place']}: 'prompt' is text, and only messages can tell the model of the environment "
+                f'{reference}. Write [{{"role": "user", "content": ...}}]'
+            )
+        if row.get("tools") not in (None, tools):
+            raise UserError(
+                f"{row['_place']}: its column 'tools' names other tools than the environment {reference} has. Remove "
+                "the column: the environment describes its own"
+            )
+    return [{**row, "tools": tools, "environment": reference} for row in rows]
+
+
+def begin(row: Row, seconds: float) -> tuple[Any, str | None]:
+    """An instance for one answer to a row, and what it puts after the prompt. Raises UserError where it fails."""
+    environment = load(row["environment"])
+    columns = {key: value for key, value in row.items() if key not in ("_place", "environment", "tools")}
+    where = f"the environment {environment.name} for the prompt at {row['_place']}"
+    try:
+        with time_limit(seconds):
+            world = environment.make()
+            observation = world.reset(**copy.deepcopy(columns))
+    except _TooLong:
+        raise UserError(f"{where} took more than {seconds:g} s to reset. Correct it, or raise tool_timeout") from None
+    except (Exception, SystemExit) as error:  # the class is the user's program: it can fail in any way
+        called = " It is called as reset(self, **row), with the row's columns." if isinstance(error, TypeError) else ""
+        raise UserError(f"{where} failed to reset: {type(error).__name__}: {error}.{called}") from error
+    if observation is not None and not isinstance(observation, str):
+        raise UserError(f"{where} returned a {type(observation).__name__} from reset: expected a text or None")
+    return world, observation
+
+
+def call_tool(world: Any, call: Call, row: Row, seconds: float) -> tuple[str, bool]:
+    """What a tool replies, and whether the call went wrong: then the reply says how, as in TRL.
+
+    Raises UserError for a tool that takes too long or returns what is no text: what a machine's load decides must not
+    be learnt.
+    """
+    environment = load(row["environment"])
+    names = [tool["function"]["name"] for tool in environment.tools]
+    wrong = call.wrong
+    if not wrong and call.name not in names:
+        wrong = f"There is no tool {call.name!r}. There is: {', '.join(names)}"
+    if wrong:
+        return str({"error": wrong}), True
+    where = f"the tool '{call.name}' of {environment.name}, called with {call.arguments} for {row['_place']},"
+    try:
+        with time_limit(seconds):
+            result = getattr(world, call.name)(**copy.deepcopy(call.arguments))
+    except _TooLong:
+        raise UserError(
+            f"{where} took more than {seconds:g} s. If it needs longer, raise tool_timeout and run again: the stage "
+            "goes on from its last checkpoint."
+        ) from None
+    except (Exception, SystemExit) as error:
+        return str({"error": str(error) or type(error).__name__}), True
+    if not isinstance(result, str | int | float | dict):
+        raise UserError(f"{where} returned a {type(result).__name__}: expected a text, a number or an object")
+    return str(result), False
+
+
+def parse_calls(text: str) -> list[Call]:
+    """The calls in what a model said, written as Hermes and Qwen write them: JSON between <tool_call> marks."""
+    return [_parse(found) for found in _CALL.findall(text)]
+
+
+def _parse(text: str) -> Call:
+    try:
+        said = json.loads(text)
+    except ValueError:
+        return Call("", {}, "The tool call is not JSON")
+    if not isinstance(said, dict) or not isinstance(said.get("name"), str):
+        return Call("", {}, 'The tool call is not of the form {"name": ..., "arguments": {...}}')
+    arguments = said.get("arguments", {})
+    if not isinstance(arguments, dict):
+        return Call(said["name"], {}, "The arguments of the tool call are not an object")
+    return Call(said["name"], arguments)
+
+
+def as_message(text: str) -> dict[str, Any]:
+    """What a model said as a message, with `tool_calls` if all its calls can be read; else with all of it as text."""
+    calls = parse_calls(text)
+    if not calls or any(call.wrong for call in calls):
+        return {"role": "assistant", "content": text}
+    named = [{"type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in calls]
+    return {"role": "assistant", "content": _CALL.sub("", text).strip(), "tool_calls": named}
+
+
+def put_after(messages: Messages, text: str | None) -> Messages:
+    """A prompt whose last message goes on with a text, as in TRL."""
+    if text is None:
+        return messages
+    return [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + text}]
+
+
+class _TooLong(BaseException):
+    """Not an Exception, so that a tool that catches those does not catch it."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises _TooLong inside once so many seconds have passed. In the main thread only, where signals arrive."""
+
+    def stop(*_: Any) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -14,6 +14,7 @@ GAP = "\0"  # what is filled in when the message is said
 RAISED = {
     "UserError", "BrokenInvariant", "Interrupted", "complaint", "Broken", "Unreadable", "Unrenderable", "ValueError",
     "ModuleNotFoundError", "ComposerError", "ConstructorError", "refusal", "_unreachable", "_fail", "exit",
+    "EngineError", "_failed",
 }  # fmt: skip
 # Functions that return (or gather, or yield) the reason why something is refused, and others raise it.
 REASONS = (

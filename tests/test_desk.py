@@ -152,6 +152,8 @@ def test_drawn_answers_are_the_models_and_the_widest_gap_comes_first(tiny_base: 
     """The real base, two adapters and a reward model: answers differ, are the same when drawn again, and are ordered by
     scores taken one by one."""
     from pipeline.evaluate.bench import Bench
+    from pipeline.models.dialogue import Told
+    from pipeline.models.sampling import Episode
     from pipeline.ppo import rewards
 
     spec = ModelSpec(base=str(tiny_base), dtype="bfloat16", lora={"r": 4, "target_modules": "all-linear"})
@@ -179,13 +181,13 @@ def test_drawn_answers_are_the_models_and_the_widest_gap_comes_first(tiny_base: 
     gaps = []
     with bench.ready():
         for pair in first.pairs:
-            (one, other), asked = pair.candidates, [{"prompt": pair.prompt}]
+            one, other = pair.candidates
             assert (one.stage, other.stage) == ("sft", "dpo") and one.text != other.text
             source = [rewards.source("reward", 1.0)]
-            alone = [
-                rewards.scores(source, bench.actors, bench.tokenizer, asked, [text], 1)["reward"][0]
-                for text in (one.text, other.text)
-            ]
+            alone = []
+            for text in (one.text, other.text):
+                told = Told({"prompt": pair.prompt}, Episode([], [], [], ended=True), text)
+                alone += rewards.scores(source, bench.actors, bench.tokenizer, [told], 1)["reward"]
             assert pair.scores == pytest.approx(alone, abs=0.02)  # in bfloat16
             gaps.append(abs(alone[0] - alone[1]))
     assert all(later < sooner + 0.04 for sooner, later in pairwise(gaps)) and gaps[0] > gaps[-1] + 0.1

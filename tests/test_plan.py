@@ -166,6 +166,11 @@ def test_8b_with_dpo_and_ppo_fits_12_gb() -> None:
     assert dpo.adapters == 41_943_040 * 4 + 41_943_040 * 2
     assert ppo.cache == 16 * 512 * 131_072
     assert max(dpo.total, ppo.total) < 12 * GIB
+    # documents that an update learns again are a pass of their own, which only longer ones make the peak
+    short = memory(model, Work(2, 512, 32, frozen=2, answer=256, episodes=16, again=(128,)))
+    long = memory(model, Work(2, 512, 32, frozen=2, answer=256, episodes=16, again=(128, 1024)))
+    assert short == ppo
+    assert long.rollout == ppo.rollout and long.activations > 1.5 * ppo.activations
 
 
 def test_operations_of_a_token() -> None:

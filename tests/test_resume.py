@@ -90,7 +90,10 @@ def test_killed_at_random_moments_equals_unbroken(tiny_base: Path, tmp_path: Pat
         assert adapter_bytes(broken, stage) == adapter_bytes(tmp_path / "unbroken", stage)
 
 
-STEERED = {"steps": 8, "batch_size": 16, "mini_batch_size": 8, "kl_target": 0.5, "normalize_reward": "running"}
+STEERED = {
+    "steps": 8, "batch_size": 16, "mini_batch_size": 8, "kl_target": 0.5, "normalize_reward": "running",
+    "sft_coef": 0.5,
+}  # fmt: skip
 GROUPED = {"max_steps": 8, "generation_batch_size": 16, "num_generations": 4, "beta": 0.1, "max_num_gen_batches": 2}
 
 

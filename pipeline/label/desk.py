@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 from pipeline.data import votes as files
 from pipeline.data.prompts import prompt_key
 from pipeline.data.votes import SKIP, Vote, check_annotator, standing
-from pipeline.disk.atomic import digest, read_json, write_json
+from pipeline.disk.atomic import digest, read_json
 from pipeline.errors import UserError
 from pipeline.label.drawing import AHEAD, Drawer, Pair
 from pipeline.language.say import say
@@ -85,6 +86,13 @@ class Desk:
         rated = sum(vote.gold is None for vote in mine)
         if known and rated >= (GOLD_EVERY - 1) * (len(mine) - rated + 1):
             return self._show(annotator, known[0])
+        free = self._free(annotator)
+        self.drawer.need(len(self.drawer.pairs) - len(free) + AHEAD)
+        return self._show(annotator, free[0] if free else None)
+
+    def _free(self, annotator: str) -> list[Pair]:
+        """The pairs that are left for this person: neither seen by them nor labelled or being read by enough others."""
+        asked, now = self.asked(annotator), time.time()
         taken = Counter(
             vote.pair
             for other in self._lines
@@ -92,28 +100,27 @@ class Desk:
             for vote in self.votes(other)
             if vote.choice != SKIP
         )
-        now = time.time()
         for other, (name, since) in self._before.items():
             if other != annotator and now - since < GONE:
                 taken[name] += 1
-        self.drawer.need(len(asked) + sum(taken.values()) + AHEAD)
-        free = (
+        return [
             pair
             for pair in self.drawer.pairs
             if pair.asks not in asked and taken[pair.name] < (2 if self.shared(pair) else 1)
-        )
-        return self._show(annotator, next(free, None))
+        ]
 
     def _show(self, annotator: str, pair: Pair | None) -> Pair | None:
         name = "" if pair is None else pair.name
         if self._before.get(annotator, ("", 0.0))[0] != name:
             self._before[annotator] = (name, time.time())
-            write_json(self._screens, self._before)
+            new = self._screens.with_suffix(".new")  # not synced: it outlives a crash of this process, which is enough
+            new.write_text(json.dumps(self._before), encoding="utf-8")
+            os.replace(new, self._screens)
         return pair
 
     def shared(self, pair: Pair) -> bool:
         """Whether two people are to see it, decided by its name alone."""
-        return int(digest(["two people", pair.name]), 16) < self.share * 16**16
+        return self.share > 0 and int(digest(["two people", pair.name]), 16) < self.share * 16**16
 
     def order(self, annotator: str, pair: Pair) -> list[int]:
         """On which side each answer stands for this person: by chance, and the same after a restart."""
@@ -210,7 +217,6 @@ class Desk:
 
     def progress(self, annotator: str) -> dict[str, Any]:
         """How far this person is: votes, seconds for each, and what is left as far as that is known."""
-        mine, asked = self.votes(annotator), self.asked(annotator)
-        left = sum(pair.asks not in asked for pair in self.drawer.pairs)
+        mine, left = self.votes(annotator), len(self._free(annotator))
         seconds = sum(vote.seconds for vote in mine) / len(mine) if mine else 0.0
         return {"done": len(mine), "seconds": seconds, "left": left, "more": not self.drawer.finished}

@@ -173,7 +173,8 @@ def _use_tools(tokenizer: Tokenizer, one: Told, limit: int, seconds: float) -> l
         said, failed = environments.call_tool(one.world, call, one.row, seconds)
         one.calls, one.failures = one.calls + 1, one.failures + failed
         # Nobody but the model ends its turns: a reply cannot hold a token that would.
-        replies.append({"role": "tool", "name": call.name or "unknown", "content": without_marks(tokenizer, said)})
+        name, content = (without_marks(tokenizer, text) for text in (call.name or "unknown", said))
+        replies.append({"role": "tool", "name": name, "content": content})
     reply_ids = tokenize(tokenizer, render_replies(tokenizer, one.row, replies))[0]
     if len(one.episode.answer_ids) + len(reply_ids) >= limit:
         one.episode.ended = False

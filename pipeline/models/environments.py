@@ -109,10 +109,8 @@ def begin(row: Row, seconds: float) -> tuple[Any, str | None]:
     except _TooLong:
         raise UserError(f"{where} took more than {seconds:g} s to reset. Correct it, or raise tool_timeout") from None
     except (Exception, SystemExit) as error:  # the class is the user's program: it can fail in any way
-        raise UserError(
-            f"{where} failed to reset: {type(error).__name__}: {error}. It is called as reset(self, **row), with the "
-            "columns of the row by keyword."
-        ) from error
+        called = " It is called as reset(self, **row), with the row's columns." if isinstance(error, TypeError) else ""
+        raise UserError(f"{where} failed to reset: {type(error).__name__}: {error}.{called}") from error
     if observation is not None and not isinstance(observation, str):
         raise UserError(f"{where} returned a {type(observation).__name__} from reset: expected a text or None")
     return world, observation

@@ -57,6 +57,8 @@ class Work:
     episodes: int = 0
     """Of a stage that samples (ppo): most tokens of an answer, and answers sampled at once."""
     dequantized_rollout: bool = False
+    again: tuple[int, ...] = ()
+    """Tokens of the longest row of each earlier stage that its updates learn again, as many rows as episodes."""
     sampled: Work | None = None
     """Of a stage that samples all its answers before it trains: what it puts through the model then."""
     held_out: int = 0
@@ -255,6 +257,11 @@ def memory(model: Model, work: Work) -> Memory:
     if work.sampled:
         before = memory(model, work.sampled)
         rollout, cache = before.rollout, before.cache
+    training = max(activations, held + logits)
+    if work.again:  # their own passes, whose every token may go through the head
+        along = memory(model, replace(work, length=max(work.again), answer=max(work.again), again=()))
+        activations, logits = max(activations, along.activations), max(logits, along.logits)
+        training = max(training, along.training)
     return Memory(
         quantised=quantised,
         unquantised=unquantised,
@@ -264,7 +271,7 @@ def memory(model: Model, work: Work) -> Memory:
         activations=activations,
         logits=logits,
         cache=cache,
-        training=max(activations, held + logits),
+        training=training,
         rollout=rollout,
         evaluation=evaluation(model, work) if work.evaluates else 0,
         merging=quantised + unquantised + min(SHARD_BYTES, s.parameters * b) + (b + 12) * s.largest_linear,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.load import read_split
 from pipeline.errors import UserError
+from pipeline.models.environments import with_tools
 from pipeline.models.spec import SEGMENTS
 from pipeline.plan.batches import take
 from pipeline.plan.cards import Card
@@ -32,6 +34,8 @@ taken to have only LONGEST_TOKEN_BYTES in each."""
 LONGEST_TOKEN_BYTES = 3.0
 TEMPLATE = 32
 """Tokens that a chat template adds to a row."""
+TOOLS_BYTES = 400
+"""Of what a template says of tools besides their descriptions: how to call them."""
 ENDED = 0.4
 """Of the longest answer that is allowed, what an answer takes on average, as it ends by itself."""
 ANSWER_SHARE = 0.5
@@ -54,6 +58,8 @@ class Lengths:
     """Tokens of a stage's rows, estimated from their bytes."""
 
     rows: list[int]
+    again: list[list[int]] = field(default_factory=list)
+    """Of each earlier stage whose rows it learns again, as that stage cut them."""
 
     @property
     def longest(self) -> int:
@@ -116,12 +122,42 @@ def attention(name: str) -> dict[str, Any]:
     return {"masked": "flash" not in name and not segments, "eager": name == "eager", "segments": segments}
 
 
-def lengths_of(section: StageSpec, contract: Contract, seed: int) -> Lengths | None:
-    """None where the rows are not on this disk, or are too many to be read for an estimate."""
+def lengths_of(
+    section: StageSpec, contract: Contract, seed: int, again: Iterable[tuple[Stage, StageSpec]] = ()
+) -> Lengths | None:
+    """None where the rows are not on this disk, or are too many to be read for an estimate. `again`: the earlier stages
+    whose rows are learnt again."""
+    own, earlier = _read_lengths(section, contract, seed), list[list[int]]()
+    for kind, of in again:
+        if (tokens := _read_lengths(of, kind.contract, seed)) is None:
+            return None
+        earlier.append(cut_again(kind, of, tokens))
+    return None if own is None else Lengths(mixed(section, own, earlier), earlier)
+
+
+def mixed(section: StageSpec, own: list[int], earlier: list[list[int]]) -> list[int]:
+    """Tokens of a stage's rows, with those of earlier stages that it mixes in: the first ones, for want of the draw."""
+    shares, found = section.replayed().values(), list(own)
+    for share, tokens in zip(shares, earlier, strict=False):
+        count = max(1, round(len(own) * share / (1 - sum(shares))))
+        found += (tokens * (count // len(tokens) + 1))[:count]
+    return found
+
+
+def cut_again(kind: Stage, section: StageSpec, tokens: list[int]) -> list[int]:
+    """Tokens of rows that an earlier stage was trained on, no longer than it takes them."""
+    limit = kind.arguments(section).get("max_length")
+    return [min(length, limit) if isinstance(limit, int) else length for length in tokens]
+
+
+def _read_lengths(section: StageSpec, contract: Contract, seed: int) -> list[int] | None:
     paths = [Path(part.path) for part in section.data.parts()]
     if not all(os.path.isfile(path) and path.stat().st_size <= READ_AT_MOST for path in paths):
         return None
-    return Lengths(tokens_of(read_split(section.data, contract, seed).train))
+    rows = read_split(section.data, contract, seed).train
+    if environment := section.asked_with():
+        rows = with_tools(rows, environment)
+    return tokens_of(rows)
 
 
 def tokens_of(rows: Iterable[Row]) -> list[int]:
@@ -171,7 +207,8 @@ def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, leng
             min(rows, mini), longest, checkpointed, trained=1 + (sampling.critic == "adapter"),
             frozen=frozen, accumulates=mini > rows, answer=answer,
             episodes=sampling.rollout_batch_size or sampling.batch_size,
-            dequantized_rollout=sampling.dequantize_rollout, **common,
+            dequantized_rollout=sampling.dequantize_rollout,
+            again=tuple(Lengths(rows).longest for rows in lengths.again) if lengths else (), **common,
         )  # fmt: skip
         if rollouts:
             return sampled
@@ -279,6 +316,8 @@ def _text_bytes(value: Any) -> int:
     if not isinstance(value, dict):
         return 0
     if "content" in value:
-        return _text_bytes(value["content"]) + len(str(value.get("role", "")))
+        calls = json.dumps(value["tool_calls"]) if value.get("tool_calls") else ""
+        return _text_bytes(value["content"]) + len(str(value.get("role", ""))) + len(calls)
     either = max(_text_bytes(value.get("chosen")), _text_bytes(value.get("rejected")))
-    return either + sum(_text_bytes(value.get(key)) for key in ("prompt", "completion", "messages", "text"))
+    tools = TOOLS_BYTES + len(json.dumps(value["tools"])) if value.get("tools") else 0
+    return tools + either + sum(_text_bytes(value.get(key)) for key in ("prompt", "completion", "messages", "text"))

@@ -7,11 +7,15 @@ backward pass makes no weight gradients: training costs 4 operations a parameter
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline.plan.cards import Card
 from pipeline.plan.memory import Model, Work
 
 STREAMED = 0.85
 """Share of the bandwidth that reading and writing whole matrices reaches."""
+ANSWERED = 0.5
+"""Of a row of an earlier stage, the share of tokens that goes through the LM head."""
 LAUNCHES = 0.030
 """Seconds of a decoding step below which no card gets: transformers launches each layer's kernels from Python; 24 to
 35 ms in public reports of 7B models, here for 32 layers."""
@@ -82,6 +86,9 @@ def ppo_seconds(model: Model, work: Work, card: Card, epochs: int) -> float | No
     scored = work.trained + work.frozen
     scoring = tokens * scored * forward_operations(model, work.length, share)
     update = (epochs * tokens) * work.trained * training_operations(model, work, share)
+    for length in work.again:
+        along = replace(work, length=length)
+        update += epochs * work.episodes * length * training_operations(model, along, ANSWERED)
     passes = packs * (scored + epochs * work.trained * (2 + work.checkpointed / s.layers))
     beside = passes * s.layers * card.layer
     return decoding + _seconds(card, scoring + update, _dequantised(model, passes)) + beside

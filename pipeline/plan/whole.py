@@ -6,7 +6,7 @@ Meant to tell minutes from hours before a run begins; `onebase plan` has the fig
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from pipeline.plan.cards import Card
@@ -38,6 +38,8 @@ class RowTokens:
     questions: list[int]
     asked_before: bool
     """Whether the questions are new to it: what its parent was asked after training is not asked again."""
+    again: list[list[int]] = field(default_factory=list)
+    """Of each earlier stage whose rows it learns again."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def stage_duration(
     """None where the card's speed is not known. Raises UserError for what is not planned."""
     if card.teraflops is None or card.bandwidth is None:
         return None
-    lengths = Lengths([tokens + TEMPLATE for tokens in rows.train])
+    lengths = Lengths([tokens + TEMPLATE for tokens in rows.train], rows.again)
     training = _training(kind, section, model, spec, lengths, card)
     if training is None:
         return None
@@ -78,7 +80,12 @@ def _training(
         minutes = plan_stage(kind, section, model, spec, lengths, card).minutes
         return None if minutes is None else minutes * 60
     work = work_of(kind, section, model, spec, lengths)
-    work = replace(work, length=round(_mean(lengths.rows) + ENDED * work.answer), answer=round(ENDED * work.answer))
+    work = replace(
+        work,
+        length=round(_mean(lengths.rows) + ENDED * work.answer),
+        answer=round(ENDED * work.answer),
+        again=tuple(round(_mean(tokens)) + TEMPLATE for tokens in lengths.again),
+    )
     seconds = ppo_seconds(model, work, card, rollouts.epochs)
     return None if seconds is None else seconds * rollouts.steps * rollouts.batch_size / work.episodes
 

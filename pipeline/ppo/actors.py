@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pipeline.data.render import padded
+from pipeline.data.render import IGNORED, Encoded, padded
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel, score_states
 from pipeline.models.out_of_memory import EPISODE, run_in_parts
@@ -35,7 +35,7 @@ Role = Literal["policy", "value"]
 class Actors(LanguageModel):
     """The model with its adapters, and what each of them computes.
 
-    `reward_heads`: for each borrowed reward adapter its score head, (1, hidden), as it was saved.
+    `reward_heads`: for each borrowed reward adapter its score heads, (K, hidden), as they were saved.
     """
 
     def __init__(
@@ -77,10 +77,23 @@ class Actors(LanguageModel):
         self.act_as(adapter)
         with computing(self.model):
             states_NH = self._states(pack)
-            logp_N, entropy_N = self._log_probs(states_NH if way_back else states_NH.detach(), pack.token_N)
+            before_NH = states_NH if way_back else states_NH.detach()
+            logp_N, entropy_N = self._log_probs(before_NH, pack.token_N, self.temperature)
         shared = adapter == POLICY == self.value_adapter
         values_BG = pack.lay_out(self.state_values(states_NH)) if shared else None
         return pack.lay_out(logp_N), pack.lay_out(entropy_N), values_BG
+
+    def texts(self, texts: Sequence[Encoded]) -> Tensor:
+        """The policy's log-probabilities (N,), at temperature 1, of the tokens of texts that carry loss, row after row;
+        leaves it active. A text's first token follows nothing, so nothing predicts it."""
+        self.act_as(POLICY)
+        ids_BT, mask_BT = (tensor.to(self.device) for tensor in padded([text.ids for text in texts], self.pad_id))
+        labels_BT = padded([text.labels for text in texts], IGNORED)[0][:, 1:]
+        row_N, state_N = (places_N.to(self.device) for places_N in (labels_BT != IGNORED).nonzero(as_tuple=True))
+        with computing(self.model):
+            states_NH = self.hidden(ids_BT, mask_BT)[row_N, state_N]
+            logp_N, _ = self._log_probs(states_NH, ids_BT[row_N, state_N + 1], temperature=1.0)
+        return logp_N
 
     def values(self, pack: Pack) -> Tensor:
         """The critic's values of the states before the answers' tokens, (B, G); leaves its adapter active."""
@@ -90,18 +103,22 @@ class Actors(LanguageModel):
             states_NH = self._states(pack)
         return pack.lay_out(self.state_values(states_NH))
 
-    @torch.no_grad()
     def scores(self, reward: str, sequences: Sequence[list[int]], at_once: int) -> list[float]:
-        """A borrowed reward model's score of each sequence, read at its last token, its head in float32 as in training;
-        no LM head is run. Sequences that are alike are read once."""
-        self.act_as(reward)
-        head_1H = self.reward_heads[reward]
+        """A borrowed reward model's score of each sequence: the mean over its heads."""
+        return [sum(heads_K) / len(heads_K) for heads_K in self.head_scores(reward, sequences, at_once)]
 
-        def of(batch: Sequence[int]) -> list[float]:
+    @torch.no_grad()
+    def head_scores(self, reward: str, sequences: Sequence[list[int]], at_once: int) -> list[list[float]]:
+        """What each head of a borrowed reward model says of each sequence, (N, K), read at its last token, in float32
+        as in training; no LM head is run. Sequences that are alike are read once."""
+        self.act_as(reward)
+        heads_KH = self.reward_heads[reward]
+
+        def of(batch: Sequence[int]) -> list[list[float]]:
             ids_BT, mask_BT = (t.to(self.device) for t in padded([sequences[i] for i in batch], self.pad_id))
             with computing(self.model):
                 hidden_BTH = self.hidden(ids_BT, mask_BT)
-            return linear(score_states(hidden_BTH, mask_BT), head_1H).squeeze(1).tolist()
+            return linear(score_states(hidden_BTH, mask_BT), heads_KH).tolist()
 
         first = {tuple(ids): index for index, ids in reversed(list(enumerate(sequences)))}
         order = sorted(first.values(), key=lambda i: (len(sequences[i]), i))
@@ -113,7 +130,7 @@ class Actors(LanguageModel):
     def start_values_from(self, reward: str, mean: float, std: float, weight: float) -> None:
         """The critic begins as the reward model: its head, in the units of normalised scores."""
         with torch.no_grad():
-            self.value_head.weight.copy_(self.reward_heads[reward] * (weight / std))
+            self.value_head.weight.copy_(self.reward_heads[reward].mean(0, keepdim=True) * (weight / std))
             self.value_head.bias.fill_(-mean / std)
 
     def trained(self, role: Role) -> dict[str, torch.nn.Parameter]:
@@ -128,12 +145,12 @@ class Actors(LanguageModel):
         """Hidden states (N, hidden) before the answers' tokens, row after row."""
         return self.hidden(pack.ids_BT, pack.mask_BT)[pack.row_N, pack.state_N]
 
-    def _log_probs(self, states_NH: Tensor, ids_N: Tensor) -> tuple[Tensor, Tensor]:
+    def _log_probs(self, states_NH: Tensor, ids_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.lm_head.parameters()):
             raise ValueError(
                 "PPO keeps the LM head frozen, and an adapter trains it: leave lm_head out of target_modules"
             )
-        logp_N, entropy_N = _HeadLogProbs.apply(states_NH, ids_N, self)  # type: ignore[no-untyped-call]
+        logp_N, entropy_N = _HeadLogProbs.apply(states_NH, ids_N, self, temperature)  # type: ignore[no-untyped-call]
         return logp_N, entropy_N
 
     def state_values(self, states_NH: Tensor) -> Tensor:
@@ -151,18 +168,20 @@ class _HeadLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, states_NH: Tensor, ids_N: Tensor, actors: Actors) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, states_NH: Tensor, ids_N: Tensor, actors: Actors, temperature: float
+    ) -> tuple[Tensor, Tensor]:
         size = max(1, PPO_LOGITS // actors.config.vocab_size)
         logp, entropy, gradients = [], [], list[Tensor]()
         for states_nH, ids_n in zip(torch.split(states_NH, size), torch.split(ids_N, size), strict=True):
             if not ctx.needs_input_grad[0]:
-                logp.append(log_probs(actors.logits(states_nH), ids_n, actors.temperature))
+                logp.append(log_probs(actors.logits(states_nH), ids_n, temperature))
                 entropy.append(torch.zeros_like(logp[-1]))
                 continue
             leaf_nH = states_nH.detach().requires_grad_()
             with torch.enable_grad():
                 logits_nV = actors.logits(leaf_nH)
-            logp_n, entropy_n, slope_nV = log_probs_with_slope(logits_nV.detach(), ids_n, actors.temperature)
+            logp_n, entropy_n, slope_nV = log_probs_with_slope(logits_nV.detach(), ids_n, temperature)
             gradients += torch.autograd.grad(logits_nV, leaf_nH, slope_nV)
             logp.append(logp_n)
             entropy.append(entropy_n)
@@ -173,6 +192,6 @@ class _HeadLogProbs(torch.autograd.Function):
         return torch.cat(logp), entropy_N
 
     @staticmethod
-    def backward(ctx: Any, upstream_N: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, upstream_N: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         gradient_NH = torch.cat(ctx.saved_tensors)
-        return (upstream_N[:, None] * gradient_NH).to(gradient_NH.dtype), None, None
+        return (upstream_N[:, None] * gradient_NH).to(gradient_NH.dtype), None, None, None

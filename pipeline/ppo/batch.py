@@ -7,9 +7,11 @@ nor in N: it is seen and not learnt from, and after the last token before a repl
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Self
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from pipeline.data.render import padded
 from pipeline.models.dialogue import Told
 from pipeline.models.out_of_memory import EPISODE, run_in_parts
 from pipeline.models.sampling import Episode
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -106,10 +110,12 @@ class Learnt:
     old_logp_BG: Tensor | None
     """(B, G) Log-probabilities under the policy that wrote the answers. None before the first pass of an update that is
     made by that very policy: then they are what this pass gives."""
+    importance_BG: Tensor | None = field(default=None, kw_only=True)
+    """(B, G) What corrects each token's loss for having been sampled by an engine (ppo/importance.py)."""
 
     def part(self, start: int, stop: int) -> Self:
         """Rows from `start` to before `stop`, under the padding that they have."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "pack"}
+        tensors = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "pack"}
         some = {name: None if tensor is None else tensor[start:stop] for name, tensor in tensors.items()}
         return replace(self, pack=self.pack.part(start, stop), **some)
 
@@ -156,6 +162,17 @@ def _pack(rows: list[int], episodes: list[Episode], pad_id: int, device: torch.d
     ]
     tensors = (ids_BT, mask_BT, mask_BG.float(), *torch.tensor(places).T.contiguous())
     return Pack(rows, *(tensor.to(device) for tensor in tensors))
+
+
+def take_in_turn(items: Sequence[Item], first: int, count: int, seed: str) -> list[Item]:
+    """So many of an endless row of shuffled epochs over the items, from its place `first` on."""
+    places = (divmod(place, len(items)) for place in range(first, first + count))
+    return [items[_shuffled(len(items), f"{seed}/{epoch}")[index]] for epoch, index in places]
+
+
+@lru_cache(maxsize=8)
+def _shuffled(count: int, seed: str) -> list[int]:
+    return random.Random(seed).sample(range(count), count)
 
 
 def run_forward(forward: Callable[[Pack], list[Tensor]], pack: Pack) -> list[Tensor]:

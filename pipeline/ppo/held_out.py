@@ -11,6 +11,7 @@ import torch
 from pipeline.data.contracts import Row
 from pipeline.measure import intervals
 from pipeline.models import processes
+from pipeline.models.forward import plain_on_cpu
 from pipeline.plan.sizes import HELD_OUT_ANSWERS
 from pipeline.ppo import rewards
 from pipeline.ppo.actors import POLICY, REFERENCE, Actors
@@ -22,7 +23,8 @@ Answers = dict[str, numpy.ndarray[Any, Any]]
 """Of the answers to P held-out prompts, each (P, ANSWERS), nothing where there are no prompts:
 
 reward           what an answer is paid (raw, without KL)
-reward/<source>  what each source says of it, where there are several
+reward/<source>  what each source says of it, where there are several, or where it is paid another number
+score_...        what else rewards.columns gives of a source
 kl               log pi(answer) - log reference(answer), in nats
 answer_length    in tokens
 ended            whether it ended by itself
@@ -32,7 +34,8 @@ ended            whether it ended by itself
 def ask(trainer: Answering, prompts: Sequence[Row]) -> Answers:
     """The policy as it stands, sampled at the training temperature; the same random draws each time it is called.
     Several processes share the prompts."""
-    parts = processes.gather(_ask(trainer, processes.share(prompts)))
+    with plain_on_cpu(trainer.actors.model):
+        parts = processes.gather(_ask(trainer, processes.share(prompts)))
     answers: Answers = {name: numpy.empty((len(prompts), ANSWERS)) for name in parts[0]}
     for rank, part in enumerate(parts):
         for name, values in part.items():
@@ -54,9 +57,10 @@ def _ask(trainer: Answering, prompts: Sequence[Row]) -> Answers:
             for row, nats in zip(pack.rows, difference_BG.sum(1).tolist(), strict=True):
                 kl[row] = nats
     actors.act_as(POLICY)
+    columns = rewards.columns(trainer.sources, by_source)
     answers: dict[str, Sequence[float]] = {
         "reward": rewards.total(trainer.sources, by_source),
-        **({f"reward/{name}": values for name, values in by_source.items()} if len(by_source) > 1 else {}),
+        **{f"reward/{name[6:]}" if name.startswith("score/") else name: said for name, said in columns.items()},
         "kl": kl,
         "answer_length": [len(episode.sampled) for episode in episodes],
         "ended": [episode.ended for episode in episodes],

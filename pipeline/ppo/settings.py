@@ -112,6 +112,28 @@ class RolloutSettings(BaseModel):
     tool_timeout: float = Field(default=10.0, gt=0)
     """Seconds that a tool may take; one that takes longer stops the run."""
 
+    # Keeping what earlier stages taught
+    sft_coef: float = Field(default=0.0, ge=0)
+    """Weight of the loss on demonstrations that every update adds to its own, so that the policy keeps them (PPO-ptx
+    [I, eq. 2]). They are the training rows of the nearest sft stage that the policy comes from, as many in an update as
+    it has episodes; the loss is the mean over their supervised tokens, at temperature 1."""
+    pretraining_coef: float = Field(default=0.0, ge=0)
+    """The same for documents of the nearest pretrain stage, in pieces of at most its max_length. In [I] it is 27.8."""
+
+    # Correction, where an engine samples
+    vllm_importance_sampling_correction: bool = True
+    """Where an engine samples (`rollout:`), multiply each token's loss by how much likelier the model itself would have
+    been to write it. The critic's loss is not corrected."""
+    vllm_importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        "sequence_mask"
+    )
+    """By the ratio of each token, or of its whole answer; a ratio beyond the bounds counts as the bound (truncate), or
+    as 0 (mask)."""
+    vllm_importance_sampling_clip_max: float | None = Field(default=3.0, gt=0)
+    """Upper bound of that ratio."""
+    vllm_importance_sampling_clip_min: float | None = Field(default=None, ge=0)
+    """Lower bound of that ratio."""
+
     # Optimizer
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """Decay to 0 over all steps [H, detail 15]."""
@@ -140,6 +162,12 @@ class RolloutSettings(BaseModel):
     """The stage's name if not given; something unique is put after it."""
     trackio_space_id: str | None = None
     """A Space on the Hub that trackio sends to; it keeps to this machine if not given."""
+
+    @property
+    def kept_coefs(self) -> dict[str, float]:
+        """The weight of the loss on rows of earlier stages, by their kind, of those that are learnt again."""
+        coefs = {"sft": self.sft_coef, "pretrain": self.pretraining_coef}
+        return {kind: coef for kind, coef in coefs.items() if coef}
 
     @property
     def checkpointing(self) -> bool | int:

@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,17 +22,19 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.data import render
 from pipeline.data.contracts import Row
+from pipeline.data.render import Encoded
 from pipeline.errors import UserError
 from pipeline.models import processes
 from pipeline.models.computed import take_computed
-from pipeline.models.out_of_memory import CHECKPOINT, EPISODE, gradients_aside, run_in_parts
+from pipeline.models.out_of_memory import CHECKPOINT, EPISODE, ROW, gradients_aside, run_in_parts
 from pipeline.models.sampling import Episode
 from pipeline.ppo import algorithm as maths
-from pipeline.ppo import rewards
+from pipeline.ppo import importance, rewards
 from pipeline.ppo.actors import POLICY, Actors
 from pipeline.ppo.answering import Answering
-from pipeline.ppo.batch import Learnt, Pack, Rollout, Scored, pack_episodes
+from pipeline.ppo.batch import Learnt, Pack, Rollout, Scored, pack_episodes, take_in_turn
 from pipeline.ppo.health import Health
+from pipeline.ppo.keeping import Kept, count_predicted, learn_again
 from pipeline.ppo.optimizer import make_optimizers, take_step, trained_weights
 from pipeline.ppo.scoring import Scores, WhenScored
 from pipeline.ppo.settings import RolloutSettings
@@ -43,8 +45,9 @@ WHOLE_AGAIN = 20
 
 
 class RolloutTrainer(Answering):
-    """`rows` are prompt-only rows; every process is given all of them and takes its share of each batch. What is learnt
-    from an answer, and how, PPOTrainer and GRPOTrainer say."""
+    """`rows` are prompt-only rows; every process is given all of them and takes its share of each batch. `kept`: what
+    earlier stages taught and each update learns again. What is learnt from an answer, and how, PPOTrainer and
+    GRPOTrainer say."""
 
     settings: RolloutSettings
     shares: tuple[str, ...]
@@ -63,6 +66,7 @@ class RolloutTrainer(Answering):
         sources: list[rewards.Source],
         settings: RolloutSettings,
         seed: int,
+        kept: Sequence[Kept] = (),
     ) -> None:
         processes = PartialState().num_processes
         share, rest = divmod(settings.mini, processes)
@@ -74,7 +78,7 @@ class RolloutTrainer(Answering):
         self.pack_size = min(settings.per_device_train_batch_size, share)
         self.packs_per_minibatch = share // self.pack_size
         super().__init__(actors, tokenizer, sources, settings, seed, 2 * self.pack_size)
-        self.rows = rows
+        self.rows, self.kept = rows, kept
         self.kl = maths.KLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
         self.health = Health(settings.kl_stop)
         self.scale = maths.LossScale(actors.model.get_input_embeddings().weight.dtype is torch.float16)
@@ -103,6 +107,9 @@ class RolloutTrainer(Answering):
             self.when_scored(rollout, by_source, totals, scored)
             # 3. advantages
             batch, numbers = self.take_advantages(rollout.episodes, scored)
+            if self.engine:
+                batch, apart = importance.correct(rollout.episodes, batch, settings=self.settings)
+                numbers |= apart
             scored_at = time.monotonic()
             # 4. the updates
             numbers |= self.update(batch)
@@ -127,8 +134,7 @@ class RolloutTrainer(Answering):
 
     def take_rows(self, first: int, count: int, order: str = "prompts") -> list[Row]:
         """So many of the endless row of shuffled epochs, from its place `first` on."""
-        places = (divmod(place, len(self.rows)) for place in range(first, first + count))
-        return [self.rows[_shuffled(len(self.rows), f"{self.seed}/{order}/{epoch}")[index]] for epoch, index in places]
+        return take_in_turn(self.rows, first, count, f"{self.seed}/{order}")
 
     def choose(self, rollout: Rollout, by_source: Scores) -> tuple[Rollout, Scores]:
         """The answers that are learnt from: all of them, unless a subclass takes others."""
@@ -157,11 +163,13 @@ class RolloutTrainer(Answering):
         settings, batch = self.settings, list(batch)
         shuffle = random.Random(f"{self.seed}/{self.step}/minibatches/{self.rank}")
         totals: dict[str, list[float]] = {}
+        turn = self.step * settings.epochs * (settings.batch_size // settings.mini)
         for _ in range(settings.epochs):
             order = shuffle.sample(range(len(batch)), len(batch))
             for start in range(0, len(order), self.packs_per_minibatch):
                 places = order[start : start + self.packs_per_minibatch]
-                numbers, learnt = self.update_minibatch([batch[place] for place in places])
+                numbers, learnt = self.update_minibatch([batch[place] for place in places], turn)
+                turn += 1
                 for place, one in zip(places, learnt, strict=True):
                     batch[place] = one
                 if not math.isfinite(numbers["loss"]):
@@ -172,13 +180,16 @@ class RolloutTrainer(Answering):
                     return _means(totals) | {"stopped_early": 1.0}
         return _means(totals) | {"stopped_early": 0.0}
 
-    def update_minibatch(self, batch: list[Learnt]) -> tuple[Numbers, list[Learnt]]:
-        """One optimizer step. Also gives the packs for the next epoch, in which the policy that
-        wrote the answers has a probability for each token."""
+    def update_minibatch(self, batch: list[Learnt], turn: int = 0) -> tuple[Numbers, list[Learnt]]:
+        """One optimizer step, the run's `turn`-th where none was left out before. Also gives the packs for the next
+        epoch, in which the policy that wrote the answers has a probability for each token."""
         tokens = processes.add_up(sum(len(one.pack.token_N) for one in batch)).item()
         sums, logps = self.run_backward(batch, tokens)
         shares = dict(zip(self.shares, processes.add_up(sums.cpu()).tolist(), strict=True))
         numbers = {"loss": shares["policy_loss"] + self.settings.vf_coef * shares.get("value_loss", 0.0), **shares}
+        for one in self.kept:
+            numbers[one.loss] = self.keep(one, turn)
+            numbers["loss"] += one.coef * numbers[one.loss]
         numbers |= take_step(self.optimizers, self.scale, self.settings, self.step, math.isfinite(numbers["loss"]))
         learnt = [
             replace(one, old_logp_BG=logp_BG) if one.old_logp_BG is None else one
@@ -193,6 +204,22 @@ class RolloutTrainer(Answering):
         self.actors.model.eval()
         self.actors.act_as(POLICY)
         return torch.stack(sums).sum(0), list(logps)
+
+    def keep(self, one: Kept, turn: int) -> float:
+        """Add the gradients of an earlier stage's rows: as many as a minibatch has episodes, in turn, of which each
+        process takes its share. Gives their mean loss, in nats a token."""
+        share = self.settings.mini // self.processes
+        first = turn * self.settings.mini + self.rank * share
+        texts = take_in_turn(one.texts, first, share, f"{self.seed}/{one.loss}")
+        tokens = processes.add_up(count_predicted(texts)).item()
+        return processes.add_up(self._learn_again(one, texts, tokens)).item() / tokens
+
+    def _learn_again(self, one: Kept, texts: Sequence[Encoded], tokens: float) -> float:
+        weight, advice = self.scale.value * one.coef / tokens, ROW + ("" if self.settings.checkpointing else CHECKPOINT)
+        self.actors.model.train()
+        total = learn_again(self.actors, texts, weight, self.pack_size, trained_weights(self.optimizers), advice)
+        self.actors.model.eval()
+        return total
 
     def _backward_in_parts(self, one: Learnt, tokens: float) -> tuple[Tensor, Tensor]:
         """`backward` of a pack, in as many parts as memory asks for."""
@@ -216,6 +243,9 @@ class RolloutTrainer(Answering):
         episodes = [Episode(render.prompt(self.tokenizer, row), filler, [], ended=False) for row in rows]
         (pack,) = pack_episodes(episodes, len(episodes), self.actors.pad_id, self.actors.device)
         self.run_backward([self.make_blank(pack)], float(len(rows) * len(filler)))
+        for one in self.kept:
+            longest = heapq.nlargest(self.pack_size, one.texts, key=lambda text: len(text.ids))
+            self._learn_again(one, longest, count_predicted(longest))
         for weight in trained_weights(self.optimizers):
             weight.grad = None
 
@@ -225,24 +255,19 @@ class RolloutTrainer(Answering):
         mean, std = maths.mean_and_std(processes.add_up(maths.moments(scores_R, torch.ones_like(scores_R))))
         ended, empty = sum(e.ended for e in rollout.episodes), sum(not text for text in rollout.texts)
         calls, failures = sum(one.calls for one in rollout.told), sum(one.failures for one in rollout.told)
-        sums = processes.add_up([ended, empty, calls, failures, *map(sum, by_source.values())])
+        columns = rewards.columns(self.sources, by_source)
+        sums = processes.add_up([ended, empty, calls, failures, *map(sum, columns.values())])
         ended, empty, calls, failures, *means = (sums / self.settings.batch_size).tolist()
         tools = {"tools/call_frequency": calls, "tools/failure_frequency": failures / calls if calls else 0.0}
-        scores = {f"score/{name}": value for name, value in zip(by_source, means, strict=True)}
         return {
             "score": mean,
             "score_std": std,
             "eos_share": ended,
             "empty_share": empty,
             "num_tokens": float(self.tokens),
-            **(scores if len(scores) > 1 else {}),
+            **dict(zip(columns, means, strict=True)),
             **(tools if self.rows[0].get("environment") else {}),
         }
-
-
-@lru_cache(maxsize=2)
-def _shuffled(count: int, seed: str) -> list[int]:
-    return random.Random(seed).sample(range(count), count)
 
 
 def _means(totals: dict[str, list[float]]) -> Numbers:

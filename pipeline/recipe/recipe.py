@@ -22,7 +22,7 @@ from pipeline.errors import UserError, complaint
 from pipeline.models import published
 from pipeline.models.spec import base_hash, pinned
 from pipeline.recipe import sections, yaml
-from pipeline.recipe.sections import RecipeSpec
+from pipeline.recipe.sections import RecipeSpec, nearest
 from pipeline.stages import STAGES
 from pipeline.stages.arguments import RUNTIME_WORDS
 from pipeline.stages.reward_file import read_by
@@ -71,6 +71,11 @@ class Recipe:
         from_ = self.stages[stage].from_ or ""
         on_hub = {"policy": published.pulled(from_)} if from_.startswith(published.PREFIX) else {}
         return {**on_hub, **{role: self.artifact(name, runs) for role, name in self.parents(stage).items()}}
+
+    def learnt_again(self, stage: str) -> list[str]:
+        """The stages whose rows this one learns again."""
+        found = (nearest(self.stages, stage, kind) for kind in self.stages[stage].learns_again())
+        return [*(name for name in found if name), *self.stages[stage].replayed()]
 
     def order(self) -> list[str]:
         """The stages, each after its parents; as written where that leaves a choice."""

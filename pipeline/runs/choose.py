@@ -41,7 +41,8 @@ def _choose(recipe: Recipe, stage: str, spec: ModelSpec, runs: Path, fingerprint
     noted = read_json(file) or {}
     if noted.get("fingerprint") != fingerprint:
         kind, card = recipe.kind(stage), _this_machine()
-        lengths = lengths_of(section, kind.contract, recipe.spec.seed)
+        again = [(recipe.kind(other), recipe.stages[other]) for other in recipe.learnt_again(stage)]
+        lengths = lengths_of(section, kind.contract, recipe.spec.seed, again)
         model = planned_model(spec, read_shapes(spec))
         chosen = auto.choose(kind, section, model, spec, lengths, card)
         noted = {"fingerprint": fingerprint, "for": f"{card.name}, {card.memory / 2**30:.3g} GiB", "chosen": chosen}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline.data.contracts import QUESTION
 from pipeline.data.load import DataSpec, Source, labels_as_answers, read_source, read_split
 from pipeline.recipe.recipe import Recipe
-from pipeline.stages.stage import Rows
+from pipeline.stages.stage import Earlier, Rows
 
 
 def load_rows(recipe: Recipe, stage: str) -> tuple[Rows, list[Source]]:
@@ -14,14 +16,22 @@ def load_rows(recipe: Recipe, stage: str) -> tuple[Rows, list[Source]]:
     recipe.check_files(stage)
     split = read_split(section.data, recipe.kind(stage).contract, recipe.spec.seed)
     section.check_rows(split.train, split.test)
+    earlier = {name: _read_earlier(recipe, name) for name in recipe.learnt_again(stage)}
     file = section.question_file()
     # A held-out share has no file of its own: its rows are counted with the file they were taken from.
-    rows, sources = Rows(split.train, split.test), split.sources
+    rows, sources = Rows(split.train, split.test, earlier=earlier), split.sources
     if file:
         questions = read_source(file, QUESTION, DataSpec(path=file, encoding=section.data.encoding))
-        rows = Rows(split.train, split.test, labels_as_answers(questions.rows))
+        rows = replace(rows, questions=labels_as_answers(questions.rows))
         sources = [*sources, questions]
     return _add_tools(rows, section.asked_with()), sources
+
+
+def _read_earlier(recipe: Recipe, stage: str) -> Earlier:
+    """The rows that a stage was trained on, none of those that it held out."""
+    section, kind = recipe.stages[stage], recipe.kind(stage)
+    own = Rows(read_split(section.data, kind.contract, recipe.spec.seed).train)
+    return Earlier(kind, section, _add_tools(own, section.asked_with()).train)
 
 
 def _add_tools(rows: Rows, environment: str | None) -> Rows:
@@ -32,4 +42,4 @@ def _add_tools(rows: Rows, environment: str | None) -> Rows:
 
     some = (None if part is None else with_tools(part, environment) for part in (rows.train, rows.test, rows.questions))
     train, test, questions = some
-    return Rows(train or [], test, questions or [])
+    return replace(rows, train=train or [], test=test, questions=questions or [])

@@ -88,7 +88,9 @@ def label(
         print(say("Open http://{host}:{port} in a browser (Ctrl-C ends it)", host=LOOPBACK, port=port), flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             serve(Page(desk, read_guidelines(chain.spec.guidelines), password), listening)
-    print(say("stopped. Every vote is in {folder}", folder=folder))
+    print(say("stopped. Every vote is in {folder}", folder=folder), flush=True)
+    if desk.drawer.drawing:
+        os._exit(0)  # a thread inside torch cannot be told to end; whatever it has finished is on disk
 
 
 def _ask_password() -> str:

@@ -179,7 +179,8 @@ def plan_stages(recipe: Recipe, spec: ModelSpec, shapes: Shapes, card: Card | No
     planned = {}
     for name in recipe.order():
         kind, section = recipe.kind(name), recipe.stages[name]
-        lengths = lengths_of(section, kind.contract, recipe.spec.seed)
+        again = [(recipe.kind(other), recipe.stages[other]) for other in recipe.learnt_again(name)]
+        lengths = lengths_of(section, kind.contract, recipe.spec.seed, again)
         if card:
             section = auto.resolve(kind, section, model, spec, lengths, card)
         planned[name] = plan_stage(kind, section, model, spec, lengths, card)

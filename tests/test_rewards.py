@@ -141,7 +141,7 @@ def test_no_code_cheats_its_tests_or_harms_the_machine(tmp_path: Path) -> None:
         "def f(x): return 'a' * (1 << 40)",
         "import sys\ndef f(x):\n    sys.modules['posix'].write(3, b'\\0' * 8)",
     ]  # fmt: skip
-    hard = ["assert all([f(2) == 4, isinstance(f(2), int), 4 in [f(2)]])"]
+    hard = ["assert all([f(2) == 4])"]
     programs = [tries.format(attempt) for attempt in attempts] + cheats
     assert unit_tests.pass_tests(programs, [hard] * len(programs)) == [0] * len(programs)
     # The same programs pass without the attempt, so it is the attempt that fails.

@@ -145,7 +145,7 @@ def read_sources(spec: PaidSpec, models: dict[str, Artifact]) -> list[Source]:
     sources = []
     for term in spec.reward_terms():
         of_a_model: dict[str, Any] = {}
-        if term.file is None:
+        if term.is_stage:
             noted, penalty = models[term.source].finished(), term.length_penalty
             if penalty == "fitted" and noted.length_slope is None:
                 raise UserError(f"{models[term.source].folder} holds no length_slope. Run '{term.source}' again.")

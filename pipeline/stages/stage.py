@@ -151,7 +151,7 @@ class StageSpec(BaseModel):
         """The held-out numbers of each source of its reward."""
         ends = ("", "_gain", "_gain_low", "_gain_high")
         terms = self.reward_terms()
-        apart = [f"score_deviation/{term.source}" for term in terms if term.file is None]
+        apart = [f"score_deviation/{term.source}" for term in terms if term.is_stage]
         return [f"reward/{term.source}{end}" for term in terms for end in ends] + apart
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,6 +15,7 @@ from pipeline.errors import complaint, suggest
 from pipeline.measure.metric import QUESTION_ACCURACY, Metric
 from pipeline.ppo.engine_settings import EngineSettings
 from pipeline.ppo.settings import CHECKPOINTS_KEPT, PPOSettings, RolloutSettings
+from pipeline.ppo.shipped import SHIPPED
 from pipeline.stages.arguments import defines, without_auto
 from pipeline.stages.stage import Context, PolicySpec, Result, RewardTerm, Stage
 
@@ -25,7 +27,8 @@ class PaidSpec(PolicySpec):
     """The section of a stage that is paid for its own answers."""
 
     reward: str | list[RewardTerm] | None = Field(default=None, validate_default=True)
-    """What it is paid by: a reward stage, `path.py:function`, or a list of {source, weight, truth}."""
+    """What it is paid by: a reward stage, `path.py:function`, `math` or another [function that comes with
+    OneBase](rewards.md), or a list of {source, weight, truth}."""
 
     @field_validator("reward")
     @classmethod
@@ -61,12 +64,28 @@ class PaidSpec(PolicySpec):
                     raise complaint(f"no such file: {term.file}", *place, "reward")
                 if not defines(Path(term.file), name):
                     raise complaint(f"{term.file} defines no '{name}', or is not Python", *place, "reward")
+            elif term.shipped:
+                if term.source in stages:
+                    problem = "is the name of a reward function that comes with OneBase: give the stage another name"
+                    raise complaint(problem, "stages", term.source)
+                if term.shipped.missing:
+                    problem = f"{term.source} needs {term.shipped.library}: pip install 'onebase[rewards]'"
+                    raise complaint(problem, *place, "reward")
+                if term.truth and not term.shipped.right_or_wrong:
+                    problem = f"{term.source} pays shares from 0 to 1; truth: true is for a function that gives 0 or 1"
+                    raise complaint(problem, *place, "reward")
             elif term.source not in stages:
-                meant = suggest(term.source, stages)
+                meant = suggest(term.source, [*stages, *SHIPPED])
                 raise complaint(f"no stage '{term.source}' in this recipe{meant}; path.py:function", *place, "reward")
             elif not stages[term.source].ranks:
                 kind = stages[term.source].name
                 raise complaint(f"'{term.source}' is a {kind} stage, not a reward model", *place, "reward")
+
+    def check_rows(self, train: Sequence[Row], test: Sequence[Row] | None) -> None:
+        """Raises UserError for a row that lacks what a reward function of OneBase's needs of it."""
+        for term in self.reward_terms():
+            if term.shipped:
+                term.shipped.check(term.source, [*train, *(test or [])])
 
     def _check_rollout(self, *place: str) -> None:
         sampling = self.sampling()

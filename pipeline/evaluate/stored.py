@@ -89,6 +89,8 @@ class RewardModel(Written):
     """Expected calibration error."""
     scores: dict[str, list[float]]
     flags: list[str]
+    disagreement: Numbers = {}
+    """Of the heads, as heads.disagreement names it; empty where there is one."""
 
 
 class Arena(Written):

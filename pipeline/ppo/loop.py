@@ -27,7 +27,7 @@ from pipeline.models.base import load_config
 from pipeline.models.forward import plain_on_cpu
 from pipeline.models.processes import any_process
 from pipeline.ppo import checkpoint as checkpoints
-from pipeline.ppo import held_out
+from pipeline.ppo import held_out, rewards
 from pipeline.ppo.actors import POLICY, REFERENCE, VALUE
 from pipeline.ppo.batch import Rollout, Scored
 from pipeline.ppo.engine import EngineError
@@ -183,7 +183,8 @@ def train(trainer: RolloutTrainer, ctx: Context) -> dict[str, Any]:
     def show(rollout: Rollout, by_source: Scores, totals: list[float], scored: list[Scored]) -> None:
         step = trainer.step + 1
         if step == 1 or _saves_at(step, settings):
-            rows = describe(rollout, by_source, totals, scored, settings.kl_estimator)
+            columns = rewards.columns(trainer.sources, by_source)
+            rows = describe(rollout, columns, totals, scored, settings.kl_estimator)
             ctx.trackers.tell_table("rollouts", step, rows)
 
     trainer.when_split = note

@@ -255,17 +255,17 @@ class RolloutTrainer(Answering):
         mean, std = maths.mean_and_std(processes.add_up(maths.moments(scores_R, torch.ones_like(scores_R))))
         ended, empty = sum(e.ended for e in rollout.episodes), sum(not text for text in rollout.texts)
         calls, failures = sum(one.calls for one in rollout.told), sum(one.failures for one in rollout.told)
-        sums = processes.add_up([ended, empty, calls, failures, *map(sum, by_source.values())])
+        columns = rewards.columns(self.sources, by_source)
+        sums = processes.add_up([ended, empty, calls, failures, *map(sum, columns.values())])
         ended, empty, calls, failures, *means = (sums / self.settings.batch_size).tolist()
         tools = {"tools/call_frequency": calls, "tools/failure_frequency": failures / calls if calls else 0.0}
-        scores = {f"score/{name}": value for name, value in zip(by_source, means, strict=True)}
         return {
             "score": mean,
             "score_std": std,
             "eos_share": ended,
             "empty_share": empty,
             "num_tokens": float(self.tokens),
-            **(scores if len(scores) > 1 else {}),
+            **dict(zip(columns, means, strict=True)),
             **(tools if self.rows[0].get("environment") else {}),
         }
 

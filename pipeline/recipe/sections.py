@@ -116,6 +116,7 @@ def check(tree: Json) -> RecipeSpec:
                 )
                 raise complaint(problem, "stages", name, "train", key)
     _check_truth(spec)
+    _check_bounds(spec)
     check_words(spec.model.lora, words("LoraConfig"), "model", "lora")
     template = spec.model.chat_template
     if template and not os.path.isfile(template):
@@ -196,6 +197,18 @@ def _check_from(from_: str | None, kinds: dict[str, Stage], *place: str) -> None
             f"{named} a {'reward model' if kind.ranks else 'classifier'}, not a policy that a stage can continue",
             *place,
         )
+
+
+def _check_bounds(spec: RecipeSpec) -> None:
+    """A lower bound is of a reward model whose heads can differ."""
+    for name, section in spec.stages.items():
+        for term in section.reward_terms():
+            if term.lower_bound and spec.stages[term.source].score_heads == 1:
+                problem = (
+                    f"lower_bound needs a reward model with several heads, and '{term.source}' has one. Say "
+                    f"heads: 4 in stages.{term.source}, or remove lower_bound"
+                )
+                raise complaint(problem, "stages", name, "reward")
 
 
 def _check_truth(spec: RecipeSpec) -> None:

@@ -11,7 +11,8 @@ from pydantic import Field, field_validator
 
 from pipeline.data import render
 from pipeline.data.contracts import PROMPT_ONLY, Row
-from pipeline.errors import complaint, suggest
+from pipeline.disk.artifact import Artifact
+from pipeline.errors import UserError, complaint, suggest
 from pipeline.measure.metric import QUESTION_ACCURACY, Metric
 from pipeline.ppo.engine_settings import EngineSettings
 from pipeline.ppo.settings import CHECKPOINTS_KEPT, PPOSettings, RolloutSettings
@@ -20,6 +21,7 @@ from pipeline.stages.arguments import defines, without_auto
 from pipeline.stages.stage import Context, PolicySpec, Result, RewardTerm, Stage
 
 if TYPE_CHECKING:
+    from pipeline.ppo.rewards import Source
     from pipeline.ppo.trainer import RolloutTrainer
 
 
@@ -28,7 +30,7 @@ class PaidSpec(PolicySpec):
 
     reward: str | list[RewardTerm] | None = Field(default=None, validate_default=True)
     """What it is paid by: a reward stage, `path.py:function`, `math` or another [function that comes with
-    OneBase](rewards.md), or a list of {source, weight, truth}."""
+    OneBase](rewards.md), or a list of {source, weight, truth, lower_bound, length_penalty}."""
 
     @field_validator("reward")
     @classmethod
@@ -51,14 +53,19 @@ class PaidSpec(PolicySpec):
 
     def further_parts(self) -> dict[str, Any]:
         # What is only measured by a term, its truth, changes no training.
-        reward = {"reward": [term.model_dump(exclude={"truth"}) for term in self.reward_terms()]}
-        return {**reward, "rollout": self.rollout.engine} if self.rollout else reward
+        words = {"lower_bound", "length_penalty"}
+        unsaid = [{"truth"} | {word for word in words if not getattr(term, word)} for term in self.reward_terms()]
+        terms = [term.model_dump(exclude=no) for term, no in zip(self.reward_terms(), unsaid, strict=True)]
+        return {"reward": terms, **({"rollout": self.rollout.engine} if self.rollout else {})}
 
     def check_among(self, stages: dict[str, Stage], *place: str) -> None:
         super().check_among(stages, *place)
         self._check_rollout(*place)
         for term in self.reward_terms():
             if term.file is not None:
+                if word := next((word for word in ("lower_bound", "length_penalty") if getattr(term, word)), None):
+                    problem = f"{word} is for a reward stage, and {term.source} is a function: let it do so itself"
+                    raise complaint(problem, *place, "reward")
                 name = term.source.rpartition(":")[2]
                 if not os.path.isfile(term.file):
                     raise complaint(f"no such file: {term.file}", *place, "reward")
@@ -128,6 +135,29 @@ def _terms(reward: str | list[RewardTerm]) -> list[RewardTerm]:
     return [RewardTerm(source=reward)] if isinstance(reward, str) else reward
 
 
+def read_sources(spec: PaidSpec, models: dict[str, Artifact]) -> list[Source]:
+    """The sources of a stage's reward, with what its reward models have noted of their scores. `models`: by name.
+
+    Raises UserError for a reward function that cannot be imported.
+    """
+    from pipeline.ppo import rewards
+
+    sources = []
+    for term in spec.reward_terms():
+        of_a_model: dict[str, Any] = {}
+        if term.file is None:
+            noted, penalty = models[term.source].finished(), term.length_penalty
+            if penalty == "fitted" and noted.length_slope is None:
+                raise UserError(f"{models[term.source].folder} holds no length_slope. Run '{term.source}' again.")
+            of_a_model = {
+                "head_means": tuple(noted.head_means),
+                "lower_bound": term.lower_bound,
+                "length_penalty": noted.length_slope if penalty == "fitted" else penalty,
+            }
+        sources.append(rewards.source(term.source, term.weight, term.truth, **of_a_model))
+    return sources
+
+
 def encode(tokenizer: Any, row: Row) -> list[render.Encoded]:
     return [render.Encoded.without_loss(render.prompt(tokenizer, row))]
 
@@ -157,10 +187,10 @@ def learn_from_answers(spec: RolloutSpec, ctx: Context, trainer_class: type[Roll
     result = Result()
     engine.refuse_several(spec.rollout, ctx)
     settings = spec.rollouts()
-    sources = [rewards.source(term.source, term.weight, term.truth) for term in spec.reward_terms()]
     tokenizer = bases.load_tokenizer(ctx.model)
     limits = settings.max_length, settings.response_length, spec.data.on_bad_row == "skip"
     ctx, models, result.counts, result.refused = loop.prepare(ctx, tokenizer, *limits)
+    sources = read_sources(spec, models)
     kept = []
     for name, source in ctx.data.earlier.items():
         texts, counts = earlier.store(ctx, tokenizer, name)

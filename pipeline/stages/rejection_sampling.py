@@ -12,7 +12,7 @@ from pipeline.data.contracts import PROMPT_ONLY
 from pipeline.errors import complaint
 from pipeline.ppo.rejection_settings import RejectionSettings
 from pipeline.stages import sft
-from pipeline.stages.ppo import HEADLINES, NUMBERS, PaidSpec, encode
+from pipeline.stages.ppo import HEADLINES, NUMBERS, PaidSpec, encode, read_sources
 from pipeline.stages.stage import Context, Result, Stage
 
 
@@ -61,10 +61,10 @@ def run(spec: RejectionSpec, ctx: Context) -> Result:
     result = Result()
     engine.refuse_several(spec.rollout, ctx)
     args, settings = shared.arguments(SFTConfig, spec, ctx), spec.sampling_
-    sources = [rewards.source(term.source, term.weight, term.truth) for term in spec.reward_terms()]
     tokenizer = bases.load_tokenizer(ctx.model)
     limits = args.max_length, settings.response_length, spec.data.on_bad_row == "skip"
     ctx, models, result.counts, result.refused = loop.prepare(ctx, tokenizer, *limits)
+    sources = read_sources(spec, models)
 
     # base
     set_seed(ctx.seed)

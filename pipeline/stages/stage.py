@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -30,6 +30,9 @@ BASE = "base"
 """The policy that has no adapter."""
 
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class RewardTerm(BaseModel):
     """One source of a reward and how much it counts."""
 
@@ -42,6 +45,12 @@ class RewardTerm(BaseModel):
     truth: bool = Field(default=False, strict=True)
     """Whether this function is the checked truth: it gives 1 for a right answer and 0 for a wrong one, nothing else.
     It may be paid or, with weight 0, only measured."""
+    lower_bound: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """How many deviations of a reward model's heads are taken from its score: what is paid is the lower bound of what
+    the heads think an answer is worth. For a reward stage with `heads` above 1."""
+    length_penalty: Literal["fitted"] | Finite = 0.0
+    """What is taken from a reward model's score for each token of the answer. `fitted`: by how much its score grows
+    with a token, told from the pairs it was trained on (a line through their margins against their lengths)."""
 
     @property
     def file(self) -> str | None:
@@ -129,6 +138,11 @@ class StageSpec(BaseModel):
         """What it is paid by."""
         return []
 
+    @property
+    def score_heads(self) -> int:
+        """Of a reward model, whose score is their mean."""
+        return 1
+
     def further_parts(self) -> dict[str, Any]:
         """What its adapter depends on, of the words that only its kind of section has."""
         return self.model_dump(exclude=set(PolicySpec.model_fields))
@@ -136,7 +150,9 @@ class StageSpec(BaseModel):
     def source_numbers(self) -> list[str]:
         """The held-out numbers of each source of its reward."""
         ends = ("", "_gain", "_gain_low", "_gain_high")
-        return [f"reward/{term.source}{end}" for term in self.reward_terms() for end in ends]
+        terms = self.reward_terms()
+        apart = [f"score_deviation/{term.source}" for term in terms if term.file is None]
+        return [f"reward/{term.source}{end}" for term in terms for end in ends] + apart
 
 
 class PolicySpec(StageSpec):
@@ -319,3 +335,7 @@ class Result:
     """Of a classifier: what each output of its head stands for."""
     several_labels: bool = False
     """Whether a text may have several of them."""
+    head_means: list[float] = field(default_factory=list)
+    """Of a reward model with several heads: each one's mean score of training answers, its zero."""
+    length_slope: float | None = None
+    """Of a reward model: by how much its score grows with each token of an answer."""

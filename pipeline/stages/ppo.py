@@ -31,6 +31,9 @@ class PaidSpec(PolicySpec):
     reward: str | list[RewardTerm] | None = Field(default=None, validate_default=True)
     """What it is paid by: a reward stage, `path.py:function`, `math` or another [function that comes with
     OneBase](rewards.md), or a list of {source, weight, truth, lower_bound, length_penalty}."""
+    rollout: EngineSettings | None = None
+    """Another program that samples the answers, see [rollouts by an engine](rollouts.md). Without it the model that is
+    trained samples them itself."""
 
     @field_validator("reward")
     @classmethod
@@ -43,10 +46,6 @@ class PaidSpec(PolicySpec):
         if not any(term.weight for term in terms):
             raise complaint("pays nothing: every weight is 0, and a source with weight 0 is only measured")
         return reward
-
-    rollout: EngineSettings | None = None
-    """Another program that samples the answers, see [rollouts by an engine](rollouts.md). Without it the model that is
-    trained samples them itself."""
 
     def reward_terms(self) -> list[RewardTerm]:
         return _terms(self.reward or [])
@@ -62,10 +61,11 @@ class PaidSpec(PolicySpec):
         super().check_among(stages, *place)
         self._check_rollout(*place)
         for term in self.reward_terms():
+            word = next((word for word in ("lower_bound", "length_penalty") if getattr(term, word)), None)
+            if word and (term.file or term.shipped):
+                problem = f"{word} is for a reward stage, and {term.source} is a function: let it do so itself"
+                raise complaint(problem, *place, "reward")
             if term.file is not None:
-                if word := next((word for word in ("lower_bound", "length_penalty") if getattr(term, word)), None):
-                    problem = f"{word} is for a reward stage, and {term.source} is a function: let it do so itself"
-                    raise complaint(problem, *place, "reward")
                 name = term.source.rpartition(":")[2]
                 if not os.path.isfile(term.file):
                     raise complaint(f"no such file: {term.file}", *place, "reward")

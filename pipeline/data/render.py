@@ -7,8 +7,9 @@ pad and end-of-turn are one token, a mask by id would hide the end and the model
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -198,6 +199,19 @@ def conversation(tokenizer: Tokenizer, row: Row, key: str) -> list[int]:
         return _plain(tokenizer, row["prompt"], row[key]).sequence().ids
     refuse_forged(tokenizer, row["prompt"] + row[key], row)
     return tokenize(tokenizer, apply_template(tokenizer, row["prompt"] + row[key], row))[0]
+
+
+def swapped(tokenizer: Tokenizer, rows: Sequence[Row]) -> list[list[int]]:
+    """Each prompt with the chosen answer of the next row that has another prompt, as `conversation` gives it: what a
+    reward model has not learnt to judge. Left out where the template refuses it, or there is no such row."""
+    found = []
+    for place, row in enumerate(rows):
+        others = (rows[(place + step) % len(rows)] for step in range(1, len(rows)))
+        other = next((one for one in others if one["prompt"] != row["prompt"]), None)
+        if other is not None:
+            with contextlib.suppress(Unrenderable):
+                found.append(conversation(tokenizer, {**row, "chosen": other["chosen"]}, "chosen"))
+    return found
 
 
 def padded(rows: list[list[int]], fill: int, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:

@@ -127,6 +127,10 @@ class Manifest(Cost):
     """Of a classifier: what each output of its head stands for."""
     several_labels: bool = False
     """Whether a text may have several of them."""
+    head_means: list[float] = []
+    """Of a reward model with several heads: each one's mean score of training answers, its zero."""
+    length_slope: float | None = None
+    """Of a reward model: by how much its score grows with each token of an answer."""
     versions_changed: dict[str, dict[str, list[str]]]
     """Libraries of another version that made what it builds upon: {what: {library: [then, now]}}."""
     again: Cost | None = None

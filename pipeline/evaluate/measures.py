@@ -58,6 +58,27 @@ class DialogueLoss(CorpusLoss):
     needs = "dialogues"
 
 
+class FurtherLoss(CorpusLoss):
+    """The same of a stage's own held-out rows, where an earlier stage's are measured already: of that stage, and of the
+    policies that come from it."""
+
+    called = "loss"
+
+    @property
+    def name(self) -> str:
+        return loss_of(self.more["stage"])
+
+    @classmethod
+    def wanted(cls, run: Finished) -> Iterator[Measure]:
+        for stage, rows in run.further.items():
+            for policy in (stage, *run.heirs[stage]):
+                yield cls(policy, list(rows), {"stage": stage})
+
+
+def loss_of(stage: str) -> str:
+    return f"loss_of_{stage}"
+
+
 class Preferences(Measure):
     """`margins`: nats a token by which the chosen answer is likelier than the rejected one."""
 
@@ -146,7 +167,9 @@ class Labels(Choices):
 
 
 class Pairs(Measure):
-    """Scores of both answers of held-out comparisons, their lengths in tokens, and what a bag of words says of them."""
+    """Scores of both answers of held-out comparisons, their lengths in tokens, and what a bag of words says of them.
+    Of a reward model with several heads also the scores of each (`chosen_heads`, `rejected_heads`), and those of the
+    prompts with the answers to others (`swapped_heads`)."""
 
     called = "pairs"
 
@@ -163,8 +186,15 @@ class Pairs(Measure):
         sides, name, train = ("chosen", "rejected"), adapter_name(self.subject), self.more["train"]
         whole = {key: [render.conversation(bench.tokenizer, row, key) for row in self.rows] for key in sides}
         known, asked = ([(said(row["chosen"]), said(row["rejected"])) for row in some] for some in (train, self.rows))
+        by_head = {key: bench.actors.head_scores(name, ids, bench.at_once) for key, ids in whole.items()}
+        several = {}
+        if len(bench.actors.reward_heads[name]) > 1:
+            swapped = render.swapped(bench.tokenizer, self.rows)
+            by_head["swapped"] = bench.actors.head_scores(name, swapped, bench.at_once)
+            several = {f"{key}_heads": scores for key, scores in by_head.items()}
         return {
-            **{key: bench.actors.scores(name, ids, bench.at_once) for key, ids in whole.items()},
+            **{key: [sum(heads_K) / len(heads_K) for heads_K in by_head[key]] for key in sides},
+            **several,
             **{f"{key}_length": [len(ids) for ids in sequences] for key, sequences in whole.items()},
             "guideline": [row.get("guideline") for row in self.rows],
             "bag_of_words": word_margins(known, asked) or [0.0] * len(self.rows),
@@ -228,7 +258,7 @@ class BestOfN(Answers):
 
 OF_A_POLICY: tuple[type[Measure], ...] = (CorpusLoss, DialogueLoss, Preferences, Questions, Choices, Labels, Answers)
 """Those whose numbers stand beside each other, policy by policy."""
-MEASURES: tuple[type[Measure], ...] = (*OF_A_POLICY, FewShot, Pairs, AnswersOnTheWay, BestOfN)
+MEASURES: tuple[type[Measure], ...] = (*OF_A_POLICY, FurtherLoss, FewShot, Pairs, AnswersOnTheWay, BestOfN)
 
 
 def proxy_of(answers: Json) -> str | None:

@@ -8,7 +8,7 @@ from scipy import stats
 from pipeline.disk.atomic import Json
 from pipeline.evaluate.stored import RewardModel, Third
 from pipeline.language.say import kept
-from pipeline.measure import calibration, intervals
+from pipeline.measure import calibration, heads, intervals
 from pipeline.measure.metric import Estimate
 from pipeline.measure.ranking import longer_wins, ranked_right
 
@@ -59,7 +59,13 @@ def check(pairs: Json) -> RewardModel:
         ece=calibration.expected_error(curve),
         scores={"chosen": chosen, "rejected": rejected},
         flags=flags(over_rule, lean),
+        disagreement=_disagreement(pairs),
     )
+
+
+def _disagreement(pairs: Json) -> dict[str, Estimate]:
+    sides = [numpy.array(pairs.get(f"{side}_heads", [])) for side in ("chosen", "rejected", "swapped")]
+    return heads.disagreement(*sides) if len(sides[0]) else {}
 
 
 def flags(over_rule: Estimate, lean: Estimate | None) -> list[str]:

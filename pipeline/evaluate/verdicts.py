@@ -170,6 +170,7 @@ def _reward(found: RewardModel | None) -> Verdict:
         words=SHARE.written(found.bag_of_words.value),
         error=f"{found.ece:.2f}",
     )
+    text = say(" ").join(filter(None, [text, _of_the_heads(found)]))
     if _too_few(found.accuracy):
         told = say("On {n} held-out pairs: too few to rely on. {text}", n=found.accuracy.n, text=text)
         return Verdict(word=UNCLEAR, text=told)
@@ -180,6 +181,30 @@ def _reward(found: RewardModel | None) -> Verdict:
         return Verdict(word=BETTER, text=say("Better than both simple rules. {text}", text=text))
     more = say("A bag of words is not clearly worse, so it may have learnt little but vocabulary.")
     return Verdict(word=BETTER, text=say("Better than choosing the longer answer. {text} {more}", text=text, more=more))
+
+
+def _of_the_heads(found: RewardModel) -> str:
+    """By how much the heads differ, and whether that tells errors; "" where there is one."""
+    own, other, over = (
+        found.disagreement.get(name) for name in ("deviation", "deviation_swapped", "agreed_over_disputed")
+    )
+    if own is None:
+        return ""
+    told = [say("Its heads differ by {value} on held-out answers.", value=f"{own.value:.2f}")]
+    if other is not None:
+        value = f"{other.value:.2f}"
+        told.append(say("On answers that were given to another prompt they differ by {value}.", value=value))
+    if over is not None:
+        points, range_ = SHARE.number(over.value), SHARE.range(over, sign=True)
+        told.append(
+            say(
+                "The half of the pairs on which they agree most is ranked right {points} points more often than the "
+                "other half, 95 %: {range}.",
+                points=points,
+                range=range_,
+            )
+        )
+    return say(" ").join(told)
 
 
 def _preference_trained(results: Results, name: str) -> Verdict:

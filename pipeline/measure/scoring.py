@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 
 from pipeline.data.render import IGNORED, Encoded, Reply, padded
-from pipeline.measure import intervals
+from pipeline.measure import heads, intervals
 from pipeline.measure.metric import perplexity
 from pipeline.measure.ranking import over_longer, rank_auc, ranked_right
 from pipeline.models import processes
@@ -57,18 +57,29 @@ def token_means(
 
 
 def reward_model(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[list[int], list[int]]]
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[list[int], list[int]]],
+    swapped: Sequence[list[int]] = (),
 ) -> dict[str, float]:
     """`accuracy`: share of pairs whose chosen answer scores higher, a tie counting half; `margin`: mean difference of
     the scores;
-    `over_longer`: by how much the rule "the longer answer wins" is beaten, with its 95 % interval."""
+    `over_longer`: by how much the rule "the longer answer wins" is beaten, with its 95 % interval.
+    Of a model with several heads, whose score is their mean, also what heads.disagreement gives. `swapped`: sequences
+    out of distribution."""
     if not pairs:
         return {}
-    values = scores(model, tokenizer, [ids for pair in pairs for ids in pair])
+    heads_NK = head_scores(model, tokenizer, [ids for pair in pairs for ids in pair])
+    values: list[float] = heads_NK.mean(1).tolist()
     found = ranking(values[0::2], values[1::2], "accuracy", "margin")
     margins = [better - worse for better, worse in zip(values[0::2], values[1::2], strict=True)]
     rule = over_longer(margins, *([len(pair[side]) for pair in pairs] for side in (0, 1)))
-    return found | rule.numbers("over_longer")
+    found |= rule.numbers("over_longer")
+    if heads_NK.shape[1] > 1:
+        swapped_SK = head_scores(model, tokenizer, swapped)
+        for name, estimate in heads.disagreement(heads_NK[0::2], heads_NK[1::2], swapped_SK).items():
+            found |= estimate.numbers(name)
+    return found
 
 
 def ratings(now: Sequence[float], at_start: Sequence[float], good: Sequence[bool], beta: float) -> dict[str, float]:
@@ -129,9 +140,18 @@ def token_log_likelihoods(language_model: LanguageModel, states_NH: torch.Tensor
     return torch.cat(parts)
 
 
+def head_scores(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[list[int]]
+) -> numpy.ndarray[Any, Any]:
+    """The same as `scores`, (N, K) of a model with K heads."""
+    heads_NK = numpy.array(scores(model, tokenizer, sequences), dtype=float)
+    return heads_NK.reshape(len(sequences), -1) if len(sequences) else numpy.empty((0, 1))
+
+
 @torch.no_grad()
-def scores(model: PeftModel, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[list[int]]) -> list[float]:
-    """The reward model's score of each sequence, read at its last token, its head in float32."""
+def scores(model: PeftModel, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[list[int]]) -> list[Any]:
+    """The score of each sequence, read at its last token, its head in float32; a list of them where the model has
+    several outputs."""
     model.eval()
 
     def of(batch: Sequence[int]) -> list[float]:
@@ -143,9 +163,9 @@ def scores(model: PeftModel, tokenizer: PreTrainedTokenizerBase, sequences: Sequ
     return _by_batches(of, [len(ids) for ids in sequences])
 
 
-def _by_batches(of: Callable[[Sequence[int]], list[float]], lengths: list[int]) -> list[float]:
+def _by_batches(of: Callable[[Sequence[int]], list[Any]], lengths: list[int]) -> list[Any]:
     """One value for each row, computed batch by batch; several processes share the batches."""
-    values: dict[int, float] = {}
+    values: dict[int, Any] = {}
     for batch in processes.share(list(batches(lengths))):
         parts = run_in_parts(of, batch, lengths.__getitem__)
         values |= zip(batch, itertools.chain.from_iterable(parts), strict=True)

@@ -80,7 +80,7 @@ def twin(model: PeftModel, name: str, trainable: bool = False) -> None:
 
 
 def borrowed(model: PeftModel, name: str, folder: Path, trainable: bool = False) -> torch.Tensor | None:
-    """A finished stage's adapter on the policy's base, under a name, and its score head (1, hidden) if it has one."""
+    """A finished stage's adapter on the policy's base, under a name, and its score heads (K, hidden) if it has any."""
     tensors = load_file(folder / WEIGHTS)
     head = [tensors.pop(key) for key in list(tensors) if f".{HEAD}." in key]
     _beside(model, name, LoraConfig.from_pretrained(str(folder)), tensors, trainable)

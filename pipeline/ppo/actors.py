@@ -35,7 +35,7 @@ Role = Literal["policy", "value"]
 class Actors(LanguageModel):
     """The model with its adapters, and what each of them computes.
 
-    `reward_heads`: for each borrowed reward adapter its score head, (1, hidden), as it was saved.
+    `reward_heads`: for each borrowed reward adapter its score heads, (K, hidden), as they were saved.
     """
 
     def __init__(
@@ -103,18 +103,22 @@ class Actors(LanguageModel):
             states_NH = self._states(pack)
         return pack.lay_out(self.state_values(states_NH))
 
-    @torch.no_grad()
     def scores(self, reward: str, sequences: Sequence[list[int]], at_once: int) -> list[float]:
-        """A borrowed reward model's score of each sequence, read at its last token, its head in float32 as in training;
-        no LM head is run. Sequences that are alike are read once."""
-        self.act_as(reward)
-        head_1H = self.reward_heads[reward]
+        """A borrowed reward model's score of each sequence: the mean over its heads."""
+        return [sum(heads_K) / len(heads_K) for heads_K in self.head_scores(reward, sequences, at_once)]
 
-        def of(batch: Sequence[int]) -> list[float]:
+    @torch.no_grad()
+    def head_scores(self, reward: str, sequences: Sequence[list[int]], at_once: int) -> list[list[float]]:
+        """What each head of a borrowed reward model says of each sequence, (N, K), read at its last token, in float32
+        as in training; no LM head is run. Sequences that are alike are read once."""
+        self.act_as(reward)
+        heads_KH = self.reward_heads[reward]
+
+        def of(batch: Sequence[int]) -> list[list[float]]:
             ids_BT, mask_BT = (t.to(self.device) for t in padded([sequences[i] for i in batch], self.pad_id))
             with computing(self.model):
                 hidden_BTH = self.hidden(ids_BT, mask_BT)
-            return linear(score_states(hidden_BTH, mask_BT), head_1H).squeeze(1).tolist()
+            return linear(score_states(hidden_BTH, mask_BT), heads_KH).tolist()
 
         first = {tuple(ids): index for index, ids in reversed(list(enumerate(sequences)))}
         order = sorted(first.values(), key=lambda i: (len(sequences[i]), i))
@@ -126,7 +130,7 @@ class Actors(LanguageModel):
     def start_values_from(self, reward: str, mean: float, std: float, weight: float) -> None:
         """The critic begins as the reward model: its head, in the units of normalised scores."""
         with torch.no_grad():
-            self.value_head.weight.copy_(self.reward_heads[reward] * (weight / std))
+            self.value_head.weight.copy_(self.reward_heads[reward].mean(0, keepdim=True) * (weight / std))
             self.value_head.bias.fill_(-mean / std)
 
     def trained(self, role: Role) -> dict[str, torch.nn.Parameter]:

@@ -23,7 +23,8 @@ Answers = dict[str, numpy.ndarray[Any, Any]]
 """Of the answers to P held-out prompts, each (P, ANSWERS), nothing where there are no prompts:
 
 reward           what an answer is paid (raw, without KL)
-reward/<source>  what each source says of it, where there are several
+reward/<source>  what each source says of it, where there are several, or where it is paid another number
+score_...        what else rewards.columns gives of a source
 kl               log pi(answer) - log reference(answer), in nats
 answer_length    in tokens
 ended            whether it ended by itself
@@ -56,9 +57,10 @@ def _ask(trainer: Answering, prompts: Sequence[Row]) -> Answers:
             for row, nats in zip(pack.rows, difference_BG.sum(1).tolist(), strict=True):
                 kl[row] = nats
     actors.act_as(POLICY)
+    columns = rewards.columns(trainer.sources, by_source)
     answers: dict[str, Sequence[float]] = {
         "reward": rewards.total(trainer.sources, by_source),
-        **({f"reward/{name}": values for name, values in by_source.items()} if len(by_source) > 1 else {}),
+        **{f"reward/{name[6:]}" if name.startswith("score/") else name: said for name, said in columns.items()},
         "kl": kl,
         "answer_length": [len(episode.sampled) for episode in episodes],
         "ended": [episode.ended for episode in episodes],

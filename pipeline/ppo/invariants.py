@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+import numpy
 import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -30,8 +31,15 @@ def scores_as_it_did(actors: Actors, adapter: str, parent: Artifact, dtype: str)
     probed = parent.finished().invariants.get("probe", [])
     if not probed:
         raise UserError(f"{parent.folder} holds no scores to compare with. Run '{parent.name}' again.")
-    ours = [actors.scores(adapter, [one["ids"]], 1)[0] for one in probed]
-    difference = max(abs(score - one["score"]) for score, one in zip(ours, probed, strict=True))
+    ours_NK = numpy.array([actors.head_scores(adapter, [one["ids"]], 1)[0] for one in probed])
+    theirs_NK = numpy.reshape([one["score"] for one in probed], (len(probed), -1))
+    if ours_NK.shape != theirs_NK.shape:
+        raise BrokenInvariant(
+            f"the {theirs_NK.shape[1]} score heads that '{parent.name}' was trained with",
+            f"{ours_NK.shape[1]} of them",
+            "an adapter folder that was changed by hand",
+        )
+    difference = float(numpy.abs(ours_NK - theirs_NK).max())
     tolerance = BORROWED_TOLERANCE.get(dtype, 1e-3)
     if not difference <= tolerance:
         raise BrokenInvariant(

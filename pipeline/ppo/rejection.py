@@ -101,10 +101,11 @@ def _answer(answering: Answering, rows: Sequence[Row], number: int, copies: int)
         return []
     rollout = answering.answer(rows[first:stop], f"round {number}", copies, (first, len(rows)))
     by_source = answering.ask_sources(rollout)
+    columns = rewards.columns(answering.sources, by_source)
     answers = []
     for place, score in enumerate(rewards.total(answering.sources, by_source)):
         row, episode = rollout.rows[place], rollout.episodes[place]
-        more = {f"score/{name}": values[place] for name, values in by_source.items() if len(by_source) > 1}
+        more = {name: values[place] for name, values in columns.items()}
         text = _as_text(answering.tokenizer, row, rollout.texts[place])
         answers.append({**_as_row(row, text), "score": score, **more, "text": text, "ended": episode.ended})
     return [answers[start : start + copies] for start in range(0, len(answers), copies)]

@@ -15,11 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.data import render
 from pipeline.data.tokens import without_marks
 from pipeline.errors import UserError
+from pipeline.measure import heads
 from pipeline.models import processes
 from pipeline.models.dialogue import Told
 from pipeline.models.own_code import load_named
 from pipeline.ppo import algorithm
 from pipeline.ppo.actors import Actors
+from pipeline.ppo.shipped import SHIPPED
 
 LARGEST = 1e30
 """Bound of what a function may return: the variance of scores beyond it is no number any more."""
@@ -35,6 +37,12 @@ class Source:
     function: Callable[..., Any] | None = None
     truth: bool = False
     """Whether it must say 0 or 1."""
+    head_means: tuple[float, ...] = ()
+    """Of a reward model with several heads: each one's zero. Empty where there is one."""
+    lower_bound: float = 0.0
+    """How many deviations over the heads are taken from a score."""
+    length_penalty: float = 0.0
+    """What is taken from a score for each token of the answer."""
 
 
 def adapter_name(stage: str) -> str:
@@ -42,14 +50,16 @@ def adapter_name(stage: str) -> str:
     return f"reward-{stage}"
 
 
-def source(name: str, weight: float, truth: bool = False) -> Source:
-    """From what a recipe names: a stage, `path.py:function`, or an environment's class that scores its own answers by a
-    method get_reward, as TRL's do."""
+def source(name: str, weight: float, truth: bool = False, **of_a_model: Any) -> Source:
+    """From what a recipe names: a stage, a function that comes with OneBase, `path.py:function`, or an environment's
+    class that scores its own answers by a method get_reward, as TRL's do. `of_a_model`: further fields of a stage's."""
+    if name in SHIPPED:
+        return Source(name, weight, function=SHIPPED[name], truth=truth)
     if ".py:" in name:
         named = load_named(name, "reward")
         function = _ask_environments if isinstance(named, type) else named
         return Source(name, weight, function=function, truth=truth)
-    return Source(name, weight, adapter=adapter_name(name))
+    return Source(name, weight, adapter=adapter_name(name), **of_a_model)
 
 
 def scores(
@@ -59,25 +69,58 @@ def scores(
     told: Sequence[Told],
     at_once: int,
 ) -> dict[str, list[float]]:
-    """What every source says of each answer, by the source's name.
+    """What every source says of each answer, by the source's name; beside it, of a reward model with several heads,
+    their deviation (`score_deviation/<name>`), and what is taken for length where anything is (`score_length/<name>`).
 
     A reward model reads prompt and answer rendered anew as a whole conversation, as it did in training: what follows an
     answer's end-of-turn token in the template was never sampled.
     """
-    by_source = {}
+    said: dict[str, list[float]] = {}
     for source in sources:
-        if source.adapter is not None:
-            sequences = [_conversation(tokenizer, one) for one in told]
-            by_source[source.name] = actors.scores(source.adapter, sequences, at_once)
-        else:
-            by_source[source.name] = _call(source, told)
-    return by_source
+        if source.adapter is None:
+            said[source.name] = _call(source, told)
+            continue
+        sequences = [_conversation(tokenizer, one) for one in told]
+        by_head_NK = actors.head_scores(source.adapter, sequences, at_once)
+        said[source.name] = [sum(heads_K) / len(heads_K) for heads_K in by_head_NK]
+        if source.head_means:
+            said[f"score_deviation/{source.name}"] = heads.deviations(by_head_NK, source.head_means).tolist()
+        if source.length_penalty:
+            lengths = [len(one.episode.sampled) for one in told]
+            said[f"score_length/{source.name}"] = [source.length_penalty * length for length in lengths]
+    return said
 
 
 def total(sources: list[Source], scores: dict[str, list[float]]) -> list[float]:
-    """The reward of each answer: the weighted sum of its scores. A source of weight 0 is measured and pays nothing."""
-    weighted = ([source.weight * value for value in scores[source.name]] for source in sources)
+    """The reward of each answer: the weighted sum of what its sources pay. A source of weight 0 is measured and pays
+    nothing."""
+    weighted = ([source.weight * value for value in _paid(source, scores)] for source in sources)
     return [sum(values) for values in zip(*weighted, strict=True)]
+
+
+def _paid(source: Source, scores: dict[str, list[float]]) -> list[float]:
+    """What a source pays for each answer: its score, less so many deviations over its heads (the lower confidence
+    bound; arXiv 2310.02743, section 3, with the variance), less what it owes to length."""
+    paid = scores[source.name]
+    if source.lower_bound:
+        apart = scores[f"score_deviation/{source.name}"]
+        paid = [score - source.lower_bound * deviation for score, deviation in zip(paid, apart, strict=True)]
+    if source.length_penalty:
+        owed = scores[f"score_length/{source.name}"]
+        paid = [score - length for score, length in zip(paid, owed, strict=True)]
+    return paid
+
+
+def columns(sources: list[Source], scores: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The scores by the names that metrics and tables have: `score/<name>` of each source where there are several or
+    a source pays another number than its score, and what stands beside them."""
+    names = [source.name for source in sources]
+    plain = len(sources) == 1 and not (sources[0].lower_bound or sources[0].length_penalty)
+    return {
+        f"score/{key}" if key in names else key: values
+        for key, values in scores.items()
+        if not (plain and key in names)
+    }
 
 
 @dataclass
@@ -129,6 +172,8 @@ def _call(source: Source, told: Sequence[Told]) -> list[float]:
     try:
         returned = source.function(prompts=prompts, completions=completions, **columns)
         values = None if isinstance(returned, str | bytes | dict | set) else list(returned)
+    except UserError:
+        raise
     except (Exception, SystemExit) as error:  # the function is the user's program: it can fail in any way
         raise UserError(
             f"the reward function {source.name} raised {type(error).__name__}: {error}. It is called with the lists "

@@ -17,7 +17,7 @@ from pipeline.ppo.batch import Advantaged, Pack, Rollout, Scored, pack_episodes,
 from pipeline.ppo.settings import PPOSettings
 
 Scores = dict[str, list[float]]
-"""What each source says of every answer."""
+"""What each source says of every answer, as rewards.scores gives it."""
 WhenScored = Callable[[Rollout, Scores, list[float], list[Scored]], None]
 """Called with a process's answers of a step, their scores, the scores' totals, and the packs."""
 
@@ -104,10 +104,10 @@ def take_advantages(
 
 
 def describe(
-    rollout: Rollout, by_source: Scores, totals: list[float], scored: list[Scored], estimator: Literal["k1", "k3"]
+    rollout: Rollout, columns: Scores, totals: list[float], scored: list[Scored], estimator: Literal["k1", "k3"]
 ) -> list[dict[str, Any]]:
-    """Each answer of a rollout as a row of a table. Its numbers have the names that their means have in metrics.jsonl:
-    `score` is what the sources say of it together, `reward` what it is paid."""
+    """Each answer of a rollout as a row of a table, with the `columns` of rewards.columns. Its numbers have the names
+    that their means have in metrics.jsonl: `score` is what the sources say of it together, `reward` what it is paid."""
     paid: dict[int, dict[str, float]] = {}
     for one in scored:
         numbers = {"reward": one.scores_B.tolist()}
@@ -122,7 +122,7 @@ def describe(
             "answer": one.text,
             **({"turns": one.turns} if one.turns else {}),
             "score": totals[place],
-            **{f"score/{name}": values[place] for name, values in by_source.items() if len(by_source) > 1},
+            **{name: values[place] for name, values in columns.items()},
             **paid[place],
             "answer_length": len(one.episode.sampled),
             "ended": one.episode.ended,

@@ -29,7 +29,7 @@ from pipeline.models.computed import take_computed
 from pipeline.models.out_of_memory import CHECKPOINT, EPISODE, ROW, gradients_aside, run_in_parts
 from pipeline.models.sampling import Episode
 from pipeline.ppo import algorithm as maths
-from pipeline.ppo import rewards
+from pipeline.ppo import importance, rewards
 from pipeline.ppo.actors import POLICY, Actors
 from pipeline.ppo.answering import Answering
 from pipeline.ppo.batch import Learnt, Pack, Rollout, Scored, pack_episodes, take_in_turn
@@ -107,6 +107,9 @@ class RolloutTrainer(Answering):
             self.when_scored(rollout, by_source, totals, scored)
             # 3. advantages
             batch, numbers = self.take_advantages(rollout.episodes, scored)
+            if self.engine:
+                batch, apart = importance.correct(rollout.episodes, batch, settings=self.settings)
+                numbers |= apart
             scored_at = time.monotonic()
             # 4. the updates
             numbers |= self.update(batch)
@@ -252,17 +255,17 @@ class RolloutTrainer(Answering):
         mean, std = maths.mean_and_std(processes.add_up(maths.moments(scores_R, torch.ones_like(scores_R))))
         ended, empty = sum(e.ended for e in rollout.episodes), sum(not text for text in rollout.texts)
         calls, failures = sum(one.calls for one in rollout.told), sum(one.failures for one in rollout.told)
-        sums = processes.add_up([ended, empty, calls, failures, *map(sum, by_source.values())])
+        columns = rewards.columns(self.sources, by_source)
+        sums = processes.add_up([ended, empty, calls, failures, *map(sum, columns.values())])
         ended, empty, calls, failures, *means = (sums / self.settings.batch_size).tolist()
         tools = {"tools/call_frequency": calls, "tools/failure_frequency": failures / calls if calls else 0.0}
-        scores = {f"score/{name}": value for name, value in zip(by_source, means, strict=True)}
         return {
             "score": mean,
             "score_std": std,
             "eos_share": ended,
             "empty_share": empty,
             "num_tokens": float(self.tokens),
-            **(scores if len(scores) > 1 else {}),
+            **dict(zip(columns, means, strict=True)),
             **(tools if self.rows[0].get("environment") else {}),
         }
 

@@ -89,7 +89,7 @@ def _arguments(sealed: Sealed, load: Json) -> str:
             "label2id={label: i for i, label in enumerate(labels)}",
         ]
     elif sealed.num_labels:
-        given.append("num_labels=1")
+        given.append(f"num_labels={sealed.num_labels}")
     if sealed.num_labels:
         given.append(f"pad_token_id={load['pad_token_id']}")
     return ", ".join(given)

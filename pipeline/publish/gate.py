@@ -185,7 +185,7 @@ def _error(job: Json, expected: Numbers, found: Numbers) -> float:
         return float(numpy.mean([_kl(a, b) for a, b in pairs]))
     if job["num_labels"]:  # relative to how far the expected scores spread
         ours, theirs = (numpy.stack(side) for side in zip(*pairs, strict=True))
-        return float(numpy.abs(ours - theirs).max() / max(numpy.ptp(ours), 1e-6))
+        return float(numpy.abs(ours - theirs).max() / max(numpy.ptp(ours, axis=0).max(), 1e-6))
     # A constant added to a row of logits changes nothing, so each row is taken less its mean.
     centred = [(a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)) for a, b in pairs]
     return max(float(numpy.linalg.norm(b - a) / numpy.linalg.norm(a)) for a, b in centred)

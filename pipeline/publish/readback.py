@@ -90,7 +90,7 @@ def load(job: dict[str, Any]) -> tuple[Any, list[str]]:
         options["id2label"] = dict(enumerate(record["labels"]))
         options["label2id"] = {label: index for index, label in enumerate(record["labels"])}
     elif job["num_labels"]:
-        options["num_labels"] = 1
+        options["num_labels"] = job["num_labels"]
     if job["num_labels"]:
         options["pad_token_id"] = record["pad_token_id"]
     written = set(load_file(Path(job["folder"]) / "adapter_model.safetensors"))

@@ -58,8 +58,9 @@ class Sealed:
 
     @property
     def num_labels(self) -> int:
-        """How many scores its head gives: 1 for a reward model, 0 for a policy, which has the LM head."""
-        return len(self.labels) or int(STAGES[self.kind].score_head)
+        """How many scores it gives: of a reward model one a head, 0 for a policy, which has the LM head."""
+        heads = int(self.manifest.section.get("heads", 1))
+        return len(self.labels) or heads * STAGES[self.kind].score_head
 
     @property
     def what(self) -> str:

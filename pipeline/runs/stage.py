@@ -139,6 +139,8 @@ def run_stage(recipe: Recipe, stage: str, runs: Path, after_training: float | No
                 invariants=result.invariants,
                 labels=result.labels,
                 several_labels=result.several_labels,
+                head_means=result.head_means,
+                length_slope=result.length_slope,
                 processes=processes.num_processes,
                 versions_changed=changed,
                 **measured,

@@ -1,19 +1,36 @@
-"""The reward model: Bradley-Terry on comparisons, the policy's trunk under a new one-label score head."""
+"""The reward model: Bradley-Terry on comparisons, the policy's trunk under a new score head, or several."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any, Literal
 
+from pydantic import Field
+
 from pipeline.data import render
 from pipeline.data.contracts import PREFERENCE, Row
 from pipeline.measure.metric import Metric
 from pipeline.stages.stage import Context, Result, Stage, StageSpec
 
+OF_HEADS = ("deviation", "deviation_swapped", "agreed_over_disputed")
+SCALED = 128
+"""Training pairs, evenly spaced, of which the scale of the scores is told."""
+
 
 class RewardSpec(StageSpec):
     kind: Literal["reward"] = "reward"
     config_class = "RewardConfig"
+    heads: int = Field(default=1, ge=1)
+    """Score heads on the one trunk; the score is their mean. Each starts from a draw of its own and learns its own
+    bootstrap of the pairs (weights from Poisson(1), drawn from the seed), so that heads differ where pairs leave a
+    choice."""
+
+    @property
+    def score_heads(self) -> int:
+        return self.heads
+
+    def further_parts(self) -> dict[str, Any]:
+        return {"heads": self.heads} if self.heads > 1 else {}
 
 
 def encode(tokenizer: Any, row: Row) -> list[render.Encoded]:
@@ -24,10 +41,10 @@ def run(spec: RewardSpec, ctx: Context) -> Result:
     from transformers import set_seed
     from trl import RewardConfig, RewardTrainer
 
-    from pipeline.measure import scoring
+    from pipeline.measure import heads, scoring
     from pipeline.models import adapters
     from pipeline.models import base as bases
-    from pipeline.training import invariants, sequences
+    from pipeline.training import bootstrap, invariants, sequences
     from pipeline.training import trainer as shared
 
     def pair(row: Row) -> tuple[list[int], list[int]]:
@@ -44,7 +61,7 @@ def run(spec: RewardSpec, ctx: Context) -> Result:
     # base
     set_seed(ctx.seed)
     ctx.tell_loading()
-    base = bases.load_base(ctx.model, tokenizer, num_labels=1)
+    base = bases.load_base(ctx.model, tokenizer, num_labels=spec.heads)
     result.base_digest = bases.frozen_digest(base)
 
     # adapter
@@ -53,7 +70,13 @@ def run(spec: RewardSpec, ctx: Context) -> Result:
     head_at_start = invariants.head(model)
 
     # trainer
-    trainer = shared.build(RewardTrainer, model, args=args, train_dataset=train_set.dataset, processing_class=tokenizer)
+    trainer_class: type = RewardTrainer
+    pairs: dict[str, Any] = {"train_dataset": train_set.dataset}
+    if spec.heads > 1:
+        pairs["train_dataset"] = bootstrap.draw_weights(train_set.dataset, spec.heads, ctx.seed)
+        pairs["data_collator"] = bootstrap.WeighedPairs(tokenizer.pad_token_id, args.pad_to_multiple_of)
+        trainer_class = type("RewardTrainer", (bootstrap.LearnsByHeads, RewardTrainer), {})
+    trainer = shared.build(trainer_class, model, args=args, processing_class=tokenizer, **pairs)
     result.invariants |= invariants.only_adapter_trains(model, head=True)
 
     # train, with the held-out numbers before and after
@@ -62,7 +85,15 @@ def run(spec: RewardSpec, ctx: Context) -> Result:
     result.counts |= shared.train(trainer, ctx, spec)
     result.invariants |= invariants.processes_agree(adapters.trainable(model))
     ctx.tell_measuring("after")
-    result.after = scoring.reward_model(model, tokenizer, test_set)
+    swapped = render.swapped(tokenizer, ctx.data.test or []) if spec.heads > 1 else []
+    result.after = scoring.reward_model(model, tokenizer, test_set, swapped)
+
+    # what later stages need to know of the score's scale, of training pairs: held-out ones may change without training
+    some = [train_set[place] for place in range(0, len(train_set), -(-len(train_set) // SCALED))]
+    scores_NK = scoring.head_scores(model, tokenizer, [ids for pair in some for ids in pair])
+    margins_P = (scores_NK[0::2] - scores_NK[1::2]).mean(1)
+    result.head_means = scores_NK.mean(0).tolist() if spec.heads > 1 else []
+    result.length_slope = heads.length_slope(margins_P, [len(better) - len(worse) for better, worse in some])
 
     # save
     result.invariants |= invariants.base_unchanged(model, result.base_digest)
@@ -79,7 +110,10 @@ STAGE = Stage(
     score_head=True,
     sequences=2,
     headlines=(Metric("accuracy", "comparisons ranked right", unit="%"),),
-    numbers=("accuracy", "margin", "over_longer", "over_longer_low", "over_longer_high"),
+    numbers=(
+        *("accuracy", "margin", "over_longer", "over_longer_low", "over_longer_high"),
+        *(f"{name}{end}" for name in OF_HEADS for end in ("", "_low", "_high")),
+    ),
     encode=encode,
     run=run,
     learns="learns from pairs of answers to score the better one higher",

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -22,11 +22,15 @@ from pipeline.measure.metric import Metric
 from pipeline.models.spec import ModelSpec
 from pipeline.ppo.rejection_settings import RejectionSettings
 from pipeline.ppo.settings import RolloutSettings, Sampling
+from pipeline.ppo.shipped import SHIPPED, Shipped
 from pipeline.stages.arguments import ConfigClass, check_train, defaults, defines
 from pipeline.training.trackers import Trackers
 
 BASE = "base"
 """The policy that has no adapter."""
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class RewardTerm(BaseModel):
@@ -35,16 +39,33 @@ class RewardTerm(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str
-    """A reward stage of the recipe, or `path.py:function`."""
+    """A reward stage of the recipe, `path.py:function`, or a [function that comes with OneBase](rewards.md): `math`,
+    `exact`, `fuzzy`, `json_schema`, `unit_tests`."""
     weight: float = Field(default=1.0, allow_inf_nan=False)
     truth: bool = Field(default=False, strict=True)
     """Whether this function is the checked truth: it gives 1 for a right answer and 0 for a wrong one, nothing else.
     It may be paid or, with weight 0, only measured."""
+    lower_bound: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """How many deviations of a reward model's heads are taken from its score: what is paid is the lower bound of what
+    the heads think an answer is worth. For a reward stage with `heads` above 1."""
+    length_penalty: Literal["fitted"] | Finite = 0.0
+    """What is taken from a reward model's score for each token of the answer. `fitted`: by how much its score grows
+    with a token, told from the pairs it was trained on (a line through their margins against their lengths)."""
 
     @property
     def file(self) -> str | None:
-        """The Python file of a function; None for a stage."""
+        """The Python file of a function of the user's; None for another source."""
         return self.source.rpartition(":")[0] if ".py:" in self.source else None
+
+    @property
+    def shipped(self) -> Shipped | None:
+        """The function of this name that comes with OneBase; None for another source."""
+        return SHIPPED.get(self.source)
+
+    @property
+    def is_stage(self) -> bool:
+        """Whether it is a reward model."""
+        return self.file is None and self.shipped is None
 
 
 class StageSpec(BaseModel):
@@ -96,6 +117,10 @@ class StageSpec(BaseModel):
         """The environment whose tools its rows tell of and its policy is asked with."""
         return None
 
+    def replayed(self) -> dict[str, float]:
+        """Stages that its policy comes from whose rows are among those it trains on, each with their share."""
+        return {}
+
     def rollouts(self) -> RolloutSettings | None:
         """How it samples and learns in turn; None for a stage that does not."""
         return None
@@ -113,6 +138,11 @@ class StageSpec(BaseModel):
         """What it is paid by."""
         return []
 
+    @property
+    def score_heads(self) -> int:
+        """Of a reward model, whose score is their mean."""
+        return 1
+
     def further_parts(self) -> dict[str, Any]:
         """What its adapter depends on, of the words that only its kind of section has."""
         return self.model_dump(exclude=set(PolicySpec.model_fields))
@@ -120,7 +150,9 @@ class StageSpec(BaseModel):
     def source_numbers(self) -> list[str]:
         """The held-out numbers of each source of its reward."""
         ends = ("", "_gain", "_gain_low", "_gain_high")
-        return [f"reward/{term.source}{end}" for term in self.reward_terms() for end in ends]
+        terms = self.reward_terms()
+        apart = [f"score_deviation/{term.source}" for term in terms if term.file is None]
+        return [f"reward/{term.source}{end}" for term in terms for end in ends] + apart
 
 
 class PolicySpec(StageSpec):
@@ -303,3 +335,7 @@ class Result:
     """Of a classifier: what each output of its head stands for."""
     several_labels: bool = False
     """Whether a text may have several of them."""
+    head_means: list[float] = field(default_factory=list)
+    """Of a reward model with several heads: each one's mean score of training answers, its zero."""
+    length_slope: float | None = None
+    """Of a reward model: by how much its score grows with each token of an answer."""

@@ -13,6 +13,7 @@ from pipeline.data import examine as examination
 from pipeline.data import render
 from pipeline.data.contracts import Row
 from pipeline.data.examine import Section, attempt
+from pipeline.data.examine_rows import Encode
 from pipeline.data.tokens import Unrenderable, special_ids, stop_ids
 from pipeline.errors import UserError
 from pipeline.language.say import kept, say, say_again, translated
@@ -58,7 +59,7 @@ def _section(recipe: Recipe, name: str, files: dict[str, str]) -> Section:
         name=name,
         kind=section.kind,
         contract=kind.contract,
-        encode=kind.encode,
+        encode=_encoder(recipe, name),
         learnt=kind.learnt,
         check_rows=section.check_rows,
         warn_rows=section.warn_rows,
@@ -68,6 +69,16 @@ def _section(recipe: Recipe, name: str, files: dict[str, str]) -> Section:
         max_length=None if max_length == AUTO else max_length,
         files=files,
     )
+
+
+def _encoder(recipe: Recipe, name: str) -> Encode:
+    """How a stage encodes a row; with an environment the row tells of its tools."""
+    encode, environment = recipe.kind(name).encode, recipe.stages[name].asked_with()
+    if environment is None:
+        return encode
+    from pipeline.models.environments import with_tools
+
+    return lambda tokenizer, row: encode(tokenizer, with_tools([row], environment)[0])
 
 
 def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -134,7 +145,7 @@ def show_rows(recipe: Recipe, name: str, count: int, console: Console) -> list[s
     for row in split.train[:count] if split else []:
         console.print(Text(f"── {row['_place']}", style="green"), soft_wrap=True)  # a rule would cut a long place off
         try:
-            sequences = recipe.kind(name).encode(tokenizer, row)
+            sequences = _encoder(recipe, name)(tokenizer, row)
         except Unrenderable as error:
             console.print(Text(say("refused: {error}", error=error), style="red"))
             continue

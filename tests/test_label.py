@@ -117,7 +117,7 @@ def vote(tab: Tab, *keys: str) -> None:
     before = tab.js("pair && pair.name")
     for key in keys:
         tab.key(key)
-    tab.until(f"!busy && (!pair || pair.name !== {json.dumps(before)})")
+    tab.until(f"!busy && (!pair || pair.name !== {json.dumps(before)})", seconds=120)  # a server may have to start
 
 
 def answers(tab: Tab) -> list[str]:
@@ -228,8 +228,11 @@ def test_two_people_and_kills_lose_nothing_and_double_nothing(
     threads = [threading.Thread(target=work, args=[tab]) for tab in tabs.values()]
     for thread in threads:
         thread.start()
-    for _ in range(2):
-        time.sleep(0.3)
+    for votes in (4, 14):
+        while (
+            sum(file.read_bytes().count(b"\n") for file in (tmp_path / "labels").glob("[!.]*")) < votes and not failed
+        ):
+            time.sleep(0.01)
         server.end(signal.SIGKILL)
         server = Server(tmp_path, port=server.port)
     for thread in threads:

@@ -65,7 +65,7 @@ def cp(
 @command(app, "check", "onebase check my.yaml")
 def check(recipe: RecipePath, override: Overrides = [], as_json: AsJson = False, lang: Lang = "en") -> None:
     """Check a recipe, its data and its settings. Trains nothing."""
-    from pipeline.stages.check import check_arguments, check_base, check_rendering, check_trackers
+    from pipeline.stages.check import check_arguments, check_base, check_engines, check_rendering, check_trackers
     from pipeline.terminal.states import count_rows, show_rows, show_sound
 
     with stdout_kept(as_json):
@@ -75,6 +75,7 @@ def check(recipe: RecipePath, override: Overrides = [], as_json: AsJson = False,
         chain.parts()
         check_base(chain.spec.model, chain.stages)
         check_trackers(chain.stages)
+        check_engines(chain.spec.model, chain.stages)
         check_arguments(chain.spec.model, chain.stages, chain.spec.seed)
         untried = check_rendering(chain.spec.model, chain.stages, rows)
         show_sound(recipe, list(counts), untried)
@@ -218,20 +219,26 @@ def evaluate(
     Each stage is compared with the one it continues. Every number has a 95 % interval.
     """
     from pipeline.evaluate.evaluation import launch
+    from pipeline.evaluate.forgetting import flat
+    from pipeline.recipe.gates import hold_measured
     from pipeline.terminal.console import make_console
-    from pipeline.terminal.results import as_typed, results_as_json, show_evaluation
+    from pipeline.terminal.results import as_typed, results_as_json, show_evaluation, show_forgetting
 
     tasks = [task for task in lm_eval.split(",") if task]
     with stdout_kept(as_json):
         try:
-            results = launch(_read(recipe, override), runs, judge, tasks)
+            read = _read(recipe, override)
+            results = launch(read, runs, judge, tasks)
         except KeyboardInterrupt:
             print(say("stopped. What has been measured is kept. To go on, type the same again."), file=sys.stderr)
             raise SystemExit(130) from None
     if as_json:
-        return print_json(results_as_json(results))
-    show_evaluation(results, make_console())
-    print("\n" + say("To make a page of it: onebase report {words}", words=as_typed(recipe, override, runs)))
+        print_json(results_as_json(results))
+    else:
+        show_evaluation(results, make_console())
+        show_forgetting(results, make_console())
+        print("\n" + say("To make a page of it: onebase report {words}", words=as_typed(recipe, override, runs)))
+    hold_measured(read.spec.expect, {link.name: flat(results.forgetting.get(link.name, {})) for link in results.chain})
 
 
 @command(app, "report", "onebase report my.yaml")

@@ -25,6 +25,7 @@ from pydantic import BaseModel
 from pipeline.data.load import DataSpec, Part
 from pipeline.models.spec import ModelSpec
 from pipeline.plan.sizes import AUTO_ARGUMENTS
+from pipeline.ppo.engine_settings import EngineSettings
 from pipeline.ppo.rejection_settings import RejectionSettings
 from pipeline.recipe.sections import RecipeSpec
 from pipeline.stages import STAGES
@@ -201,6 +202,7 @@ def page() -> str:
         ),
         *[text.rstrip() for text in stages],
         "### The section `sampling` of rejection_sampling\n\n" + table(words_of(RejectionSettings)),
+        "### The section `rollout` of ppo, grpo and rejection_sampling\n\n" + table(words_of(EngineSettings)),
         "### An entry of `reward`\n\n" + table(words_of(RewardTerm)),
         "## `data`\n\n" + table(words_of(DataSpec)),
         "### An entry of `mix`\n\n" + table(words_of(Part)),

@@ -14,6 +14,7 @@ GAP = "\0"  # what is filled in when the message is said
 RAISED = {
     "UserError", "BrokenInvariant", "Interrupted", "complaint", "Broken", "Unreadable", "Unrenderable", "ValueError",
     "ModuleNotFoundError", "ComposerError", "ConstructorError", "refusal", "_unreachable", "_fail", "exit",
+    "EngineError", "_failed",
 }  # fmt: skip
 # Functions that return (or gather, or yield) the reason why something is refused, and others raise it.
 REASONS = (
@@ -21,7 +22,7 @@ REASONS = (
     "models/varlen.py", "models/packing.py", "models/dtype.py", "ppo/health.py", "ppo/loop.py", "publish/gate.py",
     "publish/gguf.py", "recipe/gates.py", "recipe/sections.py", "runs/states.py", "runs/worker.py",
     "stages/arguments.py", "stages/classify.py", "stages/pretrain.py",
-    "training/micro_batches.py", "evaluate/plan.py", "models/published.py",
+    "ppo/shipped.py", "ppo/unit_tests.py", "training/micro_batches.py", "evaluate/plan.py", "models/published.py",
     "publish/publishing.py", "publish/hub.py", "disk/artifact.py", "training/sequences.py",
 )  # fmt: skip
 NOTED = re.compile(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import seal, tiny_tree
+from conftest import ROOT, head, seal, tiny_tree
 
 from pipeline.data import render
 from pipeline.data.load import read_source
@@ -19,7 +19,7 @@ from pipeline.data.tokens import stop_ids
 from pipeline.errors import UserError
 from pipeline.evaluate import evaluation, measures, verdicts
 from pipeline.evaluate.bench import Bench
-from pipeline.evaluate.plan import own_judges, plan
+from pipeline.evaluate.plan import _finished, learnt, own_judges, plan
 from pipeline.measure.ranking import over_longer
 from pipeline.models import adapters
 from pipeline.models import base as bases
@@ -185,6 +185,31 @@ def test_labels_are_a_classification(run: tuple[Recipe, Path, dict[str, Any]], b
 def _without_last_question(recipe: Recipe, name: str) -> Any:
     rows, sources = load_rows(recipe, name)
     return replace(rows, questions=rows.questions[:-1]), sources
+
+
+def test_each_stage_is_measured_by_its_own_held_out_rows(tiny_base: Path, tmp_path: Path) -> None:
+    """Where two stages learn dialogues, the second one's are a measure of their own, of it and of what comes from it;
+    and of the questions of a run each stage has its own."""
+    tree = tiny_tree(tiny_base, tmp_path)
+    later = {"path": head("demonstrations_test.jsonl", 8, tmp_path / "later.jsonl"), "test": 0.25}
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join((ROOT / "data/questions.jsonl").read_text().splitlines(True)[2:6]))
+    tree["stages"]["sft"]["data"]["test"] = 0.25
+    tree["stages"]["again"] = {"kind": "sft", "from": "dpo", "data": later, "questions": str(more)}
+    tree["stages"]["last"] = {**tree["stages"]["dpo"], "kind": "dpo", "from": "again"}
+    recipe, done = build(tree), ["pretrain", "sft", "reward", "dpo", "again", "last"]
+    had = learnt(recipe, tmp_path, done)
+    assert {name: of["held_out"] for name, of in had.items()} == {
+        "pretrain": "corpus_loss", "sft": "dialogue_loss", "reward": "", "dpo": "", "last": "",
+        "again": "loss_of_again",
+    }  # fmt: skip
+    assert {name: of["asked"] for name, of in had.items() if of["asked"]} == {
+        "sft": [0, 1, 2, 3],
+        "again": [2, 3, 4, 5],
+    }
+    found = list(measures.FurtherLoss.wanted(_finished(recipe, tmp_path, done)))
+    assert [measure.file for measure in found] == ["loss_of_again-again.json", "loss_of_again-last.json"]
+    assert found[0].rows == list(load_rows(recipe, "again")[0].test or [])
 
 
 def test_a_run_that_is_not_what_the_recipe_says_is_not_measured(

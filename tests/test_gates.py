@@ -9,6 +9,7 @@ import pytest
 from conftest import seal, tiny_tree
 
 from pipeline.errors import UserError
+from pipeline.recipe import gates
 from pipeline.recipe.recipe import Recipe, build
 from pipeline.runs import runner
 
@@ -93,3 +94,21 @@ def test_demands_that_say_nothing_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=says):
         build({**started[0], "expect": expect})
+
+
+def test_an_evaluation_holds_what_is_expected_of_what_is_kept(started: tuple[dict[str, Any], Path, list[str]]) -> None:
+    """The run itself does not stop at such a demand: it is measured later."""
+    tree, runs, launched = started
+    key = "dpo.forgetting.sft.question_accuracy"
+    demands = {key: ">= -0.05", "sft.forgetting.pretrain.corpus_loss_high": "< 0.1"}
+    recipe = build({**tree, "expect": demands})
+    runner.run(recipe, runs=runs)
+    assert launched == ["sft", "reward", "dpo"]
+    good, other = {key.partition(".")[2]: -0.04}, {"forgetting.pretrain.corpus_loss_high": 0.05}
+    gates.hold_measured(recipe.spec.expect, {"dpo": good, "sft": other})
+    with pytest.raises(UserError, match=rf"the evaluation does not reach .*\n.*{key}: wanted >= -0.05, found -0.06"):
+        gates.hold_measured(recipe.spec.expect, {"dpo": {key.partition(".")[2]: -0.06}, "sft": other})
+    gates.hold_measured(recipe.spec.expect, {"sft": other})  # dpo has not finished
+    for wrong in ("sft.forgetting.dpo.question_accuracy", "dpo.forgetting.sft.corpus_loss"):
+        with pytest.raises(UserError, match="does not give this number"):
+            build({**tree, "expect": {wrong: "> 0"}})

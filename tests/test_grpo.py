@@ -225,7 +225,7 @@ def test_two_processes_learn_what_one_does(tiny_base: Path, parents: Path) -> No
     """They share the groups and draw the same answers; what differs is the order of sums."""
     train = {
         "max_steps": 3, "generation_batch_size": 8, "num_generations": 2, "per_device_train_batch_size": 2,
-        "max_completion_length": 10, "learning_rate": 1e-3, "beta": 0.1, "sft_coef": 0.5,
+        "max_completion_length": 10, "learning_rate": 1e-3, "beta": 0.1,
     }  # fmt: skip
     tree = ppo_tree(tiny_base, parents)
     stage = {**tree["stages"].pop("ppo"), "train": train}

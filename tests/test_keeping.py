@@ -19,8 +19,10 @@ from pipeline.ppo.keeping import Kept
 from pipeline.ppo.ppo import PPOTrainer
 from pipeline.recipe.recipe import build, read
 from pipeline.runs.rows import load_rows
+from pipeline.runs.stage import run_stage
 from pipeline.stages import earlier
 from pipeline.stages.stage import Context
+from pipeline.training.sequences import TEXTS, Tally, store
 
 
 def texts(seed: int, count: int) -> list[Encoded]:
@@ -124,3 +126,46 @@ def test_their_bytes_make_it_stale(tiny_base: Path, tmp_path: Path) -> None:
     before = build(tree).parts()["ppo"]
     file.write_text(file.read_text() + file.read_text().splitlines()[0] + "\n")
     assert build(tree).parts()["ppo"] != before
+
+
+def test_sft_mixes_in_rows_of_earlier_stages(tiny_base: Path, tmp_path: Path) -> None:
+    """A quarter of all rows are pieces of the documents that pretrain was trained on; the manifest counts them."""
+    tree = tiny_tree(tiny_base, tmp_path)
+    tree["stages"] = {name: tree["stages"][name] for name in ("pretrain", "sft")}
+    tree["stages"]["pretrain"]["train"]["max_length"] = 64
+    tree["stages"]["sft"] |= {"replay": {"pretrain": 0.25}, "train": {"max_steps": 1}}
+    recipe = build(tree)
+    for stage in ("pretrain", "sft"):
+        run_stage(recipe, stage, tmp_path)
+    counts = recipe.artifact("sft", tmp_path).finished().data.counts
+    assert counts["rows"] == 32 and counts["pretrain_rows_again"] == round(32 / 3)
+
+    tokenizer, rows = bases.load_tokenizer(recipe.spec.model), load_rows(recipe, "sft")[0]
+    context = Context(recipe.spec.model, rows, {}, recipe.artifact("sft", tmp_path), 7, "", lambda: None)
+    kind = recipe.kind("sft")
+    own = store(rows.train, lambda row: kind.encode(tokenizer, row)[0], TEXTS, Tally("sft", skip=False))
+    mixed, again = (earlier.mix_in(context, tokenizer, own, {"pretrain": 0.25}, 128)[0] for _ in range(2))
+    assert mixed["input_ids"] == again["input_ids"]
+    assert mixed["input_ids"][:32] == own.dataset["input_ids"] and len(mixed) == 32 + round(32 / 3)
+    trained, held_out = load_rows(recipe, "pretrain")[0].train, load_rows(recipe, "pretrain")[0].test
+    pieces, others = (
+        {tuple(ids[start : start + 64]) for ids in whole for start in range(0, len(ids), 64)}
+        for whole in ([earlier_ids(tokenizer, row["text"]) for row in some or []] for some in (trained, held_out))
+    )
+    drawn = {tuple(ids) for ids in mixed["input_ids"][32:]}
+    assert drawn <= pieces and not drawn & others
+    assert mixed["labels"][32:] == mixed["input_ids"][32:]
+
+
+@pytest.mark.parametrize(
+    ("replay", "said"),
+    [
+        ({"dpo": 0.1}, "replay.dpo: 'dpo' is not a stage that 'sft' comes from"),
+        ({"pretrain": 1.0}, "replay: gives shares"),
+    ],
+)
+def test_what_cannot_be_mixed_in_is_refused(tiny_base: Path, tmp_path: Path, replay: Any, said: str) -> None:
+    tree = tiny_tree(tiny_base, tmp_path)
+    tree["stages"]["sft"]["replay"] = replay
+    with pytest.raises(UserError, match=rf"r\.yaml:\d+: stages\.sft\.{said}"):
+        read(write_recipe(tree, tmp_path / "r.yaml"))

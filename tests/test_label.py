@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import HTTPCookieProcessor, Request, build_opener, urlopen
 
 import pytest
 from browser import CHROMIUM, Browser, Tab
@@ -64,12 +66,15 @@ def draw(recipe: Recipe, folder: Path, wishes: Wishes = PLAIN, first: str = "Che
 class Server:
     """`onebase label` in a process of its own."""
 
+    started: list[subprocess.Popen[str]] = []
+
     def __init__(self, folder: Path, *words: str, port: int = 0, env: dict[str, str] | None = None) -> None:
         command = [sys.executable, "-m", "pipeline", "label", str(folder / "tiny.yaml"), "--port", str(port)]
         self.process = subprocess.Popen(
             [*command, "--runs", str(folder / "runs"), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
         )  # fmt: skip
+        self.started.append(self.process)
         self.said, self.port = "", port
         assert self.process.stdout
         for line in self.process.stdout:
@@ -83,6 +88,13 @@ class Server:
         self.process.send_signal(how)
         self.said += self.process.communicate(timeout=30)[0]
         return self.said
+
+
+@pytest.fixture(autouse=True)
+def _end_servers() -> Iterator[None]:
+    yield
+    while Server.started:
+        Server.started.pop().kill()
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +117,7 @@ def vote(tab: Tab, *keys: str) -> None:
     before = tab.js("pair && pair.name")
     for key in keys:
         tab.key(key)
-    tab.until(f"!busy && (!pair || pair.name !== {json.dumps(before)})")
+    tab.until(f"!busy && (!pair || pair.name !== {json.dumps(before)})", seconds=120)  # a server may have to start
 
 
 def answers(tab: Tab) -> list[str]:
@@ -216,8 +228,11 @@ def test_two_people_and_kills_lose_nothing_and_double_nothing(
     threads = [threading.Thread(target=work, args=[tab]) for tab in tabs.values()]
     for thread in threads:
         thread.start()
-    for _ in range(2):
-        time.sleep(0.3)
+    for votes in (4, 14):
+        while (
+            sum(file.read_bytes().count(b"\n") for file in (tmp_path / "labels").glob("[!.]*")) < votes and not failed
+        ):
+            time.sleep(0.01)
         server.end(signal.SIGKILL)
         server = Server(tmp_path, port=server.port)
     for thread in threads:
@@ -237,3 +252,41 @@ def test_a_second_server_on_the_same_labels_is_refused(tiny_base: Path, tmp_path
     server = Server(tmp_path)
     assert "another `onebase label` (process" in Server(tmp_path).said
     server.end()
+
+
+def ask(url: str, path: str, body: str, **headers: str) -> tuple[int, str]:
+    request = Request(url + path, body.encode(), {"content-type": "application/json", **headers})
+    try:
+        with urlopen(request, timeout=10) as reply:
+            return reply.status, reply.read().decode()
+    except HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_who_may_ask(tiny_base: Path, tmp_path: Path) -> None:
+    """On loopback nobody by way of another site's page or name; on the network nobody without the password."""
+    recipe = make_recipe(tiny_base, tmp_path, prompts=2)
+    draw(recipe, tmp_path)
+    server = Server(tmp_path)
+    good = json.dumps({"annotator": "ada"})
+    assert ask(server.url, "next", good)[0] == 200
+    assert ask(server.url, "next", good, host="evil.example")[0] == 400
+    assert ask(server.url, "next", good, **{"content-type": "text/plain"})[0] == 415
+    status, told = ask(server.url, "next", json.dumps({"annotator": "../ada"}))
+    assert status == 400 and "cannot name a file" in told
+    assert ask(server.url, "vote", json.dumps({"annotator": "ada", "pair": 7}))[0] == 200  # told, and shown a pair
+    assert ask(server.url, "next", "[")[0] == 400
+    assert not list((tmp_path / "labels").glob("[!.]*"))
+    server.end()
+
+    assert "needs a password of at least 8" in Server(tmp_path, "--share", env={"ONEBASE_PASSWORD": "short"}).said
+    server = Server(tmp_path, "--share", env={"ONEBASE_PASSWORD": "correct horse"})
+    assert ask(server.url, "next", good)[0] == 401
+    with urlopen(server.url) as reply:
+        assert "is made on isle" not in (page := reply.read().decode()) and "Harmless" not in page
+    opener = build_opener(HTTPCookieProcessor())
+    assert b'"wrong": true' in opener.open(server.url + "login", b"password=wrong+horse").read()
+    assert b'"locked": false' in opener.open(server.url + "login", b"password=correct+horse").read()
+    request = Request(server.url + "next", good.encode(), {"content-type": "application/json"})
+    assert b"is made on isle" in opener.open(request).read()
+    assert "not encrypted" in server.end()

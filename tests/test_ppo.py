@@ -441,7 +441,7 @@ constant = 3
         ("nan", "expected a number below 1e\\+30"),
         ("words", "returned 'fine' for the prompt at"), ("leaves", "raised SystemExit"),
         ("text", "returned a str: expected a list"), ("huge", "expected a number below 1e\\+30"),
-        ("constant", "defines no function 'constant'"),
+        ("constant", "defines no 'constant'"),
     ],
 )  # fmt: skip
 def test_bad_reward_functions_are_named(tiny_base: Path, parents: Path, tmp_path: Path, name: str, said: str) -> None:

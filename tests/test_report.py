@@ -35,7 +35,7 @@ from pipeline.publish import measured
 from pipeline.recipe import yaml
 from pipeline.recipe.recipe import Recipe, build
 from pipeline.report import opening, page, sentences
-from pipeline.terminal.results import clock, show_evaluation, show_results
+from pipeline.terminal.results import clock, show_evaluation, show_forgetting, show_results
 
 QUESTIONS, PROMPTS, PAIRS = 40, 24, 90
 SKILL = {"base": 0.05, "pretrain": 0.1, "sft": 0.6, "dpo": 0.6, "ppo": 0.3}
@@ -52,7 +52,7 @@ def planted(random: numpy.random.Generator) -> list[tuple[Measure, Any]]:
     def add(measure: Measure, value: Any) -> None:
         taken.append((measure, {"seconds": 1.5, "rows": measure.rows, "value": value}))
 
-    luck = random.random(QUESTIONS)
+    luck, surprise = random.random(QUESTIONS), numpy.linspace(10, 20, 24)
     draw = random.random((PROMPTS, 4))
     for policy, skill in SKILL.items():
         right = (luck < skill).tolist()
@@ -64,6 +64,9 @@ def planted(random: numpy.random.Generator) -> list[tuple[Measure, Any]]:
         if policy == "base":
             few = {**told, "right": (luck < 0.2).tolist()}
         nats = (random.gamma(20, 1, 24) * (1.2 if policy == "base" else 1.0)).tolist()
+        if policy in ("sft", "dpo", "ppo"):
+            dialogues = (surprise + (1.0 if policy == "ppo" else 0.0)).tolist()
+            add(measures.DialogueLoss(policy, []), {"nats": dialogues, "tokens": [10] * 24})
         add(measures.CorpusLoss(policy, []), {"nats": nats, "tokens": [10] * 24})
         add(
             measures.Answers(policy, []),
@@ -102,8 +105,8 @@ def answers(random: numpy.random.Generator, right: Any, reward: float, kl: float
 
 
 CHAIN = [
-    Link(name="pretrain", kind="pretrain", parent=None, answers=True),
-    Link(name="sft", kind="sft", parent="pretrain", answers=True),
+    Link(name="pretrain", kind="pretrain", parent=None, answers=True, held_out="corpus_loss"),
+    Link(name="sft", kind="sft", parent="pretrain", answers=True, held_out="dialogue_loss", asked=[*range(30)]),
     Link(name="reward", kind="reward", parent="sft", answers=False, after={"accuracy": 0.9}),
     Link(name="dpo", kind="dpo", parent="sft", answers=True),
     Link(
@@ -222,6 +225,33 @@ def test_the_first_screen_is_the_best_stage_and_one_picture(run: tuple[Recipe, P
     points = [float(found.get("cx", 0)) for found in picture.iter("{http://www.w3.org/2000/svg}circle")]
     axis = [float(found.get("d", "").removeprefix("M").split()[0]) for found in picture.iter() if found.get("d")][:5]
     assert points[2:4] == pytest.approx([axis[0] + (axis[-1] - axis[0]) * x / 100 for x in (before, after)], abs=0.1)
+
+
+def test_what_is_forgotten_is_told_against_the_stage_that_had_learnt_it(
+    run: tuple[Recipe, Path], evaluated: Results
+) -> None:
+    """Planted: ppo lost 0.1 nats a token of what sft had learnt, and half of its questions; dpo lost nothing."""
+    found = evaluated.forgetting
+    assert {stage: list(earlier) for stage, earlier in found.items()} == {
+        "sft": ["pretrain"], "dpo": ["sft", "pretrain"], "ppo": ["sft", "pretrain"],
+    }  # fmt: skip
+    lost = found["ppo"]["sft"]
+    assert lost["dialogue_loss"].change.value == pytest.approx(0.1) and lost["dialogue_loss"].change.above
+    assert lost["question_accuracy"].before.n == 30  # its own, not all that were asked
+    right = {policy: [said.told[policy].right for said in evaluated.samples[:30]] for policy in ("sft", "ppo")}
+    assert lost["question_accuracy"].change.value == pytest.approx((sum(right["ppo"]) - sum(right["sft"])) / 30)
+    assert lost["question_accuracy"].change.below
+    assert found["dpo"]["sft"]["question_accuracy"].change.value == 0.0
+    assert list(found["dpo"]["pretrain"]) == ["corpus_loss"]  # it was asked nothing
+    from rich.console import Console
+
+    told = io.StringIO()
+    show_forgetting(evaluated, Console(file=told, width=120))
+    lines = [line.split("  ") for line in told.getvalue().splitlines() if line.startswith("ppo")]
+    assert [cell.strip() for cell in lines[0] if cell.strip()][:3] == ["ppo", "sft", "dialogue loss"]
+    recipe, runs = run
+    for file in page.write(recipe, "tiny.yaml", runs):
+        assert "had learnt it, row by row" in file.read_text(encoding="utf-8")
 
 
 def test_no_stage_is_called_the_best_without_a_verdict(evaluated: Results) -> None:

@@ -39,6 +39,7 @@ from pipeline.recipe.recipe import build, read
 from pipeline.runs.stage import run_stage
 from pipeline.runs.states import states
 from pipeline.stages.stage import Context
+from pipeline.terminal.data import examine
 
 # As recipes/templates/chatml-tools.jinja, with a line in place of the schema: the tiny base's window is small.
 SHIPPED = (ROOT / "recipes" / "templates" / "chatml-tools.jinja").read_text(encoding="utf-8")
@@ -154,51 +155,58 @@ def between(reply: str) -> str:
 def said_by_the_model(one: Told, tokenizer: Any) -> list[int]:
     """The places of what was sampled, by the dialogue's marks: a call through its end, and what follows the opening of
     the turn after a reply."""
-    ids, end = one.episode.answer_ids, tokenizer.eos_token_id
-    if not one.calls or one.episode.ended is False and ids.count(end) < 2:
-        return list(range(len(ids)))
-    first = ids.index(end)
-    opening = ids.index(end, first + 1) + len(tokenizer("\n<|im_start|>assistant\n")["input_ids"])
-    return [*range(first + 1), *range(opening + 1, len(ids))]
+    ids, end, places, at = one.episode.answer_ids, tokenizer.eos_token_id, list[int](), 0
+    while at < len(ids):
+        stop = ids.index(end, at) + 1 if end in ids[at:] else len(ids)
+        places += range(at, stop)
+        if stop == len(ids):
+            break
+        at = ids.index(end, stop) + 1 + len(tokenizer("\n<|im_start|>assistant\n")["input_ids"])
+    return places
+
+
+def work_out(call: str) -> tuple[str, str]:
+    """What becomes of a call and what is replied to it, as a reader would say."""
+    try:
+        said = json.loads(call)
+    except ValueError:
+        return "unread", "{'error': 'The tool call is not JSON'}"
+    if said["name"] != "add":
+        return "unknown", str({"error": f"There is no tool {said['name']!r}. There is: add"})
+    number = said["arguments"]["n"]
+    return ("raised", "{'error': 'unlucky'}") if number == 13 else ("right", str(10 + number))
 
 
 def test_calls_are_run_and_their_replies_put_in_behind_the_sampled_tokens(tool_base: Path, counter: str) -> None:
     """Against the replies that a reader of the sampled text would give, a template written out by hand, and the
     log-probabilities of one plain pass over each dialogue."""
-    grpo = trainer(tool_base, counter, lambda **_: [])
+    grpo = trainer(tool_base, counter, lambda **_: [], generation_batch_size=32, num_generations=8)
     tokenizer, actors = grpo.tokenizer, grpo.actors
     told = grpo.rollout(0).told
     seen = {"right": 0, "unread": 0, "unknown": 0, "raised": 0, "none": 0, "as rendered": 0}
     for one in told:
         episode, whole = one.episode, tokenizer.decode(one.episode.answer_ids)
         said, *rest = whole.split("\n<|im_start|>user\n<tool_response>\n")
-        total, (call, broken) = 10.0, (None, False)
-        if match := re.search(r"<tool_call>(.*?)</tool_call>", said, re.DOTALL):
-            try:
-                call = json.loads(match[1])
-            except ValueError:
-                broken = True
-        if not rest:
-            seen["none"] += call is None and not broken
-            assert (call is None and not broken) or not episode.ended, "a call without a reply has not ended"
+        if "<tool_call>" not in said or not rest:
+            seen["none"] += "<tool_call>" not in said
+            assert not rest and episode.ended <= ("<tool_call>" not in said), "a call without a reply has not ended"
             continue
-        if broken:
-            kind, reply = "unread", "{'error': 'The tool call is not JSON'}"
-        elif call["name"] != "add":
-            kind, reply = "unknown", str({"error": f"There is no tool {call['name']!r}. There is: add"})
-        elif call["arguments"] == {"n": 13}:
-            kind, reply = "raised", "{'error': 'unlucky'}"
-        else:
-            kind, total = "right", 10 + call["arguments"]["n"]
-            reply = str(total)
+        try:
+            (call,) = re.findall(r"<tool_call>(.*?)(?:</tool_call>|<.im_end.>)", said, re.DOTALL)
+            kind, reply = work_out(call)
+        except (ValueError, KeyError, TypeError):
+            continue  # the tiny model has made something odd
+        if one.calls > 1:
+            continue
         seen[kind] += 1
+        total = int(reply) if kind == "right" else 10
         assert (one.calls, one.failures, one.world.total) == (1, kind != "right", total)
         at = [place for place, own in enumerate(episode.tool_mask) if not own]
         assert at == list(range(at[0], at[-1] + 1))
         put_in = episode.answer_ids[at[0] : at[-1] + 1]
         assert put_in == tokenizer(between(reply))["input_ids"]
         assert tokenizer.decode(episode.answer_ids[: at[0]]) == said and said.endswith("<|im_end|>")
-        if episode.ended and said == f"<tool_call>\n{json.dumps(call)}\n</tool_call><|im_end|>":
+        if episode.ended and said == f"<tool_call>\n{call.strip()}\n</tool_call><|im_end|>" and kind != "unread":
             seen["as rendered"] += 1
             turns: Any = [*one.row["prompt"], *one.turns]
             rendered = tokenizer.apply_chat_template(turns, tools=one.row["tools"], tokenize=False)
@@ -471,6 +479,16 @@ def test_what_makes_no_sense_in_a_recipe_is_named(
     tree["stages"]["two"] = {**tree["stages"]["two"], **change}
     with pytest.raises(UserError, match=re.escape(why)):
         build(tree)
+
+
+def test_the_data_are_examined_with_what_the_template_tells_of_tools(
+    tool_base: Path, counter: str, tmp_path: Path
+) -> None:
+    tree = tools_tree(tool_base, counter, tmp_path)
+    recipe = build({**tree, "stages": {"whole": tree["stages"]["whole"]}})
+    ids = len(render.prompt(bases.load_tokenizer(recipe.spec.model), rows_of(counter)[0]))
+    figures = examine(recipe, ["whole"])["stages"]["whole"]
+    assert f'"max": {ids}' in json.dumps(figures["tokens"])
 
 
 def test_rows_that_do_not_go_with_an_environment_are_named(counter: str) -> None:

@@ -9,6 +9,7 @@ runs/<recipe>/<stage>/
   kept.jsonl       of rejection sampling: the answers that it has learnt from
   tracked.json     under which name trackers know it
   metrics.jsonl  samples.jsonl  refused.jsonl  log.txt
+  engine.txt       what vLLM printed, where it sampled the answers (ppo/engine.py)
   manifest.json    written last: it exists, so the stage finished
 """
 

@@ -22,7 +22,7 @@ from pipeline.evaluate import judge as judges
 from pipeline.evaluate.judge import Judge
 from pipeline.evaluate.measure import METHOD, Measure, plain
 from pipeline.evaluate.measures import Answers
-from pipeline.evaluate.plan import own_judges, plan
+from pipeline.evaluate.plan import learnt, own_judges, plan
 from pipeline.evaluate.stored import RESULTS, Arena, Link, Results, folder, read_fresh, read_results
 from pipeline.language.say import say
 from pipeline.recipe.recipe import Recipe
@@ -213,7 +213,7 @@ def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None, tasks: Sequ
 def _chain(recipe: Recipe, runs: Path) -> list[Link]:
     """The finished stages in order."""
     done = [state.name for state in states(recipe, runs) if state.fresh]
-    own = own_judges(recipe, done)
+    own, had = own_judges(recipe, done), learnt(recipe, runs, done)
     manifests = {name: recipe.artifact(name, runs).finished() for name in done}
     return [
         Link.of(
@@ -223,6 +223,7 @@ def _chain(recipe: Recipe, runs: Path) -> list[Link]:
             before=manifests[name].before,
             after=manifests[name].after,
             adapter=manifests[name].files[WEIGHTS],
+            **had[name],
         )
         for name in done
     ]

@@ -49,6 +49,11 @@ class Finished:
     """Steps at which such a policy was kept on its way."""
     drawn_from: str | None
     """The policy that best-of-n is drawn from."""
+    further: dict[str, Sequence[Row]] = field(default_factory=dict)
+    """The held-out rows of stages that learn documents or dialogues, where an earlier stage's are `corpus` or
+    `dialogues`."""
+    heirs: dict[str, list[str]] = field(default_factory=dict)
+    """The policies that come from each stage."""
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,27 @@ class DialogueLoss(CorpusLoss):
     needs = "dialogues"
 
 
+class FurtherLoss(CorpusLoss):
+    """The same of a stage's own held-out rows, where an earlier stage's are measured already: of that stage, and of the
+    policies that come from it."""
+
+    called = "loss"
+
+    @property
+    def name(self) -> str:
+        return loss_of(self.more["stage"])
+
+    @classmethod
+    def wanted(cls, run: Finished) -> Iterator[Measure]:
+        for stage, rows in run.further.items():
+            for policy in (stage, *run.heirs[stage]):
+                yield cls(policy, list(rows), {"stage": stage})
+
+
+def loss_of(stage: str) -> str:
+    return f"loss_of_{stage}"
+
+
 class Preferences(Measure):
     """`margins`: nats a token by which the chosen answer is likelier than the rejected one."""
 
@@ -237,7 +258,7 @@ class BestOfN(Answers):
 
 OF_A_POLICY: tuple[type[Measure], ...] = (CorpusLoss, DialogueLoss, Preferences, Questions, Choices, Labels, Answers)
 """Those whose numbers stand beside each other, policy by policy."""
-MEASURES: tuple[type[Measure], ...] = (*OF_A_POLICY, FewShot, Pairs, AnswersOnTheWay, BestOfN)
+MEASURES: tuple[type[Measure], ...] = (*OF_A_POLICY, FurtherLoss, FewShot, Pairs, AnswersOnTheWay, BestOfN)
 
 
 def proxy_of(answers: Json) -> str | None:

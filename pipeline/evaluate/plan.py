@@ -14,11 +14,13 @@ from pipeline.disk.atomic import Json, digest, sha256_of_file
 from pipeline.errors import UserError
 from pipeline.evaluate.benchmarks import Benchmark
 from pipeline.evaluate.measure import Finished, Measure
-from pipeline.evaluate.measures import MEASURES
+from pipeline.evaluate.measures import MEASURES, loss_of
 from pipeline.language.say import kept
 from pipeline.measure.metric import CORPUS_LOSS, DIALOGUE_LOSS
 from pipeline.plan.sizes import NEW_TOKENS
+from pipeline.ppo.shipped import SHIPPED
 from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.sections import ancestors
 from pipeline.runs.rows import load_rows
 from pipeline.runs.states import states
 from pipeline.stages.reward_file import read_by
@@ -146,7 +148,34 @@ def _finished(recipe: Recipe, runs: Path, done: list[str]) -> Finished:
         references=references,
         snapshots={name: list(recipe.artifact(name, runs).snapshots()) for name in started},
         drawn_from=next(iter(started.values()), next(reversed(demonstrated), None)),
+        further=_further(kinds, held_out),
+        heirs={name: [heir for heir in policies if name in ancestors(recipe.stages, heir)] for name in done},
     )
+
+
+def _further(kinds: dict[str, Stage], held_out: dict[str, Rows]) -> dict[str, Sequence[Row]]:
+    """The held-out rows of each stage that learns documents, or dialogues, but of the first of each."""
+    found: dict[str, Sequence[Row]] = {}
+    for metric in (CORPUS_LOSS, DIALOGUE_LOSS):
+        own = [name for name, kind in kinds.items() if kind.held_out_loss is metric and held_out[name].test]
+        found |= {name: held_out[name].test or () for name in own[1:]}
+    return found
+
+
+def learnt(recipe: Recipe, runs: Path, done: Sequence[str]) -> dict[str, Json]:
+    """Of every finished stage, what it can be forgotten by: `held_out`, the measure of the loss on its held-out rows,
+    and `asked`, the places of its questions among those of the run."""
+    held_out = {name: _rendered(load_rows(recipe, name)[0], recipe.artifact(name, runs)) for name in done}
+    further = _further({name: recipe.kind(name) for name in done}, held_out)
+    questions = _distinct([row for name in done for row in held_out[name].questions])
+    places = {digest(row["prompt"]): place for place, row in enumerate(questions)}
+    found: dict[str, Json] = {}
+    for name in done:
+        loss = recipe.kind(name).held_out_loss
+        measure = loss_of(name) if name in further else loss.name if loss and held_out[name].test else ""
+        asked = sorted({places[digest(row["prompt"])] for row in held_out[name].questions})
+        found[name] = {"held_out": measure, "asked": asked}
+    return found
 
 
 def _rendered(rows: Rows, artifact: Artifact) -> Rows:
@@ -173,6 +202,7 @@ def _sampling(recipe: Recipe, samplers: list[str], prompts: list[Row], models: l
     functions = [source for source in (*sources, truth or "") if ".py:" in source]
     read = {source: read_by(Path(source.rpartition(":")[0])) for source in functions}
     files = {source: {name: sha256_of_file(path) for name, path in known.items()} for source, known in read.items()}
+    files |= {source: {source: SHIPPED[source].is_of} for source in (*sources, truth) if source in SHIPPED}
     return {
         "new_tokens": settings.response_length if settings else NEW_TOKENS,
         "temperature": settings.temperature if settings else 1.0,

@@ -7,7 +7,7 @@ import json
 import numpy
 
 from pipeline.disk.atomic import Json
-from pipeline.evaluate import arena, benchmarks, best_of_n, reward_check, verdicts
+from pipeline.evaluate import arena, benchmarks, best_of_n, forgetting, reward_check, verdicts
 from pipeline.evaluate.measure import Measure
 from pipeline.evaluate.measures import OF_A_POLICY, Answers, BestOfN, FewShot, Pairs, Questions, proxy_of
 from pipeline.evaluate.stored import Arena, Curve, Link, Results, Said, Sample
@@ -70,6 +70,7 @@ def make(taken: list[tuple[Measure, Json]], chain: list[Link], judged: Arena | N
         over_optimised={
             stage: over_optimised(changed[stage], won.get(stage, {}).get(parent)) for stage, parent in parents.items()
         },
+        forgetting=forgetting.measure(taken, chain),
     )
     with in_english():
         return results.model_copy(update={"verdicts": verdicts.find(results)})

@@ -41,6 +41,10 @@ class Link(Written):
     """The numbers it took of itself."""
     adapter: str = ""
     """The sha256 of its weights."""
+    held_out: str = ""
+    """The measure of the loss on its held-out rows; "" if it has none."""
+    asked: list[int] = []
+    """The places of its questions among those of the run."""
 
     @classmethod
     def of(cls, recipe: Recipe, name: str, **measured: Any) -> Link:
@@ -151,6 +155,15 @@ class Compared(Written):
         return Metric(f"{self.task}/{self.metric}", label, self.better, "%" if self.percent else "", digits=3)
 
 
+class Kept(Written):
+    """A number of a stage's held-out rows or questions: of that stage, and of a policy that comes from it."""
+
+    before: Estimate
+    after: Estimate
+    change: Estimate
+    """Row by row."""
+
+
 class Verdict(Written):
     word: str
     """better, worse, unclear, unshown (better only in what it was trained on) or warning."""
@@ -179,6 +192,8 @@ class Results(Written):
     seconds: float
     benchmarks: list[Compared]
     over_optimised: dict[str, bool]
+    forgetting: dict[str, dict[str, dict[str, Kept]]]
+    """Of a policy, against every stage that it comes from: each number of what that stage had learnt."""
     verdicts: dict[str, Verdict] = {}
     tasks: list[str] = []
     """Of lm-eval, as they were asked for."""

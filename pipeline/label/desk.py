@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,11 +17,13 @@ from pydantic import ValidationError
 from pipeline.data import votes as files
 from pipeline.data.prompts import prompt_key
 from pipeline.data.votes import SKIP, Vote, check_annotator, standing
-from pipeline.disk.atomic import digest, read_json, write_json
+from pipeline.disk.atomic import digest, read_json
 from pipeline.errors import UserError
 from pipeline.label.drawing import AHEAD, Drawer, Pair
 from pipeline.language.say import say
 
+GONE = 900.0
+"""Seconds with one pair after which a person is taken to have gone, and others are shown it."""
 GOLD_EVERY = 10
 """One pair in so many has a known answer, where there are such pairs."""
 
@@ -42,11 +46,12 @@ class Desk:
     def __post_init__(self) -> None:
         self._lines: dict[str, list[Vote]] = {}
         self._screens = self.folder / ".screens"
-        """By person, the pair before them: kept, so that after a crash nobody is shown what another is reading."""
+        """By person, the pair before them and since when: kept, so that after a crash nobody is shown what another is
+        reading."""
         self._asks: dict[str, str] = {}
         """By the id of a vote, what its prompt asks."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._before: dict[str, str] = read_json(self._screens) or {}
+        self._before: dict[str, tuple[str, float]] = read_json(self._screens) or {}
         for file in files.files_in(self.folder):
             self._open(file)
 
@@ -81,6 +86,13 @@ class Desk:
         rated = sum(vote.gold is None for vote in mine)
         if known and rated >= (GOLD_EVERY - 1) * (len(mine) - rated + 1):
             return self._show(annotator, known[0])
+        free = self._free(annotator)
+        self.drawer.need(len(self.drawer.pairs) - len(free) + AHEAD)
+        return self._show(annotator, free[0] if free else None)
+
+    def _free(self, annotator: str) -> list[Pair]:
+        """The pairs that are left for this person: neither seen by them nor labelled or being read by enough others."""
+        asked, now = self.asked(annotator), time.time()
         taken = Counter(
             vote.pair
             for other in self._lines
@@ -88,27 +100,27 @@ class Desk:
             for vote in self.votes(other)
             if vote.choice != SKIP
         )
-        held = {pair for other, pair in self._before.items() if other != annotator}
-        self.drawer.need(len(asked) + sum(taken.values()) + AHEAD)
-        free = [
+        for other, (name, since) in self._before.items():
+            if other != annotator and now - since < GONE:
+                taken[name] += 1
+        return [
             pair
             for pair in self.drawer.pairs
             if pair.asks not in asked and taken[pair.name] < (2 if self.shared(pair) else 1)
         ]
-        # What lies before another person comes last: it is theirs, unless they have gone.
-        free.sort(key=lambda pair: pair.name in held and not self.shared(pair))
-        return self._show(annotator, free[0] if free else None)
 
     def _show(self, annotator: str, pair: Pair | None) -> Pair | None:
         name = "" if pair is None else pair.name
-        if self._before.get(annotator) != name:
-            self._before[annotator] = name
-            write_json(self._screens, self._before)
+        if self._before.get(annotator, ("", 0.0))[0] != name:
+            self._before[annotator] = (name, time.time())
+            new = self._screens.with_suffix(".new")  # not synced: it outlives a crash of this process, which is enough
+            new.write_text(json.dumps(self._before), encoding="utf-8")
+            os.replace(new, self._screens)
         return pair
 
     def shared(self, pair: Pair) -> bool:
         """Whether two people are to see it, decided by its name alone."""
-        return int(digest(["two people", pair.name]), 16) < self.share * 16**16
+        return self.share > 0 and int(digest(["two people", pair.name]), 16) < self.share * 16**16
 
     def order(self, annotator: str, pair: Pair) -> list[int]:
         """On which side each answer stands for this person: by chance, and the same after a restart."""
@@ -205,7 +217,6 @@ class Desk:
 
     def progress(self, annotator: str) -> dict[str, Any]:
         """How far this person is: votes, seconds for each, and what is left as far as that is known."""
-        mine, asked = self.votes(annotator), self.asked(annotator)
-        left = sum(pair.asks not in asked for pair in self.drawer.pairs)
+        mine, left = self.votes(annotator), len(self._free(annotator))
         seconds = sum(vote.seconds for vote in mine) / len(mine) if mine else 0.0
         return {"done": len(mine), "seconds": seconds, "left": left, "more": not self.drawer.finished}

@@ -1,6 +1,6 @@
 """Answers to compare, drawn from the stages of a run ahead of the people who read them, and kept on disk.
 
-`labels/.drawn` holds one line for each prompt whose answers were drawn, with the adapters that gave them. A
+`labels/.drawn` holds one line for each block of prompts whose answers were drawn, with the adapters that gave them. A
 server that is started again shows the same answers. What another adapter gave is not shown again: it is drawn anew.
 """
 
@@ -24,10 +24,11 @@ from pipeline.language.say import say
 if TYPE_CHECKING:
     from pipeline.evaluate.bench import Bench
 
-COPIES = 4
-"""Answers drawn for each that is wanted, of which the first that differs from the others is taken."""
-BLOCK, POOL = 8, 64
-"""Prompts answered together; and those from which the pairs worth showing first are chosen."""
+SPARE = 2
+"""Answers drawn beyond those wanted, because some will be alike."""
+FIRST, BLOCK, POOL = 2, 8, 64
+"""Prompts answered together: the first ones, so that people can begin soon, and the others; and those from which the
+pairs worth showing first are chosen."""
 AHEAD = 24
 """Pairs that lie ready beyond the furthest person, so that nobody waits for the model."""
 
@@ -82,13 +83,13 @@ class Drawer:
     bench: Bench | None = None
 
     def __post_init__(self) -> None:
-        self._block = BLOCK if self.choose == "random" else POOL
         policies = [[policy.stage, policy.adapter, policy.temperature] for policy in self.policies]
         asked = [row["prompt"] for row in self.prompts]
         self._key = digest([policies, self.seed, self.new_tokens, self.choose, self.reward, asked])
         self._drawn = 0
         self._wanted = threading.Event()
         self._needed = AHEAD
+        self._thread: threading.Thread | None = None
         self._read()
 
     @property
@@ -96,13 +97,19 @@ class Drawer:
         """Every prompt has been answered."""
         return self._drawn >= len(self.prompts)
 
+    @property
+    def drawing(self) -> bool:
+        """Its thread has not ended."""
+        return self._thread is not None and self._thread.is_alive()
+
     def need(self, pairs: int) -> None:
         """So many pairs are to lie ready."""
         self._needed = max(self._needed, pairs)
         self._wanted.set()
 
     def start(self) -> None:
-        threading.Thread(target=self._draw, name="drawing", daemon=True).start()
+        self._thread = threading.Thread(target=self._draw, name="drawing", daemon=True)
+        self._thread.start()
 
     def _draw(self) -> None:
         try:
@@ -121,9 +128,9 @@ class Drawer:
 
     def _block_of_pairs(self, bench: Bench) -> list[Pair | None]:
         """The next block: for each prompt its pair, or None where the answers drawn were all alike."""
-        rows = [
-            self.prompts[number] for number in range(self._drawn, min(self._drawn + self._block, len(self.prompts)))
-        ]
+        size = POOL if self.choose != "random" else BLOCK if self._drawn else FIRST
+        end = min(self._drawn + size, len(self.prompts))
+        rows = [self.prompts[number] for number in range(self._drawn, end)]
         with bench.ready():
             pairs: list[Pair | None] = []
             for start in range(0, len(rows), BLOCK):
@@ -152,8 +159,9 @@ class Drawer:
             except Unrenderable as error:
                 self.told.append(f"{row.get('_place', '')}: {error}")
         answers: list[list[Candidate]] = [[] for _ in asked]
-        for place, policy in enumerate(self.policies):
+        for place, policy in enumerate(dict.fromkeys(self.policies)):
             seed = (self.seed + 7919 * first + place) % 2**32
+            wanted = self.policies.count(policy)
             with bench.sampling_as(policy.stage):
                 episodes = sampling.sample(
                     bench.actors,
@@ -162,27 +170,24 @@ class Drawer:
                     temperature=policy.temperature,
                     stops=stop_ids(bench.tokenizer),
                     generator=torch.Generator(bench.actors.device).manual_seed(seed),
-                    copies=COPIES if policy.temperature else 1,
+                    copies=wanted + SPARE if policy.temperature else 1,
                 )
             copies = len(episodes) // max(1, len(asked))
+            how: dict[str, Any] = {
+                "stage": policy.stage,
+                "adapter": policy.adapter,
+                "seed": seed,
+                "temperature": policy.temperature,
+            }
             for number, so_far in enumerate(answers):
-                texts = []
+                new: list[str] = []
                 for episode in episodes[number * copies : (number + 1) * copies]:
                     ids = episode.answer_ids[:-1] if episode.ended else episode.answer_ids
                     text = str(bench.tokenizer.decode(ids, skip_special_tokens=True))
-                    texts.append(without_marks(bench.tokenizer, text).strip())
-                others = {candidate.text for candidate in so_far}
-                new = next((text for text in texts if text and text not in others), None)
-                if new is not None:
-                    so_far.append(
-                        Candidate(
-                            text=new,
-                            stage=policy.stage,
-                            adapter=policy.adapter,
-                            seed=seed,
-                            temperature=policy.temperature,
-                        )
-                    )
+                    text = without_marks(bench.tokenizer, text).strip()
+                    if text and text not in (*new, *(candidate.text for candidate in so_far)):
+                        new.append(text)
+                so_far += [Candidate(text=text, **how) for text in new[:wanted]]
         whole = [
             Pair(row["prompt"], drawn) if len(drawn) == len(self.policies) else None
             for (row, _), drawn in zip(asked, answers, strict=True)
@@ -206,10 +211,11 @@ class Drawer:
 
     def keep(self, block: list[Pair | None]) -> None:
         """Put the pairs of the next prompts on disk, then before the people; None for a prompt that gave no pair."""
-        lines = [{"key": self._key, "pair": None if pair is None else _as_json(pair)} for pair in block]
+        drawn = [_as_json(pair) for pair in block if pair is not None]
+        line = {"key": self._key, "prompts": len(block), "pairs": drawn}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.write(f"\n{json.dumps(line, ensure_ascii=False)}\n")  # the line before may have been cut by a kill
         self._drawn += len(block)
         self.pairs += [pair for pair in block if pair is not None]
         alike = sum(pair is None for pair in block)
@@ -217,25 +223,22 @@ class Drawer:
             self.told.append(say("{n} prompts passed over: their answers were alike", n=alike))
 
     def _read(self) -> None:
-        """What was drawn before, by these policies; whole blocks alone, since a kill may have cut the last one."""
-        lines: list[Any] = []
+        """What these policies drew before."""
         others: set[str] = set()
-        if self.file.exists():
-            for text in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    continue  # cut by a kill; its block is drawn again, to the same answers
-                if line["key"] == self._key:
-                    lines.append(line["pair"])
-                elif line["pair"]:
-                    others |= {f"{one['stage']} {one['adapter']}" for one in line["pair"]["candidates"]}
-        whole = len(lines) if len(lines) == len(self.prompts) else len(lines) // self._block * self._block
-        self._drawn = whole
-        self.pairs = [_from_json(pair) for pair in lines[:whole] if pair]
+        text = self.file.read_text(encoding="utf-8", errors="replace") if self.file.exists() else ""
+        for written in filter(None, text.split("\n")):
+            try:
+                line = json.loads(written)
+            except ValueError:
+                continue  # cut by a kill; its block is drawn again, to the same answers
+            if line["key"] == self._key:
+                self._drawn += line["prompts"]
+                self.pairs += [_from_json(pair) for pair in line["pairs"]]
+            else:
+                others |= {f"{one['stage']} {one['adapter']}" for pair in line["pairs"] for one in pair["candidates"]}
         now = {f"{policy.stage} {policy.adapter}" for policy in self.policies}
         changed = sorted({one.split()[0] for one in others - now} & {policy.stage for policy in self.policies})
-        if changed and not lines:
+        if changed and not self._drawn:
             why = say(
                 "answers of an earlier adapter of {stages} are not shown again; new ones are drawn",
                 stages=", ".join(changed),

@@ -54,17 +54,14 @@ class Page:
         return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
 
     def _known(self, request: Request) -> bool:
-        return not self.password or secrets.compare_digest(request.cookies.get(COOKIE, ""), self._key)
+        given = request.cookies.get(COOKIE, "").encode()
+        return not self.password or secrets.compare_digest(given, self._key.encode())
 
     async def open(self, request: Request) -> Response:
         nonce = secrets.token_urlsafe(16)
-        told = {
-            "words": words(),
-            "locked": not self._known(request),
-            "rows": self.guidelines.rows,
-            "wrong": "wrong" in request.query_params,
-        }
-        guidelines = "" if told["locked"] else self.guidelines.html
+        known, wrong = self._known(request), "wrong" in request.query_params
+        guidelines, rows = (self.guidelines.html, self.guidelines.rows) if known else ("", [])
+        told = {"words": words(), "locked": not known, "rows": rows, "wrong": wrong}
         page = self._html.replace("{{nonce}}", nonce).replace("{{lang}}", "zh" if spoken() == "zh" else "en")
         page = page.replace("{{guidelines}}", guidelines)
         page = page.replace("{{told}}", json.dumps(told, ensure_ascii=False).replace("<", "\\u003c"))
@@ -138,6 +135,7 @@ def listen(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen()  # who reads the address may open it at once
     except (OSError, OverflowError) as error:
         listening.close()
         raise UserError(f"port {port} of {host} cannot be used: {error}; name another with --port") from None

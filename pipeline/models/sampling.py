@@ -41,6 +41,9 @@ class Episode:
     tool_mask: list[int] = field(default_factory=list)
     """As TRL's: for each token of the answer 1 if the policy sampled it, 0 if a tool's reply holds it. Empty: all are
     sampled."""
+    sampling_logp: list[float] = field(default_factory=list)
+    """Of each token, by the engine that sampled it, where it was one (ppo/engine.py); `logp` is then by a pass of the
+    model's own over the same tokens."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)

@@ -132,7 +132,16 @@ def lengths_of(
         if (tokens := _read_lengths(of, kind.contract, seed)) is None:
             return None
         earlier.append(cut_again(kind, of, tokens))
-    return None if own is None else Lengths(own, earlier)
+    return None if own is None else Lengths(mixed(section, own, earlier), earlier)
+
+
+def mixed(section: StageSpec, own: list[int], earlier: list[list[int]]) -> list[int]:
+    """Tokens of a stage's rows, with those of earlier stages that it mixes in: the first ones, for want of the draw."""
+    shares, found = section.replayed().values(), list(own)
+    for share, tokens in zip(shares, earlier, strict=False):
+        count = max(1, round(len(own) * share / (1 - sum(shares))))
+        found += (tokens * (count // len(tokens) + 1))[:count]
+    return found
 
 
 def cut_again(kind: Stage, section: StageSpec, tokens: list[int]) -> list[int]:
@@ -193,7 +202,7 @@ def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, leng
         answer, rollouts = sampling.response_length, section.rollouts()
         prompt = lengths.longest if lengths else (arguments.get("max_length") or 2 * answer) - answer
         longest, mini = min(limit, prompt + answer), rollouts.mini if rollouts else rows
-        frozen = 1 + sum(term.file is None for term in section.reward_terms())
+        frozen = 1 + sum(term.is_stage for term in section.reward_terms())
         sampled = Work(
             min(rows, mini), longest, checkpointed, trained=1 + (sampling.critic == "adapter"),
             frozen=frozen, accumulates=mini > rows, answer=answer,

@@ -104,13 +104,22 @@ def weights(mask_BG: Tensor, normalization: Literal["token", "sequence"], tokens
 
 
 def policy_loss(
-    logp_BG: Tensor, old_logp_BG: Tensor, advantages_BG: Tensor, weights_BG: Tensor, cliprange: float
+    logp_BG: Tensor,
+    old_logp_BG: Tensor,
+    advantages_BG: Tensor,
+    weights_BG: Tensor,
+    cliprange: float,
+    importance_BG: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """-min(ratio A, clip(ratio, 1 - e, 1 + e) A), weighted and summed (arXiv 1707.06347, eq. 7); and the ratios."""
+    """-min(ratio A, clip(ratio, 1 - e, 1 + e) A), weighted and summed (arXiv 1707.06347, eq. 7); and the ratios.
+    importance_BG: what each token's loss is multiplied by besides (ppo/importance.py)."""
     ratio_BG = torch.exp((logp_BG - old_logp_BG) * (weights_BG > 0))
     unclipped_BG = -advantages_BG * ratio_BG
     clipped_BG = -advantages_BG * ratio_BG.clamp(1 - cliprange, 1 + cliprange)
-    return (torch.maximum(unclipped_BG, clipped_BG) * weights_BG).sum(), ratio_BG.detach()
+    loss_BG = torch.maximum(unclipped_BG, clipped_BG)
+    if importance_BG is not None:
+        loss_BG = loss_BG * importance_BG
+    return (loss_BG * weights_BG).sum(), ratio_BG.detach()
 
 
 def value_loss(

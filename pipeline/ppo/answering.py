@@ -12,14 +12,17 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.data import render
 from pipeline.data.contracts import Row
 from pipeline.data.tokens import stop_ids
 from pipeline.models import dialogue
 from pipeline.models.forward import plain_layers
 from pipeline.models.out_of_memory import ROLLOUT, WhenSplit
+from pipeline.models.sampling import Episode
 from pipeline.ppo import rewards
 from pipeline.ppo.actors import POLICY, Actors
-from pipeline.ppo.batch import Rollout
+from pipeline.ppo.batch import Pack, Rollout, pack_episodes, run_forward
+from pipeline.ppo.engine import Engine
 from pipeline.ppo.scoring import Scores
 from pipeline.ppo.settings import Sampling
 
@@ -48,6 +51,8 @@ class Answering:
         """Episodes of a rollout's and of an update's pass, once more have been found too many for memory."""
         self.split_at = 0
         """The step in which that was found last."""
+        self.engine: Engine | None = None
+        """Who samples in place of the model itself."""
         self.when_split: WhenSplit = lambda episodes, left: None
 
     @torch.no_grad()
@@ -60,6 +65,8 @@ class Answering:
         actors.act_as(POLICY)
         actors.model.eval()
         draw = random.Random(f"{self.seed}/answers/{name}").getrandbits(63)
+        if self.engine:
+            return self._ask_engine(self.engine, rows, name, copies)
         with plain_layers(actors.model, fold_adapter=True) if settings.dequantize_rollout else contextlib.nullcontext():
             told = dialogue.answer(
                 actors,
@@ -80,6 +87,43 @@ class Answering:
                 seconds=settings.tool_timeout,
             )
         return Rollout(told)
+
+    def _ask_engine(self, engine: Engine, rows: Sequence[Row], name: str, copies: int) -> Rollout:
+        """Answers by the engine, with log-probabilities and values by a pass of the model itself over their tokens.
+
+        Raises EngineError where the two are further apart than the recipe allows.
+        """
+        settings, actors = self.settings, self.actors
+        seeds = [
+            [random.Random(f"{self.seed}/engine/{name}/{place}/{copy}").getrandbits(31) for copy in range(copies)]
+            for place in range(len(rows))
+        ]
+        episodes = engine.answer(
+            self.step,
+            [render.prompt(self.tokenizer, row) for row in rows],
+            seeds,
+            new_tokens=settings.response_length,
+            temperature=settings.temperature,
+            stops=self.stops,
+        )
+        for pack in pack_episodes(episodes, self.forward_size, actors.pad_id, actors.device):
+            for row, logp_G, values_G in zip(pack.rows, *self._read(pack), strict=True):
+                count = len(episodes[row].answer_ids)
+                episodes[row].logp = logp_G[:count]
+                episodes[row].values = values_G[:count]
+        engine.compare(self.step, episodes)
+        return Rollout([self._tell(rows[place // copies], episode) for place, episode in enumerate(episodes)])
+
+    def _tell(self, row: Row, episode: Episode) -> dialogue.Told:
+        ids = episode.answer_ids[:-1] if episode.ended else episode.answer_ids
+        return dialogue.Told(row, episode, str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip())
+
+    def _read(self, pack: Pack) -> list[list[list[float]]]:
+        def forward(part: Pack) -> list[torch.Tensor]:
+            logp_BG, nothing_BG, values_BG = self.actors.policy(part, way_back=False)
+            return [logp_BG, nothing_BG[:, :0] if values_BG is None else values_BG]
+
+        return [tensor.tolist() for tensor in run_forward(forward, pack)]
 
     def ask_sources(self, rollout: Rollout) -> Scores:
         """What every source of reward says of each answer, by the source's name."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Self, TypeVar
 
@@ -110,10 +110,12 @@ class Learnt:
     old_logp_BG: Tensor | None
     """(B, G) Log-probabilities under the policy that wrote the answers. None before the first pass of an update that is
     made by that very policy: then they are what this pass gives."""
+    importance_BG: Tensor | None = field(default=None, kw_only=True)
+    """(B, G) What corrects each token's loss for having been sampled by an engine (ppo/importance.py)."""
 
     def part(self, start: int, stop: int) -> Self:
         """Rows from `start` to before `stop`, under the padding that they have."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "pack"}
+        tensors = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "pack"}
         some = {name: None if tensor is None else tensor[start:stop] for name, tensor in tensors.items()}
         return replace(self, pack=self.pack.part(start, stop), **some)
 

@@ -65,12 +65,14 @@ def policy_loss(
     level: Literal["token", "sequence", "sum"],
     clip: tuple[float, float],
     delta: float | None = None,
+    importance_BG: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), weighted and summed [D, eq. 3]; and the ratios (B, G).
 
     level: the ratio is each token's; the same for all of an answer, from its tokens' mean log-ratio [GS, eq. 7]; or
     from their sum, the whole answer being one action [R, section 3.1].  delta: bounds a ratio from above whatever the
-    advantage (arXiv 2505.07291, section 3.4).
+    advantage (arXiv 2505.07291, section 3.4).  importance_BG: what each token's loss is multiplied by besides
+    (ppo/importance.py).
     """
     counted_BG = weights_BG > 0
     log_ratio_BG = (logp_BG - old_logp_BG) * counted_BG
@@ -82,6 +84,8 @@ def policy_loss(
     clipped_BG = ratio_BG.clamp(1 - clip[0], 1 + clip[1])
     bounded_BG = ratio_BG if delta is None else ratio_BG.clamp(max=delta)
     gains_BG = torch.minimum(bounded_BG * advantages_B[:, None], clipped_BG * advantages_B[:, None])
+    if importance_BG is not None:
+        gains_BG = gains_BG * importance_BG
     return -(gains_BG * weights_BG).sum(), ratio_BG.detach()
 
 

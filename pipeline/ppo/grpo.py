@@ -146,6 +146,7 @@ class GRPOTrainer(RolloutTrainer):
             level=settings.ratio_level,
             clip=(low, high),
             delta=settings.delta,
+            importance_BG=batch.importance_BG,
         )
         if batch.ref_logp_BG is not None:
             loss = loss + settings.beta * groups.kl_loss(logp_BG, batch.ref_logp_BG, batch.weights_BG)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from pipeline.ppo import checkpoint as checkpoints
 from pipeline.ppo import held_out, rewards
 from pipeline.ppo.actors import POLICY, REFERENCE, VALUE
 from pipeline.ppo.batch import Rollout, Scored
+from pipeline.ppo.engine import EngineError
 from pipeline.ppo.invariants import same_tokenizer
 from pipeline.ppo.rewards import adapter_name
 from pipeline.ppo.scoring import Scores, describe
@@ -193,7 +194,7 @@ def train(trainer: RolloutTrainer, ctx: Context) -> dict[str, Any]:
     seconds = 0.0
     with stop.listening(), plain_on_cpu(trainer.actors.model), contextlib.ExitStack() as stack:
         stack.callback(progress.on_train_end, None, state, None)
-        for numbers in trainer.steps():
+        for numbers in _steps(trainer, ctx):
             state.global_step = trainer.step
             seconds += sum(value for name, value in numbers.items() if name.startswith("seconds_"))
             reason, warnings = trainer.health.verdict(numbers)
@@ -212,6 +213,16 @@ def train(trainer: RolloutTrainer, ctx: Context) -> dict[str, Any]:
                 raise Interrupted(f"stopped at step {trainer.step} of {settings.steps}")
     done = {"steps": trainer.step, "episodes": trainer.step * settings.batch_size, "train_seconds": round(seconds, 1)}
     return {**done, "rows_at_once": sizes[-1]} if sizes else done
+
+
+def _steps(trainer: RolloutTrainer, ctx: Context) -> Iterator[dict[str, float]]:
+    """The numbers of each step. Where an engine fails, the steps before are saved first."""
+    try:
+        yield from trainer.steps()
+    except EngineError:
+        if trainer.step and not _saves_at(trainer.step, trainer.settings):
+            save(trainer, ctx)
+        raise
 
 
 def _saves_at(step: int, settings: RolloutSettings) -> bool:

@@ -48,7 +48,9 @@ class PPOTrainer(RolloutTrainer):
         logp_BG, entropy_BG, values_BG = actors.policy(batch.pack)
         now_BG = logp_BG.detach()
         old_BG = now_BG if batch.old_logp_BG is None else batch.old_logp_BG
-        policy_loss, ratio_BG = maths.policy_loss(logp_BG, old_BG, batch.advantages_BG, weights_BG, settings.cliprange)
+        policy_loss, ratio_BG = maths.policy_loss(
+            logp_BG, old_BG, batch.advantages_BG, weights_BG, settings.cliprange, batch.importance_BG
+        )
         not_yet_back: Tensor | float = policy_loss
         if values_BG is None:  # the policy's way back runs under its own adapter, the critic's under its own
             torch.autograd.backward(self.scale.value * policy_loss)

@@ -21,6 +21,7 @@ from pipeline.models.dialogue import Told
 from pipeline.models.own_code import load_named
 from pipeline.ppo import algorithm
 from pipeline.ppo.actors import Actors
+from pipeline.ppo.shipped import SHIPPED
 
 LARGEST = 1e30
 """Bound of what a function may return: the variance of scores beyond it is no number any more."""
@@ -50,8 +51,10 @@ def adapter_name(stage: str) -> str:
 
 
 def source(name: str, weight: float, truth: bool = False, **of_a_model: Any) -> Source:
-    """From what a recipe names: a stage, `path.py:function`, or an environment's class that scores its own answers by a
-    method get_reward, as TRL's do. `of_a_model`: further fields of a stage's."""
+    """From what a recipe names: a stage, a function that comes with OneBase, `path.py:function`, or an environment's
+    class that scores its own answers by a method get_reward, as TRL's do. `of_a_model`: further fields of a stage's."""
+    if name in SHIPPED:
+        return Source(name, weight, function=SHIPPED[name], truth=truth)
     if ".py:" in name:
         named = load_named(name, "reward")
         function = _ask_environments if isinstance(named, type) else named
@@ -169,6 +172,8 @@ def _call(source: Source, told: Sequence[Told]) -> list[float]:
     try:
         returned = source.function(prompts=prompts, completions=completions, **columns)
         values = None if isinstance(returned, str | bytes | dict | set) else list(returned)
+    except UserError:
+        raise
     except (Exception, SystemExit) as error:  # the function is the user's program: it can fail in any way
         raise UserError(
             f"the reward function {source.name} raised {type(error).__name__}: {error}. It is called with the lists "

@@ -120,6 +120,20 @@ class RolloutSettings(BaseModel):
     pretraining_coef: float = Field(default=0.0, ge=0)
     """The same for documents of the nearest pretrain stage, in pieces of at most its max_length. In [I] it is 27.8."""
 
+    # Correction, where an engine samples
+    vllm_importance_sampling_correction: bool = True
+    """Where an engine samples (`rollout:`), multiply each token's loss by how much likelier the model itself would have
+    been to write it. The critic's loss is not corrected."""
+    vllm_importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        "sequence_mask"
+    )
+    """By the ratio of each token, or of its whole answer; a ratio beyond the bounds counts as the bound (truncate), or
+    as 0 (mask)."""
+    vllm_importance_sampling_clip_max: float | None = Field(default=3.0, gt=0)
+    """Upper bound of that ratio."""
+    vllm_importance_sampling_clip_min: float | None = Field(default=None, ge=0)
+    """Lower bound of that ratio."""
+
     # Optimizer
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """Decay to 0 over all steps [H, detail 15]."""

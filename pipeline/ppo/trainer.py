@@ -29,7 +29,7 @@ from pipeline.models.computed import take_computed
 from pipeline.models.out_of_memory import CHECKPOINT, EPISODE, ROW, gradients_aside, run_in_parts
 from pipeline.models.sampling import Episode
 from pipeline.ppo import algorithm as maths
-from pipeline.ppo import rewards
+from pipeline.ppo import importance, rewards
 from pipeline.ppo.actors import POLICY, Actors
 from pipeline.ppo.answering import Answering
 from pipeline.ppo.batch import Learnt, Pack, Rollout, Scored, pack_episodes, take_in_turn
@@ -107,6 +107,9 @@ class RolloutTrainer(Answering):
             self.when_scored(rollout, by_source, totals, scored)
             # 3. advantages
             batch, numbers = self.take_advantages(rollout.episodes, scored)
+            if self.engine:
+                batch, apart = importance.correct(rollout.episodes, batch, settings=self.settings)
+                numbers |= apart
             scored_at = time.monotonic()
             # 4. the updates
             numbers |= self.update(batch)

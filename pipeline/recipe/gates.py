@@ -1,6 +1,7 @@
 """What a recipe demands of its stages before the next one may run.
 
 expect: {sft.question_accuracy: ">= 0.6", reward.accuracy: ">= 0.7"}
+expect: {ppo.forgetting.sft.question_accuracy: ">= -0.02"}     # what `onebase eval` measures, and holds
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pipeline.errors import UserError, complaint
 
 Expect = dict[str, Any]
 """By "stage.number", or nested; `check` names what does not belong there."""
+MEASURED = "forgetting."
+"""Begins the numbers that an evaluation takes, and not the stage itself."""
 COMPARISON = re.compile(r"(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)")
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
@@ -45,21 +48,10 @@ def check(expect: Expect, numbers: dict[str, list[str]]) -> None:
 
 def hold(expect: Expect, artifact: Artifact, force: bool) -> None:
     """Raise UserError with the numbers if a finished stage misses what is expected of it; only say so with `force`."""
-    stage, manifest, failures = artifact.name, artifact.manifest(), []
+    stage, manifest = artifact.name, artifact.manifest()
     if manifest is None:
         return
-    for key, comparison in _flatten(expect).items():
-        name, _, number = key.partition(".")
-        if name != stage:
-            continue
-        match = COMPARISON.fullmatch(comparison.strip())
-        assert match is not None, "the recipe was checked when it was read"
-        value = manifest.after.get(number)
-        if value is None:
-            there = ", ".join(sorted(manifest.after))
-            failures.append(f"  expect.{key}: the stage has no such number (it has: {there})")
-        elif not OPERATORS[match[1]](value, float(match[2])):
-            failures.append(f"  expect.{key}: wanted {comparison}, found {value:.4g}")
+    failures = _misses(expect, stage, manifest.after, measured=False)
     if not failures:
         return
     listed = "\n".join(failures)
@@ -69,3 +61,33 @@ def hold(expect: Expect, artifact: Artifact, force: bool) -> None:
             "Its adapter is kept. Continue all the same with --force, or change the stage or the expectation."
         )
     print(f"  warning: going on although stage '{stage}' misses what is expected:\n{listed}", flush=True)
+
+
+def hold_measured(expect: Expect, numbers: dict[str, dict[str, float]]) -> None:
+    """Raise UserError with the numbers if an evaluation misses what is expected of it. `numbers`: those that begin with
+    MEASURED, of every finished policy."""
+    failures = [line for stage, found in numbers.items() for line in _misses(expect, stage, found, measured=True)]
+    if failures:
+        listed = "\n".join(failures)
+        raise UserError(
+            f"the evaluation does not reach what the recipe expects:\n{listed}\n"
+            "Its results are kept. Change the stage or the expectation."
+        )
+
+
+def _misses(expect: Expect, stage: str, numbers: dict[str, float], measured: bool) -> list[str]:
+    """A line for each demand of a stage that its numbers do not meet, among those that are `measured` by an evaluation
+    or among the others."""
+    failures = []
+    for key, comparison in _flatten(expect).items():
+        name, _, number = key.partition(".")
+        if name != stage or number.startswith(MEASURED) != measured:
+            continue
+        match = COMPARISON.fullmatch(comparison.strip())
+        assert match is not None, "the recipe was checked when it was read"
+        value = numbers.get(number)
+        if value is None:
+            failures.append(f"  expect.{key}: the stage has no such number (it has: {', '.join(sorted(numbers))})")
+        elif not OPERATORS[match[1]](value, float(match[2])):
+            failures.append(f"  expect.{key}: wanted {comparison}, found {value:.4g}")
+    return failures

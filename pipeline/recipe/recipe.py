@@ -63,7 +63,7 @@ class Recipe:
         """The stages this one is handed something by, by the role they play for it."""
         section = self.stages[stage]
         policy = {"policy": section.from_} if section.from_ and not section.from_.startswith(published.PREFIX) else {}
-        rewards = [term.source for term in section.reward_terms() if term.file is None]
+        rewards = [term.source for term in section.reward_terms() if term.is_stage]
         return policy | {"reward" if len(rewards) == 1 else f"reward {name}": name for name in rewards}
 
     def parent_artifacts(self, stage: str, runs: Path = RUNS) -> dict[str, Artifact]:
@@ -75,7 +75,7 @@ class Recipe:
     def learnt_again(self, stage: str) -> list[str]:
         """The stages whose rows this one learns again."""
         found = (nearest(self.stages, stage, kind) for kind in self.stages[stage].learns_again())
-        return [name for name in found if name]
+        return [*(name for name in found if name), *self.stages[stage].replayed()]
 
     def order(self) -> list[str]:
         """The stages, each after its parents; as written where that leaves a choice."""
@@ -115,6 +115,9 @@ class Recipe:
             for file in sorted({term.file for term in terms if term.file}):
                 for read, path in read_by(Path(file)).items():
                     hashes[f"reward {file}: {read}"] = sha256_of_file(path)
+            for term in terms:
+                if term.shipped:
+                    hashes[f"reward {term.source}: the function {term.source}"] = term.shipped.is_of
             hashes |= self.environment_files(name)
             parents = {role: digest(parts[parent]) for role, parent in self.parents(name).items()}
             if from_.startswith(published.PREFIX):

@@ -18,6 +18,7 @@ from pipeline.disk.artifact import NAME
 from pipeline.disk.atomic import Json
 from pipeline.disk.manifest import Manifest
 from pipeline.errors import complaint, suggest
+from pipeline.measure.metric import QUESTION_ACCURACY
 from pipeline.models import published
 from pipeline.models.spec import ModelSpec
 from pipeline.recipe import gates
@@ -47,7 +48,8 @@ class RecipeSpec(BaseModel):
     """A Markdown file that people read beside the answers they compare (`onebase label`); each second heading (`##`) is
     a row of its own. Helpful, truthful and harmless, unless one is named."""
     expect: gates.Expect = {}
-    """What a stage's held-out numbers must reach before the next one runs: {"sft.question_accuracy": ">= 0.6"}."""
+    """What a stage's held-out numbers must reach before the next one runs: {"sft.question_accuracy": ">= 0.6"}. What an
+    evaluation must find that it has kept: {"ppo.forgetting.sft.question_accuracy": ">= -0.02"}."""
 
     @field_validator("name")
     @classmethod
@@ -99,6 +101,13 @@ def check(tree: Json) -> RecipeSpec:
     for name, section in spec.stages.items():
         _check_from(section.from_, kinds, "stages", name, "from")
         section.check_among(kinds, "stages", name)
+        for earlier in section.replayed():
+            if earlier not in ancestors(spec.stages, name) or kinds[earlier].held_out_loss is None:
+                problem = (
+                    f"'{earlier}' is not a stage that '{name}' comes from and that learns documents or dialogues; only "
+                    "the rows of such a stage can be mixed in. Let it come from one, or leave it out"
+                )
+                raise complaint(problem, "stages", name, "replay", earlier)
         for kind, key in section.learns_again().items():
             if nearest(spec.stages, name, kind) is None:
                 problem = (
@@ -121,19 +130,36 @@ def check(tree: Json) -> RecipeSpec:
                 "Hub (model.public_id)"
             )
             raise complaint(unnamed, "stages", name, "train", "push_to_hub")
-    gates.check(spec.expect, {name: [*kinds[name].numbers, *of.source_numbers()] for name, of in spec.stages.items()})
+    numbers = {name: [*kinds[name].numbers, *of.source_numbers()] for name, of in spec.stages.items()}
+    gates.check(spec.expect, {name: [*of, *_kept_numbers(spec.stages, name)] for name, of in numbers.items()})
     return spec
 
 
 def nearest(stages: dict[str, StageSpec], stage: str, kind: str) -> str | None:
     """The first stage of a kind on the way that the policy of `stage` came; None where there is none."""
-    seen, name = {stage}, stages[stage].from_
-    while name in stages and name not in seen:  # a circle is complained of later
-        if stages[name].kind == kind:
-            return name
-        seen.add(name)
+    return next((name for name in ancestors(stages, stage) if stages[name].kind == kind), None)
+
+
+def ancestors(stages: dict[str, StageSpec], stage: str) -> list[str]:
+    """The stages on the way that the policy of `stage` came, the nearest first."""
+    found, name = list[str](), stages[stage].from_
+    while name in stages and name not in (stage, *found):  # a circle is complained of later
+        found.append(name)
         name = stages[name].from_
-    return None
+    return found
+
+
+def _kept_numbers(stages: dict[str, StageSpec], stage: str) -> list[str]:
+    """What an evaluation can say of what the policy of `stage` has kept of the stages that it comes from."""
+    if not STAGES[stages[stage].kind].answers:
+        return []
+    found = []
+    for name in ancestors(stages, stage):
+        section, loss = stages[name], STAGES[stages[name].kind].held_out_loss
+        learnt = [loss.name] if loss and section.data.test is not None else []
+        learnt += [QUESTION_ACCURACY.name] if section.question_file() else []
+        found += [f"{gates.MEASURED}{name}.{number}{end}" for number in learnt for end in ("", "_low", "_high")]
+    return found
 
 
 def _on_published(spec: RecipeSpec) -> RecipeSpec:
@@ -190,7 +216,7 @@ def _check_truth(spec: RecipeSpec) -> None:
     first: str | None = None
     for name, section in spec.stages.items():
         for term in (term for term in section.reward_terms() if term.truth):
-            if term.file is None:
+            if term.is_stage:
                 problem = f"'{term.source}' is a reward model; truth: true is for a function that gives 0 or 1"
                 raise complaint(problem, "stages", name, "reward")
             first = first or term.source

@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate import verdicts
 from pipeline.evaluate.plan import plan
 from pipeline.evaluate.stored import Link, Results, Sample, folder, read_fresh, read_results
+from pipeline.label import agreement
 from pipeline.language.say import say, say_again, spoken, translated
 from pipeline.measure.metric import BY_NAME, ELO, METRICS, SHARE
 from pipeline.recipe import yaml
@@ -110,6 +111,7 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
             for name, manifest in finished.items()
             for source in manifest.data.sources
         ],
+        "labelled": [(name, agreement.tell(stage["votes"])) for name, stage in examined.items() if "votes" in stage],
         "examined": [(name, warning) for name, stage in examined.items() for warning in stage["warnings"]],
         "versions": next(iter(reversed(finished.values()))).versions,
         "resolved": yaml.dump(recipe.tree),

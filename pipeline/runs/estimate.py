@@ -15,7 +15,7 @@ from pipeline.plan import auto, cards
 from pipeline.plan.cards import Card
 from pipeline.plan.shapes import Shapes, read_shapes
 from pipeline.plan.sizes import AUTO
-from pipeline.plan.stage import Lengths, cut_again, planned_model, tokens_of
+from pipeline.plan.stage import Lengths, cut_again, mixed, planned_model, tokens_of
 from pipeline.plan.whole import Duration, RowTokens, stage_duration
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.dtype import begun_in
@@ -95,12 +95,13 @@ def _durations(
     for name, own in rows.items():
         kind, section = recipe.kind(name), recipe.stages[name]
         parent = recipe.parents(name).get("policy")
+        again = [cut_again(e.kind, e.section, tokens_of(e.rows)) for e in own.earlier.values()]
         tokens = RowTokens(
-            tokens_of(own.train),
+            mixed(section, tokens_of(own.train), again),
             tokens_of(own.test or []),
             tokens_of(own.questions),
             asked_before=parent is None or asked.get(parent) != asked.get(name),
-            again=[cut_again(e.kind, e.section, tokens_of(e.rows)) for e in own.earlier.values()],
+            again=again,
         )
         section = auto.resolve(kind, section, model, spec, Lengths(tokens.train, tokens.again), card)
         duration = stage_duration(kind, section, model, spec, tokens, card)

@@ -18,6 +18,7 @@ from pipeline.disk.artifact import Artifact
 from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec, unpackable
 from pipeline.plan.shapes import read_config
+from pipeline.ppo.engine_settings import find_python
 from pipeline.stages.arguments import without_auto
 from pipeline.stages.stage import Context, Rows, StageSpec
 from pipeline.training import trackers
@@ -27,6 +28,8 @@ LANGUAGE_MODELS = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
 """Layers of which transformers keeps rows apart that lie end to end, by their positions."""
 
+NOT_BY_VLLM = ("use_dora", "lora_bias", "bias", "layer_replication")
+"""Words of PEFT's whose adapters it refuses (vllm/lora/peft_helper.py, 0.32)."""
 RENDERED = 5000
 """Rows of a file that are put through the chat template, which makes a few thousand a second."""
 
@@ -75,6 +78,20 @@ def check_trackers(stages: dict[str, StageSpec]) -> None:
                 raise UserError(
                     f"stages.{name}.train.report_to: {tracker} is not installed. Install it (pip install {tracker}), "
                     "or leave it out"
+                )
+
+
+def check_engines(model: ModelSpec, stages: dict[str, StageSpec]) -> None:
+    """Raises UserError for an engine that is not there, or whose adapters are not of the recipe's kind."""
+    for name, spec in stages.items():
+        settings = getattr(spec, "rollout", None)
+        if settings is None:
+            continue
+        find_python(settings, f"stages.{name}.rollout")
+        for word in NOT_BY_VLLM:
+            if model.lora.get(word) not in (None, False, "none"):
+                raise UserError(
+                    f"model.lora.{word}: vLLM has no such adapters, and stages.{name}.rollout asks for vLLM"
                 )
 
 

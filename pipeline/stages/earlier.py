@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +10,40 @@ from pipeline.data.render import Encoded
 from pipeline.plan.sizes import LENGTH
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from pipeline.data.contracts import Row
     from pipeline.stages.stage import Context
     from pipeline.training.sequences import Stored, Tally
 
 
-def store(ctx: Context, tokenizer: Any, name: str) -> tuple[Stored[Encoded], dict[str, int]]:
-    """The rows of an earlier stage, cut as that stage cut them, and counts of them for the manifest. Documents are in
-    pieces of at most its max_length.
+def mix_in(
+    ctx: Context, tokenizer: Any, own: Stored[Encoded], shares: Mapping[str, float], max_length: int | None
+) -> tuple[Dataset, dict[str, int]]:
+    """A stage's own rows with those of earlier stages beside them, in so many that each has its share of all; and
+    counts of them for the manifest. Where a stage has too few rows, they are taken again.
+
+    Raises UserError as those stages would.
+    """
+    from datasets import concatenate_datasets
+
+    from pipeline.ppo.batch import take_in_turn
+
+    datasets, counts = [own.dataset], dict[str, int]()
+    for name, share in shares.items():
+        texts, _ = store(ctx, tokenizer, name, max_length)
+        count = max(1, round(len(own) * share / (1 - sum(shares.values()))))
+        drawn = take_in_turn(texts, 0, count, f"{ctx.seed}/replay/{name}")
+        datasets.append(own.form.write(drawn))
+        counts |= {f"{name}_rows_again": count, f"{name}_tokens_again": sum(len(text.ids) for text in drawn)}
+    return concatenate_datasets(datasets) if shares else own.dataset, counts
+
+
+def store(
+    ctx: Context, tokenizer: Any, name: str, max_length: int | None = None
+) -> tuple[Stored[Encoded], dict[str, int]]:
+    """The rows of an earlier stage, cut as that stage cut them and to `max_length` at most, and counts of them for the
+    manifest. Documents are in pieces.
 
     Raises UserError as that stage would.
     """
@@ -26,7 +52,8 @@ def store(ctx: Context, tokenizer: Any, name: str) -> tuple[Stored[Encoded], dic
     earlier = ctx.data.earlier[name]
     spec, kind = earlier.section, earlier.kind
     limit = kind.arguments(spec).get(LENGTH)
-    limit = limit if isinstance(limit, int) else None  # auto
+    limits = [length for length in (limit, max_length) if isinstance(length, int)]  # and not auto
+    limit = min(limits, default=None)
     fit: Any = partial(sequences.fit_texts, max_length=limit, too_long=spec.data.too_long)
     if kind.every_token:
         fit = partial(_in_pieces, max_length=limit)

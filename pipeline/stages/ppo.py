@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -13,7 +14,9 @@ from pipeline.data.contracts import PROMPT_ONLY, Row
 from pipeline.disk.artifact import Artifact
 from pipeline.errors import UserError, complaint, suggest
 from pipeline.measure.metric import QUESTION_ACCURACY, Metric
+from pipeline.ppo.engine_settings import EngineSettings
 from pipeline.ppo.settings import CHECKPOINTS_KEPT, PPOSettings, RolloutSettings
+from pipeline.ppo.shipped import SHIPPED
 from pipeline.stages.arguments import defines, without_auto
 from pipeline.stages.stage import Context, PolicySpec, Result, RewardTerm, Stage
 
@@ -26,8 +29,11 @@ class PaidSpec(PolicySpec):
     """The section of a stage that is paid for its own answers."""
 
     reward: str | list[RewardTerm] | None = Field(default=None, validate_default=True)
-    """What it is paid by: a reward stage, `path.py:function`, or a list of {source, weight, truth, lower_bound,
-    length_penalty}."""
+    """What it is paid by: a reward stage, `path.py:function`, `math` or another [function that comes with
+    OneBase](rewards.md), or a list of {source, weight, truth, lower_bound, length_penalty}."""
+    rollout: EngineSettings | None = None
+    """Another program that samples the answers, see [rollouts by an engine](rollouts.md). Without it the model that is
+    trained samples them itself."""
 
     @field_validator("reward")
     @classmethod
@@ -48,26 +54,55 @@ class PaidSpec(PolicySpec):
         # What is only measured by a term, its truth, changes no training.
         words = {"lower_bound", "length_penalty"}
         unsaid = [{"truth"} | {word for word in words if not getattr(term, word)} for term in self.reward_terms()]
-        return {"reward": [term.model_dump(exclude=no) for term, no in zip(self.reward_terms(), unsaid, strict=True)]}
+        terms = [term.model_dump(exclude=no) for term, no in zip(self.reward_terms(), unsaid, strict=True)]
+        return {"reward": terms, **({"rollout": self.rollout.engine} if self.rollout else {})}
 
     def check_among(self, stages: dict[str, Stage], *place: str) -> None:
         super().check_among(stages, *place)
+        self._check_rollout(*place)
         for term in self.reward_terms():
+            word = next((word for word in ("lower_bound", "length_penalty") if getattr(term, word)), None)
+            if word and (term.file or term.shipped):
+                problem = f"{word} is for a reward stage, and {term.source} is a function: let it do so itself"
+                raise complaint(problem, *place, "reward")
             if term.file is not None:
-                if word := next((word for word in ("lower_bound", "length_penalty") if getattr(term, word)), None):
-                    problem = f"{word} is for a reward stage, and {term.source} is a function: let it do so itself"
-                    raise complaint(problem, *place, "reward")
                 name = term.source.rpartition(":")[2]
                 if not os.path.isfile(term.file):
                     raise complaint(f"no such file: {term.file}", *place, "reward")
                 if not defines(Path(term.file), name):
                     raise complaint(f"{term.file} defines no '{name}', or is not Python", *place, "reward")
+            elif term.shipped:
+                if term.source in stages:
+                    problem = "is the name of a reward function that comes with OneBase: give the stage another name"
+                    raise complaint(problem, "stages", term.source)
+                if term.shipped.missing:
+                    problem = f"{term.source} needs {term.shipped.library}: pip install 'onebase[rewards]'"
+                    raise complaint(problem, *place, "reward")
+                if term.truth and not term.shipped.right_or_wrong:
+                    problem = f"{term.source} pays shares from 0 to 1; truth: true is for a function that gives 0 or 1"
+                    raise complaint(problem, *place, "reward")
             elif term.source not in stages:
-                meant = suggest(term.source, stages)
+                meant = suggest(term.source, [*stages, *SHIPPED])
                 raise complaint(f"no stage '{term.source}' in this recipe{meant}; path.py:function", *place, "reward")
             elif not stages[term.source].ranks:
                 kind = stages[term.source].name
                 raise complaint(f"'{term.source}' is a {kind} stage, not a reward model", *place, "reward")
+
+    def check_rows(self, train: Sequence[Row], test: Sequence[Row] | None) -> None:
+        """Raises UserError for a row that lacks what a reward function of OneBase's needs of it."""
+        for term in self.reward_terms():
+            if term.shipped:
+                term.shipped.check(term.source, [*train, *(test or [])])
+
+    def _check_rollout(self, *place: str) -> None:
+        sampling = self.sampling()
+        mine = [word for word in ("dequantize_rollout", "cache_implementation") if getattr(sampling, word, None)]
+        mine += ["environment"] if self.environment else []
+        if self.rollout and mine:
+            raise complaint(f"does not go together with {mine[0]}: leave one of the two out", *place, "rollout")
+        corrects = [word for word in self.train if word.startswith("vllm_")]
+        if corrects and not self.rollout:
+            raise complaint("is for an engine: add rollout: {engine: vllm} to the stage", *place, "train", corrects[0])
 
 
 class RolloutSpec(PaidSpec):
@@ -110,7 +145,7 @@ def read_sources(spec: PaidSpec, models: dict[str, Artifact]) -> list[Source]:
     sources = []
     for term in spec.reward_terms():
         of_a_model: dict[str, Any] = {}
-        if term.file is None:
+        if term.is_stage:
             noted, penalty = models[term.source].finished(), term.length_penalty
             if penalty == "fitted" and noted.length_slope is None:
                 raise UserError(f"{models[term.source].folder} holds no length_slope. Run '{term.source}' again.")
@@ -142,7 +177,7 @@ def learn_from_answers(spec: RolloutSpec, ctx: Context, trainer_class: type[Roll
     from pipeline.models import base as bases
     from pipeline.models.forward import checkpoint_first
     from pipeline.ppo import actors as roles
-    from pipeline.ppo import held_out, loop, rewards
+    from pipeline.ppo import engine, held_out, loop, rewards
     from pipeline.ppo import invariants as handovers
     from pipeline.ppo.keeping import Kept
     from pipeline.stages import earlier
@@ -150,6 +185,7 @@ def learn_from_answers(spec: RolloutSpec, ctx: Context, trainer_class: type[Roll
     from pipeline.training import trainer as shared
 
     result = Result()
+    engine.refuse_several(spec.rollout, ctx)
     settings = spec.rollouts()
     tokenizer = bases.load_tokenizer(ctx.model)
     limits = settings.max_length, settings.response_length, spec.data.on_bad_row == "skip"
@@ -185,6 +221,8 @@ def learn_from_answers(spec: RolloutSpec, ctx: Context, trainer_class: type[Roll
         result.invariants |= handovers.scores_as_it_did(actors, rewards.adapter_name(name), parent, ctx.model.dtype)
     result.invariants |= handovers.one_copy_of_the_base(model)
 
+    trainer.engine = engine.start(ctx, spec.rollout, settings, model, tokenizer, result.base_digest)
+
     # train, with the held-out numbers before and after
     ctx.tell_measuring("before")
     start = held_out.ask(trainer, ctx.data.test or [])
@@ -196,6 +234,7 @@ def learn_from_answers(spec: RolloutSpec, ctx: Context, trainer_class: type[Roll
     end = held_out.ask(trainer, ctx.data.test or [])
     result.after = held_out.numbers(end) | held_out.gain(start, end)
     result.invariants |= loop.judge_end(trainer, ctx, end)
+    result.invariants |= engine.end(trainer.engine)
     actors.act_as(roles.POLICY)
     result.after |= answers.ask(model, tokenizer, ctx, result.samples, "after")
 

@@ -53,12 +53,13 @@ def run(spec: RejectionSpec, ctx: Context) -> Result:
     from pipeline.models import base as bases
     from pipeline.models.forward import plain_on_cpu
     from pipeline.ppo import actors as roles
-    from pipeline.ppo import answering, held_out, loop, rejection, rewards
+    from pipeline.ppo import answering, engine, held_out, loop, rejection, rewards
     from pipeline.ppo import invariants as handovers
     from pipeline.training import invariants, sequences
     from pipeline.training import trainer as shared
 
     result = Result()
+    engine.refuse_several(spec.rollout, ctx)
     args, settings = shared.arguments(SFTConfig, spec, ctx), spec.sampling_
     tokenizer = bases.load_tokenizer(ctx.model)
     limits = args.max_length, settings.response_length, spec.data.on_bad_row == "skip"
@@ -82,6 +83,7 @@ def run(spec: RejectionSpec, ctx: Context) -> Result:
 
     # before: the held-out numbers
     sampler = answering.Answering(actors, tokenizer, sources, settings, ctx.seed, 2 * args.per_device_train_batch_size)
+    sampler.engine = engine.start(ctx, spec.rollout, settings, model, tokenizer, result.base_digest)
     ctx.tell_measuring("before")
     start = held_out.ask(sampler, ctx.data.test or [])
     result.before = held_out.numbers(start)
@@ -117,6 +119,7 @@ def run(spec: RejectionSpec, ctx: Context) -> Result:
     ctx.tell_measuring("after")
     end = held_out.ask(sampler, ctx.data.test or [])
     result.after = held_out.numbers(end) | held_out.gain(start, end)
+    result.invariants |= engine.end(sampler.engine)
     actors.act_as(roles.POLICY)
     result.after |= answers.ask(model, tokenizer, ctx, result.samples, "after")
 

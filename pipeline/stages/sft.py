@@ -6,8 +6,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+from pydantic import field_validator
+
 from pipeline.data import render
 from pipeline.data.contracts import DEMONSTRATION, Row
+from pipeline.errors import complaint
 from pipeline.measure.metric import DIALOGUE_LOSS, QUESTION_ACCURACY
 from pipeline.stages.stage import Context, PolicySpec, Result, Stage
 
@@ -15,6 +18,23 @@ from pipeline.stages.stage import Context, PolicySpec, Result, Stage
 class SFTSpec(PolicySpec):
     kind: Literal["sft"] = "sft"
     config_class = "SFTConfig"
+    replay: dict[str, float] = {}
+    """Mix in rows of earlier stages, so that what these taught is kept: {pretrain: 0.1}. Each is a stage that this one
+    comes from and that learnt documents or dialogues; the number is the share of its rows among all rows of an epoch.
+    They are drawn by the seed from its training rows, never from those it held out, and cut to this max_length."""
+
+    @field_validator("replay")
+    @classmethod
+    def _leaves_room(cls, replay: dict[str, float]) -> dict[str, float]:
+        if not all(share > 0 for share in replay.values()) or sum(replay.values()) >= 1:
+            raise complaint("gives shares of all rows: each above 0, and together below 1, as in {pretrain: 0.1}")
+        return replay
+
+    def replayed(self) -> dict[str, float]:
+        return self.replay
+
+    def further_parts(self) -> dict[str, Any]:
+        return {"replay": self.replay} if self.replay else {}
 
 
 def encode(tokenizer: Any, row: Row) -> list[render.Encoded]:
@@ -28,6 +48,7 @@ def run(spec: SFTSpec, ctx: Context) -> Result:
     from pipeline.measure import answers, scoring
     from pipeline.models import adapters
     from pipeline.models import base as bases
+    from pipeline.stages import earlier
     from pipeline.training import invariants, sequences
     from pipeline.training import trainer as shared
 
@@ -39,6 +60,8 @@ def run(spec: SFTSpec, ctx: Context) -> Result:
     train_set, test_set = sequences.store_both(ctx, spec, lambda row: encode(tokenizer, row)[0], sequences.TEXTS, fit)
     result.counts, result.refused = train_set.tally.counts, [*train_set.tally.refused, *test_set.tally.refused]
     result.invariants |= invariants.ends_are_learnt(train_set, result.counts, tokenizer)
+    dataset, replayed = earlier.mix_in(ctx, tokenizer, train_set, spec.replay, args.max_length)
+    result.counts |= replayed
 
     # base
     set_seed(ctx.seed)
@@ -56,7 +79,7 @@ def run(spec: SFTSpec, ctx: Context) -> Result:
         result.invariants |= invariants.packed_rows_are_apart(model, ctx.out.name, train_set[0].ids)
 
     # trainer
-    trainer = shared.build(SFTTrainer, model, args=args, train_dataset=train_set.dataset, processing_class=tokenizer)
+    trainer = shared.build(SFTTrainer, model, args=args, train_dataset=dataset, processing_class=tokenizer)
     result.invariants |= invariants.only_adapter_trains(model)
 
     # train, with the held-out numbers before and after

@@ -22,6 +22,7 @@ from pipeline.measure.metric import Metric
 from pipeline.models.spec import ModelSpec
 from pipeline.ppo.rejection_settings import RejectionSettings
 from pipeline.ppo.settings import RolloutSettings, Sampling
+from pipeline.ppo.shipped import SHIPPED, Shipped
 from pipeline.stages.arguments import ConfigClass, check_train, defaults, defines
 from pipeline.training.trackers import Trackers
 
@@ -38,7 +39,8 @@ class RewardTerm(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str
-    """A reward stage of the recipe, or `path.py:function`."""
+    """A reward stage of the recipe, `path.py:function`, or a [function that comes with OneBase](rewards.md): `math`,
+    `exact`, `fuzzy`, `json_schema`, `unit_tests`."""
     weight: float = Field(default=1.0, allow_inf_nan=False)
     truth: bool = Field(default=False, strict=True)
     """Whether this function is the checked truth: it gives 1 for a right answer and 0 for a wrong one, nothing else.
@@ -52,8 +54,18 @@ class RewardTerm(BaseModel):
 
     @property
     def file(self) -> str | None:
-        """The Python file of a function; None for a stage."""
+        """The Python file of a function of the user's; None for another source."""
         return self.source.rpartition(":")[0] if ".py:" in self.source else None
+
+    @property
+    def shipped(self) -> Shipped | None:
+        """The function of this name that comes with OneBase; None for another source."""
+        return SHIPPED.get(self.source)
+
+    @property
+    def is_stage(self) -> bool:
+        """Whether it is a reward model."""
+        return self.file is None and self.shipped is None
 
 
 class StageSpec(BaseModel):
@@ -105,6 +117,10 @@ class StageSpec(BaseModel):
         """The environment whose tools its rows tell of and its policy is asked with."""
         return None
 
+    def replayed(self) -> dict[str, float]:
+        """Stages that its policy comes from whose rows are among those it trains on, each with their share."""
+        return {}
+
     def rollouts(self) -> RolloutSettings | None:
         """How it samples and learns in turn; None for a stage that does not."""
         return None
@@ -135,7 +151,7 @@ class StageSpec(BaseModel):
         """The held-out numbers of each source of its reward."""
         ends = ("", "_gain", "_gain_low", "_gain_high")
         terms = self.reward_terms()
-        apart = [f"score_deviation/{term.source}" for term in terms if term.file is None]
+        apart = [f"score_deviation/{term.source}" for term in terms if term.is_stage]
         return [f"reward/{term.source}{end}" for term in terms for end in ends] + apart
 
 

@@ -13,8 +13,12 @@ from pipeline.data import examine as examination
 from pipeline.data import render
 from pipeline.data.contracts import Row
 from pipeline.data.examine import Section, attempt
+from pipeline.data.examine_rows import Encode
 from pipeline.data.tokens import Unrenderable, special_ids, stop_ids
+from pipeline.data.voted import is_of_votes
+from pipeline.data.votes import Vote, read_votes
 from pipeline.errors import UserError
+from pipeline.label import agreement
 from pipeline.language.say import kept, say, say_again, translated
 from pipeline.plan.sizes import AUTO
 from pipeline.recipe.recipe import Recipe
@@ -44,11 +48,20 @@ def examine(recipe: Recipe, names: list[str]) -> Json:
         files = {**parts[name]["data"], **measured_on} if parts and measured_on is not None else {}
         sections.append(_section(recipe, name, files))
     found = {"recipe": recipe.name, **examination.examine(sections, names, tokenizer)}
+    for name, stage in found["stages"].items():
+        paths = [part.path for part in recipe.stages[name].data.parts() if is_of_votes(part.path)]
+        votes = attempt([], _read_votes, paths)  # what is wrong with them stands among the faults already
+        if votes:
+            stage["votes"] = agreement.weigh(votes)
     found["faults"] = [*faults, *found["faults"]]
     told = examination.faults_in(found)
     # The same file was missed when its rows were read, in a message that names no key.
     found["faults"] += [fault for fault in unhashed if not any(known in fault for known in told)]
     return found
+
+
+def _read_votes(paths: list[str]) -> list[Vote]:
+    return [vote for path in paths for vote in read_votes(Path(path))[0]]
 
 
 def _section(recipe: Recipe, name: str, files: dict[str, str]) -> Section:
@@ -58,7 +71,7 @@ def _section(recipe: Recipe, name: str, files: dict[str, str]) -> Section:
         name=name,
         kind=section.kind,
         contract=kind.contract,
-        encode=kind.encode,
+        encode=_encoder(recipe, name),
         learnt=kind.learnt,
         check_rows=section.check_rows,
         warn_rows=section.warn_rows,
@@ -68,6 +81,16 @@ def _section(recipe: Recipe, name: str, files: dict[str, str]) -> Section:
         max_length=None if max_length == AUTO else max_length,
         files=files,
     )
+
+
+def _encoder(recipe: Recipe, name: str) -> Encode:
+    """How a stage encodes a row; with an environment the row tells of its tools."""
+    encode, environment = recipe.kind(name).encode, recipe.stages[name].asked_with()
+    if environment is None:
+        return encode
+    from pipeline.models.environments import with_tools
+
+    return lambda tokenizer, row: encode(tokenizer, with_tools([row], environment)[0])
 
 
 def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -134,7 +157,7 @@ def show_rows(recipe: Recipe, name: str, count: int, console: Console) -> list[s
     for row in split.train[:count] if split else []:
         console.print(Text(f"── {row['_place']}", style="green"), soft_wrap=True)  # a rule would cut a long place off
         try:
-            sequences = recipe.kind(name).encode(tokenizer, row)
+            sequences = _encoder(recipe, name)(tokenizer, row)
         except Unrenderable as error:
             console.print(Text(say("refused: {error}", error=error), style="red"))
             continue
@@ -185,6 +208,8 @@ def _lines(stage: Json, width: int) -> list[tuple[str, str]]:
         longer = f"{pairs['longer_wins']:.1%}"
         beat = say("longer answer wins {longer}, bag of words {words}", longer=longer, words=words)
         lines.append((say("to beat"), beat))
+    if votes := stage.get("votes"):
+        lines += agreement.tell(votes)
     return lines
 
 

@@ -79,17 +79,18 @@ def label(
         stages_named = ", ".join(dict.fromkeys(policy.stage for policy in desk.drawer.policies))
         port = listening.getsockname()[1]
         print(say("Answers of {stages}; votes go to {folder}", stages=stages_named, folder=folder))
-        print(say("Open http://{host}:{port} in a browser (Ctrl-C ends it)", host=LOOPBACK, port=port))
         if share:
             told = say(
                 "Open to your network: whoever knows the password can read the prompts and answers and can vote. "
                 "The connection is not encrypted, so use it only in a network you trust."
             )
             print(told)
-        sys.stdout.flush()
+        print(say("Open http://{host}:{port} in a browser (Ctrl-C ends it)", host=LOOPBACK, port=port), flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             serve(Page(desk, read_guidelines(chain.spec.guidelines), password), listening)
-    print(say("stopped. Every vote is in {folder}", folder=folder))
+    print(say("stopped. Every vote is in {folder}", folder=folder), flush=True)
+    if desk.drawer.drawing:
+        os._exit(0)  # a thread inside torch cannot be told to end; whatever it has finished is on disk
 
 
 def _ask_password() -> str:

@@ -17,7 +17,7 @@ from pipeline.disk.manifest import Manifest
 from pipeline.evaluate import verdicts
 from pipeline.evaluate.stored import Results
 from pipeline.language.say import say
-from pipeline.measure.metric import METRICS, TRUTH, Estimate, Metric
+from pipeline.measure.metric import BY_NAME, METRICS, TRUTH, Estimate, Metric
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.told import asked, one_line, read_samples
 from pipeline.stages import STAGES
@@ -121,6 +121,27 @@ def show_evaluation(results: Results, console: Console) -> None:
         rows.append(Row(row.shown.heading, [cell(row.shown, value) for value in found]))
     console.print()
     print_matrix(say("number, 95 % interval"), list(held), rows, console)
+
+
+def show_forgetting(results: Results, console: Console) -> None:
+    """What each policy has kept of every stage that it comes from."""
+    if not results.forgetting:
+        return
+    title = say("forgetting: each stage against the earlier stage that had learnt it, row by row")
+    table = Table(title=title, box=None, pad_edge=False)
+    for column in (say("stage"), say("learnt by"), say("number")):
+        table.add_column(column, no_wrap=True)
+    for column in (say("then"), say("now"), say("change, 95 %")):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, stages in results.forgetting.items():
+        for earlier, numbers in stages.items():
+            for number, kept in numbers.items():
+                metric, change = BY_NAME[number], kept.change
+                told = [metric.written(kept.before.value), metric.written(kept.after.value)]
+                style = {"better": "green", "worse": "red"}.get(metric.word(change), "")
+                table.add_row(name, earlier, metric.said, *told, Text(metric.shown(change, sign=True), style=style))
+    console.print()
+    print_rows(table, console, names=3)
 
 
 def results_as_json(results: Results) -> Json:

@@ -1,0 +1,195 @@
+"""Who sees which pair: no prompt twice to one person, a share to two, known answers between, none after its adapter."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import torch
+from test_label import PLAIN, draw, make_recipe, train
+
+from pipeline.data.votes import read_votes
+from pipeline.errors import UserError
+from pipeline.label.desk import Desk, NotNow
+from pipeline.label.drawing import Drawer, Pair, Policy
+from pipeline.label.opening import Wishes, open_desk
+from pipeline.models import adapters
+from pipeline.models import base as bases
+from pipeline.models.spec import ModelSpec
+from pipeline.recipe.recipe import Recipe
+
+
+@pytest.fixture
+def recipe(tiny_base: Path, tmp_path: Path) -> Recipe:
+    return make_recipe(tiny_base, tmp_path)
+
+
+def given(pair: Pair, number: int, **more: Any) -> dict[str, Any]:
+    return {"id": f"{pair.name}{number}", "pair": pair.name, "choice": 0, "seconds": 1.0, **more}
+
+
+def label_all(desk: Desk, *people: str) -> dict[str, list[Pair]]:
+    """In turn, until nobody is shown anything."""
+    seen: dict[str, list[Pair]] = {person: [] for person in people}
+    while True:
+        shown = {person: desk.next(person) for person in people}
+        for person, pair in shown.items():
+            if pair is not None:
+                desk.vote(person, given(pair, len(seen[person]), id=uuid4().hex))
+                seen[person].append(pair)
+        if not any(shown.values()):
+            return seen
+
+
+def test_a_stated_share_is_seen_by_two_and_no_prompt_twice_by_one(recipe: Recipe, tmp_path: Path) -> None:
+    wishes = Wishes([], [1.0], 2, 256, "random", 0.5, "", "")
+    draw(recipe, tmp_path, wishes)
+    desk = open_desk(recipe, wishes, tmp_path / "runs")
+    seen = label_all(desk, "ada", "bob", "eve")
+    names = [pair.name for pairs in seen.values() for pair in pairs]
+    for pairs in seen.values():
+        assert len({pair.asks for pair in pairs}) == len(pairs)
+    votes = read_votes(tmp_path / "labels")[0]
+    shared = {vote.pair for vote in votes if vote.share}
+    assert {names.count(name) for name in shared} == {2} and {names.count(n) for n in set(names) - shared} == {1}
+    # of 40 pairs that are shared with probability 0.5, within four deviations
+    assert len(set(names)) == 40 and abs(len(shared) - 20) < 4 * math.sqrt(10)
+
+
+def test_known_answers_are_one_in_ten_and_say_which_is_right(recipe: Recipe, tmp_path: Path) -> None:
+    pairs = [{"prompt": f"Known {n}?", "chosen": "Right.", "rejected": "Wrong."} for n in range(3)]
+    (tmp_path / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs), encoding="utf-8")
+    wishes = Wishes([], [1.0], 2, 256, "random", 0.0, "", str(tmp_path / "gold.jsonl"))
+    draw(recipe, tmp_path, wishes)
+    desk = open_desk(recipe, wishes, tmp_path / "runs")
+    seen = label_all(desk, "ada")["ada"]
+    assert [place for place, pair in enumerate(seen) if pair.gold is not None] == [9, 19, 29]
+    known = [vote for vote in read_votes(tmp_path / "labels")[0] if vote.gold is not None]
+    assert [vote.candidates[vote.gold or 0].text for vote in known] == ["Right."] * 3
+
+
+def test_the_sides_are_by_chance_and_the_same_after_a_restart(recipe: Recipe, tmp_path: Path) -> None:
+    draw(recipe, tmp_path)
+    desk, again = (open_desk(recipe, PLAIN, tmp_path / "runs") for _ in range(2))
+    orders = [desk.order("ada", pair) for pair in desk.drawer.pairs]
+    assert orders == [again.order("ada", pair) for pair in again.drawer.pairs]
+    assert orders != [desk.order("bob", pair) for pair in desk.drawer.pairs]
+    assert abs(sum(order[0] for order in orders) - 20) < 4 * math.sqrt(10)
+
+
+def test_answers_of_an_adapter_that_has_changed_are_not_shown(recipe: Recipe, tmp_path: Path) -> None:
+    draw(recipe, tmp_path)
+    old = open_desk(recipe, PLAIN, tmp_path / "runs").next("ada")
+    assert old
+    train(recipe, tmp_path, b"second")
+    desk = open_desk(recipe, PLAIN, tmp_path / "runs")
+    assert not desk.drawer.pairs and desk.told == [
+        "answers of an earlier adapter of sft are not shown again; new ones are drawn"
+    ]
+    with pytest.raises(NotNow, match="trained again"):
+        desk.vote("ada", given(old, 0))
+    assert not list((tmp_path / "labels").glob("[!.]*"))
+
+
+def test_a_reply_that_got_lost_is_not_a_second_vote(recipe: Recipe, tmp_path: Path) -> None:
+    draw(recipe, tmp_path)
+    desk = open_desk(recipe, PLAIN, tmp_path / "runs")
+    pair = desk.next("ada")
+    assert pair
+    first = desk.vote("ada", given(pair, 0))
+    again = open_desk(recipe, PLAIN, tmp_path / "runs")
+    assert again.vote("ada", given(pair, 0)) == first
+    with pytest.raises(NotNow, match="already"):
+        again.vote("ada", given(pair, 1))
+    assert again.undo("ada", "u1") == first and again.undo("ada", "u1") == first and again.undo("ada", "u2") is None
+    assert len((tmp_path / "labels" / "ada.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_a_cut_last_line_is_put_aside_and_the_next_vote_is_whole(recipe: Recipe, tmp_path: Path) -> None:
+    draw(recipe, tmp_path)
+    label_all(open_desk(recipe, PLAIN, tmp_path / "runs"), "ada")
+    file = tmp_path / "labels" / "ada.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-30])
+    desk = open_desk(recipe, PLAIN, tmp_path / "runs")
+    assert "ada.jsonl: its last line was cut short; it is now in" in desk.told[0]
+    (pair,) = label_all(desk, "ada")["ada"]
+    assert len(read_votes(file)[0]) == 40 and file.read_bytes().startswith(whole[: whole[:-1].rfind(b"\n")])
+    assert file.with_suffix(".cut").read_bytes() == whole[:-30].rpartition(b"\n")[2] + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("wishes", "said"),
+    [
+        (Wishes(["dpo"], [1.0], 2, 9, "random", 0, "", ""), r"no finished stage 'dpo' .*\(there is: sft, base\)"),
+        (Wishes([], [1.0], 2, 9, "gap", 0, "", ""), "--choose gap asks a reward model"),
+        (Wishes([], [0.0], 2, 9, "random", 0, "", ""), "--temperature 0 gives one answer"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(recipe: Recipe, tmp_path: Path, wishes: Wishes, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        open_desk(recipe, wishes, tmp_path / "runs")
+
+
+def test_what_a_test_holds_out_is_not_labelled(tiny_base: Path, tmp_path: Path) -> None:
+    test = tmp_path / "test.jsonl"
+    held_out = [{"prompt": "What is made on isle 3?", "completion": "Tin."}]
+    test.write_text("".join(json.dumps(row) + "\n" for row in held_out), encoding="utf-8")
+    make_recipe(tiny_base, tmp_path)
+    stages = {"sft": {"data": {"path": str(tmp_path / "rows.jsonl"), "test": str(test)}}}
+    desk = open_desk(make_recipe(tiny_base, tmp_path, stages=stages), PLAIN, tmp_path / "runs")
+    asked = [row["prompt"][0]["content"] for row in desk.drawer.prompts]
+    assert len(asked) == 39 and "What is made on isle 3?" not in asked
+    assert desk.told == ["1 prompts are not shown: a test holds them out"]
+
+
+def test_drawn_answers_are_the_models_and_the_widest_gap_comes_first(tiny_base: Path, tmp_path: Path) -> None:
+    """The real base, two adapters and a reward model: answers differ, are the same when drawn again, and are ordered by
+    scores taken one by one."""
+    from pipeline.evaluate.bench import Bench
+    from pipeline.models.dialogue import Told
+    from pipeline.models.sampling import Episode
+    from pipeline.ppo import rewards
+
+    spec = ModelSpec(base=str(tiny_base), dtype="bfloat16", lora={"r": 4, "target_modules": "all-linear"})
+    tokenizer = bases.load_tokenizer(spec)
+    for seed, name in enumerate(("sft", "dpo", "reward")):
+        torch.manual_seed(seed)
+        head = name == "reward"
+        model = adapters.fresh(bases.load_base(spec, tokenizer, num_labels=int(head)), spec.lora, head=head)
+        with torch.no_grad():
+            for weight in adapters.trainable(model).values():
+                weight.copy_(torch.randn_like(weight) * 0.1)
+        (tmp_path / name).mkdir()
+        adapters.save(model, tmp_path / name)
+    bench = Bench(spec, {name: tmp_path / name for name in ("sft", "dpo")}, {"reward": tmp_path / "reward"}, 1.0)
+    prompts = [{"prompt": [{"role": "user", "content": f"Isle {n}?"}]} for n in range(10)]
+    policies = [Policy("sft", "a", 1.0), Policy("dpo", "b", 0.7)]
+
+    def drawn(file: str) -> Drawer:
+        drawer = Drawer(tmp_path / file, policies, prompts, 7, 8, "gap", lambda: bench, "reward")
+        drawer._draw()
+        return drawer
+
+    first, again = drawn("one"), drawn("two")
+    assert first.pairs == again.pairs and first.finished and len(first.pairs) > 5
+    gaps = []
+    with bench.ready():
+        for pair in first.pairs:
+            one, other = pair.candidates
+            assert (one.stage, other.stage) == ("sft", "dpo") and one.text != other.text
+            source = [rewards.source("reward", 1.0)]
+            alone = []
+            for text in (one.text, other.text):
+                told = Told({"prompt": pair.prompt}, Episode([], [], [], ended=True), text)
+                alone += rewards.scores(source, bench.actors, bench.tokenizer, [told], 1)["reward"]
+            assert pair.scores == pytest.approx(alone, abs=0.02)  # in bfloat16
+            gaps.append(abs(alone[0] - alone[1]))
+    assert all(later < sooner + 0.04 for sooner, later in pairwise(gaps)) and gaps[0] > gaps[-1] + 0.1
+    # what is on disk is shown again, and nothing is drawn for it
+    assert Drawer(tmp_path / "one", policies, prompts, 7, 8, "gap", lambda: bench, "reward").pairs == first.pairs

@@ -1,9 +1,11 @@
-"""What ppo and grpo learn again of earlier stages: gradients, what is refused, the same after a kill."""
+"""What sft, dpo, ppo and grpo learn again of earlier stages: gradients, what is refused, the same after a kill."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,14 @@ import pytest
 import torch
 from conftest import head, tiny_tree, write_recipe
 from test_ppo import length, make_batch, trainer
+from transformers import TrainerCallback
 
 from pipeline.data.render import IGNORED, Encoded
-from pipeline.errors import UserError
+from pipeline.errors import Interrupted, UserError
+from pipeline.models import adapters
 from pipeline.models import base as bases
+from pipeline.ppo import keeping
+from pipeline.ppo.batch import take_in_turn
 from pipeline.ppo.keeping import Kept
 from pipeline.ppo.ppo import PPOTrainer
 from pipeline.recipe.recipe import build, read
@@ -22,6 +28,7 @@ from pipeline.runs.rows import load_rows
 from pipeline.runs.stage import run_stage
 from pipeline.stages import earlier
 from pipeline.stages.stage import Context
+from pipeline.training import trainer as shared
 from pipeline.training.sequences import TEXTS, Tally, store
 
 
@@ -155,6 +162,72 @@ def test_sft_mixes_in_rows_of_earlier_stages(tiny_base: Path, tmp_path: Path) ->
     drawn = {tuple(ids) for ids in mixed["input_ids"][32:]}
     assert drawn <= pieces and not drawn & others
     assert mixed["labels"][32:] == mixed["input_ids"][32:]
+
+
+def test_dpo_adds_the_gradient_of_replayed_rows_and_ends_the_same_after_a_kill(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first step, beside DPO's own gradient, that of a plain loop over the demonstrations that are in turn."""
+    tree = tiny_tree(tiny_base, tmp_path)
+    tree["model"] |= {"dtype": "float32", "quantize": "none"}
+    tree["stages"] = {name: tree["stages"][name] for name in ("sft", "dpo")}
+    tree["stages"]["sft"].pop("from")
+    train = {"max_steps": 3, "save_steps": 1, "max_grad_norm": 1e9}
+    tree["stages"]["dpo"]["train"] |= train
+    replay = {"kind": "dpo", **tree["stages"]["dpo"], "replay": {"sft": 0.7}}
+    tree["stages"] |= {"whole": replay, "killed": replay}
+    recipe = read(write_recipe(tree, tmp_path / "r.yaml"))
+    run_stage(recipe, "sft", tmp_path)
+    seen: list[dict[str, torch.Tensor]] = []
+    rows: list[Encoded] = []
+    model: list[Any] = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            weights = adapters.trainable(more["model"])
+            seen.append({name: weight.grad.clone() for name, weight in weights.items() if weight.grad is not None})
+            if state.global_step == 1 and stage == "killed":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    build_trainer = shared.build
+
+    def watched(*given: Any, **options: Any) -> Any:
+        made = build_trainer(*given, **options)
+        made.add_callback(Watch())
+        model[:] = [made.model]
+        return made
+
+    def noted(items: Any, first: int, count: int, seed: str) -> Any:
+        found = take_in_turn(items, first, count, seed)
+        rows.extend(found if not rows else [])
+        return found
+
+    monkeypatch.setattr(shared, "build", watched)
+    monkeypatch.setattr(keeping, "take_in_turn", noted)
+    for stage in ("dpo", "whole"):
+        run_stage(recipe, stage, tmp_path)
+    assert len(rows) == 4
+    with pytest.raises(Interrupted):
+        stage = "killed"
+        run_stage(recipe, "killed", tmp_path)
+    stage = "resumed"
+    run_stage(recipe, "killed", tmp_path)
+    whole, killed = (recipe.artifact(name, tmp_path).finished() for name in ("whole", "killed"))
+    assert whole.files == killed.files
+    own, both = seen[0], seen[3]
+    adapters.restore(model[0], recipe.artifact("sft", tmp_path).adapter)
+    model[0].zero_grad()
+    tokens = sum(label != IGNORED for row in rows for label in row.labels[1:])
+    for row in rows:
+        ids, labels = torch.tensor(row.ids), torch.tensor(row.labels)[1:]
+        logp_TV = torch.log_softmax(model[0](input_ids=ids[None]).logits[0, :-1], -1)
+        (-0.7 * logp_TV.gather(1, ids[1:, None])[labels != IGNORED].sum() / tokens).backward()
+    plain = {name: weight.grad for name, weight in adapters.trainable(model[0]).items()}
+    assert any(gradient.abs().max() > 1e-3 for gradient in plain.values())
+    for name, gradient in plain.items():
+        assert torch.allclose(both[name], own[name] + gradient, atol=1e-5, rtol=1e-4), name
+    lines = [json.loads(line) for line in recipe.artifact("whole", tmp_path).metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines if "sft_loss" in line] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def lengths_of(
 
 def mixed(section: StageSpec, own: list[int], earlier: list[list[int]]) -> list[int]:
     """Tokens of a stage's rows, with those of earlier stages that it mixes in: the first ones, for want of the draw."""
-    shares, found = section.replayed().values(), list(own)
+    shares, found = section.mixed_in().values(), list(own)
     for share, tokens in zip(shares, earlier, strict=False):
         count = max(1, round(len(own) * share / (1 - sum(shares))))
         found += (tokens * (count // len(tokens) + 1))[:count]

@@ -105,7 +105,7 @@ def check(tree: Json) -> RecipeSpec:
             if earlier not in ancestors(spec.stages, name) or kinds[earlier].held_out_loss is None:
                 problem = (
                     f"'{earlier}' is not a stage that '{name}' comes from and that learns documents or dialogues; only "
-                    "the rows of such a stage can be mixed in. Let it come from one, or leave it out"
+                    "the rows of such a stage can be replayed. Let it come from one, or leave it out"
                 )
                 raise complaint(problem, "stages", name, "replay", earlier)
         for kind, key in section.learns_again().items():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, Literal
 
+from pydantic import field_validator
+
 from pipeline.data import render
 from pipeline.data.contracts import PREFERENCE, Row
+from pipeline.errors import complaint
 from pipeline.measure.metric import PREFERENCE_ACCURACY, QUESTION_ACCURACY
 from pipeline.stages.stage import Context, PolicySpec, Result, Stage
 
@@ -14,6 +18,24 @@ from pipeline.stages.stage import Context, PolicySpec, Result, Stage
 class DPOSpec(PolicySpec):
     kind: Literal["dpo"] = "dpo"
     config_class = "DPOConfig"
+    replay: dict[str, float] = {}
+    """Learn rows of earlier stages again in every step, so that what these taught is kept: {sft: 0.1}. Each is a stage
+    that this one comes from and that learnt documents or dialogues; the number is how much the mean loss of its tokens
+    counts beside DPO's loss. A step takes as many of its rows as it has pairs, in an order that follows from the seed:
+    its training rows, never those it held out, cut to this max_length."""
+
+    @field_validator("replay")
+    @classmethod
+    def _counts(cls, replay: dict[str, float]) -> dict[str, float]:
+        if not all(0 < weight < math.inf for weight in replay.values()):
+            raise complaint("gives weights of losses: each above 0, as in {sft: 0.1}")
+        return replay
+
+    def replayed(self) -> dict[str, float]:
+        return self.replay
+
+    def further_parts(self) -> dict[str, Any]:
+        return {"replay": self.replay} if self.replay else {}
 
 
 def encode(tokenizer: Any, row: Row) -> list[render.Encoded]:
@@ -27,6 +49,8 @@ def run(spec: DPOSpec, ctx: Context) -> Result:
     from pipeline.measure import answers, scoring
     from pipeline.models import adapters
     from pipeline.models import base as bases
+    from pipeline.ppo.keeping import Kept, Replay
+    from pipeline.stages import earlier
     from pipeline.training import invariants, sequences
     from pipeline.training import trainer as shared
     from pipeline.training.progress import Snapshots
@@ -39,6 +63,11 @@ def run(spec: DPOSpec, ctx: Context) -> Result:
     fit = partial(sequences.fit_pairs, max_length=args.max_length)
     train_set, test_set = sequences.store_both(ctx, spec, pair, sequences.REPLY_PAIRS, fit)
     result.counts, result.refused = train_set.tally.counts, [*train_set.tally.refused, *test_set.tally.refused]
+    kept = []
+    for name, weight in spec.replay.items():
+        texts, counts = earlier.store(ctx, tokenizer, name, args.max_length)
+        result.counts |= counts
+        kept.append(Kept(f"{name}_loss", weight, texts))
 
     # base
     set_seed(ctx.seed)
@@ -68,6 +97,8 @@ def run(spec: DPOSpec, ctx: Context) -> Result:
     result.before = scoring.preferences(model, tokenizer, test_set)
     result.before |= answers.ask(model, tokenizer, ctx, result.samples, "before")
     trainer.add_callback(Snapshots(ctx, model))
+    if kept:
+        trainer.add_callback(Replay(trainer, kept, tokenizer.pad_token_id))
     result.counts |= shared.train(trainer, ctx, spec)
     result.invariants |= invariants.processes_agree(adapters.trainable(model))
     ctx.tell_measuring("after")

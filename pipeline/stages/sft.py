@@ -33,6 +33,9 @@ class SFTSpec(PolicySpec):
     def replayed(self) -> dict[str, float]:
         return self.replay
 
+    def mixed_in(self) -> dict[str, float]:
+        return self.replay
+
     def further_parts(self) -> dict[str, Any]:
         return {"replay": self.replay} if self.replay else {}
 

@@ -118,7 +118,11 @@ class StageSpec(BaseModel):
         return None
 
     def replayed(self) -> dict[str, float]:
-        """Stages that its policy comes from whose rows are among those it trains on, each with their share."""
+        """Stages that its policy comes from whose rows it learns again, each with how much they count."""
+        return {}
+
+    def mixed_in(self) -> dict[str, float]:
+        """Those of them whose rows are among those it trains on, each with their share."""
         return {}
 
     def rollouts(self) -> RolloutSettings | None:

@@ -150,7 +150,7 @@ class Drawer:
 
         from pipeline.data import render
         from pipeline.data.tokens import Unrenderable, stop_ids, without_marks
-        from pipeline.models import sampling
+        from pipeline.models import dialogue, sampling
 
         asked: list[tuple[Row, list[int]]] = []
         for row in rows:
@@ -182,9 +182,7 @@ class Drawer:
             for number, so_far in enumerate(answers):
                 new: list[str] = []
                 for episode in episodes[number * copies : (number + 1) * copies]:
-                    ids = episode.answer_ids[:-1] if episode.ended else episode.answer_ids
-                    text = str(bench.tokenizer.decode(ids, skip_special_tokens=True))
-                    text = without_marks(bench.tokenizer, text).strip()
+                    text = without_marks(bench.tokenizer, dialogue.decode(bench.tokenizer, episode)).strip()
                     if text and text not in (*new, *(candidate.text for candidate in so_far)):
                         new.append(text)
                 so_far += [Candidate(text=text, **how) for text in new[:wanted]]

@@ -151,10 +151,15 @@ def common_start(prompts: list[list[int]]) -> int:
     return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
 
 
+def decode(tokenizer: Tokenizer, episode: Episode) -> str:
+    """The answer as text, without its end-of-turn token."""
+    ids = episode.answer_ids[:-1] if episode.ended else episode.answer_ids
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
 def _take_turn(tokenizer: Tokenizer, one: Told, turn: Episode) -> None:
     """Note what the model said in its last turn."""
-    ids = turn.answer_ids[:-1] if turn.ended else turn.answer_ids
-    one.text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    one.text = decode(tokenizer, turn)
     if one.world is not None:
         one.turns.append(environments.as_message(one.text))
 

@@ -18,7 +18,6 @@ from pipeline.data.tokens import stop_ids
 from pipeline.models import dialogue
 from pipeline.models.forward import plain_layers
 from pipeline.models.out_of_memory import ROLLOUT, WhenSplit
-from pipeline.models.sampling import Episode
 from pipeline.ppo import rewards
 from pipeline.ppo.actors import POLICY, Actors
 from pipeline.ppo.batch import Pack, Rollout, pack_episodes, run_forward
@@ -64,9 +63,9 @@ class Answering:
         at_once = self.at_once.get("sampled") or settings.rollout_batch_size or settings.batch_size // self.processes
         actors.act_as(POLICY)
         actors.model.eval()
-        draw = random.Random(f"{self.seed}/answers/{name}").getrandbits(63)
         if self.engine:
             return self._ask_engine(self.engine, rows, name, copies)
+        draw = random.Random(f"{self.seed}/answers/{name}").getrandbits(63)
         with plain_layers(actors.model, fold_adapter=True) if settings.dequantize_rollout else contextlib.nullcontext():
             told = dialogue.answer(
                 actors,
@@ -112,11 +111,9 @@ class Answering:
                 episodes[row].logp = logp_G[:count]
                 episodes[row].values = values_G[:count]
         engine.compare(self.step, episodes)
-        return Rollout([self._tell(rows[place // copies], episode) for place, episode in enumerate(episodes)])
-
-    def _tell(self, row: Row, episode: Episode) -> dialogue.Told:
-        ids = episode.answer_ids[:-1] if episode.ended else episode.answer_ids
-        return dialogue.Told(row, episode, str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip())
+        asked = [row for row in rows for _ in range(copies)]
+        texts = [dialogue.decode(self.tokenizer, episode) for episode in episodes]
+        return Rollout([dialogue.Told(*one) for one in zip(asked, episodes, texts, strict=True)])
 
     def _read(self, pack: Pack) -> list[list[list[float]]]:
         def forward(part: Pack) -> list[torch.Tensor]:

@@ -95,6 +95,12 @@ class Vote(BaseModel):
             raise ValueError("pair is not that of this prompt and these candidates: one of them was changed")
         return self
 
+    def named(self, given: int | str) -> str:
+        """A choice as the same text for everybody, though their lines may name the answers in another order: the place
+        of the text that was chosen among the texts in the order of the alphabet."""
+        texts = [candidate.text for candidate in self.candidates]
+        return given if isinstance(given, str) else str(sorted(texts).index(texts[given]))
+
 
 def pair_of(prompt: str | list[dict[str, Any]], texts: list[str]) -> str:
     """The name of some answers to a prompt, the same whoever sees them in whatever order."""

@@ -41,6 +41,9 @@ class Desk:
     gold: list[Pair] = field(default_factory=list)
     share: float = 0.0
     """The part of the pairs that two people see."""
+    anew: bool = False
+    """A prompt comes again to a person once other answers to it are drawn, as in an arena after a stage was trained
+    again: a test holds out few prompts."""
     told: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -71,7 +74,8 @@ class Desk:
 
     def asked(self, annotator: str) -> set[str]:
         """What this person has been asked: no prompt comes to one person twice."""
-        return {self._asks[vote.id] for vote in self.votes(annotator)}
+        shown = {pair.name for pair in [*self.drawer.pairs, *self.gold]} if self.anew else None
+        return {self._asks[vote.id] for vote in self.votes(annotator) if shown is None or vote.pair in shown}
 
     def votes(self, annotator: str) -> list[Vote]:
         return standing(self._lines.get(annotator, []))

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,7 @@ class Drawer:
 
     file: Path
     policies: list[Policy]
-    """One for each answer beside the others."""
+    """One for each answer beside the others; in an arena those of whom two answer each prompt."""
     prompts: Sequence[Row]
     seed: int
     new_tokens: int
@@ -76,6 +77,7 @@ class Drawer:
     load: Callable[[], Bench]
     reward: str = ""
     """The reward stage that scores the answers; empty where the run has none."""
+    arena: bool = False
     pairs: list[Pair] = field(default_factory=list)
     """In the order in which people see them. Only ever added to."""
     told: list[str] = field(default_factory=list)
@@ -152,45 +154,57 @@ class Drawer:
         from pipeline.data.tokens import Unrenderable, stop_ids, without_marks
         from pipeline.models import dialogue, sampling
 
-        asked: list[tuple[Row, list[int]]] = []
-        for row in rows:
+        asked: list[tuple[Row, list[int], list[Policy]]] = []
+        for number, row in enumerate(rows, first):
             try:
-                asked.append((row, render.prompt(bench.tokenizer, row)))
+                asked.append((row, render.prompt(bench.tokenizer, row), self._who_answers(number)))
             except Unrenderable as error:
                 self.told.append(f"{row.get('_place', '')}: {error}")
         answers: list[list[Candidate]] = [[] for _ in asked]
         for place, policy in enumerate(dict.fromkeys(self.policies)):
             seed = (self.seed + 7919 * first + place) % 2**32
             wanted = self.policies.count(policy)
+            # In an arena each gives the first answer that it draws: to draw on until the two differ would have the
+            # second one give answers that it rarely gives.
+            copies = wanted + SPARE if policy.temperature and not self.arena else 1
+            mine = [number for number, (_, _, who) in enumerate(asked) if policy in who]
+            if not mine:
+                continue
             with bench.sampling_as(policy.stage):
                 episodes = sampling.sample(
                     bench.actors,
-                    [ids for _, ids in asked],
+                    [asked[number][1] for number in mine],
                     new_tokens=self.new_tokens,
                     temperature=policy.temperature,
                     stops=stop_ids(bench.tokenizer),
                     generator=torch.Generator(bench.actors.device).manual_seed(seed),
-                    copies=wanted + SPARE if policy.temperature else 1,
+                    copies=copies,
                 )
-            copies = len(episodes) // max(1, len(asked))
             how: dict[str, Any] = {
                 "stage": policy.stage,
                 "adapter": policy.adapter,
                 "seed": seed,
                 "temperature": policy.temperature,
             }
-            for number, so_far in enumerate(answers):
-                new: list[str] = []
-                for episode in episodes[number * copies : (number + 1) * copies]:
+            for at, number in enumerate(mine):
+                so_far, new = answers[number], list[str]()
+                for episode in episodes[at * copies : (at + 1) * copies]:
                     text = without_marks(bench.tokenizer, dialogue.decode(bench.tokenizer, episode)).strip()
-                    if text and text not in (*new, *(candidate.text for candidate in so_far)):
+                    if (text or self.arena) and text not in (*new, *(candidate.text for candidate in so_far)):
                         new.append(text)
                 so_far += [Candidate(text=text, **how) for text in new[:wanted]]
         whole = [
-            Pair(row["prompt"], drawn) if len(drawn) == len(self.policies) else None
-            for (row, _), drawn in zip(asked, answers, strict=True)
+            Pair(row["prompt"], drawn) if len(drawn) == len(who) else None
+            for (row, _, who), drawn in zip(asked, answers, strict=True)
         ]
         return [*whole, *[None] * (len(rows) - len(asked))]
+
+    def _who_answers(self, number: int) -> list[Policy]:
+        """A prompt, by its place. In an arena every two policies meet equally often: prompts lie in random order."""
+        if not self.arena:
+            return self.policies
+        pairs = list(combinations(self.policies, 2))
+        return list(pairs[number % len(pairs)])
 
     def _score(self, bench: Bench, pairs: list[Pair]) -> list[Pair]:
         from pipeline.models.dialogue import Told
@@ -204,7 +218,7 @@ class Drawer:
         ]
         source = rewards.source(self.reward, 1.0)
         flat = rewards.scores([source], bench.actors, bench.tokenizer, told, bench.at_once)[source.name]
-        width = len(self.policies)
+        width = len(pairs[0].candidates)
         return [replace(pair, scores=flat[i * width : (i + 1) * width]) for i, pair in enumerate(pairs)]
 
     def keep(self, block: list[Pair | None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from pipeline.data.prompts import find_prompts, prompt_key
 from pipeline.data.votes import Candidate, Choose
 from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.errors import UserError
+from pipeline.evaluate.people import arena_of
 from pipeline.label.desk import Desk
 from pipeline.label.drawing import Drawer, Pair, Policy
 from pipeline.language.say import say
@@ -38,6 +40,8 @@ class Wishes:
     share: float
     prompts: str
     gold: str
+    arena: bool = False
+    """Stages against each other on what tests hold out, to be rated."""
 
 
 def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
@@ -46,9 +50,13 @@ def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
     Raises UserError for a stage that gives no answers or is not finished, for prompts or votes that cannot be read,
     and where pairs are to be chosen by a reward model that the run does not have.
     """
+    if wishes.arena:
+        _check_arena(wishes)
     stages = wishes.stages or _answering(recipe, runs)[-1:] or [BASE]
     adapters = {stage: _adapter(recipe, stage, runs) for stage in stages}
-    reward = next((name for name in reversed(recipe.order()) if _ranks(recipe, name, runs)), "")
+    # In an arena nobody is told what the reward model prefers: it is rated against people.
+    ranking = [name for name in recipe.order() if not wishes.arena and _ranks(recipe, name, runs)]
+    reward = ranking[-1] if ranking else ""
     if wishes.choose != "random" and not reward:
         raise UserError(
             f"--choose {wishes.choose} asks a reward model, and {runs / recipe.name} has no finished one: train a "
@@ -62,8 +70,12 @@ def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
         for place in range(width)
         for stage in [stages[place % len(stages)]]
     ]
-    prompts, told = _prompts(recipe, stages[-1], wishes.prompts)
-    folder = labels_of(recipe)
+    told: list[str] = []
+    if wishes.arena:
+        prompts = _held_out_prompts(recipe, wishes.prompts)
+    else:
+        prompts, told = _prompts(recipe, stages[-1], wishes.prompts)
+    folder = folder_of(recipe, wishes)
     drawer = Drawer(
         folder / ".drawn",
         policies,
@@ -73,13 +85,29 @@ def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
         wishes.choose,
         partial(_load, recipe, stages, reward, runs),
         reward,
+        wishes.arena,
     )
-    return Desk(folder, drawer, _gold(wishes.gold), wishes.share, [*told, *drawer.told])
+    return Desk(folder, drawer, _gold(wishes.gold), wishes.share, wishes.arena, [*told, *drawer.told])
 
 
-def labels_of(recipe: Recipe) -> Path:
+def folder_of(recipe: Recipe, wishes: Wishes) -> Path:
     """Where the votes on a recipe's answers lie: beside it."""
-    return Path(recipe.file).parent / "labels"
+    return arena_of(recipe) if wishes.arena else Path(recipe.file).parent / "labels"
+
+
+def _check_arena(wishes: Wishes) -> None:
+    if len(set(wishes.stages)) < max(2, len(wishes.stages)):
+        raise UserError("--arena compares stages: name two or more, each once, for example: sft dpo ppo")
+    asked = {
+        "--answers": wishes.answers != 2,
+        "--choose": wishes.choose != "random",
+        "--temperature twice": len(wishes.temperatures) > 1,
+    }
+    for option in (option for option, given in asked.items() if given):
+        raise UserError(
+            f"{option} does not go with --arena: two stages answer each prompt, once each and alike, so that the "
+            "ratings are of the stages. Leave it out"
+        )
 
 
 def _answering(recipe: Recipe, runs: Path) -> list[str]:
@@ -121,10 +149,29 @@ def _prompts(recipe: Recipe, stage: str, file: str) -> tuple[list[Row], list[str
     told = []
     if len(kept) < len(by_key):
         told.append(say("{n} prompts are not shown: a test holds them out", n=len(by_key) - len(kept)))
-    import random
-
     random.Random(recipe.spec.seed).shuffle(kept)
     return kept, told
+
+
+def _held_out_prompts(recipe: Recipe, file: str) -> list[Row]:
+    """Prompts to rate stages on, each once, in an order made by the seed: those of a file, or those that the recipe's
+    tests hold out."""
+    if file:
+        rows: list[Row] = list(read_source(file, PROMPT_ONLY, DataSpec(path=file)).rows)
+    else:
+        rows, held_out = [], set(_held_out(recipe))
+        for name in (name for name in recipe.order() if not recipe.kind(name).every_token):
+            split = read_split(recipe.stages[name].data, PROMPT_ONLY, recipe.spec.seed)
+            asked = [*split.train, *(split.test or ()), *load_rows(recipe, name)[0].questions]
+            rows += [row for row in asked if prompt_key(row) in held_out]
+    kept = list({prompt_key(row): row for row in rows}.values())
+    if not kept:
+        raise UserError(
+            "no test of the recipe holds out a prompt to rate stages on: give a stage `data.test` or `questions`, or "
+            "name prompts with --prompts"
+        )
+    random.Random(recipe.spec.seed).shuffle(kept)
+    return kept
 
 
 def _held_out(recipe: Recipe) -> Iterator[str]:

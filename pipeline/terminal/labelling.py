@@ -48,6 +48,9 @@ def label(
     two_people: Annotated[
         float, typer.Option(metavar="SHARE", min=0, max=1, help="Part of the pairs that two people see.")
     ] = 0.0,
+    arena: Annotated[
+        bool, typer.Option("--arena", help="Rate the stages named: each prompt is answered by two of them.")
+    ] = False,
     port: Annotated[int, typer.Option(metavar="PORT", help="The port; 0 takes a free one.")] = 8020,
     share: Annotated[bool, typer.Option("--share", help="Open the page to your network, with a password.")] = False,
     lang: Lang = "en",
@@ -55,20 +58,21 @@ def label(
     """Open a page on which people compare answers.
 
     Each vote is one line in labels/NAME.jsonl beside the recipe. Train on them with `data: {path: labels/}`.
+    With --arena it is one in arena/NAME.jsonl, and `onebase eval` rates the stages by them.
     """
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
         raise UserError(f"labelling needs {', '.join(missing)}: pip install 'onebase[label]'")
     from pipeline.disk.atomic import locked
-    from pipeline.label.opening import Wishes, labels_of, open_desk
+    from pipeline.label.opening import Wishes, folder_of, open_desk
     from pipeline.label.server import LOOPBACK, Page, listen, serve
     from pipeline.label.wording import read_guidelines
     from pipeline.terminal.recipes import read_recipe
 
     password = _ask_password() if share else ""
     chain = read_recipe(recipe, override)
-    wishes = Wishes(stages or [], temperature or [1.0], answers, new_tokens, choose, two_people, prompts, gold)
-    folder = labels_of(chain)
+    wishes = Wishes(stages or [], temperature or [1.0], answers, new_tokens, choose, two_people, prompts, gold, arena)
+    folder = folder_of(chain, wishes)
     refusal = f"another `onebase label` (process {{pid}}) writes to {folder}: use its page, or stop it"
     with locked(folder / ".lock", refusal):
         desk = open_desk(chain, wishes, runs)

@@ -18,6 +18,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from pipeline.disk.atomic import digest
 from pipeline.errors import UserError
 
+Choice = int | Literal["tie", "both_bad", "skip"]
 Choose = Literal["random", "gap", "uncertain", "disagree"]
 TIE, BOTH_BAD, SKIP = "tie", "both_bad", "skip"
 ANNOTATOR = re.compile(r"\w[\w -]{0,39}")
@@ -60,7 +61,7 @@ class Vote(BaseModel):
     candidates: list[Candidate] = Field(min_length=2)
     shown: list[int]
     """The candidates in their order on the screen, the left one first."""
-    choice: int | Literal["tie", "both_bad", "skip"]
+    choice: Choice
     ranking: list[int] | None = None
     """All candidates, the best first; of three or more."""
     strength: int | None = Field(default=None, ge=0, le=3)
@@ -75,7 +76,9 @@ class Vote(BaseModel):
     choose: Choose = "random"
     """How the pair was chosen."""
     share: bool = False
-    """The pair was meant for two people."""
+    """The pair was meant for two people; of a judge's vote, for a person to check."""
+    judge: bool = False
+    """A machine voted: a reward model, or a model behind an endpoint."""
     undoes: str | None = None
     """The id of the vote that this line takes back. Such a line is no vote; what else it says repeats the vote's."""
 

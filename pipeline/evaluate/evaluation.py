@@ -138,11 +138,7 @@ def judged(answers: dict[str, Json], where: Path, judge: Judge | None) -> Arena 
                 )
             return None
         print("  " + say("asking the judge {model} ...", model=judge.model), flush=True)
-        questions = [
-            prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-            for prompt in prompts
-        ]
-        held, verdicts = judges.arena(judge, questions, told)
+        held, verdicts = judges.arena(judge, [judges.question(prompt) for prompt in prompts], told)
         unread = [row["reply"] for row in verdicts if row["verdict"] is None]
         if unread:
             print(f"  {len(unread)} replies were not A, B or tie and count as ties, such as {unread[0]!r}", flush=True)

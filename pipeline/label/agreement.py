@@ -10,7 +10,8 @@ from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
-from pipeline.data.votes import SKIP, Vote
+from pipeline.data import judged
+from pipeline.data.votes import BOTH_BAD, SKIP, TIE, Vote
 from pipeline.disk.atomic import Json, digest
 from pipeline.language.say import say
 from pipeline.measure import intervals
@@ -18,10 +19,13 @@ from pipeline.measure.krippendorff import krippendorff
 
 
 def weigh(votes: Sequence[Vote]) -> Json:
-    """The figures of some votes that stand. Of several votes of one person on one pair the last counts.
+    """The figures of some votes that stand. Of several votes of one person on one pair the last counts. Those of judges
+    count in `judges` alone: how often they agree with people.
 
     An estimate is {value, low, high, n, how}, or None where there is too little to tell.
     """
+    judges = _weigh_judges(votes)
+    votes = [vote for vote in votes if not vote.judge]
     last = list({(vote.annotator, vote.pair): vote for vote in votes}.values())
     trained = [vote for vote in last if vote.gold is None]
     known = [vote for vote in last if vote.gold is not None and vote.choice != SKIP]
@@ -50,7 +54,25 @@ def weigh(votes: Sequence[Vote]) -> Json:
         "longer": asdict(intervals.share([statistics.mean(each) for each in longer.values()])) if longer else None,
         "triads": _triads(decided),
         "per_hour": {name: _pace([v for v in votes if v.annotator == name]) for name in people},
+        "judges": judges,
     }
+
+
+def _weigh_judges(votes: Sequence[Vote]) -> Json:
+    """By judge: its votes; the share of pairs decided by both on which it agrees with people; and alpha of it and of
+    what most people said, in which a tie and both bad are one answer of three."""
+    people, found = judged.by_people(votes), {}
+    for name, same in judged.checked(votes).items():
+        own = [vote for vote in votes if vote.judge and vote.annotator == name]
+        units = [
+            [TIE if said == BOTH_BAD else said for said in (_choice(vote), people[vote.pair])]
+            for vote in own
+            if vote.pair in people
+        ]
+        alpha = krippendorff(units, "nominal")
+        share = asdict(intervals.proportion(same)) if same else None
+        found[name] = {"votes": len(own), "share": share, "alpha": asdict(alpha) if alpha else None}
+    return found
 
 
 def _units(votes: Iterable[Vote], value: Any) -> list[list[Hashable]]:
@@ -99,17 +121,30 @@ def _pace(votes: Sequence[Vote]) -> float | None:
 def tell(found: Json) -> list[tuple[str, str]]:
     """The figures as lines for a person: a heading and a sentence."""
     people = say(", ").join(f"{name} {count}" for name, count in found["people"].items())
-    lines = [(say("votes"), say("{n} by {people}", n=found["votes"], people=people))]
+    lines = [(say("votes"), say("{n} by {people}", n=found["votes"], people=people))] if people else []
     told = say(
         "{n} of {pairs} pairs were seen by several people (alpha is 1 for full agreement, 0 for chance)",
         n=found["pairs_of_several"], pairs=found["pairs"],
     )  # fmt: skip
-    lines.append((say("agreement"), told))
+    if people:
+        lines.append((say("agreement"), told))
     for name, alpha in found["alpha"].items():
         what = say("choice") if name == "choice" else say("strength") if name == "strength" else name
         if alpha:
             told = say("alpha {value}, 95 % {low} to {high}, {n} pairs", **_written(alpha, "{:.2f}"), n=alpha["n"])
             lines.append((say("agreement on {what}", what=what), told))
+    for name, judge in found["judges"].items():
+        told = say("{n} votes", n=judge["votes"])
+        if share := judge["share"]:
+            agrees = say(
+                "agrees with people on {value} of {n} pairs that both decided, 95 % {low} to {high}",
+                **_written(share, "{:.0%}"), n=share["n"],
+            )  # fmt: skip
+            told = say(", ").join([told, agrees])
+        if alpha := judge["alpha"]:
+            value = say("alpha {value}, 95 % {low} to {high}, {n} pairs", **_written(alpha, "{:.2f}"), n=alpha["n"])
+            told = say(", ").join([told, value])
+        lines.append((say("judge"), say("{name}: {told}", name=name, told=told)))
     for name, right in found["gold"].items():
         told = say(
             "{name} chose the known better answer in {value} of {n}, 95 % {low} to {high}",

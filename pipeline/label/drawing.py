@@ -120,13 +120,17 @@ class Drawer:
                     self._wanted.wait()
                     self._wanted.clear()
                     continue
-                if self.bench is None:
-                    self.bench = self.load()
-                self.keep(self._block_of_pairs(self.bench))
+                self.draw_block()
         except Exception as error:  # the page tells it: a thread that dies in silence leaves people waiting
             self.failed = str(error) or type(error).__name__
             if not isinstance(error, UserError):
                 raise
+
+    def draw_block(self) -> None:
+        """Draw the pairs of the next prompts, which wait for it."""
+        if self.bench is None:
+            self.bench = self.load()
+        self.keep(self._block_of_pairs(self.bench))
 
     def _block_of_pairs(self, bench: Bench) -> list[Pair | None]:
         """The next block: for each prompt its pair, or None where the answers drawn were all alike."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +42,8 @@ class Wishes:
     gold: str
     arena: bool = False
     """Stages against each other on what tests hold out, to be rated."""
+    judge: str = ""
+    """The reward stage that votes before people do."""
 
 
 def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
@@ -50,13 +52,19 @@ def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
     Raises UserError for a stage that gives no answers or is not finished, for prompts or votes that cannot be read,
     and where pairs are to be chosen by a reward model that the run does not have.
     """
+    recipe = _trusting(recipe)
     if wishes.arena:
         _check_arena(wishes)
     stages = wishes.stages or _answering(recipe, runs)[-1:] or [BASE]
     adapters = {stage: _adapter(recipe, stage, runs) for stage in stages}
+    if wishes.judge and not (wishes.judge in recipe.stages and _ranks(recipe, wishes.judge, runs)):
+        raise UserError(
+            f"--judge {wishes.judge} is neither a finished reward stage of {runs / recipe.name} nor an address such as "
+            "http://127.0.0.1:8080/v1"
+        )
     # In an arena nobody is told what the reward model prefers: it is rated against people.
     ranking = [name for name in recipe.order() if not wishes.arena and _ranks(recipe, name, runs)]
-    reward = ranking[-1] if ranking else ""
+    reward = wishes.judge or (ranking[-1] if ranking else "")
     if wishes.choose != "random" and not reward:
         raise UserError(
             f"--choose {wishes.choose} asks a reward model, and {runs / recipe.name} has no finished one: train a "
@@ -93,6 +101,16 @@ def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
 def folder_of(recipe: Recipe, wishes: Wishes) -> Path:
     """Where the votes on a recipe's answers lie: beside it."""
     return arena_of(recipe) if wishes.arena else Path(recipe.file).parent / "labels"
+
+
+def _trusting(recipe: Recipe) -> Recipe:
+    """The recipe with every judge's votes taken: people who check a judge have to get at its pairs."""
+    taken = {"judge_agreement": 0.0}
+    stages = {
+        name: section.model_copy(update={"data": section.data.model_copy(update=taken)})
+        for name, section in recipe.stages.items()
+    }
+    return replace(recipe, spec=recipe.spec.model_copy(update={"stages": stages}))
 
 
 def _check_arena(wishes: Wishes) -> None:

@@ -35,9 +35,11 @@ class Played:
 
     def described(self, **judge: Any) -> Arena:
         """As it stands in results.json."""
+        return Arena(names=self.names, elo=self.elo(), wins=self.wins(), **judge)
+
+    def wins(self) -> dict[str, dict[str, Estimate]]:
         names = self.names
-        wins = {a: {b: rate for b in names if b != a and (rate := self.win_rate(a, b))} for a in names}
-        return Arena(names=names, elo=self.elo(), wins=wins, **judge)
+        return {a: {b: rate for b in names if b != a and (rate := self.win_rate(a, b))} for a in names}
 
     def elo(self) -> dict[str, Estimate]:
         """Bradley-Terry strengths on the Elo scale, their mean at 1000, with intervals over prompts."""

@@ -87,10 +87,10 @@ def rate(votes: list[Vote], adapters: Mapping[str, str]) -> tuple[People, Arena 
         won = 0.5 if isinstance(vote.choice, str) else 1.0 - vote.choice
         points_PKK[p, a, b] += won
         points_PKK[p, b, a] += 1 - won
-    arena = Played(names, points_PKK).described()
+    played = Played(names, points_PKK)
     groups, _ = connected_components(points_PKK.sum(0) + points_PKK.sum(0).T, directed=False)
-    rated = groups == 1 and len(prompts) >= FEW
-    return people, arena if rated else arena.model_copy(update={"elo": {}})
+    elo = played.elo() if groups == 1 and len(prompts) >= FEW else {}
+    return people, Arena(names=names, elo=elo, wins=played.wins())
 
 
 def _asked(vote: Vote) -> str:

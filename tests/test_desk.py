@@ -6,14 +6,15 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import pytest
 import torch
 from test_label import PLAIN, draw, make_recipe, train
 
-from pipeline.data.votes import read_votes
+from pipeline.data import render
+from pipeline.data.votes import Choose, read_votes
 from pipeline.errors import UserError
 from pipeline.label.desk import Desk, NotNow
 from pipeline.label.drawing import Drawer, Pair, Policy
@@ -22,6 +23,12 @@ from pipeline.models import adapters
 from pipeline.models import base as bases
 from pipeline.models.spec import ModelSpec
 from pipeline.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from pipeline.evaluate.bench import Bench
+
+PROMPTS = [{"prompt": [{"role": "user", "content": f"Isle {n}?"}]} for n in range(10)]
+DISAGREE = Wishes([], [1.0], 2, 9, "disagree", 0, "", "")
 
 
 @pytest.fixture
@@ -128,6 +135,7 @@ def test_a_cut_last_line_is_put_aside_and_the_next_vote_is_whole(recipe: Recipe,
     [
         (Wishes(["dpo"], [1.0], 2, 9, "random", 0, "", ""), r"no finished stage 'dpo' .*\(there is: sft, base\)"),
         (Wishes([], [1.0], 2, 9, "gap", 0, "", ""), "--choose gap asks a reward model"),
+        (Wishes([], [1.0], 2, 9, "disagree", 0, "", ""), "--choose disagree asks a reward model"),
         (Wishes([], [0.0], 2, 9, "random", 0, "", ""), "--temperature 0 gives one answer"),
     ],
 )
@@ -148,48 +156,95 @@ def test_what_a_test_holds_out_is_not_labelled(tiny_base: Path, tmp_path: Path) 
     assert desk.told == ["1 prompts are not shown: a test holds them out"]
 
 
-def test_drawn_answers_are_the_models_and_the_widest_gap_comes_first(tiny_base: Path, tmp_path: Path) -> None:
-    """The real base, two adapters and a reward model: answers differ, are the same when drawn again, and are ordered by
-    scores taken one by one."""
-    from pipeline.evaluate.bench import Bench
-    from pipeline.models.dialogue import Told
-    from pipeline.models.sampling import Episode
-    from pipeline.ppo import rewards
+def test_disagreement_is_asked_of_several_heads(tiny_base: Path, tmp_path: Path) -> None:
+    pair = {"prompt": "What?", "chosen": "Tin.", "rejected": "Salt."}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n", encoding="utf-8")
+    stages = {
+        "sft": {"data": {"path": str(tmp_path / "rows.jsonl")}},
+        "reward": {"from": "sft", "data": {"path": str(tmp_path / "pairs.jsonl")}},
+    }
+    recipe = make_recipe(tiny_base, tmp_path, stages=stages)
+    for head_means in ([], [0.1, 0.2]):
+        train(recipe, tmp_path, b"scores", "reward", head_means=head_means)
+        if head_means:
+            assert open_desk(recipe, DISAGREE, tmp_path / "runs").drawer.choose == "disagree"
+        else:
+            with pytest.raises(UserError, match="'reward' has one: write `heads: 4` into stages.reward"):
+                open_desk(recipe, DISAGREE, tmp_path / "runs")
 
+
+@pytest.fixture(scope="module")
+def bench(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """The real base with two policies and a reward model of three heads."""
+    from pipeline.evaluate.bench import Bench
+
+    folder = tmp_path_factory.mktemp("bench")
     spec = ModelSpec(base=str(tiny_base), dtype="bfloat16", lora={"r": 4, "target_modules": "all-linear"})
     tokenizer = bases.load_tokenizer(spec)
     for seed, name in enumerate(("sft", "dpo", "reward")):
         torch.manual_seed(seed)
         head = name == "reward"
-        model = adapters.fresh(bases.load_base(spec, tokenizer, num_labels=int(head)), spec.lora, head=head)
+        base = bases.load_base(spec, tokenizer, num_labels=3 * head)
+        model = adapters.fresh(base, spec.lora, head=head)
         with torch.no_grad():
             for weight in adapters.trainable(model).values():
                 weight.copy_(torch.randn_like(weight) * 0.1)
-        (tmp_path / name).mkdir()
-        adapters.save(model, tmp_path / name)
-    bench = Bench(spec, {name: tmp_path / name for name in ("sft", "dpo")}, {"reward": tmp_path / "reward"}, 1.0)
-    prompts = [{"prompt": [{"role": "user", "content": f"Isle {n}?"}]} for n in range(10)]
+        (folder / name).mkdir()
+        adapters.save(model, folder / name)
+    policies = {name: folder / name for name in ("sft", "dpo")}
+    return Bench(spec, policies, {"reward": folder / "reward"}, 1.0)
+
+
+def drawer(bench: Bench, file: Path, policies: list[Policy], choose: Choose) -> Drawer:
+    found = Drawer(file, policies, PROMPTS, 7, 8, choose, lambda: bench, "reward")
+    found._draw()
+    return found
+
+
+def score_alone(bench: Bench, pair: Pair) -> torch.Tensor:
+    """(W, K): each answer by itself through the reward model, in the order of the candidates."""
+    from pipeline.ppo.rewards import adapter_name
+
+    found = []
+    for candidate in pair.candidates:
+        row = {"prompt": pair.prompt, "answer": [{"role": "assistant", "content": candidate.text}]}
+        ids = render.conversation(bench.tokenizer, row, "answer")
+        bench.actors.act_as(adapter_name("reward"))
+        hidden_TH = bench.actors.hidden(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))[0]
+        found.append(hidden_TH[-1].float() @ bench.actors.reward_heads[adapter_name("reward")].float().T)
+    return torch.stack(found)
+
+
+def test_drawn_answers_are_the_models_and_the_widest_gap_comes_first(bench: Bench, tmp_path: Path) -> None:
+    """Answers differ, are the same when drawn again, and are ordered by scores taken one by one."""
     policies = [Policy("sft", "a", 1.0), Policy("dpo", "b", 0.7)]
-
-    def drawn(file: str) -> Drawer:
-        drawer = Drawer(tmp_path / file, policies, prompts, 7, 8, "gap", lambda: bench, "reward")
-        drawer._draw()
-        return drawer
-
-    first, again = drawn("one"), drawn("two")
+    first, again = (drawer(bench, tmp_path / file, policies, "gap") for file in ("one", "two"))
     assert first.pairs == again.pairs and first.finished and len(first.pairs) > 5
     gaps = []
     with bench.ready():
         for pair in first.pairs:
             one, other = pair.candidates
             assert (one.stage, other.stage) == ("sft", "dpo") and one.text != other.text
-            source = [rewards.source("reward", 1.0)]
-            alone = []
-            for text in (one.text, other.text):
-                told = Told({"prompt": pair.prompt}, Episode([], [], [], ended=True), text)
-                alone += rewards.scores(source, bench.actors, bench.tokenizer, [told], 1)["reward"]
+            alone = score_alone(bench, pair).mean(1).tolist()
             assert pair.scores == pytest.approx(alone, abs=0.02)  # in bfloat16
             gaps.append(abs(alone[0] - alone[1]))
     assert all(later < sooner + 0.04 for sooner, later in pairwise(gaps)) and gaps[0] > gaps[-1] + 0.1
     # what is on disk is shown again, and nothing is drawn for it
-    assert Drawer(tmp_path / "one", policies, prompts, 7, 8, "gap", lambda: bench, "reward").pairs == first.pairs
+    assert Drawer(tmp_path / "one", policies, PROMPTS, 7, 8, "gap", lambda: bench, "reward").pairs == first.pairs
+
+
+def test_the_pair_on_whose_margin_heads_differ_most_comes_first(bench: Bench, tmp_path: Path) -> None:
+    """Of three answers the two that heads differ about most; a loop over heads in place of ours."""
+    found = drawer(bench, tmp_path / "one", [Policy("sft", "a", 1.0)] * 3, "disagree")
+    worth = []
+    with bench.ready():
+        for pair in found.pairs:
+            alone = score_alone(bench, pair).tolist()
+            deviations = []
+            for one, other in ((0, 1), (0, 2), (1, 2)):
+                margins = [alone[one][head] - alone[other][head] for head in range(3)]
+                mean = sum(margins) / 3
+                deviations.append(math.sqrt(sum((margin - mean) ** 2 for margin in margins) / 3))
+            worth.append(max(deviations))
+    assert len(worth) > 5 and worth[0] > worth[-1] + 0.1
+    assert all(later < sooner + 0.04 for sooner, later in pairwise(worth))

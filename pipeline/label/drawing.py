@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import combinations
+from operator import sub
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.contracts import Row
@@ -138,11 +141,6 @@ class Drawer:
             found = [pair for pair in pairs if pair is not None]
             if self.reward and found:
                 found = self._score(bench, found)
-        # What reads as a comparison worth a person's time comes first: docs/label.md says why.
-        if self.choose == "gap":
-            found.sort(key=lambda pair: -_spread(pair))
-        elif self.choose == "uncertain":
-            found.sort(key=_spread)
         return [*found, *[None] * (len(rows) - len(found))]
 
     def _answer(self, bench: Bench, rows: list[Row], first: int) -> list[Pair | None]:
@@ -193,19 +191,22 @@ class Drawer:
         return [*whole, *[None] * (len(rows) - len(asked))]
 
     def _score(self, bench: Bench, pairs: list[Pair]) -> list[Pair]:
+        """The pairs with the reward model's scores, those first that are worth a person's time most."""
+        said = ((pair.prompt, candidate.text) for pair in pairs for candidate in pair.candidates)
+        by_head_NK, width = self._by_head(bench, said), len(self.policies)
+        by_pair_PWK = [by_head_NK[start : start + width] for start in range(0, len(by_head_NK), width)]
+        order = sorted(range(len(pairs)), key=lambda i: -_worth(self.choose, by_pair_PWK[i]))
+        return [replace(pairs[i], scores=[fmean(heads_K) for heads_K in by_pair_PWK[i]]) for i in order]
+
+    def _by_head(self, bench: Bench, said: Iterable[tuple[Any, str]]) -> list[list[float]]:
+        """What each head of the reward model says of answers to prompts, (N, K)."""
         from pipeline.models.dialogue import Told
         from pipeline.models.sampling import Episode
         from pipeline.ppo import rewards
 
-        told = [
-            Told({"prompt": pair.prompt}, Episode([], [], [], ended=True), candidate.text)
-            for pair in pairs
-            for candidate in pair.candidates
-        ]
-        source = rewards.source(self.reward, 1.0)
-        flat = rewards.scores([source], bench.actors, bench.tokenizer, told, bench.at_once)[source.name]
-        width = len(self.policies)
-        return [replace(pair, scores=flat[i * width : (i + 1) * width]) for i, pair in enumerate(pairs)]
+        told = [Told({"prompt": prompt}, Episode([], [], [], ended=True), text) for prompt, text in said]
+        sequences = [rewards.conversation(bench.tokenizer, one) for one in told]
+        return bench.actors.head_scores(rewards.adapter_name(self.reward), sequences, bench.at_once)
 
     def keep(self, block: list[Pair | None]) -> None:
         """Put the pairs of the next prompts on disk, then before the people; None for a prompt that gave no pair."""
@@ -244,10 +245,14 @@ class Drawer:
             self.told.append(why)
 
 
-def _spread(pair: Pair) -> float:
-    """How far apart the reward model's scores lie."""
-    assert pair.scores is not None
-    return max(pair.scores) - min(pair.scores)
+def _worth(choose: Choose, by_head_WK: list[list[float]]) -> float:
+    """How early the answers to a prompt are shown, by what the reward model's heads say of them: docs/label.md says
+    why. Where a head's zero lies is chance, so of heads only differences of scores are compared."""
+    if choose == "disagree":
+        return max(float(pstdev(map(sub, one_K, other_K))) for one_K, other_K in combinations(by_head_WK, 2))
+    scores = [fmean(heads_K) for heads_K in by_head_WK]
+    spread = max(scores) - min(scores)
+    return {"gap": spread, "uncertain": -spread}.get(choose, 0.0)
 
 
 def _as_json(pair: Pair) -> dict[str, Any]:

@@ -48,11 +48,18 @@ def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
     """
     stages = wishes.stages or _answering(recipe, runs)[-1:] or [BASE]
     adapters = {stage: _adapter(recipe, stage, runs) for stage in stages}
-    reward = next((name for name in reversed(recipe.order()) if _ranks(recipe, name, runs)), "")
+    rankers = {name: recipe.artifact(name, runs).manifest() for name in recipe.order() if recipe.kind(name).ranks}
+    finished = {name: manifest for name, manifest in rankers.items() if manifest}
+    reward = next(reversed(finished), "")
     if wishes.choose != "random" and not reward:
         raise UserError(
             f"--choose {wishes.choose} asks a reward model, and {runs / recipe.name} has no finished one: train a "
             "reward stage, or leave --choose out"
+        )
+    if wishes.choose == "disagree" and not finished[reward].head_means:
+        raise UserError(
+            f"--choose disagree compares the heads of a reward model, and '{reward}' has one: write `heads: 4` into "
+            f"stages.{reward} and run it again, or use --choose uncertain"
         )
     width = max(wishes.answers, len(stages), len(wishes.temperatures))
     if len(stages) == 1 and wishes.temperatures == [0.0]:
@@ -84,10 +91,6 @@ def labels_of(recipe: Recipe) -> Path:
 
 def _answering(recipe: Recipe, runs: Path) -> list[str]:
     return [name for name in recipe.order() if recipe.kind(name).answers and recipe.artifact(name, runs).manifest()]
-
-
-def _ranks(recipe: Recipe, stage: str, runs: Path) -> bool:
-    return recipe.kind(stage).ranks and recipe.artifact(stage, runs).manifest() is not None
 
 
 def _adapter(recipe: Recipe, stage: str, runs: Path) -> str:

@@ -42,7 +42,7 @@ def label(
     ] = None,
     new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens of an answer.")] = 256,
     choose: Annotated[
-        Literal["random", "gap", "uncertain"],
+        Literal["random", "gap", "uncertain", "disagree"],
         typer.Option(help="Which pairs come first, by the scores of the run's reward model."),
     ] = "random",
     two_people: Annotated[

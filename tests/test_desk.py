@@ -14,6 +14,7 @@ import torch
 from test_label import PLAIN, draw, make_recipe, train
 
 from pipeline.data import render
+from pipeline.data.tokens import without_marks
 from pipeline.data.votes import Choose, read_votes
 from pipeline.errors import UserError
 from pipeline.label.desk import Desk, NotNow
@@ -21,6 +22,7 @@ from pipeline.label.drawing import Drawer, Pair, Policy
 from pipeline.label.opening import Wishes, open_desk
 from pipeline.models import adapters
 from pipeline.models import base as bases
+from pipeline.models.dialogue import decode
 from pipeline.models.spec import ModelSpec
 from pipeline.recipe.recipe import Recipe
 
@@ -96,7 +98,7 @@ def test_answers_of_an_adapter_that_has_changed_are_not_shown(recipe: Recipe, tm
     train(recipe, tmp_path, b"second")
     desk = open_desk(recipe, PLAIN, tmp_path / "runs")
     assert not desk.drawer.pairs and desk.told == [
-        "answers of an earlier adapter of sft are not shown again; new ones are drawn"
+        "answers drawn with an earlier adapter of sft are not shown again; new ones are drawn"
     ]
     with pytest.raises(NotNow, match="trained again"):
         desk.vote("ada", given(old, 0))
@@ -136,6 +138,7 @@ def test_a_cut_last_line_is_put_aside_and_the_next_vote_is_whole(recipe: Recipe,
         (Wishes(["dpo"], [1.0], 2, 9, "random", 0, "", ""), r"no finished stage 'dpo' .*\(there is: sft, base\)"),
         (Wishes([], [1.0], 2, 9, "gap", 0, "", ""), "--choose gap asks a reward model"),
         (Wishes([], [1.0], 2, 9, "disagree", 0, "", ""), "--choose disagree asks a reward model"),
+        (Wishes([], [1.0], 2, 9, "random", 0, "", "", 4), "--best-of 4 asks a reward model"),
         (Wishes([], [0.0], 2, 9, "random", 0, "", ""), "--temperature 0 gives one answer"),
     ],
 )
@@ -156,7 +159,7 @@ def test_what_a_test_holds_out_is_not_labelled(tiny_base: Path, tmp_path: Path) 
     assert desk.told == ["1 prompts are not shown: a test holds them out"]
 
 
-def test_disagreement_is_asked_of_several_heads(tiny_base: Path, tmp_path: Path) -> None:
+def test_disagreement_is_asked_of_several_heads_and_of_the_last_reward_model(tiny_base: Path, tmp_path: Path) -> None:
     pair = {"prompt": "What?", "chosen": "Tin.", "rejected": "Salt."}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n", encoding="utf-8")
     stages = {
@@ -168,6 +171,14 @@ def test_disagreement_is_asked_of_several_heads(tiny_base: Path, tmp_path: Path)
         train(recipe, tmp_path, b"scores", "reward", head_means=head_means)
         if head_means:
             assert open_desk(recipe, DISAGREE, tmp_path / "runs").drawer.choose == "disagree"
+            cold = Wishes([], [0.0, 1.0], 2, 9, "random", 0, "", "", 4)
+            with pytest.raises(UserError, match="at --temperature 0 all would be alike"):
+                open_desk(recipe, cold, tmp_path / "runs")
+            draw(recipe, tmp_path, DISAGREE)
+            train(recipe, tmp_path, b"again", "reward", head_means=head_means)
+            told = "answers drawn with an earlier adapter of reward are not shown again; new ones are drawn"
+            assert open_desk(recipe, DISAGREE, tmp_path / "runs").told == [told]
+            assert open_desk(recipe, PLAIN, tmp_path / "runs").told == []
         else:
             with pytest.raises(UserError, match="'reward' has one: write `heads: 4` into stages.reward"):
                 open_desk(recipe, DISAGREE, tmp_path / "runs")
@@ -195,19 +206,19 @@ def bench(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(spec, policies, {"reward": folder / "reward"}, 1.0)
 
 
-def drawer(bench: Bench, file: Path, policies: list[Policy], choose: Choose) -> Drawer:
+def drawer(bench: Bench, file: Path, policies: list[Policy], choose: Choose = "random") -> Drawer:
     found = Drawer(file, policies, PROMPTS, 7, 8, choose, lambda: bench, "reward")
     found._draw()
     return found
 
 
-def score_alone(bench: Bench, pair: Pair) -> torch.Tensor:
-    """(W, K): each answer by itself through the reward model, in the order of the candidates."""
+def score_alone(bench: Bench, texts: list[str], prompt: Any) -> torch.Tensor:
+    """(W, K): each answer by itself through the reward model."""
     from pipeline.ppo.rewards import adapter_name
 
     found = []
-    for candidate in pair.candidates:
-        row = {"prompt": pair.prompt, "answer": [{"role": "assistant", "content": candidate.text}]}
+    for text in texts:
+        row = {"prompt": prompt, "answer": [{"role": "assistant", "content": text}]}
         ids = render.conversation(bench.tokenizer, row, "answer")
         bench.actors.act_as(adapter_name("reward"))
         hidden_TH = bench.actors.hidden(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))[0]
@@ -225,12 +236,45 @@ def test_drawn_answers_are_the_models_and_the_widest_gap_comes_first(bench: Benc
         for pair in first.pairs:
             one, other = pair.candidates
             assert (one.stage, other.stage) == ("sft", "dpo") and one.text != other.text
-            alone = score_alone(bench, pair).mean(1).tolist()
+            alone = score_alone(bench, [one.text, other.text], pair.prompt).mean(1).tolist()
             assert pair.scores == pytest.approx(alone, abs=0.02)  # in bfloat16
             gaps.append(abs(alone[0] - alone[1]))
     assert all(later < sooner + 0.04 for sooner, later in pairwise(gaps)) and gaps[0] > gaps[-1] + 0.1
     # what is on disk is shown again, and nothing is drawn for it
     assert Drawer(tmp_path / "one", policies, PROMPTS, 7, 8, "gap", lambda: bench, "reward").pairs == first.pairs
+
+
+def test_the_best_of_several_draws_is_shown(bench: Bench, tmp_path: Path) -> None:
+    """What a candidate says of how it came about gives the same draws again, and each shown answer is the one of its
+    three that scores highest, one by one; but where that is shown already, another."""
+    from pipeline.data.tokens import stop_ids
+    from pipeline.models.sampling import sample
+
+    policies = [Policy("sft", "a", 1.0, best_of=3)] * 2
+    found = drawer(bench, tmp_path / "one", policies)
+    pairs = {pair.asks: pair for pair in found.pairs}
+    lifted = 0
+    with bench.ready():
+        for block in (PROMPTS[:2], PROMPTS[2:]):
+            asked = [Pair(row["prompt"], []) for row in block]
+            with bench.sampling_as("sft"):
+                drawn = sample(
+                    bench.actors, [render.prompt(bench.tokenizer, row) for row in block], new_tokens=8, temperature=1.0,
+                    stops=stop_ids(bench.tokenizer), copies=8,
+                    generator=torch.Generator().manual_seed(pairs[asked[0].asks].candidates[0].seed),
+                )  # fmt: skip
+            for place, asks in enumerate(pair.asks for pair in asked):
+                shown: list[str] = []
+                for number, candidate in enumerate(pairs[asks].candidates if asks in pairs else ()):
+                    assert candidate.best_of == 3
+                    three = drawn[8 * place + 3 * number : 8 * place + 3 * number + 3]
+                    texts = [without_marks(bench.tokenizer, decode(bench.tokenizer, one)).strip() for one in three]
+                    texts = [text for text in texts if text and text not in shown]
+                    scores = score_alone(bench, texts, pairs[asks].prompt).mean(1)
+                    assert scores[texts.index(candidate.text)] > scores.max() - 0.04
+                    lifted += candidate.text != texts[0]
+                    shown.append(candidate.text)
+    assert len(pairs) > 5 and lifted > 5
 
 
 def test_the_pair_on_whose_margin_heads_differ_most_comes_first(bench: Bench, tmp_path: Path) -> None:
@@ -239,7 +283,7 @@ def test_the_pair_on_whose_margin_heads_differ_most_comes_first(bench: Bench, tm
     worth = []
     with bench.ready():
         for pair in found.pairs:
-            alone = score_alone(bench, pair).tolist()
+            alone = score_alone(bench, [candidate.text for candidate in pair.candidates], pair.prompt).tolist()
             deviations = []
             for one, other in ((0, 1), (0, 2), (1, 2)):
                 margins = [alone[one][head] - alone[other][head] for head in range(3)]

@@ -35,6 +35,8 @@ class Candidate(BaseModel):
     """The sha256 of the stage's adapter; empty for the base, and for a known answer."""
     seed: int
     temperature: float = Field(ge=0, allow_inf_nan=False)
+    best_of: int = Field(default=1, ge=1)
+    """Of so many draws it is the one that the run's reward model scored highest."""
 
 
 class Edit(BaseModel):

@@ -38,6 +38,7 @@ class Wishes:
     share: float
     prompts: str
     gold: str
+    best_of: int = 1
 
 
 def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
@@ -51,11 +52,15 @@ def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
     rankers = {name: recipe.artifact(name, runs).manifest() for name in recipe.order() if recipe.kind(name).ranks}
     finished = {name: manifest for name, manifest in rankers.items() if manifest}
     reward = next(reversed(finished), "")
-    if wishes.choose != "random" and not reward:
+    asked = f"--choose {wishes.choose}" if wishes.choose != "random" else ""
+    asked = f"--best-of {wishes.best_of}" if wishes.best_of > 1 else asked
+    if asked and not reward:
         raise UserError(
-            f"--choose {wishes.choose} asks a reward model, and {runs / recipe.name} has no finished one: train a "
-            "reward stage, or leave --choose out"
+            f"{asked} asks a reward model, and {runs / recipe.name} has no finished one: train a reward stage, or "
+            f"leave {asked.split()[0]} out"
         )
+    if wishes.best_of > 1 and 0.0 in wishes.temperatures:
+        raise UserError(f"{asked} draws several answers, and at --temperature 0 all would be alike: raise it")
     if wishes.choose == "disagree" and not finished[reward].head_means:
         raise UserError(
             f"--choose disagree compares the heads of a reward model, and '{reward}' has one: write `heads: 4` into "
@@ -65,7 +70,7 @@ def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
     if len(stages) == 1 and wishes.temperatures == [0.0]:
         raise UserError("--temperature 0 gives one answer to each prompt, and a comparison needs two that differ")
     policies = [
-        Policy(stage, adapters[stage], wishes.temperatures[place % len(wishes.temperatures)])
+        Policy(stage, adapters[stage], wishes.temperatures[place % len(wishes.temperatures)], wishes.best_of)
         for place in range(width)
         for stage in [stages[place % len(stages)]]
     ]
@@ -80,6 +85,7 @@ def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
         wishes.choose,
         partial(_load, recipe, stages, reward, runs),
         reward,
+        recipe.artifact(reward, runs).verify().files[WEIGHTS] if asked else "",
     )
     return Desk(folder, drawer, _gold(wishes.gold), wishes.share, [*told, *drawer.told])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,6 +146,21 @@ def test_a_cut_last_line_is_put_aside_and_the_next_vote_is_whole(recipe: Recipe,
 def test_what_cannot_be_drawn_is_refused(recipe: Recipe, tmp_path: Path, wishes: Wishes, said: str) -> None:
     with pytest.raises(UserError, match=said):
         open_desk(recipe, wishes, tmp_path / "runs")
+
+
+def test_what_is_asked_with_tools_is_refused_or_told(tiny_base: Path, tmp_path: Path) -> None:
+    calculator = "recipes/environments/calculator.py:Calculator"
+    stages = {"sft": {"data": {"path": str(tmp_path / "rows.jsonl")}, "environment": calculator}}
+    recipe = make_recipe(tiny_base, tmp_path, stages=stages)
+    with pytest.raises(UserError, match=r"'sft' answers with the tools of .*Calculator.*\(there is: base\)"):
+        open_desk(recipe, Wishes(["sft"], [1.0], 2, 9, "random", 0, "", ""), tmp_path / "runs")
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    rows = [{"prompt": [{"role": "user", "content": "Add."}], "tools": [tool]}, {"prompt": "Plain."}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    desk = open_desk(recipe, replace(PLAIN, prompts=str(tmp_path / "mine.jsonl")), tmp_path / "runs")
+    assert [row["prompt"] for row in desk.drawer.prompts] == ["Plain."]
+    assert desk.told == ["1 prompts are not shown: they name tools"]
+    assert [policy.stage for policy in desk.drawer.policies] == ["base", "base"]
 
 
 def test_what_a_test_holds_out_is_not_labelled(tiny_base: Path, tmp_path: Path) -> None:

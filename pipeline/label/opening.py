@@ -96,7 +96,12 @@ def labels_of(recipe: Recipe) -> Path:
 
 
 def _answering(recipe: Recipe, runs: Path) -> list[str]:
-    return [name for name in recipe.order() if recipe.kind(name).answers and recipe.artifact(name, runs).manifest()]
+    """Those of its finished stages whose answers the page can show."""
+    return [
+        name
+        for name in recipe.order()
+        if recipe.kind(name).answers and not recipe.stages[name].asked_with() and recipe.artifact(name, runs).manifest()
+    ]
 
 
 def _adapter(recipe: Recipe, stage: str, runs: Path) -> str:
@@ -106,6 +111,11 @@ def _adapter(recipe: Recipe, stage: str, runs: Path) -> str:
     there = ", ".join([*_answering(recipe, runs), BASE])
     if stage in recipe.stages and not recipe.kind(stage).answers:
         raise UserError(f"'{stage}' writes no answers that could be compared (there is: {there})")
+    if stage in recipe.stages and (tools := recipe.stages[stage].asked_with()):
+        # Tools stop a slow call by a signal, which comes in the main thread only, and a vote holds one text an answer.
+        raise UserError(
+            f"'{stage}' answers with the tools of {tools}, and the page draws answers without tools (there is: {there})"
+        )
     if stage not in recipe.stages or recipe.artifact(stage, runs).manifest() is None:
         raise UserError(f"no finished stage '{stage}' in {runs / recipe.name} (there is: {there})")
     return recipe.artifact(stage, runs).verify().files[WEIGHTS]
@@ -117,19 +127,27 @@ def _prompts(recipe: Recipe, stage: str, file: str) -> tuple[list[Row], list[str
     if file:
         rows: Iterable[Row] = read_source(file, PROMPT_ONLY, DataSpec(path=file)).rows
     else:
-        sampling = [name for name in recipe.order() if recipe.kind(name).contract is PROMPT_ONLY]
+        sampling = [
+            name
+            for name in recipe.order()
+            if recipe.kind(name).contract is PROMPT_ONLY and not recipe.stages[name].asked_with()
+        ]
         name = (sampling or [stage if stage in recipe.stages else recipe.order()[-1]])[0]
         rows = read_split(recipe.stages[name].data, PROMPT_ONLY, recipe.spec.seed).train
     by_key = {prompt_key(row): row for row in rows}
     held_out = set(_held_out(recipe))
-    kept = [row for key, row in by_key.items() if key not in held_out]
+    seen = [row for key, row in by_key.items() if key not in held_out]
+    kept = [row for row in seen if not row.get("tools")]
     if not kept:
         raise UserError(
-            f"{file or 'the recipe'} gives no prompt to label that no test holds out; name others with --prompts"
+            f"{file or 'the recipe'} gives no prompt to label that no test holds out and that names no tools; name "
+            "others with --prompts"
         )
     told = []
-    if len(kept) < len(by_key):
-        told.append(say("{n} prompts are not shown: a test holds them out", n=len(by_key) - len(kept)))
+    if len(seen) < len(by_key):
+        told.append(say("{n} prompts are not shown: a test holds them out", n=len(by_key) - len(seen)))
+    if len(kept) < len(seen):
+        told.append(say("{n} prompts are not shown: they name tools", n=len(seen) - len(kept)))
     import random
 
     random.Random(recipe.spec.seed).shuffle(kept)

@@ -39,18 +39,18 @@ def read_voted(path: str, kind: RowKind) -> Iterator[Voted]:
                 yield place, "undo", []
             elif vote.id not in stands:
                 yield place, "vote taken back", []
-            elif vote.gold is not None:
+            elif vote.gold is not None:  # it is there to see attention by, and is not trained on
                 yield place, "vote on a known answer", []
             else:
-                rows = list(_rows(vote, kind))
+                rows = list(rows_of(vote, kind))
                 word = "" if rows else "without a correction" if kind == "demonstration" else str(vote.choice)
                 yield place, f"vote {word}".replace("_", " ").strip(), rows
         if cut:
             yield f"{file}:{len(placed) + 1}", "vote cut short", []
 
 
-def _rows(vote: Vote, kind: RowKind) -> Iterator[Row]:
-    """A known answer is there to see attention by, and is not trained on; neither is a pair that was skipped."""
+def rows_of(vote: Vote, kind: RowKind) -> Iterator[Row]:
+    """What a vote gives of a kind of rows; a pair that was skipped is not trained on."""
     texts, choice = [candidate.text for candidate in vote.candidates], vote.choice
     shared: Row = {"prompt": vote.prompt, "annotator": vote.annotator}
 

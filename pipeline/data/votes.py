@@ -61,7 +61,7 @@ class Vote(BaseModel):
     prompt: str | list[dict[str, Any]]
     candidates: list[Candidate] = Field(min_length=2)
     shown: list[int]
-    """The candidates in their order on the screen, the left one first."""
+    """The candidates in their order on the screen, the left one first; empty where another tool has not noted it."""
     choice: int | Literal["tie", "both_bad", "skip"]
     ranking: list[int] | None = None
     """All candidates, the best first; of three or more."""
@@ -85,7 +85,7 @@ class Vote(BaseModel):
     def _names_its_candidates(self) -> Vote:
         count = len(self.candidates)
         for name, order in (("shown", self.shown), ("ranking", self.ranking)):
-            if order is not None and sorted(order) != list(range(count)):
+            if order and sorted(order) != list(range(count)):
                 raise ValueError(f"{name} is {order}; it names each of the {count} candidates once")
         named = [self.choice, self.gold, *(self.guidelines or {}).values()] + [self.edit and self.edit.candidate]
         for index in named:

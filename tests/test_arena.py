@@ -144,9 +144,8 @@ def test_stages_meet_on_what_tests_hold_out_and_training_never_reads_it(tiny_bas
     before = reads.parts()
     desk.vote("bo", given(desk.drawer.pairs[0], 0))
     assert reads.parts() == before and people.arena_of(reads) == desk.folder
-    assert [row["prompt"] for row in read_source(str(labels), PREFERENCE, DataSpec(path=str(labels))).rows] == [
-        "What is 0?"
-    ]
+    rows = read_source(str(labels), PREFERENCE, DataSpec(path=str(labels))).rows
+    assert {row["prompt"] for row in rows} == {"What is 0?"}
 
 
 @pytest.mark.parametrize(

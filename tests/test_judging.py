@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def test_a_reward_stage_votes_by_its_scores(tiny_base: Path, tmp_path: Path) -> 
     adapter.mkdir(parents=True)
     (adapter / "adapter_model.safetensors").write_bytes(b"weights")
     seal(recipe, "reward", tmp_path / "runs", {})
-    draw(recipe, tmp_path, scores=True)  # 0.1 and 0.9
+    draw(recipe, tmp_path, replace(PLAIN, judge="reward"), scores=True)  # 0.1 and 0.9
 
     def label(*words: str) -> tuple[int, str]:
         command = ["label", str(tmp_path / "tiny.yaml"), "sft", "--runs", str(tmp_path / "runs"), *words]

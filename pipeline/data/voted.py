@@ -27,11 +27,11 @@ def is_of_votes(path: str) -> bool:
     return False
 
 
-def read_voted(path: str, kind: RowKind, judge_agreement: float) -> Iterator[Voted]:
+def read_voted(path: str, kind: RowKind, judge_agreement: float = 0.0) -> Iterator[Voted]:
     """Every line of the files: none is passed over without being counted as something.
 
-    judge_agreement: the share of checked pairs on which a judge has to agree with people. A pair that people voted on
-    counts by their votes alone.
+    judge_agreement: the share of checked pairs on which a judge has to agree with people; 0 asks nothing. A pair that
+    people voted on counts by their votes alone.
 
     Raises UserError naming file and line of one that is no vote, and for a judge that agrees with people too rarely.
     """
@@ -47,12 +47,12 @@ def read_voted(path: str, kind: RowKind, judge_agreement: float) -> Iterator[Vot
                 yield place, "undo", []
             elif vote.id not in stands:
                 yield place, "vote taken back", []
-            elif vote.gold is not None:
+            elif vote.gold is not None:  # it is there to see attention by, and is not trained on
                 yield place, "vote on a known answer", []
             elif vote.judge and vote.pair in people:
                 yield place, "vote of a judge on a pair that people voted on", []
             else:
-                rows = list(_rows(vote, kind))
+                rows = list(rows_of(vote, kind))
                 word = "" if rows else "without a correction" if kind == "demonstration" else str(vote.choice)
                 whose = "vote of a judge" if vote.judge else "vote"
                 yield place, f"{whose} {word}".replace("_", " ").strip(), rows
@@ -60,8 +60,8 @@ def read_voted(path: str, kind: RowKind, judge_agreement: float) -> Iterator[Vot
             yield f"{file}:{len(placed) + 1}", "vote cut short", []
 
 
-def _rows(vote: Vote, kind: RowKind) -> Iterator[Row]:
-    """A known answer is there to see attention by, and is not trained on; neither is a pair that was skipped."""
+def rows_of(vote: Vote, kind: RowKind) -> Iterator[Row]:
+    """What a vote gives of a kind of rows; a pair that was skipped is not trained on."""
     texts, choice = [candidate.text for candidate in vote.candidates], vote.choice
     shared: Row = {"prompt": vote.prompt, "annotator": vote.annotator}
 
@@ -72,10 +72,9 @@ def _rows(vote: Vote, kind: RowKind) -> Iterator[Row]:
         yield shared
     elif kind == "demonstration" and vote.edit:
         yield {**shared, "completion": answer(vote.edit.text)}
-    elif kind == "preference" and isinstance(choice, int):
-        others = [index for index in range(len(texts)) if index != choice]
-        for better, worse in combinations(vote.ranking, 2) if vote.ranking else ((choice, other) for other in others):
-            yield {**shared, "chosen": answer(texts[better]), "rejected": answer(texts[worse])}
+    elif kind == "preference":
+        for better, worse in _comparisons(vote):
+            yield {**shared, "chosen": answer(better), "rejected": answer(worse)}
     elif kind == "rated":
         best, worst = (vote.ranking[0], vote.ranking[-1]) if vote.ranking else (choice, None)
         for index, text in enumerate(texts):
@@ -85,3 +84,22 @@ def _rows(vote: Vote, kind: RowKind) -> Iterator[Row]:
                 yield {**shared, "completion": answer(text), "label": True}
         if vote.edit:
             yield {**shared, "completion": answer(vote.edit.text), "label": True}
+
+
+def _comparisons(vote: Vote) -> dict[tuple[str, str], None]:
+    """The better and the worse text of each: the chosen answer over the others, of a ranking every two; and a corrected
+    answer over the one it corrects and over all that the vote puts below that one.
+
+    Source: arXiv 2407.21783, section 4.2.1, whose order is edited > chosen > rejected.
+    """
+    texts, choice = [candidate.text for candidate in vote.candidates], vote.choice
+    pairs: list[tuple[int, int]] = []
+    if isinstance(choice, int):
+        others = [(choice, other) for other in range(len(texts)) if other != choice]
+        pairs = list(combinations(vote.ranking, 2)) if vote.ranking else others
+    found = [(texts[better], texts[worse]) for better, worse in pairs]
+    if vote.edit:
+        corrected = vote.edit.candidate
+        below = range(len(texts)) if choice == BOTH_BAD else [worse for better, worse in pairs if better == corrected]
+        found += [(vote.edit.text, texts[worse]) for worse in (corrected, *below)]
+    return dict.fromkeys((better, worse) for better, worse in found if better != worse)

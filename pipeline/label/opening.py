@@ -40,6 +40,7 @@ class Wishes:
     share: float
     prompts: str
     gold: str
+    best_of: int = 1
     arena: bool = False
     """Stages against each other on what tests hold out, to be rated."""
     judge: str = ""
@@ -57,30 +58,39 @@ def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
         _check_arena(wishes)
     stages = wishes.stages or _answering(recipe, runs)[-1:] or [BASE]
     adapters = {stage: _adapter(recipe, stage, runs) for stage in stages}
-    if wishes.judge and not (wishes.judge in recipe.stages and _ranks(recipe, wishes.judge, runs)):
+    rankers = {name: recipe.artifact(name, runs).manifest() for name in recipe.order() if recipe.kind(name).ranks}
+    finished = {name: manifest for name, manifest in rankers.items() if manifest}
+    if wishes.judge and wishes.judge not in finished:
         raise UserError(
             f"--judge {wishes.judge} is neither a finished reward stage of {runs / recipe.name} nor an address such as "
             "http://127.0.0.1:8080/v1"
         )
     # In an arena nobody is told what the reward model prefers: it is rated against people.
-    ranking = [name for name in recipe.order() if not wishes.arena and _ranks(recipe, name, runs)]
-    reward = wishes.judge or (ranking[-1] if ranking else "")
-    if wishes.choose != "random" and not reward:
+    reward = wishes.judge or ("" if wishes.arena else next(reversed(finished), ""))
+    asked = f"--choose {wishes.choose}" if wishes.choose != "random" else ""
+    asked = f"--best-of {wishes.best_of}" if wishes.best_of > 1 else asked
+    if asked and not reward:
         raise UserError(
-            f"--choose {wishes.choose} asks a reward model, and {runs / recipe.name} has no finished one: train a "
-            "reward stage, or leave --choose out"
+            f"{asked} asks a reward model, and {runs / recipe.name} has no finished one: train a reward stage, or "
+            f"leave {asked.split()[0]} out"
+        )
+    if wishes.best_of > 1 and 0.0 in wishes.temperatures:
+        raise UserError(f"{asked} draws several answers, and at --temperature 0 all would be alike: raise it")
+    if wishes.choose == "disagree" and not finished[reward].head_means:
+        raise UserError(
+            f"--choose disagree compares the heads of a reward model, and '{reward}' has one: write `heads: 4` into "
+            f"stages.{reward} and run it again, or use --choose uncertain"
         )
     width = max(wishes.answers, len(stages), len(wishes.temperatures))
     if len(stages) == 1 and wishes.temperatures == [0.0]:
         raise UserError("--temperature 0 gives one answer to each prompt, and a comparison needs two that differ")
     policies = [
-        Policy(stage, adapters[stage], wishes.temperatures[place % len(wishes.temperatures)])
+        Policy(stage, adapters[stage], wishes.temperatures[place % len(wishes.temperatures)], wishes.best_of)
         for place in range(width)
         for stage in [stages[place % len(stages)]]
     ]
-    told: list[str] = []
     if wishes.arena:
-        prompts = _held_out_prompts(recipe, wishes.prompts)
+        prompts, told = _held_out_prompts(recipe, wishes.prompts)
     else:
         prompts, told = _prompts(recipe, stages[-1], wishes.prompts)
     folder = folder_of(recipe, wishes)
@@ -93,6 +103,7 @@ def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
         wishes.choose,
         partial(_load, recipe, stages, reward, runs),
         reward,
+        recipe.artifact(reward, runs).verify().files[WEIGHTS] if asked or wishes.judge else "",
         wishes.arena,
     )
     return Desk(folder, drawer, _gold(wishes.gold), wishes.share, wishes.arena, [*told, *drawer.told])
@@ -119,6 +130,7 @@ def _check_arena(wishes: Wishes) -> None:
     asked = {
         "--answers": wishes.answers != 2,
         "--choose": wishes.choose != "random",
+        "--best-of": wishes.best_of > 1,
         "--temperature twice": len(wishes.temperatures) > 1,
     }
     for option in (option for option, given in asked.items() if given):
@@ -129,11 +141,12 @@ def _check_arena(wishes: Wishes) -> None:
 
 
 def _answering(recipe: Recipe, runs: Path) -> list[str]:
-    return [name for name in recipe.order() if recipe.kind(name).answers and recipe.artifact(name, runs).manifest()]
-
-
-def _ranks(recipe: Recipe, stage: str, runs: Path) -> bool:
-    return recipe.kind(stage).ranks and recipe.artifact(stage, runs).manifest() is not None
+    """Those of its finished stages whose answers the page can show."""
+    return [
+        name
+        for name in recipe.order()
+        if recipe.kind(name).answers and not recipe.stages[name].asked_with() and recipe.artifact(name, runs).manifest()
+    ]
 
 
 def _adapter(recipe: Recipe, stage: str, runs: Path) -> str:
@@ -143,6 +156,11 @@ def _adapter(recipe: Recipe, stage: str, runs: Path) -> str:
     there = ", ".join([*_answering(recipe, runs), BASE])
     if stage in recipe.stages and not recipe.kind(stage).answers:
         raise UserError(f"'{stage}' writes no answers that could be compared (there is: {there})")
+    if stage in recipe.stages and (tools := recipe.stages[stage].asked_with()):
+        # Tools stop a slow call by a signal, which comes in the main thread only, and a vote holds one text an answer.
+        raise UserError(
+            f"'{stage}' answers with the tools of {tools}, and the page draws answers without tools (there is: {there})"
+        )
     if stage not in recipe.stages or recipe.artifact(stage, runs).manifest() is None:
         raise UserError(f"no finished stage '{stage}' in {runs / recipe.name} (there is: {there})")
     return recipe.artifact(stage, runs).verify().files[WEIGHTS]
@@ -154,24 +172,31 @@ def _prompts(recipe: Recipe, stage: str, file: str) -> tuple[list[Row], list[str
     if file:
         rows: Iterable[Row] = read_source(file, PROMPT_ONLY, DataSpec(path=file)).rows
     else:
-        sampling = [name for name in recipe.order() if recipe.kind(name).contract is PROMPT_ONLY]
+        sampling = [
+            name
+            for name in recipe.order()
+            if recipe.kind(name).contract is PROMPT_ONLY and not recipe.stages[name].asked_with()
+        ]
         name = (sampling or [stage if stage in recipe.stages else recipe.order()[-1]])[0]
         rows = read_split(recipe.stages[name].data, PROMPT_ONLY, recipe.spec.seed).train
     by_key = {prompt_key(row): row for row in rows}
     held_out = set(_held_out(recipe))
-    kept = [row for key, row in by_key.items() if key not in held_out]
+    seen = [row for key, row in by_key.items() if key not in held_out]
+    kept = [row for row in seen if not row.get("tools")]
     if not kept:
         raise UserError(
-            f"{file or 'the recipe'} gives no prompt to label that no test holds out; name others with --prompts"
+            f"{file or 'the recipe'} gives no prompt to label that no test holds out and that names no tools; name "
+            "others with --prompts"
         )
     told = []
-    if len(kept) < len(by_key):
-        told.append(say("{n} prompts are not shown: a test holds them out", n=len(by_key) - len(kept)))
+    if len(seen) < len(by_key):
+        told.append(say("{n} prompts are not shown: a test holds them out", n=len(by_key) - len(seen)))
+    told += _tell_of_tools(len(seen) - len(kept))
     random.Random(recipe.spec.seed).shuffle(kept)
     return kept, told
 
 
-def _held_out_prompts(recipe: Recipe, file: str) -> list[Row]:
+def _held_out_prompts(recipe: Recipe, file: str) -> tuple[list[Row], list[str]]:
     """Prompts to rate stages on, each once, in an order made by the seed: those of a file, or those that the recipe's
     tests hold out."""
     if file:
@@ -182,14 +207,19 @@ def _held_out_prompts(recipe: Recipe, file: str) -> list[Row]:
             split = read_split(recipe.stages[name].data, PROMPT_ONLY, recipe.spec.seed)
             asked = [*split.train, *(split.test or ()), *load_rows(recipe, name)[0].questions]
             rows += [row for row in asked if prompt_key(row) in held_out]
-    kept = list({prompt_key(row): row for row in rows}.values())
+    seen = list({prompt_key(row): row for row in rows}.values())
+    kept = [row for row in seen if not row.get("tools")]
     if not kept:
         raise UserError(
             "no test of the recipe holds out a prompt to rate stages on: give a stage `data.test` or `questions`, or "
             "name prompts with --prompts"
         )
     random.Random(recipe.spec.seed).shuffle(kept)
-    return kept
+    return kept, _tell_of_tools(len(seen) - len(kept))
+
+
+def _tell_of_tools(n: int) -> list[str]:
+    return [say("{n} prompts are not shown: they name tools", n=n)] if n else []
 
 
 def _held_out(recipe: Recipe) -> Iterator[str]:

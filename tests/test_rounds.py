@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.data.votes import append, pair_of, parse
 from pipeline.errors import UserError
+from pipeline.evaluate.stored import Results, RewardModel
 from pipeline.label.opening import labels_of, open_desk
+from pipeline.label.rounds import rounds
+from pipeline.measure.metric import Estimate
 from pipeline.recipe.recipe import Recipe, build, read
 from pipeline.runs.rows import load_rows
 from pipeline.runs.runner import run
@@ -212,6 +216,35 @@ def test_people_read_the_answers_of_the_round_before(tree: dict[str, Any], tmp_p
     assert len(new) == 2  # of six prompts four were labelled before: those come last, to the other person
     with pytest.raises(UserError, match="every round of .* has its labels"):
         labels_of(recipe)
+
+
+def test_the_report_has_a_row_for_each_round(tree: dict[str, Any], tmp_path: Path) -> None:
+    """Labels spent and agreement from the votes; numbers of the policy and the reward model of that round."""
+    tree["stages"] = {name: tree["stages"][name] for name in ("sft", "reward", "dpo")}
+    recipe = read(write_recipe(tree, tmp_path / "my.yaml"))
+    for n in range(4):  # in the first round two people say the same, in the second the opposite
+        for round_, choice in ((1, n % 2), (2, 1 - n % 2)):
+            say_of(n, round_, choice=n % 2, edit=None)
+            say_of(n, round_, name="bob", choice=choice)
+    for stage in ("sft", "reward-1", "dpo-1"):
+        train(recipe, stage)
+
+    def sure(value: float) -> Estimate:
+        return Estimate(value, value - 0.1, value + 0.1, 9, "")
+
+    numbers = {"base": {}, "sft": {"reward": sure(0.2)}, "dpo-1": {"reward": sure(0.7), "kl": sure(3.0)}}
+    ranked = RewardModel.model_construct(accuracy=sure(0.9))
+    before, first, second = rounds(recipe, Results.model_construct(numbers=numbers, reward_models={"reward-1": ranked}))
+    assert (before.stage, before.labels, before.numbers) == ("sft", 0, {"reward": sure(0.2)})
+    assert (first.stage, first.labels, first.so_far) == ("dpo-1", 8, 8)
+    assert first.numbers["agreement"].value == 1 and second.numbers["agreement"].value < 0
+    assert first.numbers["reward"] == sure(0.7) and first.numbers["accuracy"] == sure(0.9) and len(first.numbers) == 3
+    assert (second.stage, second.labels, second.so_far) == ("", 8, 16)
+    typed("report", "my.yaml")
+    page = Path("runs/tiny/report/report.html").read_text(encoding="utf-8")
+    table = page.partition('<section id="rounds">')[2].partition("</table>")[0]
+    assert re.findall(r"<th>(.*?)</th>", table) == ["round", "0: sft", "1", "2"]  # what is not evaluated has no stage
+    assert re.findall(r"<td.*?>(\w+)</td>", table)[:4] == ["labels", "0", "8", "8"]
 
 
 def train(recipe: Recipe, stage: str) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from pipeline.disk.atomic import Json
 from pipeline.errors import complaint
@@ -23,14 +23,26 @@ LABELS = "labels"
 """The folder of votes, beside the recipe or where the command is typed."""
 
 
+Count = Annotated[int, Field(ge=1, le=99, strict=True)]
+
+
 class Rounds(BaseModel):
     """How often, and how many votes each time."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    count: int = Field(ge=1, le=99, strict=True)
+    count: Count
+    """How many rounds there are."""
     votes: int = Field(default=100, ge=1, strict=True)
     """Votes of people that a round waits for. Those count from which one of its stages learns."""
+
+
+RoundsOrCount = Annotated[
+    Rounds,
+    BeforeValidator(
+        lambda given: {"count": given} if isinstance(given, int) else given, json_schema_input_type=Rounds | Count
+    ),
+]
 
 
 def expand(tree: Json, stages: dict[str, StageSpec], rounds: Rounds, file: str) -> tuple[Json, dict[str, str]]:

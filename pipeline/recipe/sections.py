@@ -22,7 +22,7 @@ from pipeline.measure.metric import QUESTION_ACCURACY
 from pipeline.models import published
 from pipeline.models.spec import ModelSpec
 from pipeline.recipe import gates
-from pipeline.recipe.rounds import Rounds, read_by
+from pipeline.recipe.rounds import RoundsOrCount, read_by
 from pipeline.stages import STAGES
 from pipeline.stages.arguments import check_report_to, check_words, one_of_both, words
 from pipeline.stages.stage import Stage, StageSpec
@@ -45,7 +45,7 @@ class RecipeSpec(BaseModel):
     train: dict[str, Any] = {}
     """What every stage's `train:` starts from; each stage takes the words its trainer knows."""
     stages: dict[str, Section]
-    rounds: Rounds | None = None
+    rounds: RoundsOrCount | None = None
     """How many [rounds](rounds.md) of labelling and training there are: the stages that read `labels/` are repeated for
     each. A number, or {count, votes}: `votes` is how many votes of people a round waits for, 100 unless it is said."""
     guidelines: str | None = None
@@ -61,11 +61,6 @@ class RecipeSpec(BaseModel):
         if not NAME.fullmatch(name):
             raise ValueError("a-z, A-Z, 0-9, - and _ only, at most 100: it becomes a folder below runs/")
         return name
-
-    @field_validator("rounds", mode="before")
-    @classmethod
-    def _by_their_number(cls, rounds: Any) -> Any:
-        return {"count": rounds} if isinstance(rounds, int) else rounds
 
     @model_validator(mode="before")
     @classmethod

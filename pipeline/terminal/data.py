@@ -267,7 +267,7 @@ def _range(spread: Json) -> str:
 
 _EXTRA = {
     "held_out": kept("held out"),
-    "left_out": kept("not drawn"),
+    "left_out": kept("left out"),
     "drawn": kept("drawn"),
     "file_rows": kept("rows in the file"),
 }

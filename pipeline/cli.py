@@ -13,7 +13,7 @@ from pipeline.bring import commands as bringing
 from pipeline.errors import UserError
 from pipeline.language.say import say
 from pipeline.publish import commands as publishing
-from pipeline.terminal import help, labelling
+from pipeline.terminal import help, labelling, votes
 from pipeline.terminal.help import command
 from pipeline.terminal.machine import print_json, stdout_kept
 from pipeline.terminal.options import AsJson, Lang, Overrides, RecipePath, RunFolder, Runs
@@ -41,6 +41,7 @@ def options(
 bringing.add_to(app)
 publishing.add_to(app)
 labelling.add_to(app)
+votes.add_to(app)
 
 
 @command(app, "ls", "onebase ls")

@@ -11,7 +11,8 @@ sides get the guard that keeps bitsandbytes from losing gradients on CPUs with A
 our LM head in place of its own, whose CPU version is a fallback: what it gains is what that fallback costs. The rows
 are made of words of the demo corpus: documents and dialogues of 64 to 512 tokens, and for pairs prompts of about 256
 tokens with answers of 64 to 128. The losses of the first batch are compared under the same adapter of random numbers.
-Live bytes are counted in one more step of ours and of TRL (counting is slow).
+Live bytes are counted in one more step of ours and of TRL (counting is slow), and the operations of matrix products in
+one more step of ours. (TRL's cannot be counted so: its 4-bit layers are operators of bitsandbytes.)
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from bench_ppo import run_as_a_stage
 from datasets import Dataset
 from live_bytes import LiveBytes
 from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
@@ -192,6 +194,13 @@ class Bench:
             trainer.train()
         return weights, live.peak
 
+    def products(self) -> int:
+        """Floating-point operations of the matrix products in one of our steps."""
+        trainer = self.make(OURS, self.packed(OURS), steps=1)
+        with plain_on_cpu(trainer.model), FlopCounterMode(display=False) as counted:
+            trainer.train()
+        return int(counted.get_total_flops())
+
     def first_losses(self) -> dict[str, float]:
         """The loss of the first rows, not packed by TRL, under one adapter of random numbers."""
         losses, numbers = {}, dict[str, torch.Tensor]()
@@ -258,6 +267,12 @@ def compare(given: argparse.Namespace, folder: str) -> None:
         above[side] = peak - weights
         print(f"{side}: {above[side] / 2**20:.0f} MiB at the peak above the {weights / 2**20:.0f} it began with")
     print(f"peak above the beginning: {above[OURS] / above[TRLS]:.2f} of TRL's")
+    work, rate = bench.products(), matrix_rate(given.dtype)
+    step = bench.tokens / len(bench.rows) * given.batch / max(speed.by_clock for speed in speeds[OURS])
+    print(
+        f"{OURS}: {work / 1e12:.2f} Tflop of matrix products a step; at {rate / 1e9:.0f} GFLOPS, which a large one "
+        f"reaches now, they take {work / rate:.1f} of the step's {step:.1f} seconds"
+    )
     per_row = bench.tokens / len(bench.rows)
     print(
         f"{given.stage}, {given.rows} rows of {per_row:.0f} tokens, batch {given.batch}, {given.dtype}, {processor()}"
@@ -268,6 +283,18 @@ def compare(given: argparse.Namespace, folder: str) -> None:
             ratios = sorted(ours[place] / other[place] for ours, other in pairs)
             told = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
             print(f"ratio to {side} {name}: {statistics.median(ratios):.2f} (rounds: {told})")
+
+
+def matrix_rate(dtype: str) -> float:
+    """Floating-point operations a second of a matrix product of the demo model's shapes."""
+    tokens, width, inner = 4096, 576, 1536
+    left, right = (torch.randn(shape, dtype=getattr(torch, dtype)) for shape in ((tokens, width), (width, inner)))
+    best = math.inf
+    for _ in range(20):
+        begun = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - begun)
+    return 2 * tokens * width * inner / best
 
 
 def processor() -> str:

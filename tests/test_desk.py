@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import pytest
 import torch
 from test_label import PLAIN, draw, make_recipe, train
 
-from pipeline.data.votes import read_votes
+from pipeline.data import render
+from pipeline.data.tokens import without_marks
+from pipeline.data.votes import Choose, read_votes
 from pipeline.errors import UserError
 from pipeline.label.desk import Desk, NotNow
 from pipeline.label.drawing import Drawer, Pair, Policy
 from pipeline.label.opening import Wishes, open_desk
 from pipeline.models import adapters
 from pipeline.models import base as bases
+from pipeline.models.dialogue import decode
 from pipeline.models.spec import ModelSpec
 from pipeline.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from pipeline.evaluate.bench import Bench
+
+PROMPTS = [{"prompt": [{"role": "user", "content": f"Isle {n}?"}]} for n in range(10)]
+DISAGREE = Wishes([], [1.0], 2, 9, "disagree", 0, "", "")
 
 
 @pytest.fixture
@@ -89,7 +99,7 @@ def test_answers_of_an_adapter_that_has_changed_are_not_shown(recipe: Recipe, tm
     train(recipe, tmp_path, b"second")
     desk = open_desk(recipe, PLAIN, tmp_path / "runs")
     assert not desk.drawer.pairs and desk.told == [
-        "answers of an earlier adapter of sft are not shown again; new ones are drawn"
+        "answers drawn with an earlier adapter of sft are not shown again; new ones are drawn"
     ]
     with pytest.raises(NotNow, match="trained again"):
         desk.vote("ada", given(old, 0))
@@ -128,12 +138,29 @@ def test_a_cut_last_line_is_put_aside_and_the_next_vote_is_whole(recipe: Recipe,
     [
         (Wishes(["dpo"], [1.0], 2, 9, "random", 0, "", ""), r"no finished stage 'dpo' .*\(there is: sft, base\)"),
         (Wishes([], [1.0], 2, 9, "gap", 0, "", ""), "--choose gap asks a reward model"),
+        (Wishes([], [1.0], 2, 9, "disagree", 0, "", ""), "--choose disagree asks a reward model"),
+        (Wishes([], [1.0], 2, 9, "random", 0, "", "", 4), "--best-of 4 asks a reward model"),
         (Wishes([], [0.0], 2, 9, "random", 0, "", ""), "--temperature 0 gives one answer"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(recipe: Recipe, tmp_path: Path, wishes: Wishes, said: str) -> None:
     with pytest.raises(UserError, match=said):
         open_desk(recipe, wishes, tmp_path / "runs")
+
+
+def test_what_is_asked_with_tools_is_refused_or_told(tiny_base: Path, tmp_path: Path) -> None:
+    calculator = "recipes/environments/calculator.py:Calculator"
+    stages = {"sft": {"data": {"path": str(tmp_path / "rows.jsonl")}, "environment": calculator}}
+    recipe = make_recipe(tiny_base, tmp_path, stages=stages)
+    with pytest.raises(UserError, match=r"'sft' answers with the tools of .*Calculator.*\(there is: base\)"):
+        open_desk(recipe, Wishes(["sft"], [1.0], 2, 9, "random", 0, "", ""), tmp_path / "runs")
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    rows = [{"prompt": [{"role": "user", "content": "Add."}], "tools": [tool]}, {"prompt": "Plain."}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    desk = open_desk(recipe, replace(PLAIN, prompts=str(tmp_path / "mine.jsonl")), tmp_path / "runs")
+    assert [row["prompt"] for row in desk.drawer.prompts] == ["Plain."]
+    assert desk.told == ["1 prompts are not shown: they name tools"]
+    assert [policy.stage for policy in desk.drawer.policies] == ["base", "base"]
 
 
 def test_what_a_test_holds_out_is_not_labelled(tiny_base: Path, tmp_path: Path) -> None:
@@ -148,48 +175,136 @@ def test_what_a_test_holds_out_is_not_labelled(tiny_base: Path, tmp_path: Path) 
     assert desk.told == ["1 prompts are not shown: a test holds them out"]
 
 
-def test_drawn_answers_are_the_models_and_the_widest_gap_comes_first(tiny_base: Path, tmp_path: Path) -> None:
-    """The real base, two adapters and a reward model: answers differ, are the same when drawn again, and are ordered by
-    scores taken one by one."""
-    from pipeline.evaluate.bench import Bench
-    from pipeline.models.dialogue import Told
-    from pipeline.models.sampling import Episode
-    from pipeline.ppo import rewards
+def test_disagreement_is_asked_of_several_heads_and_of_the_last_reward_model(tiny_base: Path, tmp_path: Path) -> None:
+    pair = {"prompt": "What?", "chosen": "Tin.", "rejected": "Salt."}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n", encoding="utf-8")
+    stages = {
+        "sft": {"data": {"path": str(tmp_path / "rows.jsonl")}},
+        "reward": {"from": "sft", "data": {"path": str(tmp_path / "pairs.jsonl")}},
+    }
+    recipe = make_recipe(tiny_base, tmp_path, stages=stages)
+    for head_means in ([], [0.1, 0.2]):
+        train(recipe, tmp_path, b"scores", "reward", head_means=head_means)
+        if head_means:
+            assert open_desk(recipe, DISAGREE, tmp_path / "runs").drawer.choose == "disagree"
+            cold = Wishes([], [0.0, 1.0], 2, 9, "random", 0, "", "", 4)
+            with pytest.raises(UserError, match="at --temperature 0 all would be alike"):
+                open_desk(recipe, cold, tmp_path / "runs")
+            draw(recipe, tmp_path, DISAGREE)
+            train(recipe, tmp_path, b"again", "reward", head_means=head_means)
+            told = "answers drawn with an earlier adapter of reward are not shown again; new ones are drawn"
+            assert open_desk(recipe, DISAGREE, tmp_path / "runs").told == [told]
+            assert open_desk(recipe, PLAIN, tmp_path / "runs").told == []
+        else:
+            with pytest.raises(UserError, match="'reward' has one: write `heads: 4` into stages.reward"):
+                open_desk(recipe, DISAGREE, tmp_path / "runs")
 
+
+@pytest.fixture(scope="module")
+def bench(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """The real base with two policies and a reward model of three heads."""
+    from pipeline.evaluate.bench import Bench
+
+    folder = tmp_path_factory.mktemp("bench")
     spec = ModelSpec(base=str(tiny_base), dtype="bfloat16", lora={"r": 4, "target_modules": "all-linear"})
     tokenizer = bases.load_tokenizer(spec)
     for seed, name in enumerate(("sft", "dpo", "reward")):
         torch.manual_seed(seed)
         head = name == "reward"
-        model = adapters.fresh(bases.load_base(spec, tokenizer, num_labels=int(head)), spec.lora, head=head)
+        base = bases.load_base(spec, tokenizer, num_labels=3 * head)
+        model = adapters.fresh(base, spec.lora, head=head)
         with torch.no_grad():
             for weight in adapters.trainable(model).values():
                 weight.copy_(torch.randn_like(weight) * 0.1)
-        (tmp_path / name).mkdir()
-        adapters.save(model, tmp_path / name)
-    bench = Bench(spec, {name: tmp_path / name for name in ("sft", "dpo")}, {"reward": tmp_path / "reward"}, 1.0)
-    prompts = [{"prompt": [{"role": "user", "content": f"Isle {n}?"}]} for n in range(10)]
+        (folder / name).mkdir()
+        adapters.save(model, folder / name)
+    policies = {name: folder / name for name in ("sft", "dpo")}
+    return Bench(spec, policies, {"reward": folder / "reward"}, 1.0)
+
+
+def drawer(bench: Bench, file: Path, policies: list[Policy], choose: Choose = "random") -> Drawer:
+    found = Drawer(file, policies, PROMPTS, 7, 8, choose, lambda: bench, "reward")
+    found._draw()
+    return found
+
+
+def score_alone(bench: Bench, texts: list[str], prompt: Any) -> torch.Tensor:
+    """(W, K): each answer by itself through the reward model."""
+    from pipeline.ppo.rewards import adapter_name
+
+    found = []
+    for text in texts:
+        row = {"prompt": prompt, "answer": [{"role": "assistant", "content": text}]}
+        ids = render.conversation(bench.tokenizer, row, "answer")
+        bench.actors.act_as(adapter_name("reward"))
+        hidden_TH = bench.actors.hidden(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))[0]
+        found.append(hidden_TH[-1].float() @ bench.actors.reward_heads[adapter_name("reward")].float().T)
+    return torch.stack(found)
+
+
+def test_drawn_answers_are_the_models_and_the_widest_gap_comes_first(bench: Bench, tmp_path: Path) -> None:
+    """Answers differ, are the same when drawn again, and are ordered by scores taken one by one."""
     policies = [Policy("sft", "a", 1.0), Policy("dpo", "b", 0.7)]
-
-    def drawn(file: str) -> Drawer:
-        drawer = Drawer(tmp_path / file, policies, prompts, 7, 8, "gap", lambda: bench, "reward")
-        drawer._draw()
-        return drawer
-
-    first, again = drawn("one"), drawn("two")
+    first, again = (drawer(bench, tmp_path / file, policies, "gap") for file in ("one", "two"))
     assert first.pairs == again.pairs and first.finished and len(first.pairs) > 5
     gaps = []
     with bench.ready():
         for pair in first.pairs:
             one, other = pair.candidates
             assert (one.stage, other.stage) == ("sft", "dpo") and one.text != other.text
-            source = [rewards.source("reward", 1.0)]
-            alone = []
-            for text in (one.text, other.text):
-                told = Told({"prompt": pair.prompt}, Episode([], [], [], ended=True), text)
-                alone += rewards.scores(source, bench.actors, bench.tokenizer, [told], 1)["reward"]
+            alone = score_alone(bench, [one.text, other.text], pair.prompt).mean(1).tolist()
             assert pair.scores == pytest.approx(alone, abs=0.02)  # in bfloat16
             gaps.append(abs(alone[0] - alone[1]))
     assert all(later < sooner + 0.04 for sooner, later in pairwise(gaps)) and gaps[0] > gaps[-1] + 0.1
     # what is on disk is shown again, and nothing is drawn for it
-    assert Drawer(tmp_path / "one", policies, prompts, 7, 8, "gap", lambda: bench, "reward").pairs == first.pairs
+    assert Drawer(tmp_path / "one", policies, PROMPTS, 7, 8, "gap", lambda: bench, "reward").pairs == first.pairs
+
+
+def test_the_best_of_several_draws_is_shown(bench: Bench, tmp_path: Path) -> None:
+    """What a candidate says of how it came about gives the same draws again, and each shown answer is the one of its
+    three that scores highest, one by one; but where that is shown already, another."""
+    from pipeline.data.tokens import stop_ids
+    from pipeline.models.sampling import sample
+
+    policies = [Policy("sft", "a", 1.0, best_of=3)] * 2
+    found = drawer(bench, tmp_path / "one", policies)
+    pairs = {pair.asks: pair for pair in found.pairs}
+    lifted = 0
+    with bench.ready():
+        for block in (PROMPTS[:2], PROMPTS[2:]):
+            asked = [Pair(row["prompt"], []) for row in block]
+            with bench.sampling_as("sft"):
+                drawn = sample(
+                    bench.actors, [render.prompt(bench.tokenizer, row) for row in block], new_tokens=8, temperature=1.0,
+                    stops=stop_ids(bench.tokenizer), copies=8,
+                    generator=torch.Generator().manual_seed(pairs[asked[0].asks].candidates[0].seed),
+                )  # fmt: skip
+            for place, asks in enumerate(pair.asks for pair in asked):
+                shown: list[str] = []
+                for number, candidate in enumerate(pairs[asks].candidates if asks in pairs else ()):
+                    assert candidate.best_of == 3
+                    three = drawn[8 * place + 3 * number : 8 * place + 3 * number + 3]
+                    texts = [without_marks(bench.tokenizer, decode(bench.tokenizer, one)).strip() for one in three]
+                    texts = [text for text in texts if text and text not in shown]
+                    scores = score_alone(bench, texts, pairs[asks].prompt).mean(1)
+                    assert scores[texts.index(candidate.text)] > scores.max() - 0.04
+                    lifted += candidate.text != texts[0]
+                    shown.append(candidate.text)
+    assert len(pairs) > 5 and lifted > 5
+
+
+def test_the_pair_on_whose_margin_heads_differ_most_comes_first(bench: Bench, tmp_path: Path) -> None:
+    """Of three answers the two that heads differ about most; a loop over heads in place of ours."""
+    found = drawer(bench, tmp_path / "one", [Policy("sft", "a", 1.0)] * 3, "disagree")
+    worth = []
+    with bench.ready():
+        for pair in found.pairs:
+            alone = score_alone(bench, [candidate.text for candidate in pair.candidates], pair.prompt).tolist()
+            deviations = []
+            for one, other in ((0, 1), (0, 2), (1, 2)):
+                margins = [alone[one][head] - alone[other][head] for head in range(3)]
+                mean = sum(margins) / 3
+                deviations.append(math.sqrt(sum((margin - mean) ** 2 for margin in margins) / 3))
+            worth.append(max(deviations))
+    assert len(worth) > 5 and worth[0] > worth[-1] + 0.1
+    assert all(later < sooner + 0.04 for sooner, later in pairwise(worth))

@@ -44,11 +44,11 @@ def make_recipe(base: Path, folder: Path, prompts: int = 40, **more: Any) -> Rec
     return recipe
 
 
-def train(recipe: Recipe, folder: Path, weights: bytes) -> None:
-    adapter = recipe.artifact("sft", folder / "runs").adapter
+def train(recipe: Recipe, folder: Path, weights: bytes, stage: str = "sft", **more: Any) -> None:
+    adapter = recipe.artifact(stage, folder / "runs").adapter
     adapter.mkdir(parents=True, exist_ok=True)
     (adapter / "adapter_model.safetensors").write_bytes(weights)
-    seal(recipe, "sft", folder / "runs", {})
+    seal(recipe, stage, folder / "runs", {}, **more)
 
 
 def draw(recipe: Recipe, folder: Path, wishes: Wishes = PLAIN, first: str = "Cheese", scores: bool = False) -> None:

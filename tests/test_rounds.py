@@ -192,8 +192,11 @@ def test_what_a_test_holds_out_enters_no_training_of_any_round(tree: dict[str, A
 
 def test_people_read_the_answers_of_the_round_before(tree: dict[str, Any], tmp_path: Path) -> None:
     """Until a round has its votes; a prompt comes to nobody twice, whatever round it was in."""
-    rows = (tmp_path / "dialogues.jsonl").read_text().splitlines()[:6]
+    rows = (tmp_path / "dialogues.jsonl").read_text().splitlines()[:7]
     (tmp_path / "dialogues.jsonl").write_text("\n".join(rows))
+    asked = {"prompt": json.loads(rows[0])["prompt"], "answer": "tin"}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(asked))
+    tree["stages"]["dpo"]["questions"] = "asked.jsonl"  # a test of a stage that still waits is a test all the same
     del tree["stages"]["ppo"], tree["stages"]["reward"]
     recipe = read(write_recipe({**tree, "rounds": {"count": 2, "votes": 4}}, tmp_path / "my.yaml"))
     train(recipe, "sft")
@@ -209,7 +212,7 @@ def test_people_read_the_answers_of_the_round_before(tree: dict[str, Any], tmp_p
         assert desk.folder == Path(f"labels/round-{number}")
         seen[number] = {name: {pair.asks for pair in pairs} for name, pairs in label_all(desk, "ada", "bob").items()}
         assert desk.full and desk.progress("ada")["round"] == f"round {number} of 2: 4 of 4 labels"
-        assert not desk.drawer.finished or desk.next("ada") is None
+        assert asked["prompt"] not in [pair.prompt for pair in desk.drawer.pairs] and len(desk.drawer.pairs) == 6
     first, second = seen[1], seen[2]
     assert not first["ada"] & second["ada"] and not first["bob"] & second["bob"]
     new = (second["ada"] | second["bob"]) - first["ada"] - first["bob"]

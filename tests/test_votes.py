@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.data.contracts import DEMONSTRATION, PREFERENCE, RATED, Contract
 from pipeline.data.load import DataSpec, read_source
+from pipeline.data.voted import read_voted
 from pipeline.data.votes import append, check_annotator, pair_of, parse, read_votes
 from pipeline.errors import UserError
 
@@ -68,6 +69,49 @@ def test_a_line_changed_by_hand_is_named(tmp_path: Path, change: dict[str, Any],
     assert said in str(found.value)
 
 
+@pytest.mark.parametrize(
+    ("corrected", "choice", "ranking", "below"),
+    [
+        ("b", 1, [1, 2, 0], "bca"),  # the best of three: over all
+        ("c", 1, [1, 2, 0], "ca"),  # the second: whether it is better than the best, nobody said
+        ("a", 1, [1, 2, 0], "a"),
+        ("b", 1, None, "bac"),
+        ("c", 1, None, "c"),
+        ("a", "tie", None, "a"),
+        ("a", "skip", None, "a"),
+        ("b", "both_bad", None, "bac"),
+    ],
+)
+def test_a_correction_is_better_than_what_stands_no_higher(
+    tmp_path: Path, corrected: str, choice: Any, ranking: Any, below: str
+) -> None:
+    """Beside the comparisons that the vote gives without it."""
+    answers = [{"text": text, "stage": "sft", "adapter": "", "seed": 0, "temperature": 1.0} for text in "abc"]
+    line = vote(0, candidates=answers, shown=[0, 1, 2], choice=choice, ranking=ranking, guidelines=None)
+    line |= {"pair": pair_of("What is 0?", list("abc"))}
+    found = {}
+    for edit in (None, {"candidate": "abc".index(corrected), "text": "right"}):
+        (tmp_path / "ada.jsonl").write_text(json.dumps({**line, "edit": edit}) + "\n", encoding="utf-8")
+        rows = [row for _, _, rows in read_voted(str(tmp_path), "preference") for row in rows]
+        found[edit is not None] = [(row["chosen"], row["rejected"]) for row in rows]
+    assert sorted(found[True]) == sorted(found[False] + [("right", worse) for worse in below])
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        ({"candidate": 0, "text": "It is salt."}, [("It is salt.", "It is tin.")]),
+        ({"candidate": 1, "text": "It is tin."}, [("It is salt.", "It is tin."), ("It is tin.", "It is salt.")]),
+    ],
+)
+def test_a_correction_into_another_answer_gives_no_pair_twice_and_none_of_equals(
+    tmp_path: Path, edit: dict[str, Any], expected: list[Any]
+) -> None:
+    (tmp_path / "ada.jsonl").write_text(json.dumps(vote(0, edit=edit)) + "\n", encoding="utf-8")
+    rows = read_source(str(tmp_path), PREFERENCE, DataSpec(path=str(tmp_path))).rows
+    assert [(row["chosen"], row["rejected"]) for row in rows] == expected
+
+
 def test_the_order_of_candidates_does_not_name_another_pair() -> None:
     assert pair_of("q", ["a", "b"]) == pair_of("q", ["b", "a"]) != pair_of("q", ["a", "c"])
 
@@ -92,7 +136,8 @@ def test_a_line_that_stands_twice_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("contract", "expected"),
     [
-        (PREFERENCE, [("It is salt.", "It is tin."), ("c", "a"), ("c", "b"), ("a", "b")]),
+        (PREFERENCE, [("It is salt.", "It is tin."), ("It is wool.", "It is tin."),
+                      ("c", "a"), ("c", "b"), ("a", "b")]),
         (DEMONSTRATION, ["It is wool."]),
         (RATED, [("It is tin.", False), ("It is salt.", True), ("It is wool.", True), ("It is tin.", False),
                  ("It is salt.", False), ("b", False), ("c", True)]),

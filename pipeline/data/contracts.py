@@ -117,6 +117,8 @@ def check_prompt(row: Row) -> str | None:
         if reason is None and row["prompt"][-1]["role"] == "assistant":
             return "field 'prompt' ends with the role 'assistant', expected 'user'"
         return reason
+    if {"data", "annotations"} <= row.keys() or {"fields", "responses"} <= row.keys():
+        return "is of Label Studio or Argilla: make votes of the file with `onebase votes FILE labels`, and read those"
     return check_text(row, "prompt")
 
 

@@ -40,10 +40,10 @@ def read_voted(path: str, kind: RowKind, rounds: int | None = None) -> Iterator[
                 yield place, "undo", []
             elif vote.id not in stands:
                 yield place, "vote taken back", []
-            elif vote.gold is not None:
+            elif vote.gold is not None:  # it is there to see attention by, and is not trained on
                 yield place, "vote on a known answer", []
             else:
-                rows = list(_rows(vote, kind))
+                rows = list(rows_of(vote, kind))
                 word = "" if rows else "without a correction" if kind == "demonstration" else str(vote.choice)
                 yield place, f"vote {word}".replace("_", " ").strip(), rows
         if cut:
@@ -52,11 +52,11 @@ def read_voted(path: str, kind: RowKind, rounds: int | None = None) -> Iterator[
 
 def teaches(vote: Vote, kind: RowKind) -> bool:
     """Whether a stage that learns rows of this kind learns anything from a vote that stands."""
-    return vote.gold is None and any(_rows(vote, kind))
+    return vote.gold is None and any(rows_of(vote, kind))
 
 
-def _rows(vote: Vote, kind: RowKind) -> Iterator[Row]:
-    """A known answer is there to see attention by, and is not trained on; neither is a pair that was skipped."""
+def rows_of(vote: Vote, kind: RowKind) -> Iterator[Row]:
+    """What a vote gives of a kind of rows; a pair that was skipped is not trained on."""
     texts, choice = [candidate.text for candidate in vote.candidates], vote.choice
     shared: Row = {"prompt": vote.prompt, "annotator": vote.annotator}
 
@@ -67,10 +67,9 @@ def _rows(vote: Vote, kind: RowKind) -> Iterator[Row]:
         yield shared
     elif kind == "demonstration" and vote.edit:
         yield {**shared, "completion": answer(vote.edit.text)}
-    elif kind == "preference" and isinstance(choice, int):
-        others = [index for index in range(len(texts)) if index != choice]
-        for better, worse in combinations(vote.ranking, 2) if vote.ranking else ((choice, other) for other in others):
-            yield {**shared, "chosen": answer(texts[better]), "rejected": answer(texts[worse])}
+    elif kind == "preference":
+        for better, worse in _comparisons(vote):
+            yield {**shared, "chosen": answer(better), "rejected": answer(worse)}
     elif kind == "rated":
         best, worst = (vote.ranking[0], vote.ranking[-1]) if vote.ranking else (choice, None)
         for index, text in enumerate(texts):
@@ -80,3 +79,22 @@ def _rows(vote: Vote, kind: RowKind) -> Iterator[Row]:
                 yield {**shared, "completion": answer(text), "label": True}
         if vote.edit:
             yield {**shared, "completion": answer(vote.edit.text), "label": True}
+
+
+def _comparisons(vote: Vote) -> dict[tuple[str, str], None]:
+    """The better and the worse text of each: the chosen answer over the others, of a ranking every two; and a corrected
+    answer over the one it corrects and over all that the vote puts below that one.
+
+    Source: arXiv 2407.21783, section 4.2.1, whose order is edited > chosen > rejected.
+    """
+    texts, choice = [candidate.text for candidate in vote.candidates], vote.choice
+    pairs: list[tuple[int, int]] = []
+    if isinstance(choice, int):
+        others = [(choice, other) for other in range(len(texts)) if other != choice]
+        pairs = list(combinations(vote.ranking, 2)) if vote.ranking else others
+    found = [(texts[better], texts[worse]) for better, worse in pairs]
+    if vote.edit:
+        corrected = vote.edit.candidate
+        below = range(len(texts)) if choice == BOTH_BAD else [worse for better, worse in pairs if better == corrected]
+        found += [(vote.edit.text, texts[worse]) for worse in (corrected, *below)]
+    return dict.fromkeys((better, worse) for better, worse in found if better != worse)

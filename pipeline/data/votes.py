@@ -35,6 +35,8 @@ class Candidate(BaseModel):
     """The sha256 of the stage's adapter; empty for the base, and for a known answer."""
     seed: int
     temperature: float = Field(ge=0, allow_inf_nan=False)
+    best_of: int = Field(default=1, ge=1)
+    """Of so many draws it is the one that the run's reward model scored highest."""
 
 
 class Edit(BaseModel):
@@ -59,7 +61,7 @@ class Vote(BaseModel):
     prompt: str | list[dict[str, Any]]
     candidates: list[Candidate] = Field(min_length=2)
     shown: list[int]
-    """The candidates in their order on the screen, the left one first."""
+    """The candidates in their order on the screen, the left one first; empty where another tool has not noted it."""
     choice: int | Literal["tie", "both_bad", "skip"]
     ranking: list[int] | None = None
     """All candidates, the best first; of three or more."""
@@ -83,7 +85,7 @@ class Vote(BaseModel):
     def _names_its_candidates(self) -> Vote:
         count = len(self.candidates)
         for name, order in (("shown", self.shown), ("ranking", self.ranking)):
-            if order is not None and sorted(order) != list(range(count)):
+            if order and sorted(order) != list(range(count)):
                 raise ValueError(f"{name} is {order}; it names each of the {count} candidates once")
         named = [self.choice, self.gold, *(self.guidelines or {}).values()] + [self.edit and self.edit.candidate]
         for index in named:

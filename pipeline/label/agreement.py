@@ -89,7 +89,7 @@ def weigh(votes: Sequence[Vote]) -> Json:
         first, second = (len(candidate.text) for candidate in vote.candidates)
         if first != second:
             longer[vote.pair].append(float(vote.choice == (second > first)))
-    left = [vote.choice == vote.shown[0] for vote in decided]
+    left = [vote.choice == vote.shown[0] for vote in decided if vote.shown]
     gold = {name: [v.choice == v.gold for v in known if v.annotator == name] for name in people}
     return {
         "votes": len(votes),

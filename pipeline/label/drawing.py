@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
+from itertools import combinations
+from operator import sub
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.contracts import Row
@@ -60,6 +63,8 @@ class Policy:
     stage: str
     adapter: str
     temperature: float
+    best_of: int = 1
+    """Of so many draws the one that the reward model scores highest."""
 
 
 @dataclass
@@ -76,6 +81,8 @@ class Drawer:
     load: Callable[[], Bench]
     reward: str = ""
     """The reward stage that scores the answers; empty where the run has none."""
+    judge: str = ""
+    """The sha256 of its adapter, where it decides what is shown."""
     pairs: list[Pair] = field(default_factory=list)
     """In the order in which people see them. Only ever added to."""
     told: list[str] = field(default_factory=list)
@@ -83,9 +90,12 @@ class Drawer:
     bench: Bench | None = None
 
     def __post_init__(self) -> None:
-        policies = [[policy.stage, policy.adapter, policy.temperature] for policy in self.policies]
+        policies = [list(astuple(policy)) for policy in self.policies]
         asked = [row["prompt"] for row in self.prompts]
-        self._key = digest([policies, self.seed, self.new_tokens, self.choose, self.reward, asked])
+        self._key = digest([policies, self.seed, self.new_tokens, self.choose, self.reward, self.judge, asked])
+        self._adapters = {policy.stage: policy.adapter for policy in self.policies}
+        if self.judge:
+            self._adapters[self.reward] = self.judge
         self._drawn = 0
         self._wanted = threading.Event()
         self._needed = AHEAD
@@ -138,11 +148,6 @@ class Drawer:
             found = [pair for pair in pairs if pair is not None]
             if self.reward and found:
                 found = self._score(bench, found)
-        # What reads as a comparison worth a person's time comes first: docs/label.md says why.
-        if self.choose == "gap":
-            found.sort(key=lambda pair: -_spread(pair))
-        elif self.choose == "uncertain":
-            found.sort(key=_spread)
         return [*found, *[None] * (len(rows) - len(found))]
 
     def _answer(self, bench: Bench, rows: list[Row], first: int) -> list[Pair | None]:
@@ -170,22 +175,25 @@ class Drawer:
                     temperature=policy.temperature,
                     stops=stop_ids(bench.tokenizer),
                     generator=torch.Generator(bench.actors.device).manual_seed(seed),
-                    copies=wanted + SPARE if policy.temperature else 1,
+                    copies=wanted * policy.best_of + SPARE if policy.temperature else 1,
                 )
             copies = len(episodes) // max(1, len(asked))
+            texts = [without_marks(bench.tokenizer, dialogue.decode(bench.tokenizer, one)).strip() for one in episodes]
+            scores = [0.0] * len(texts)
+            if policy.best_of > 1:
+                said = ((asked[i // copies][0]["prompt"], text) for i, text in enumerate(texts))
+                scores = [fmean(heads_K) for heads_K in self._by_head(bench, said)]
             how: dict[str, Any] = {
                 "stage": policy.stage,
                 "adapter": policy.adapter,
                 "seed": seed,
                 "temperature": policy.temperature,
+                "best_of": policy.best_of,
             }
             for number, so_far in enumerate(answers):
-                new: list[str] = []
-                for episode in episodes[number * copies : (number + 1) * copies]:
-                    text = without_marks(bench.tokenizer, dialogue.decode(bench.tokenizer, episode)).strip()
-                    if text and text not in (*new, *(candidate.text for candidate in so_far)):
-                        new.append(text)
-                so_far += [Candidate(text=text, **how) for text in new[:wanted]]
+                its, shown = slice(number * copies, (number + 1) * copies), [candidate.text for candidate in so_far]
+                best = _best(texts[its], scores[its], policy.best_of, shown)
+                so_far += [Candidate(text=text, **how) for text in best[:wanted]]
         whole = [
             Pair(row["prompt"], drawn) if len(drawn) == len(self.policies) else None
             for (row, _), drawn in zip(asked, answers, strict=True)
@@ -193,24 +201,27 @@ class Drawer:
         return [*whole, *[None] * (len(rows) - len(asked))]
 
     def _score(self, bench: Bench, pairs: list[Pair]) -> list[Pair]:
+        """The pairs with the reward model's scores, those first that are worth a person's time most."""
+        said = ((pair.prompt, candidate.text) for pair in pairs for candidate in pair.candidates)
+        by_head_NK, width = self._by_head(bench, said), len(self.policies)
+        by_pair_PWK = [by_head_NK[start : start + width] for start in range(0, len(by_head_NK), width)]
+        order = sorted(range(len(pairs)), key=lambda i: -_worth(self.choose, by_pair_PWK[i]))
+        return [replace(pairs[i], scores=[fmean(heads_K) for heads_K in by_pair_PWK[i]]) for i in order]
+
+    def _by_head(self, bench: Bench, said: Iterable[tuple[Any, str]]) -> list[list[float]]:
+        """What each head of the reward model says of answers to prompts, (N, K)."""
         from pipeline.models.dialogue import Told
         from pipeline.models.sampling import Episode
         from pipeline.ppo import rewards
 
-        told = [
-            Told({"prompt": pair.prompt}, Episode([], [], [], ended=True), candidate.text)
-            for pair in pairs
-            for candidate in pair.candidates
-        ]
-        source = rewards.source(self.reward, 1.0)
-        flat = rewards.scores([source], bench.actors, bench.tokenizer, told, bench.at_once)[source.name]
-        width = len(self.policies)
-        return [replace(pair, scores=flat[i * width : (i + 1) * width]) for i, pair in enumerate(pairs)]
+        told = [Told({"prompt": prompt}, Episode([], [], [], ended=True), text) for prompt, text in said]
+        sequences = [rewards.conversation(bench.tokenizer, one) for one in told]
+        return bench.actors.head_scores(rewards.adapter_name(self.reward), sequences, bench.at_once)
 
     def keep(self, block: list[Pair | None]) -> None:
         """Put the pairs of the next prompts on disk, then before the people; None for a prompt that gave no pair."""
         drawn = [_as_json(pair) for pair in block if pair is not None]
-        line = {"key": self._key, "prompts": len(block), "pairs": drawn}
+        line = {"key": self._key, "adapters": self._adapters, "prompts": len(block), "pairs": drawn}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(f"\n{json.dumps(line, ensure_ascii=False)}\n")  # the line before may have been cut by a kill
@@ -222,7 +233,7 @@ class Drawer:
 
     def _read(self) -> None:
         """What these policies drew before."""
-        others: set[str] = set()
+        changed: set[str] = set()
         text = self.file.read_text(encoding="utf-8", errors="replace") if self.file.exists() else ""
         for written in filter(None, text.split("\n")):
             try:
@@ -233,21 +244,32 @@ class Drawer:
                 self._drawn += line["prompts"]
                 self.pairs += [_from_json(pair) for pair in line["pairs"]]
             else:
-                others |= {f"{one['stage']} {one['adapter']}" for pair in line["pairs"] for one in pair["candidates"]}
-        now = {f"{policy.stage} {policy.adapter}" for policy in self.policies}
-        changed = sorted({one.split()[0] for one in others - now} & {policy.stage for policy in self.policies})
+                changed |= {one for one, sha in line["adapters"].items() if self._adapters.get(one, sha) != sha}
         if changed and not self._drawn:
             why = say(
-                "answers of an earlier adapter of {stages} are not shown again; new ones are drawn",
-                stages=", ".join(changed),
+                "answers drawn with an earlier adapter of {stages} are not shown again; new ones are drawn",
+                stages=", ".join(sorted(changed)),
             )
             self.told.append(why)
 
 
-def _spread(pair: Pair) -> float:
-    """How far apart the reward model's scores lie."""
-    assert pair.scores is not None
-    return max(pair.scores) - min(pair.scores)
+def _best(texts: list[str], scores: list[float], of: int, shown: list[str]) -> list[str]:
+    """Of every `of` draws in turn the one that scores highest, of those that say something new."""
+    best: list[str] = []
+    for start in range(0, len(texts) - of + 1, of):
+        highest_first = sorted(range(start, start + of), key=lambda i: -scores[i])
+        best += [texts[i] for i in highest_first if texts[i] and texts[i] not in (*shown, *best)][:1]
+    return best
+
+
+def _worth(choose: Choose, by_head_WK: list[list[float]]) -> float:
+    """How early the answers to a prompt are shown, by what the reward model's heads say of them: docs/label.md says
+    why. Where a head's zero lies is chance, so of heads only differences of scores are compared."""
+    if choose == "disagree":
+        return max(float(pstdev(map(sub, one_K, other_K))) for one_K, other_K in combinations(by_head_WK, 2))
+    scores = [fmean(heads_K) for heads_K in by_head_WK]
+    spread = max(scores) - min(scores)
+    return {"gap": spread, "uncertain": -spread}.get(choose, 0.0)
 
 
 def _as_json(pair: Pair) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.data.contracts import PREFERENCE, PROMPT_ONLY, Row
+from pipeline.data.contracts import PREFERENCE, PROMPT_ONLY, QUESTION, Row
 from pipeline.data.load import DataSpec, read_source, read_split
 from pipeline.data.prompts import find_prompts, prompt_key
 from pipeline.data.votes import Candidate, Choose, of_round, read_votes
@@ -22,7 +22,6 @@ from pipeline.recipe.rounds import LABELS, read_by
 from pipeline.recipe.sections import ancestors
 from pipeline.recipe.waiting import current, folders, policy, progress, waiting
 from pipeline.runs.dtype import settle
-from pipeline.runs.rows import load_rows
 from pipeline.runs.states import states
 from pipeline.stages.stage import BASE
 
@@ -42,6 +41,7 @@ class Wishes:
     share: float
     prompts: str
     gold: str
+    best_of: int = 1
 
 
 def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
@@ -53,17 +53,28 @@ def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
     now = current(recipe)
     stages = wishes.stages or ([_policy(recipe, now.number, runs)] if now else _answering(recipe, runs)[-1:]) or [BASE]
     adapters = {stage: _adapter(recipe, stage, runs) for stage in stages}
-    reward = next((name for name in reversed(recipe.order()) if _ranks(recipe, name, runs)), "")
-    if wishes.choose != "random" and not reward:
+    rankers = {name: recipe.artifact(name, runs).manifest() for name in recipe.order() if recipe.kind(name).ranks}
+    finished = {name: manifest for name, manifest in rankers.items() if manifest}
+    reward = next(reversed(finished), "")
+    asked = f"--choose {wishes.choose}" if wishes.choose != "random" else ""
+    asked = f"--best-of {wishes.best_of}" if wishes.best_of > 1 else asked
+    if asked and not reward:
         raise UserError(
-            f"--choose {wishes.choose} asks a reward model, and {runs / recipe.name} has no finished one: train a "
-            "reward stage, or leave --choose out"
+            f"{asked} asks a reward model, and {runs / recipe.name} has no finished one: train a reward stage, or "
+            f"leave {asked.split()[0]} out"
+        )
+    if wishes.best_of > 1 and 0.0 in wishes.temperatures:
+        raise UserError(f"{asked} draws several answers, and at --temperature 0 all would be alike: raise it")
+    if wishes.choose == "disagree" and not finished[reward].head_means:
+        raise UserError(
+            f"--choose disagree compares the heads of a reward model, and '{reward}' has one: write `heads: 4` into "
+            f"stages.{recipe.written.get(reward, reward)} and run it again, or use --choose uncertain"
         )
     width = max(wishes.answers, len(stages), len(wishes.temperatures))
     if len(stages) == 1 and wishes.temperatures == [0.0]:
         raise UserError("--temperature 0 gives one answer to each prompt, and a comparison needs two that differ")
     policies = [
-        Policy(stage, adapters[stage], wishes.temperatures[place % len(wishes.temperatures)])
+        Policy(stage, adapters[stage], wishes.temperatures[place % len(wishes.temperatures)], wishes.best_of)
         for place in range(width)
         for stage in [stages[place % len(stages)]]
     ]
@@ -79,6 +90,7 @@ def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
         wishes.choose,
         partial(_load, recipe, stages, reward, runs),
         reward,
+        recipe.artifact(reward, runs).verify().files[WEIGHTS] if asked else "",
     )
     told = [*([say_again(now.told)] if now else []), *told, *drawer.told]
     count = partial(progress, recipe, now.number) if now else None
@@ -113,11 +125,12 @@ def _policy(recipe: Recipe, number: int, runs: Path) -> str:
 
 
 def _answering(recipe: Recipe, runs: Path) -> list[str]:
-    return [name for name in recipe.order() if recipe.kind(name).answers and recipe.artifact(name, runs).manifest()]
-
-
-def _ranks(recipe: Recipe, stage: str, runs: Path) -> bool:
-    return recipe.kind(stage).ranks and recipe.artifact(stage, runs).manifest() is not None
+    """Those of its finished stages whose answers the page can show."""
+    return [
+        name
+        for name in recipe.order()
+        if recipe.kind(name).answers and not recipe.stages[name].asked_with() and recipe.artifact(name, runs).manifest()
+    ]
 
 
 def _adapter(recipe: Recipe, stage: str, runs: Path) -> str:
@@ -127,6 +140,11 @@ def _adapter(recipe: Recipe, stage: str, runs: Path) -> str:
     there = ", ".join([*_answering(recipe, runs), BASE])
     if stage in recipe.stages and not recipe.kind(stage).answers:
         raise UserError(f"'{stage}' writes no answers that could be compared (there is: {there})")
+    if stage in recipe.stages and (tools := recipe.stages[stage].asked_with()):
+        # Tools stop a slow call by a signal, which comes in the main thread only, and a vote holds one text an answer.
+        raise UserError(
+            f"'{stage}' answers with the tools of {tools}, and the page draws answers without tools (there is: {there})"
+        )
     if stage not in recipe.stages or recipe.artifact(stage, runs).manifest() is None:
         raise UserError(f"no finished stage '{stage}' in {runs / recipe.name} (there is: {there})")
     return recipe.artifact(stage, runs).verify().files[WEIGHTS]
@@ -139,22 +157,30 @@ def _prompts(recipe: Recipe, stage: str, file: str, earlier: list[Path]) -> tupl
     if file:
         rows: Iterable[Row] = read_source(file, PROMPT_ONLY, DataSpec(path=file)).rows
     else:
-        sampling = [name for name in recipe.order() if recipe.kind(name).contract is PROMPT_ONLY]
         of_stage = [stage, *ancestors(recipe.stages, stage)] if stage in recipe.stages else recipe.order()[::-1]
+        sampling = [
+            name
+            for name in recipe.order()
+            if recipe.kind(name).contract is PROMPT_ONLY and not recipe.stages[name].asked_with()
+        ]
         asked = [name for name in [*sampling, *of_stage] if not read_by(recipe.stages[name])][:1]
         # A round's stages leave prompts out of training that its votes hold out: these are asked all the same.
         data = [recipe.stages[name].data.model_copy(update={"apart": None}) for name in asked]
         rows = [row for of in data for row in read_split(of, PROMPT_ONLY, recipe.spec.seed).train]
     by_key = {prompt_key(row): row for row in rows}
     held_out = set(_held_out(recipe))
-    kept = [row for key, row in by_key.items() if key not in held_out]
+    seen = [row for key, row in by_key.items() if key not in held_out]
+    kept = [row for row in seen if not row.get("tools")]
     if not kept:
         raise UserError(
-            f"{file or 'the recipe'} gives no prompt to label that no test holds out; name others with --prompts"
+            f"{file or 'the recipe'} gives no prompt to label that no test holds out and that names no tools; name "
+            "others with --prompts"
         )
     told = []
-    if len(kept) < len(by_key):
-        told.append(say("{n} prompts are not shown: a test holds them out", n=len(by_key) - len(kept)))
+    if len(seen) < len(by_key):
+        told.append(say("{n} prompts are not shown: a test holds them out", n=len(by_key) - len(seen)))
+    if len(kept) < len(seen):
+        told.append(say("{n} prompts are not shown: they name tools", n=len(seen) - len(kept)))
     import random
 
     random.Random(recipe.spec.seed).shuffle(kept)
@@ -165,11 +191,18 @@ def _prompts(recipe: Recipe, stage: str, file: str, earlier: list[Path]) -> tupl
 def _held_out(recipe: Recipe) -> Iterator[str]:
     """What the stages are measured on, as far as it asks something."""
     lacking = waiting(recipe)
-    for name in (name for name in recipe.order() if name not in lacking):
-        if not recipe.kind(name).every_token:
-            rows, _ = load_rows(recipe, name)
-            for row in [*(rows.test or ()), *rows.questions]:
-                yield from find_prompts(row)
+    for name in (name for name in recipe.order() if not recipe.kind(name).every_token):
+        section, contract = recipe.stages[name], recipe.kind(name).contract
+        recipe.check_files(name)
+        tests: list[Row] = []
+        if not (name in lacking and read_by(section)):
+            tests += read_split(section.data, contract, recipe.spec.seed).test or ()
+        elif isinstance(section.data.test, str):  # the votes that it waits for hold out nothing yet
+            tests += read_source(section.data.test, contract, section.data).rows
+        if file := section.question_file():
+            tests += read_source(file, QUESTION, DataSpec(path=file, encoding=section.data.encoding)).rows
+        for row in tests:
+            yield from find_prompts(row)
 
 
 def _gold(file: str) -> list[Pair]:

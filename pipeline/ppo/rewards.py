@@ -80,7 +80,7 @@ def scores(
         if source.adapter is None:
             said[source.name] = _call(source, told)
             continue
-        sequences = [_conversation(tokenizer, one) for one in told]
+        sequences = [conversation(tokenizer, one) for one in told]
         by_head_NK = actors.head_scores(source.adapter, sequences, at_once)
         said[source.name] = [sum(heads_K) / len(heads_K) for heads_K in by_head_NK]
         if source.head_means:
@@ -151,7 +151,8 @@ def _ask_environments(environments: list[Any], **_: Any) -> list[float]:
     return [environment.get_reward() for environment in environments]
 
 
-def _conversation(tokenizer: PreTrainedTokenizerBase, one: Told) -> list[int]:
+def conversation(tokenizer: PreTrainedTokenizerBase, one: Told) -> list[int]:
+    """Prompt and answer as token ids, as a reward model reads them."""
     answer = copy.deepcopy(one.completion)
     for message in answer if isinstance(answer, list) else ():
         message["content"] = without_marks(tokenizer, message["content"])

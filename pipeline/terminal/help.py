@@ -16,7 +16,7 @@ from pipeline import __version__
 TASKS = {
     "Begin": ("env", "ls", "cp", "init", "import"),
     "Before a run": ("check", "data", "plan", "schema"),
-    "Run": ("run", "status", "label"),
+    "Run": ("run", "status", "label", "votes"),
     "Judge": ("eval", "report", "chat", "compare"),
     "Give away": ("publish", "serve"),
 }

@@ -40,9 +40,12 @@ def label(
     temperature: Annotated[
         list[float] | None, typer.Option(metavar="T", min=0, help="Of sampling. Twice: one for each answer.")
     ] = None,
+    best_of: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Show the best of N draws, by the run's reward model.")
+    ] = 1,
     new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens of an answer.")] = 256,
     choose: Annotated[
-        Literal["random", "gap", "uncertain"],
+        Literal["random", "gap", "uncertain", "disagree"],
         typer.Option(help="Which pairs come first, by the scores of the run's reward model."),
     ] = "random",
     two_people: Annotated[
@@ -68,7 +71,7 @@ def label(
 
     password = _ask_password() if share else ""
     chain = read_recipe(recipe, override)
-    wishes = Wishes(stages or [], temperature or [1.0], answers, new_tokens, choose, two_people, prompts, gold)
+    wishes = Wishes(stages or [], temperature or [1.0], answers, new_tokens, choose, two_people, prompts, gold, best_of)
     folder = labels_of(chain)
     refusal = f"another `onebase label` (process {{pid}}) writes to {folder}: use its page, or stop it"
     with locked(folder / ".lock", refusal):

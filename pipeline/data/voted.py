@@ -26,12 +26,13 @@ def is_of_votes(path: str) -> bool:
     return False
 
 
-def read_voted(path: str, kind: RowKind) -> Iterator[Voted]:
-    """Every line of the files: none is passed over without being counted as something.
+def read_voted(path: str, kind: RowKind, rounds: int | None = None) -> Iterator[Voted]:
+    """Every line of the files, or of those of rounds 1 to `rounds`: none is passed over without being counted as
+    something.
 
     Raises UserError naming file and line of one that is no vote.
     """
-    for file in files_in(Path(path)):
+    for file in files_in(Path(path), rounds):
         placed, cut = read_placed(file)
         stands = {vote.id for vote in standing([vote for _, vote in placed])}
         for place, vote in placed:
@@ -47,6 +48,11 @@ def read_voted(path: str, kind: RowKind) -> Iterator[Voted]:
                 yield place, f"vote {word}".replace("_", " ").strip(), rows
         if cut:
             yield f"{file}:{len(placed) + 1}", "vote cut short", []
+
+
+def teaches(vote: Vote, kind: RowKind) -> bool:
+    """Whether a stage that learns rows of this kind learns anything from a vote that stands."""
+    return vote.gold is None and any(rows_of(vote, kind))
 
 
 def rows_of(vote: Vote, kind: RowKind) -> Iterator[Row]:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from pipeline.errors import UserError
-from pipeline.language.say import say
+from pipeline.language.say import say, say_again
 from pipeline.terminal.help import command
 from pipeline.terminal.options import Lang, Overrides, RecipePath, Runs
 
@@ -67,6 +67,7 @@ def label(
     from pipeline.label.server import LOOPBACK, Page, listen, serve
     from pipeline.label.wording import read_guidelines
     from pipeline.terminal.recipes import read_recipe
+    from pipeline.terminal.results import as_typed
 
     password = _ask_password() if share else ""
     chain = read_recipe(recipe, override)
@@ -92,6 +93,10 @@ def label(
         with contextlib.suppress(KeyboardInterrupt):
             serve(Page(desk, read_guidelines(chain.spec.guidelines), password), listening)
     print(say("stopped. Every vote is in {folder}", folder=folder), flush=True)
+    if desk.round:
+        print(say_again(desk.round.told), flush=True)
+    if desk.full:
+        print(say("To go on: {command}", command=f"onebase run {as_typed(recipe, override, runs)}"), flush=True)
     if desk.drawer.drawing:
         os._exit(0)  # a thread inside torch cannot be told to end; whatever it has finished is on disk
 

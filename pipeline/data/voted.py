@@ -27,15 +27,17 @@ def is_of_votes(path: str) -> bool:
     return False
 
 
-def read_voted(path: str, kind: RowKind, judge_agreement: float = 0.0) -> Iterator[Voted]:
-    """Every line of the files: none is passed over without being counted as something.
+def read_voted(path: str, kind: RowKind, rounds: int | None = None, judge_agreement: float = 0.0) -> Iterator[Voted]:
+    """Every line of the files, or of those of rounds 1 to `rounds`: none is passed over without being counted as
+    something.
+
 
     judge_agreement: the share of checked pairs on which a judge has to agree with people; 0 asks nothing. A pair that
     people voted on counts by their votes alone.
 
     Raises UserError naming file and line of one that is no vote, and for a judge that agrees with people too rarely.
     """
-    read = {file: read_placed(file) for file in files_in(Path(path))}
+    read = {file: read_placed(file) for file in files_in(Path(path), rounds)}
     all_standing = [vote for placed, _ in read.values() for vote in standing([vote for _, vote in placed])]
     people = judged.by_people(all_standing)
     if kind in ("preference", "rated"):  # a judge corrects nothing
@@ -58,6 +60,11 @@ def read_voted(path: str, kind: RowKind, judge_agreement: float = 0.0) -> Iterat
                 yield place, f"{whose} {word}".replace("_", " ").strip(), rows
         if cut:
             yield f"{file}:{len(placed) + 1}", "vote cut short", []
+
+
+def teaches(vote: Vote, kind: RowKind) -> bool:
+    """Whether a stage that learns rows of this kind learns anything from a vote that stands."""
+    return vote.gold is None and any(rows_of(vote, kind))
 
 
 def rows_of(vote: Vote, kind: RowKind) -> Iterator[Row]:

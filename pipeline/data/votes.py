@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.disk.atomic import digest
+from pipeline.disk.atomic import digest, sha256_of_file
 from pipeline.errors import UserError
 
 Choice = int | Literal["tie", "both_bad", "skip"]
@@ -143,10 +143,23 @@ def append(file: Path, vote: Vote) -> None:
             os.close(folder)
 
 
-def files_in(path: Path) -> list[Path]:
-    """The files of votes in a folder; or the one that is named."""
+def files_in(path: Path, rounds: int | None = None) -> list[Path]:
+    """The files of votes in a folder; or the one that is named. `rounds`: those of its rounds 1 to this one."""
+    if rounds:
+        return [file for n in range(1, rounds + 1) for file in files_in(of_round(path, n)) if file.is_file()]
     files = path.glob("*.jsonl") if path.is_dir() else [path]
     return sorted(file for file in files if not file.name.startswith("."))
+
+
+def of_round(path: Path, number: int) -> Path:
+    """The folder of one round's votes."""
+    return path / f"round-{number}"
+
+
+def hash_rounds(path: str, rounds: int) -> str:
+    """What the votes of rounds 1 to this one are, for fingerprints."""
+    listed = files_in(Path(path), rounds)
+    return digest([[file.parent.name, file.name, sha256_of_file(file)] for file in listed])
 
 
 def read_placed(file: Path) -> tuple[list[tuple[str, Vote]], str]:

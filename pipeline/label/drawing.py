@@ -216,10 +216,8 @@ class Drawer:
 
     def _who_answers(self, number: int) -> list[Policy]:
         """A prompt, by its place. In an arena every two policies meet equally often: prompts lie in random order."""
-        if not self.arena:
-            return self.policies
         pairs = list(combinations(self.policies, 2))
-        return list(pairs[number % len(pairs)])
+        return list(pairs[number % len(pairs)]) if self.arena else self.policies
 
     def _score(self, bench: Bench, pairs: list[Pair]) -> list[Pair]:
         """The pairs with the reward model's scores, those first that are worth a person's time most."""

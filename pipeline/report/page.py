@@ -20,6 +20,7 @@ from pipeline.evaluate import people, verdicts
 from pipeline.evaluate.plan import plan
 from pipeline.evaluate.stored import Link, Results, Sample, folder, read_fresh, read_results
 from pipeline.label import agreement
+from pipeline.label.rounds import measured, rounds
 from pipeline.language.say import say, say_again, spoken, translated
 from pipeline.measure.metric import BY_NAME, ELO, METRICS, SHARE
 from pipeline.recipe import yaml
@@ -63,6 +64,10 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
     colours = {name: recipe.kind(name).colour for name in finished}
     examined = _examined(recipe, runs, finished)
     pictures = _pictures(recipe, runs, results, colours)
+    found_rounds = rounds(recipe, results)
+    for metric in measured(found_rounds):
+        if picture := figures.rounds(found_rounds, metric):
+            pictures[f"rounds-{metric.name}"] = picture
     if examined:
         pictures["row-lengths"] = figures.row_lengths(examined, colours)
     costs = [own.cost(name, manifest, recipe, runs) for name, manifest in finished.items()]
@@ -120,6 +125,8 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
         "samples": _samples(results),
         "shown_at_once": SHOWN_AT_ONCE,
         "typed": typed,
+        "rounds": found_rounds,
+        "of_rounds": measured(found_rounds),
     }
 
 
@@ -232,5 +239,5 @@ def _templates() -> jinja2.Environment:
     found.globals |= {"say": _say, "say_again": say_again}
     found.globals |= {"judge_name": sentences.judge_name, "word_shown": opening.word_shown}
     found.globals |= {"of_the_picture": sentences.of_the_picture}
-    found.globals |= {"of_the_judge": sentences.of_the_judge}
+    found.globals |= {"of_the_judge": sentences.of_the_judge, "of_the_rounds": sentences.of_the_rounds}
     return found

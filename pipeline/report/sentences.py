@@ -52,6 +52,20 @@ def of_the_judge(arena: Arena, file: object) -> str:
     return say(" ").join(filter(None, [asked, unread, kept]))
 
 
+def of_the_rounds(results: Results | None) -> str:
+    """What the table of rounds shows. Without an evaluation it has the votes alone."""
+    told = [
+        say("Round 0 is the stage whose answers the first round shows. Agreement is that of the round's own votes.")
+    ]
+    if results is None:
+        return say(" ").join([*told, say("This run has not been evaluated: the stages' numbers are missing.")])
+    if results.proxy:
+        told.append(say("Every round's reward is by one judge: {judge}.", judge=judge_name(results.proxy)))
+    return say(" ").join(
+        [*told, say("Ranked right: each round's reward model on all pairs that are held out by then.")]
+    )
+
+
 def of_over_optimisation(flagged: Mapping[str, bool]) -> str:
     stages = [stage for stage, found in flagged.items() if found]
     if not stages:
@@ -97,6 +111,7 @@ def of_the_picture(name: str) -> str:
         "calibration": say("calibration of {of}", of=of),
         "scores": say("scores of {of}", of=of),
         "lengths": say("lengths of answers"),
+        "rounds": say("rounds of labels: {of}", of=of),
     }
     return known.get(what, name)
 

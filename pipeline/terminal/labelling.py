@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipeline.errors import UserError
-from pipeline.language.say import say
+from pipeline.language.say import say, say_again
 from pipeline.terminal.help import command
 from pipeline.terminal.options import Lang, Overrides, RecipePath, Runs
 
@@ -86,6 +86,7 @@ def label(
     from pipeline.disk.atomic import locked
     from pipeline.label.opening import Wishes, folder_of, open_desk
     from pipeline.terminal.recipes import read_recipe
+    from pipeline.terminal.results import as_typed
 
     others = {"--arena": arena, "--answers": answers > 2, "--two-people": two_people, "--gold": gold, "--share": share}
     asked = _find_judge(
@@ -113,6 +114,10 @@ def label(
             from pipeline.label.wording import read_guidelines
 
             _open_page(desk, read_guidelines(chain.spec.guidelines), port, share, password)
+    if desk.round:
+        print(say_again(desk.round.told), flush=True)
+    if desk.full:
+        print(say("To go on: {command}", command=f"onebase run {as_typed(recipe, override, runs)}"), flush=True)
     if desk.drawer.drawing:
         os._exit(0)  # a thread inside torch cannot be told to end; whatever it has finished is on disk
 

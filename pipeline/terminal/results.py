@@ -16,6 +16,7 @@ from pipeline.disk.atomic import Json
 from pipeline.disk.manifest import Manifest
 from pipeline.evaluate import people, verdicts
 from pipeline.evaluate.stored import Results
+from pipeline.label.rounds import measured, rounds
 from pipeline.language.say import say
 from pipeline.measure.metric import BY_NAME, METRICS, TRUTH, Estimate, Metric
 from pipeline.recipe.recipe import Recipe
@@ -160,6 +161,17 @@ def show_forgetting(results: Results, console: Console) -> None:
                 table.add_row(name, earlier, metric.said, *told, Text(metric.shown(change, sign=True), style=style))
     console.print()
     print_rows(table, console, names=3)
+
+
+def show_rounds(recipe: Recipe, results: Results, console: Console) -> None:
+    """What each round of labels has brought."""
+    if found := rounds(recipe, results):
+        rows = [Row(say("labels"), [str(one.labels) for one in found])]
+        for metric in measured(found):
+            known = [one.numbers.get(metric.name) for one in found]
+            rows.append(Row(metric.heading, [metric.lines(number) if number else "" for number in known]))
+        console.print()
+        print_matrix(say("round"), [one.heading for one in found], rows, console)
 
 
 def results_as_json(results: Results) -> Json:

@@ -171,13 +171,14 @@ def test_an_untrusted_judge_stops_a_run_and_not_the_page(tiny_base: Path, tmp_pa
     }
     recipe = make_recipe(tiny_base, tmp_path, stages=stages)
     assert open_desk(recipe, PLAIN, tmp_path / "runs").next("eve") is None  # nothing is drawn yet, nothing refused
-    told = CliRunner().invoke(app, ["data", str(tmp_path / "tiny.yaml"), "reward", "--runs", str(tmp_path / "runs")])
+    command = ["data", str(tmp_path / "tiny.yaml"), "reward", "--runs", str(tmp_path / "runs")]
+    told = CliRunner().invoke(app, command)
     shown = " ".join(told.output.split())
-    assert (
-        isinstance(told.exception, UserError)
-        and "people have checked 5 pairs on which judge.m chose an answer" in shown
-    )
+    assert isinstance(told.exception, UserError)
+    assert "people have checked 5 pairs on which judge.m chose an answer" in shown
     assert "judge.m: 30 votes, agrees with people on 100% of 5 pairs that both decided" in shown
+    told = CliRunner().invoke(app, [*command, "-o", "stages.reward.data.judge_agreement=0"])
+    assert not told.exception and "vote of a judge 25" in told.output
     # How far a judge is trusted changes nothing of what is learnt.
     trusting = read(str(tmp_path / "tiny.yaml"), "stages.reward.data.judge_agreement=0")
     assert trusting.parts() == recipe.parts()

@@ -232,7 +232,14 @@ def evaluate(
     from pipeline.evaluate.forgetting import flat
     from pipeline.recipe.gates import hold_measured
     from pipeline.terminal.console import make_console
-    from pipeline.terminal.results import as_typed, results_as_json, show_evaluation, show_forgetting, show_rounds
+    from pipeline.terminal.results import (
+        as_typed,
+        results_as_json,
+        show_evaluation,
+        show_forgetting,
+        show_people,
+        show_rounds,
+    )
 
     tasks = [task for task in lm_eval.split(",") if task]
     with stdout_kept(as_json):
@@ -246,6 +253,7 @@ def evaluate(
         print_json(results_as_json(results))
     else:
         show_evaluation(results, make_console())
+        show_people(results, make_console())
         show_forgetting(results, make_console())
         show_rounds(read, results, make_console())
         print("\n" + say("To make a page of it: onebase report {words}", words=as_typed(recipe, override, runs)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipeline.label.opening import labels_of, open_desk
 from pipeline.label.rounds import rounds
 from pipeline.measure.metric import Estimate
 from pipeline.recipe.recipe import Recipe, build, read
+from pipeline.recipe.waiting import progress
 from pipeline.runs.rows import load_rows
 from pipeline.runs.runner import run
 from pipeline.runs.stage import run_stage
@@ -256,3 +258,17 @@ def train(recipe: Recipe, stage: str) -> None:
     adapter.mkdir(parents=True)
     (adapter / "adapter_model.safetensors").write_bytes(stage.encode())
     seal(recipe, stage, Path("runs"), {})
+
+
+def test_a_round_waits_for_people_and_an_arena_for_nobody(tree: dict[str, Any], tmp_path: Path) -> None:
+    """A judge's votes are no labels of a round. What tests hold out is shown in the arena whatever waits."""
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"prompt": "What is best?", "answer": "tin"}))
+    tree["stages"]["sft"]["questions"] = "asked.jsonl"
+    recipe = read(write_recipe(tree, tmp_path / "my.yaml"))
+    train(recipe, "sft")
+    for number in range(4):
+        say_of(number, 1, "judge.m", judge=True)
+    say_of(9, 1)
+    assert progress(recipe, 1).labels == 1
+    desk = open_desk(recipe, replace(PLAIN, stages=["base", "sft"], arena=True), Path("runs"))
+    assert [row["prompt"] for row in desk.drawer.prompts] == ["What is best?"] and desk.folder == tmp_path / "arena"

@@ -89,6 +89,9 @@ class DataSpec(BaseModel):
     """Stop at unfit rows (the default), or go on without them and write them to refused.jsonl."""
     too_long: Literal["drop", "keep_end"] = "drop"
     """Of a dialogue longer than max_length: leave it out and count it, or cut it so that it still ends its turn."""
+    judge_agreement: float = Field(default=0.7, ge=0, le=1)
+    """Of votes by a judge (onebase label --judge): the share of checked pairs on which people must agree with it, else
+    they are not trained on. 0 asks nothing."""
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSpec:
@@ -168,7 +171,7 @@ def read_source(path: str, contract: Contract, spec: DataSpec, part: Part | None
     rows: Shelf[Row] = Shelf(strict=True)
     source = Source(path, rows)
     stop = spec.on_bad_row == "stop"
-    for place, row, reason in _read_items(source, part, contract):
+    for place, row, reason in _read_items(source, part, contract, spec.judge_agreement):
         reason = reason or contract.check(row) or _keep(rows, {**row, "_place": place})
         if reason:
             source.reasons[reason] += 1
@@ -238,10 +241,12 @@ def labels_as_answers(rows: Sequence[Row]) -> Sequence[Row]:
     return [{**row, "answer": row["label"], **shared} if is_labelled(row) else row for row in rows]
 
 
-def _read_items(source: Source, part: Part, contract: Contract) -> Iterator[tuple[str, Any, str | None]]:
+def _read_items(
+    source: Source, part: Part, contract: Contract, judge_agreement: float
+) -> Iterator[tuple[str, Any, str | None]]:
     """Every row a file gives, with its place, and the reason where it is none."""
     if part.rounds or is_of_votes(part.path):
-        for place, layout, rows in read_voted(part.path, contract.kind, part.rounds):
+        for place, layout, rows in read_voted(part.path, contract.kind, part.rounds, judge_agreement):
             source.file_rows += 1
             source.layouts[layout] += 1
             yield from ((place, row, None) for row in rows)

@@ -43,6 +43,9 @@ class Desk:
     gold: list[Pair] = field(default_factory=list)
     share: float = 0.0
     """The part of the pairs that two people see."""
+    anew: bool = False
+    """A prompt comes again to a person once other answers to it are drawn, as in an arena after a stage was trained
+    again: a test holds out few prompts."""
     told: list[str] = field(default_factory=list)
     count: Callable[[], Progress] | None = None
     """How far people are with the round that these votes are of; None where there are no rounds."""
@@ -62,6 +65,10 @@ class Desk:
         for file in files.files_in(self.folder):
             self._open(file)
         self.round = self.count() if self.count else None
+        machines = [vote for lines in self._lines.values() for vote in standing(lines) if vote.judge]
+        self._judged = {vote.pair for vote in machines}
+        self._checks = list({vote.pair: Pair(vote.prompt, vote.candidates) for vote in machines if vote.share}.values())
+        """Pairs on which a judge has voted and that people are to check: they come first."""
 
     @property
     def full(self) -> bool:
@@ -84,8 +91,10 @@ class Desk:
 
     def asked(self, annotator: str) -> set[str]:
         """What this person has been asked, in this round or an earlier one: no prompt comes to one person twice."""
+        shown = {pair.name for pair in self._pairs()} if self.anew else None
         before = {_asked(vote) for vote in self._long_ago if vote.annotator == annotator}
-        return before | {self._asks[vote.id] for vote in self.votes(annotator)}
+        mine = (vote for vote in self.votes(annotator) if shown is None or vote.pair in shown)
+        return before | {self._asks[vote.id] for vote in mine}
 
     def votes(self, annotator: str) -> list[Vote]:
         return standing(self._lines.get(annotator, []))
@@ -94,7 +103,7 @@ class Desk:
         """The pair that this person is to see now; None where there is none, or none yet. `again`: the name of one
         whose vote was taken back, which comes first."""
         mine, asked = self.votes(annotator), self.asked(annotator)
-        for pair in (pair for pair in [*self.drawer.pairs, *self.gold] if pair.name == again):
+        for pair in (pair for pair in self._pairs() if pair.name == again):
             return self._show(annotator, pair)
         if self.full:
             return self._show(annotator, None)
@@ -106,6 +115,9 @@ class Desk:
         self.drawer.need(len(self.drawer.pairs) - len(free) + AHEAD)
         return self._show(annotator, free[0] if free else None)
 
+    def _pairs(self) -> list[Pair]:
+        return [*self._checks, *self.drawer.pairs, *self.gold]
+
     def _free(self, annotator: str) -> list[Pair]:
         """The pairs that are left for this person: neither seen by them nor labelled or being read by enough others."""
         asked, now = self.asked(annotator), time.time()
@@ -114,14 +126,14 @@ class Desk:
             for other in self._lines
             if other != annotator
             for vote in self.votes(other)
-            if vote.choice != SKIP
+            if vote.choice != SKIP and not vote.judge
         )
         for other, (name, since) in self._before.items():
             if other != annotator and now - since < GONE:
                 taken[name] += 1
         return [
             pair
-            for pair in self.drawer.pairs
+            for pair in [*self._checks, *(pair for pair in self.drawer.pairs if pair.name not in self._judged)]
             if pair.asks not in asked and taken[pair.name] < (2 if self.shared(pair) else 1)
         ]
 
@@ -153,7 +165,7 @@ class Desk:
         for line in self._lines.get(annotator, []):
             if line.id == given.get("id"):
                 return line
-        pair = next((one for one in [*self.drawer.pairs, *self.gold] if one.name == given.get("pair")), None)
+        pair = next((one for one in self._pairs() if one.name == given.get("pair")), None)
         if pair is None:
             raise NotNow(say("This pair is not shown any more: the stage has been trained again. Here is another."))
         if pair.asks in self.asked(annotator):

@@ -246,8 +246,9 @@ def _hash(part: Part) -> str:
 
 def _settings(data: DataSpec) -> Json:
     """How the rows are read, without where they lie: a file moved is still the same file. A share to hold out is taken
-    from the rows that are trained on; a file of held-out rows takes nothing from them."""
-    shown = data.model_dump(exclude={"path": True, "mix": {"__all__": {"path"}}})
+    from the rows that are trained on; a file of held-out rows takes nothing from them. How far a judge is trusted stops
+    a stage or changes nothing of it."""
+    shown = data.model_dump(exclude={"path": True, "judge_agreement": True, "mix": {"__all__": {"path"}}})
     for section in (shown, *(shown["mix"] or ())):
         for word in ("rounds", "apart"):
             if section.get(word) is None:

@@ -41,7 +41,8 @@ class Progress:
 
 
 def progress(recipe: Recipe, number: int) -> Progress:
-    """How far people are with a round. Raises UserError naming file and line of what is no vote."""
+    """How far people are with a round; a judge's votes are no labels of theirs. Raises UserError naming file and line
+    of what is no vote."""
     rounds = recipe.spec.rounds
     assert rounds is not None, "the recipe has rounds"
     kinds = {name: recipe.kind(name).contract.kind for name in recipe.order() if read_by(recipe.stages[name]) == number}
@@ -51,7 +52,7 @@ def progress(recipe: Recipe, number: int) -> Progress:
         for vote in (vote for folder in there for vote in read_votes(folder)[0]):
             learns = {name for name, kind in kinds.items() if teaches(vote, kind)}
             taught |= learns
-            labels += bool(learns) and n == number
+            labels += bool(learns) and n == number and not vote.judge
     return Progress(number, rounds.count, labels, rounds.votes, [name for name in kinds if name not in taught])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.disk.atomic import Json
 from pipeline.evaluate.stored import Arena, Curve, Results
+from pipeline.evaluate.verdicts import PEOPLE
 from pipeline.language.say import say, say_again
 from pipeline.measure.metric import QUESTION_ACCURACY, SHARE, TRUTH
 from pipeline.recipe.recipe import Recipe
@@ -15,6 +16,8 @@ from pipeline.stages import STAGES
 
 
 def judge_name(judge: str) -> str:
+    if judge == PEOPLE:
+        return say("people")
     if judge == "truth":
         return say("the checked truth")
     return say("the external judge") if judge == "judge" else say("the score of '{judge}'", judge=judge)

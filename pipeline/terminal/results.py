@@ -14,7 +14,7 @@ from rich.text import Text
 from pipeline.disk.artifact import WEIGHTS
 from pipeline.disk.atomic import Json
 from pipeline.disk.manifest import Manifest
-from pipeline.evaluate import verdicts
+from pipeline.evaluate import people, verdicts
 from pipeline.evaluate.stored import Results
 from pipeline.label.rounds import measured, rounds
 from pipeline.language.say import say
@@ -122,6 +122,24 @@ def show_evaluation(results: Results, console: Console) -> None:
         rows.append(Row(row.shown.heading, [cell(row.shown, value) for value in found]))
     console.print()
     print_matrix(say("number, 95 % interval"), list(held), rows, console)
+
+
+def show_people(results: Results, console: Console) -> None:
+    """The stages' ratings by people beside those by other judges."""
+    if results.people is None:
+        return
+    console.print()
+    columns, rows = people.ratings(results)
+    title = say("ratings by people, beside those by other judges (Elo, 95 % interval)")
+    table = Table(title=title, box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=True, justify="left" if column == columns[0] else "right")
+    for cells in rows:
+        table.add_row(*cells)
+    if rows:
+        print_rows(table, console)
+    for told in people.tell(results):
+        console.print(Text(told))
 
 
 def show_forgetting(results: Results, console: Console) -> None:

@@ -308,3 +308,31 @@ def test_the_pair_on_whose_margin_heads_differ_most_comes_first(bench: Bench, tm
             worth.append(max(deviations))
     assert len(worth) > 5 and worth[0] > worth[-1] + 0.1
     assert all(later < sooner + 0.04 for sooner, later in pairwise(worth))
+
+
+def test_of_all_that_was_drawn_the_two_furthest_apart_are_shown(bench: Bench, tmp_path: Path) -> None:
+    """The draws of the first block again, from the seed that a candidate names; a loop over all their pairs."""
+    from pipeline.data.tokens import stop_ids
+    from pipeline.models.sampling import sample
+
+    found = drawer(bench, tmp_path / "one", [Policy("sft", "a", 1.0)] * 2, "gap")
+    pairs, block, others = {pair.asks: pair for pair in found.pairs}, PROMPTS[:8], 0
+    asked = [Pair(row["prompt"], []).asks for row in block]
+    seed = next(pairs[one] for one in asked if one in pairs).candidates[0].seed
+    with bench.ready():
+        with bench.sampling_as("sft"):
+            drawn = sample(
+                bench.actors, [render.prompt(bench.tokenizer, row) for row in block], new_tokens=8, temperature=1.0,
+                stops=stop_ids(bench.tokenizer), copies=4, generator=torch.Generator().manual_seed(seed),
+            )  # fmt: skip
+        all_texts = [without_marks(bench.tokenizer, decode(bench.tokenizer, one)).strip() for one in drawn]
+        for place, asks in enumerate(asked):
+            texts = list(dict.fromkeys(filter(None, all_texts[4 * place : 4 * place + 4])))
+            assert (asks in pairs) == (len(texts) > 1)
+            if asks in pairs:
+                shown = [candidate.text for candidate in pairs[asks].candidates]
+                scores = dict(zip(texts, score_alone(bench, texts, pairs[asks].prompt).mean(1).tolist(), strict=True))
+                widest = max(abs(scores[one] - scores[other]) for one in texts for other in texts)
+                assert abs(scores[shown[0]] - scores[shown[1]]) > widest - 0.04
+                others += shown != texts[:2]
+    assert others > 2

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
-from operator import sub
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.contracts import Row
@@ -22,6 +21,7 @@ from pipeline.data.prompts import prompt_key
 from pipeline.data.votes import Candidate, Choose, pair_of
 from pipeline.disk.atomic import digest
 from pipeline.errors import UserError
+from pipeline.label import choosing
 from pipeline.language.say import say
 
 if TYPE_CHECKING:
@@ -206,10 +206,10 @@ class Drawer:
                 if self.arena:  # where to say nothing is an answer too
                     best = [text for text in texts[its] if text not in shown]
                 else:
-                    best = _best(texts[its], scores[its], policy.best_of, shown)
-                so_far += [Candidate(text=text, **how) for text in best[:wanted]]
+                    best = choosing.best(texts[its], scores[its], policy.best_of, shown)
+                so_far += [Candidate(text=text, **how) for text in (best if self._picks else best[:wanted])]
         whole = [
-            Pair(row["prompt"], drawn) if len(drawn) == len(who) else None
+            Pair(row["prompt"], drawn) if len(drawn) >= len(who) else None
             for (row, _, who), drawn in zip(asked, answers, strict=True)
         ]
         return [*whole, *[None] * (len(rows) - len(asked))]
@@ -219,13 +219,23 @@ class Drawer:
         pairs = list(combinations(self.policies, 2))
         return list(pairs[number % len(pairs)]) if self.arena else self.policies
 
+    @property
+    def _picks(self) -> bool:
+        """Whether all that one policy has drawn is there to pick from."""
+        return self.choose != "random" and len(set(self.policies)) == 1 and self.policies[0].best_of == 1
+
     def _score(self, bench: Bench, pairs: list[Pair]) -> list[Pair]:
         """The pairs with the reward model's scores, those first that are worth a person's time most."""
         said = ((pair.prompt, candidate.text) for pair in pairs for candidate in pair.candidates)
-        by_head_NK, width = self._by_head(bench, said), len(self.policies)
-        by_pair_PWK = [by_head_NK[start : start + width] for start in range(0, len(by_head_NK), width)]
-        order = sorted(range(len(pairs)), key=lambda i: -_worth(self.choose, by_pair_PWK[i]))
-        return [replace(pairs[i], scores=[fmean(heads_K) for heads_K in by_pair_PWK[i]]) for i in order]
+        by_head_NK, found = iter(self._by_head(bench, said)), list[tuple[float, Pair]]()
+        for pair in pairs:
+            by_head_WK = [next(by_head_NK) for _ in pair.candidates]
+            width = len(self.policies) if self._picks else len(pair.candidates)
+            some = choosing.pick(self.choose, by_head_WK, width)
+            scores = [fmean(by_head_WK[i]) for i in some]
+            shown = replace(pair, candidates=[pair.candidates[i] for i in some], scores=scores)
+            found.append((choosing.worth(self.choose, [by_head_WK[i] for i in some]), shown))
+        return [pair for _, pair in sorted(found, key=lambda one: -one[0])]
 
     def _by_head(self, bench: Bench, said: Iterable[tuple[Any, str]]) -> list[list[float]]:
         """What each head of the reward model says of answers to prompts, (N, K)."""
@@ -270,25 +280,6 @@ class Drawer:
                 stages=", ".join(sorted(changed)),
             )
             self.told.append(why)
-
-
-def _best(texts: list[str], scores: list[float], of: int, shown: list[str]) -> list[str]:
-    """Of every `of` draws in turn the one that scores highest, of those that say something new."""
-    best: list[str] = []
-    for start in range(0, len(texts) - of + 1, of):
-        highest_first = sorted(range(start, start + of), key=lambda i: -scores[i])
-        best += [texts[i] for i in highest_first if texts[i] and texts[i] not in (*shown, *best)][:1]
-    return best
-
-
-def _worth(choose: Choose, by_head_WK: list[list[float]]) -> float:
-    """How early the answers to a prompt are shown, by what the reward model's heads say of them: docs/label.md says
-    why. Where a head's zero lies is chance, so of heads only differences of scores are compared."""
-    if choose == "disagree":
-        return max(float(pstdev(map(sub, one_K, other_K))) for one_K, other_K in combinations(by_head_WK, 2))
-    scores = [fmean(heads_K) for heads_K in by_head_WK]
-    spread = max(scores) - min(scores)
-    return {"gap": spread, "uncertain": -spread}.get(choose, 0.0)
 
 
 def _as_json(pair: Pair) -> dict[str, Any]:

@@ -67,19 +67,20 @@ def cp(
 def check(recipe: RecipePath, override: Overrides = [], as_json: AsJson = False, lang: Lang = "en") -> None:
     """Check a recipe, its data and its settings. Trains nothing."""
     from pipeline.stages.check import check_arguments, check_base, check_engines, check_rendering, check_trackers
-    from pipeline.terminal.states import count_rows, show_rows, show_sound
+    from pipeline.terminal.states import count_rows, show_rows, show_sound, show_waiting
 
     with stdout_kept(as_json):
         chain = _read(recipe, override)
         counts, rows, refused = count_rows(chain)
         show_rows(chain, counts, refused)
+        show_waiting(chain)
         chain.parts()
         check_base(chain.spec.model, chain.stages)
         check_trackers(chain.stages)
         check_engines(chain.spec.model, chain.stages)
         check_arguments(chain.spec.model, chain.stages, chain.spec.seed)
-        untried = check_rendering(chain.spec.model, chain.stages, rows)
-        show_sound(recipe, list(counts), untried)
+        untried = check_rendering(chain.spec.model, {name: chain.stages[name] for name in rows}, rows)
+        show_sound(recipe, chain.order(), untried)
     if as_json:
         print_json({"recipe": chain.name, "stages": counts, "not_tried": untried})
 
@@ -98,11 +99,16 @@ def data(
 
     It loads no weights. It examines every stage, even if one has faults. The exit status is 2 if a run would stop.
     """
+    from pipeline.recipe.waiting import waiting
     from pipeline.terminal.console import make_console
     from pipeline.terminal.data import show_examination, show_rows
+    from pipeline.terminal.states import show_waiting
 
     chain = _read(recipe, override)
-    names = chain.named(stage or chain.order())
+    lacking = waiting(chain)
+    names = [name for name in chain.named(stage or chain.order()) if name not in lacking]
+    if not as_json:
+        show_waiting(chain)
     if show:
         faults = [fault for name in names for fault in show_rows(chain, name, show, make_console())]
     else:
@@ -157,7 +163,8 @@ def run(
     """
     from pipeline.report.ending import write_if_possible
     from pipeline.runs import runner
-    from pipeline.terminal.ending import show_ending, tell_stopped
+    from pipeline.terminal.ending import show_ending, tell_stopped, tell_waiting
+    from pipeline.terminal.results import as_typed
     from pipeline.terminal.states import states_as_json
 
     if launch_config and not os.path.isfile(launch_config):
@@ -171,7 +178,7 @@ def run(
             raise SystemExit(130) from None
         if done:
             show_ending(chain, recipe, override, runs, write_if_possible(chain, recipe, runs, override))
-        else:
+        if not tell_waiting(chain, as_typed(recipe, override, runs)) and not done:
             print(say("Nothing to do: everything asked for is fresh."))
     if as_json:
         print_json({"ran": done, **states_as_json(chain, runs)})
@@ -188,7 +195,8 @@ def status(
     """Show where every stage stands and what it gained."""
     from pipeline.runs.states import standing
     from pipeline.terminal.console import make_console
-    from pipeline.terminal.results import show_answers, show_results
+    from pipeline.terminal.ending import tell_waiting
+    from pipeline.terminal.results import as_typed, show_answers, show_results
     from pipeline.terminal.states import show_states, states_as_json
 
     chain, console = _read(recipe, override), make_console()
@@ -197,6 +205,7 @@ def status(
     show_states(standing(chain, runs), console)
     show_results(chain, runs, console)
     show_answers(chain, runs, console)
+    tell_waiting(chain, as_typed(recipe, override, runs))
 
 
 @command(app, "eval", "onebase eval my.yaml")
@@ -223,7 +232,14 @@ def evaluate(
     from pipeline.evaluate.forgetting import flat
     from pipeline.recipe.gates import hold_measured
     from pipeline.terminal.console import make_console
-    from pipeline.terminal.results import as_typed, results_as_json, show_evaluation, show_forgetting
+    from pipeline.terminal.results import (
+        as_typed,
+        results_as_json,
+        show_evaluation,
+        show_forgetting,
+        show_people,
+        show_rounds,
+    )
 
     tasks = [task for task in lm_eval.split(",") if task]
     with stdout_kept(as_json):
@@ -237,7 +253,9 @@ def evaluate(
         print_json(results_as_json(results))
     else:
         show_evaluation(results, make_console())
+        show_people(results, make_console())
         show_forgetting(results, make_console())
+        show_rounds(read, results, make_console())
         print("\n" + say("To make a page of it: onebase report {words}", words=as_typed(recipe, override, runs)))
     hold_measured(read.spec.expect, {link.name: flat(results.forgetting.get(link.name, {})) for link in results.chain})
 

@@ -17,7 +17,7 @@ import numpy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.label.agreement import krippendorff
+from pipeline.measure.krippendorff import krippendorff
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ from test_votes import vote
 
 from pipeline.data import examine as examination
 from pipeline.data.votes import pair_of, parse
-from pipeline.label.agreement import krippendorff, tell, weigh
+from pipeline.label.agreement import tell, weigh
+from pipeline.measure.krippendorff import krippendorff
 from pipeline.recipe.recipe import build
 from pipeline.report.page import write
 from pipeline.terminal import data

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, head, seal, tiny_tree
+from test_arena import line
 
 from pipeline.data import render
 from pipeline.data.load import read_source
@@ -157,8 +158,21 @@ def test_what_is_fresh_is_not_taken_again(
 
     taken: list[str] = []
     monkeypatch.setattr(evaluation, "take", lambda recipe, runs, missing: taken.extend(m.file for m in missing))
-    evaluation.evaluate(recipe, runs)
+    # People's votes on stages are counted, and nothing is measured for them.
+    adapters = {link.name: link.adapter for link in found.chain}
+    (runs / "arena").mkdir()
+    rows = []
+    for number in range(24):
+        row = line(number, "sft", "dpo", 1)
+        for answer in row["candidates"]:
+            answer["adapter"] = adapters[answer["stage"]] if number else "e" * 64
+        rows.append(json.dumps(row) + "\n")
+    (runs / "arena" / "ada.jsonl").write_text("".join(rows))
+    evaluation.evaluate(recipe, runs, votes=runs / "arena")
     assert taken == []
+    voted = evaluation.results_of(recipe, runs)
+    assert voted.people and voted.people.votes == {"sft": 23, "dpo": 23} and voted.people.earlier == 1
+    assert "wins 100 % (85 to 100) by people" in verdicts.read(runs / "tiny")["dpo", adapters["dpo"]].text
     # Other questions: what is asked of them is asked anew, of every policy; nothing else is.
     before = {measure.file: measure.fingerprint for measure in plan(recipe, runs)}
     monkeypatch.setattr("pipeline.evaluate.plan.load_rows", _without_last_question)

@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 import numpy
 import pytest
 from conftest import seal, tiny_tree, write_recipe
+from test_arena import NOW, line, read_lines
 from typer.testing import CliRunner
 
 from pipeline.cli import app
@@ -25,7 +26,7 @@ from pipeline.disk import metrics
 from pipeline.disk.atomic import digest, write_json
 from pipeline.disk.manifest import Data, SourceCounts
 from pipeline.errors import UserError
-from pipeline.evaluate import arena, measures, results, verdicts
+from pipeline.evaluate import arena, measures, people, results, verdicts
 from pipeline.evaluate.measure import Measure
 from pipeline.evaluate.plan import plan
 from pipeline.evaluate.stored import Link, Results, Verdict, read_results
@@ -35,7 +36,7 @@ from pipeline.publish import measured
 from pipeline.recipe import yaml
 from pipeline.recipe.recipe import Recipe, build
 from pipeline.report import opening, page, sentences
-from pipeline.terminal.results import clock, show_evaluation, show_forgetting, show_results
+from pipeline.terminal.results import clock, show_evaluation, show_forgetting, show_people, show_results
 
 QUESTIONS, PROMPTS, PAIRS = 40, 24, 90
 SKILL = {"base": 0.05, "pretrain": 0.1, "sft": 0.6, "dpo": 0.6, "ppo": 0.3}
@@ -121,8 +122,11 @@ CHAIN = [
 
 
 @pytest.fixture(scope="module")
-def evaluated() -> Results:
-    return results.make(planted(numpy.random.default_rng(0)), CHAIN)
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """People prefer pretrain to sft nine times of ten, though sft's reward is far the higher."""
+    votes = [line(n, "pretrain", "sft", int(n % 10 == 0)) for n in range(40)]
+    voted = people.rate(read_lines(votes, tmp_path_factory.mktemp("arena")), NOW)
+    return results.make(planted(numpy.random.default_rng(0)), CHAIN, people=voted)
 
 
 @pytest.fixture
@@ -181,7 +185,11 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
 
-def test_the_page_stands_alone_and_shows_everything(run: tuple[Recipe, Path]) -> None:
+def test_the_page_stands_alone_and_shows_everything(
+    run: tuple[Recipe, Path], evaluated: Results, tmp_path: Path
+) -> None:
+    from rich.console import Console
+
     recipe, runs = run
     html, markdown = (path.read_text() for path in page.write(recipe, "my.yaml", runs))
     parsed = Page()
@@ -197,6 +205,16 @@ def test_the_page_stands_alone_and_shows_everything(run: tuple[Recipe, Path]) ->
         "onebase eval my.yaml",
     ):
         assert told in html, told
+    disagreement = "People put pretrain above sft; by reward's score it is the other way round."
+    console = Console(width=160, record=True)
+    show_people(evaluated, console)
+    for text in (html.replace("&#39;", "'"), markdown, console.export_text()):
+        assert "atings by people, beside" in text and "40 votes by 1 people." in text and disagreement in text
+    # Votes that the evaluation has not counted are on no page.
+    newer = replace(recipe, file=str(tmp_path / "my.yaml"))
+    read_lines([line(0, "sft", "dpo", 1)], people.arena_of(newer))
+    with pytest.raises(UserError, match="holds other votes than the evaluation has counted"):
+        page.write(newer, "my.yaml", runs)
     assert "<b>0</b>" not in html  # data is text, never markup
     pictures = list((runs / recipe.name / "report" / "pictures").iterdir())
     assert html.count("<svg") == len(pictures)

@@ -119,7 +119,8 @@ def keep(found: Json, folder: Path) -> None:
     if file.exists() and not (file.read_bytes()[:2] == b"{\n" and all("tokens" in stage for stage in before.values())):
         raise UserError(f"{file} is not a file of `onebase data`, which would write over it. Choose another --runs")
     whole = {name: stage for name, stage in found["stages"].items() if "tokens" in stage}
-    write_json(file, {**before, **whole})
+    if whole:
+        write_json(file, {**before, **whole})
 
 
 def read_kept(folder: Path) -> Json:

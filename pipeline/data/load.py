@@ -5,13 +5,9 @@ Nothing here needs a tokenizer or torch: this runs over all stages' data before 
 
 from __future__ import annotations
 
-import hashlib
-import json
-import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -20,8 +16,8 @@ from pipeline.data import files, formats, mixture
 from pipeline.data.contracts import Contract, Row, is_labelled
 from pipeline.data.dialogues import Unreadable
 from pipeline.data.formats import Format
+from pipeline.data.holding import hold_out, keep_apart
 from pipeline.data.labelled import LabelledRows
-from pipeline.data.prompts import first_question, prompt_key
 from pipeline.data.shelf import Picked, Shelf
 from pipeline.data.voted import is_of_votes, read_voted
 from pipeline.disk.manifest import SourceCounts
@@ -39,6 +35,7 @@ def _of_text(encoding: str) -> str:
 
 
 Encoding = Annotated[str, AfterValidator(_of_text)]
+Round = Annotated[int, Field(gt=0, strict=True)]
 
 
 class Part(BaseModel):
@@ -56,6 +53,8 @@ class Part(BaseModel):
     """Share of the mixture's rows that come from here, relative to the other sources' weights."""
     epochs: float = Field(default=1.0, gt=0, le=1000)
     """With weights, how often this source's rows may be seen at most; without, how often they are."""
+    rounds: Round | None = None
+    """As in the section."""
 
 
 class DataSpec(BaseModel):
@@ -76,6 +75,12 @@ class DataSpec(BaseModel):
     """Split of a Hub data set or of a folder of `datasets`."""
     encoding: Encoding = "utf-8"
     """How the text of the stage's files is encoded, by Python's name for it (latin-1, cp1252, utf-16)."""
+    rounds: Round | None = None
+    """Of a folder of votes, take its rounds 1 to this one (`round-1/`, `round-2/`, ...). Written by
+    [`rounds:`](rounds.md) at the top level."""
+    apart: float | None = Field(default=None, gt=0, lt=1)
+    """Keep the prompts out of training that a stage of the same [rounds](rounds.md) holds out with this `test`. Written
+    by `rounds:` too."""
     group: str | None = None
     """Column whose equal values stay on one side when prompts are held out; the prompt, unless one is named."""
     limit: int | None = Field(default=None, gt=0)
@@ -84,6 +89,9 @@ class DataSpec(BaseModel):
     """Stop at unfit rows (the default), or go on without them and write them to refused.jsonl."""
     too_long: Literal["drop", "keep_end"] = "drop"
     """Of a dialogue longer than max_length: leave it out and count it, or cut it so that it still ends its turn."""
+    judge_agreement: float = Field(default=0.7, ge=0, le=1)
+    """Of votes by a judge (onebase label --judge): the share of checked pairs on which people must agree with it, else
+    they are not trained on. 0 asks nothing."""
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSpec:
@@ -96,12 +104,19 @@ class DataSpec(BaseModel):
         if isinstance(self.test, int | float) and not (0 < self.test < 1 or (self.test > 1 and self.test % 1 == 0)):
             expected = "a file, a share between 0 and 1, for example 0.1, or a whole number of prompts from 2 up"
             raise ValueError(f"test is {self.test}; it is {expected}")
+        if self.by_place and (self.group or (isinstance(self.test, int | float) and self.test > 1)):
+            raise ValueError("with rounds, test is a share of the prompts, as 0.2: what is held out stays held out")
         return self
+
+    @property
+    def by_place(self) -> bool:
+        """Whether the held-out prompts stay the same though there are more of them in each round."""
+        return any(part.rounds for part in self.parts())
 
     def parts(self) -> list[Part]:
         if self.mix:
             return [part.model_copy(update={"encoding": part.encoding or self.encoding}) for part in self.mix]
-        return [self.part(str(self.path)).model_copy(update={"limit": self.limit})]
+        return [self.part(str(self.path)).model_copy(update={"limit": self.limit, "rounds": self.rounds})]
 
     def part(self, path: str) -> Part:
         """A file that is read as the section says."""
@@ -156,7 +171,7 @@ def read_source(path: str, contract: Contract, spec: DataSpec, part: Part | None
     rows: Shelf[Row] = Shelf(strict=True)
     source = Source(path, rows)
     stop = spec.on_bad_row == "stop"
-    for place, row, reason in _read_items(source, part, contract):
+    for place, row, reason in _read_items(source, part, contract, spec.judge_agreement):
         reason = reason or contract.check(row) or _keep(rows, {**row, "_place": place})
         if reason:
             source.reasons[reason] += 1
@@ -188,19 +203,26 @@ def read_split(spec: DataSpec, contract: Contract, seed: int) -> Split:
     rows = [source.rows for source in sources]
     kept = [list(range(len(of_source))) for of_source in rows]
     test: Sequence[Row] | None = None
+    where = " and ".join(source.path for source in sources)
     if isinstance(spec.test, str):
         sources.append(read_source(spec.test, contract, spec))
         test = sources[-1].rows
     elif spec.test is not None:
-        kept, held_out = _hold_out(sources, spec.test, spec.group, seed)
-        test = Picked(rows, [number for number, _ in held_out], [index for _, index in held_out])
+        kept, held_out = hold_out(rows, where, spec.test, spec.group, seed, spec.by_place)
+        test = Picked(rows, [number for number, _ in held_out], [index for _, index in held_out]) or None
+        for source, of_source in zip(sources, kept, strict=True):
+            source.held_out = len(source.rows) - len(of_source)
+    if spec.apart is not None:
+        kept, before = keep_apart(rows, where, kept, spec.apart, seed), kept
+        for source, of_source, all_kept in zip(sources, kept, before, strict=False):
+            source.left_out = len(all_kept) - len(of_source)
     if spec.mix is None:
         return Split(Picked(rows, [0] * len(kept[0]), kept[0]), test, sources)
     weights, epochs = [part.weight for part in spec.mix], [part.epochs for part in spec.mix]
     which, index = mixture.draw([len(of_source) for of_source in kept], weights, epochs, seed)
     for number, (source, of_source) in enumerate(zip(sources, kept, strict=False)):
         source.drawn = int((which == number).sum())
-        source.left_out = max(0, len(of_source) - source.drawn)
+        source.left_out += max(0, len(of_source) - source.drawn)
         if not source.drawn:
             why = "raise its weight or epochs, or leave it out"
             if not of_source:
@@ -219,10 +241,12 @@ def labels_as_answers(rows: Sequence[Row]) -> Sequence[Row]:
     return [{**row, "answer": row["label"], **shared} if is_labelled(row) else row for row in rows]
 
 
-def _read_items(source: Source, part: Part, contract: Contract) -> Iterator[tuple[str, Any, str | None]]:
+def _read_items(
+    source: Source, part: Part, contract: Contract, judge_agreement: float
+) -> Iterator[tuple[str, Any, str | None]]:
     """Every row a file gives, with its place, and the reason where it is none."""
-    if is_of_votes(part.path):
-        for place, layout, rows in read_voted(part.path, contract.kind):
+    if part.rounds or is_of_votes(part.path):
+        for place, layout, rows in read_voted(part.path, contract.kind, part.rounds, judge_agreement):
             source.file_rows += 1
             source.layouts[layout] += 1
             yield from ((place, row, None) for row in rows)
@@ -245,47 +269,6 @@ def _read_items(source: Source, part: Part, contract: Contract) -> Iterator[tupl
         except Unreadable as error:
             yield place if count == 0 else f"{place}#{count + 1}", row, str(error)
     yield from labelled.pair()
-
-
-def _hold_out(
-    sources: list[Source], test: float, group: str | None, seed: int
-) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Indices kept of each source, and (source, index) of those held out: of the distinct prompts or groups the share
-    `test`, or that many where it is above 1. Raises UserError if none is kept."""
-    keys = _sides(sources, group)
-    distinct = sorted(set().union(*keys))
-    random.Random(seed).shuffle(distinct)
-    chosen = set(distinct[: int(test) if test > 1 else max(1, round(len(distinct) * test))])
-    kept = [[i for i, key in enumerate(of_source) if key not in chosen] for of_source in keys]
-    if not any(kept):
-        names = " and ".join(source.path for source in sources)
-        what = f"values of '{group}'" if group else "prompts"
-        raise UserError(f"{names}: holding out {test:g} of the {len(distinct)} {what} leaves no row to train on")
-    for source, of_source in zip(sources, kept, strict=True):
-        source.held_out = len(source.rows) - len(of_source)
-    return kept, [(s, i) for s, of_source in enumerate(keys) for i, key in enumerate(of_source) if key in chosen]
-
-
-def _sides(sources: list[Source], group: str | None) -> list[list[bytes]]:
-    """Of each row what decides on which side it is: its group, or the prompt; the least of all prompts that begin with
-    one question, so that a dialogue is not on the other side of one that goes on from it."""
-    if group is not None:
-        return [[_digest(json.dumps(_column(row, group), sort_keys=True)) for row in source.rows] for source in sources]
-    prompts = [[(_digest(first_question(row)), _digest(prompt_key(row))) for row in source.rows] for source in sources]
-    least: dict[bytes, bytes] = {}
-    for first, last in chain(*prompts):
-        least[first] = min(last, least.get(first, last))
-    return [[least[first] for first, _ in of_source] for of_source in prompts]
-
-
-def _column(row: Row, name: str) -> Any:
-    if name not in row:
-        raise UserError(f"{row['_place']}: has no column '{name}', which data.group names")
-    return row[name]
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def refusal(source: Source, contract: Contract, none_left: bool = False) -> str:

@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from pipeline.data import judged
 from pipeline.data.contracts import Row, RowKind
 from pipeline.data.votes import BOTH_BAD, SKIP, TIE, Vote, files_in, read_placed, standing
 
@@ -26,13 +27,22 @@ def is_of_votes(path: str) -> bool:
     return False
 
 
-def read_voted(path: str, kind: RowKind) -> Iterator[Voted]:
-    """Every line of the files: none is passed over without being counted as something.
+def read_voted(path: str, kind: RowKind, rounds: int | None = None, judge_agreement: float = 0.0) -> Iterator[Voted]:
+    """Every line of the files, or of those of rounds 1 to `rounds`: none is passed over without being counted as
+    something.
 
-    Raises UserError naming file and line of one that is no vote.
+
+    judge_agreement: the share of checked pairs on which a judge has to agree with people; 0 asks nothing. A pair that
+    people voted on counts by their votes alone.
+
+    Raises UserError naming file and line of one that is no vote, and for a judge that agrees with people too rarely.
     """
-    for file in files_in(Path(path)):
-        placed, cut = read_placed(file)
+    read = {file: read_placed(file) for file in files_in(Path(path), rounds)}
+    all_standing = [vote for placed, _ in read.values() for vote in standing([vote for _, vote in placed])]
+    people = judged.by_people(all_standing)
+    if kind in ("preference", "rated"):  # a judge corrects nothing
+        judged.hold(path, all_standing, judge_agreement)
+    for file, (placed, cut) in read.items():
         stands = {vote.id for vote in standing([vote for _, vote in placed])}
         for place, vote in placed:
             if vote.undoes is not None:
@@ -41,12 +51,20 @@ def read_voted(path: str, kind: RowKind) -> Iterator[Voted]:
                 yield place, "vote taken back", []
             elif vote.gold is not None:  # it is there to see attention by, and is not trained on
                 yield place, "vote on a known answer", []
+            elif vote.judge and vote.pair in people:
+                yield place, "vote of a judge on a pair that people voted on", []
             else:
                 rows = list(rows_of(vote, kind))
                 word = "" if rows else "without a correction" if kind == "demonstration" else str(vote.choice)
-                yield place, f"vote {word}".replace("_", " ").strip(), rows
+                whose = "vote of a judge" if vote.judge else "vote"
+                yield place, f"{whose} {word}".replace("_", " ").strip(), rows
         if cut:
             yield f"{file}:{len(placed) + 1}", "vote cut short", []
+
+
+def teaches(vote: Vote, kind: RowKind) -> bool:
+    """Whether a stage that learns rows of this kind learns anything from a vote that stands."""
+    return vote.gold is None and any(rows_of(vote, kind))
 
 
 def rows_of(vote: Vote, kind: RowKind) -> Iterator[Row]:

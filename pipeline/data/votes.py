@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.disk.atomic import digest
+from pipeline.disk.atomic import digest, sha256_of_file
 from pipeline.errors import UserError
 
+Choice = int | Literal["tie", "both_bad", "skip"]
 Choose = Literal["random", "gap", "uncertain", "disagree"]
 TIE, BOTH_BAD, SKIP = "tie", "both_bad", "skip"
 ANNOTATOR = re.compile(r"\w[\w -]{0,39}")
@@ -62,7 +63,7 @@ class Vote(BaseModel):
     candidates: list[Candidate] = Field(min_length=2)
     shown: list[int]
     """The candidates in their order on the screen, the left one first; empty where another tool has not noted it."""
-    choice: int | Literal["tie", "both_bad", "skip"]
+    choice: Choice
     ranking: list[int] | None = None
     """All candidates, the best first; of three or more."""
     strength: int | None = Field(default=None, ge=0, le=3)
@@ -77,7 +78,9 @@ class Vote(BaseModel):
     choose: Choose = "random"
     """How the pair was chosen."""
     share: bool = False
-    """The pair was meant for two people."""
+    """The pair was meant for two people; of a judge's vote, for a person to check."""
+    judge: bool = False
+    """A machine voted: a reward model, or a model behind an endpoint."""
     undoes: str | None = None
     """The id of the vote that this line takes back. Such a line is no vote; what else it says repeats the vote's."""
 
@@ -96,6 +99,12 @@ class Vote(BaseModel):
         if self.pair != pair_of(self.prompt, [candidate.text for candidate in self.candidates]):
             raise ValueError("pair is not that of this prompt and these candidates: one of them was changed")
         return self
+
+    def named(self, given: int | str) -> str:
+        """A choice as the same text for everybody, though their lines may name the answers in another order: the place
+        of the text that was chosen among the texts in the order of the alphabet."""
+        texts = [candidate.text for candidate in self.candidates]
+        return given if isinstance(given, str) else str(sorted(texts).index(texts[given]))
 
 
 def pair_of(prompt: str | list[dict[str, Any]], texts: list[str]) -> str:
@@ -134,10 +143,23 @@ def append(file: Path, vote: Vote) -> None:
             os.close(folder)
 
 
-def files_in(path: Path) -> list[Path]:
-    """The files of votes in a folder; or the one that is named."""
+def files_in(path: Path, rounds: int | None = None) -> list[Path]:
+    """The files of votes in a folder; or the one that is named. `rounds`: those of its rounds 1 to this one."""
+    if rounds:
+        return [file for n in range(1, rounds + 1) for file in files_in(of_round(path, n)) if file.is_file()]
     files = path.glob("*.jsonl") if path.is_dir() else [path]
     return sorted(file for file in files if not file.name.startswith("."))
+
+
+def of_round(path: Path, number: int) -> Path:
+    """The folder of one round's votes."""
+    return path / f"round-{number}"
+
+
+def hash_rounds(path: str, rounds: int) -> str:
+    """What the votes of rounds 1 to this one are, for fingerprints."""
+    listed = files_in(Path(path), rounds)
+    return digest([[file.parent.name, file.name, sha256_of_file(file)] for file in listed])
 
 
 def read_placed(file: Path) -> tuple[list[tuple[str, Vote]], str]:

@@ -21,21 +21,25 @@ PRIOR = 0.5
 
 @dataclass(frozen=True)
 class Played:
-    """Every policy against every other by one judge. `points_PKK[p, a, b]`: a's points against b at prompt p, between 0
-    and 1, a tie is one half."""
+    """Policies against each other by one judge. `points_PKK[p, a, b]`: a's points against b at prompt p, a tie is one
+    half; together with b's points against a they are as many as the times that the two met there."""
 
     names: list[str]
     points_PKK: numpy.ndarray
 
-    def win_rate(self, policy: str, other: str) -> Estimate:
+    def win_rate(self, policy: str, other: str) -> Estimate | None:
+        """The share that a policy wins where the two met; None where they never did."""
         a, b = self.names.index(policy), self.names.index(other)
-        return intervals.share(self.points_PKK[:, a, b])
+        won_P, met_P = self.points_PKK[:, a, b], self.points_PKK[:, a, b] + self.points_PKK[:, b, a]
+        return intervals.share(won_P[met_P > 0] / met_P[met_P > 0]) if met_P.any() else None
 
     def described(self, **judge: Any) -> Arena:
         """As it stands in results.json."""
+        return Arena(names=self.names, elo=self.elo(), wins=self.wins(), **judge)
+
+    def wins(self) -> dict[str, dict[str, Estimate]]:
         names = self.names
-        wins = {a: {b: self.win_rate(a, b) for b in names if b != a} for a in names}
-        return Arena(names=names, elo=self.elo(), wins=wins, **judge)
+        return {a: {b: rate for b in names if b != a and (rate := self.win_rate(a, b))} for a in names}
 
     def elo(self) -> dict[str, Estimate]:
         """Bradley-Terry strengths on the Elo scale, their mean at 1000, with intervals over prompts."""

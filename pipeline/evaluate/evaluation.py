@@ -17,7 +17,7 @@ from pipeline.data.contracts import Row
 from pipeline.disk.artifact import WEIGHTS
 from pipeline.disk.atomic import Json, digest, locked, read_json, sha256_of_file, write_json, write_text
 from pipeline.errors import UserError
-from pipeline.evaluate import benchmarks
+from pipeline.evaluate import benchmarks, people
 from pipeline.evaluate import judge as judges
 from pipeline.evaluate.judge import Judge
 from pipeline.evaluate.measure import METHOD, Measure, plain
@@ -30,6 +30,7 @@ from pipeline.runs.dtype import begun_in, settle
 from pipeline.runs.environment import ERROR_MARK, make_environment
 from pipeline.runs.recipe_file import write_recipe
 from pipeline.runs.states import states
+from pipeline.stages.stage import BASE
 
 JUDGED = "judge.jsonl"
 """An external judge's verdicts one by one: what it was shown, on which side, and what it replied."""
@@ -48,6 +49,7 @@ def launch(recipe: Recipe, runs: Path, judge: tuple[str, str] | None = None, tas
     resolved, log = where / "recipe.yaml", where / "log.txt"
     write_recipe(recipe, resolved, runs)
     command = [sys.executable, "-m", "pipeline.evaluate.process", str(resolved), "--runs", str(runs)]
+    command += ["--votes", str(people.arena_of(recipe))]
     if judge:
         Judge(*judge)
         command += ["--judge", *judge]
@@ -136,11 +138,7 @@ def judged(answers: dict[str, Json], where: Path, judge: Judge | None) -> Arena 
                 )
             return None
         print("  " + say("asking the judge {model} ...", model=judge.model), flush=True)
-        questions = [
-            prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-            for prompt in prompts
-        ]
-        held, verdicts = judges.arena(judge, questions, told)
+        held, verdicts = judges.arena(judge, [judges.question(prompt) for prompt in prompts], told)
         unread = [row["reply"] for row in verdicts if row["verdict"] is None]
         if unread:
             print(f"  {len(unread)} replies were not A, B or tie and count as ties, such as {unread[0]!r}", flush=True)
@@ -179,8 +177,11 @@ def still_fresh(recipe: Recipe, runs: Path, asked: Sequence[str]) -> list[Row]:
     return kept
 
 
-def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None, tasks: Sequence[str] = ()) -> None:
-    """Bring a run's evaluation up to date and write results.json."""
+def evaluate(
+    recipe: Recipe, runs: Path, judge: Judge | None = None, tasks: Sequence[str] = (), votes: Path | None = None
+) -> None:
+    """Bring a run's evaluation up to date and write results.json. `votes`: the folder of people's votes on stages,
+    where it does not lie beside the recipe."""
     from pipeline.evaluate import results
 
     where = folder(recipe, runs)
@@ -202,8 +203,15 @@ def evaluate(recipe: Recipe, runs: Path, judge: Judge | None = None, tasks: Sequ
             assert known is not None
             taken.append((measure, known))
         answers = {measure.subject: known for measure, known in taken if type(measure) is Answers}
-        found = results.make(taken, _chain(recipe, runs), judged(answers, where, judge))
+        voted, told = people.read_arena(votes or people.arena_of(recipe))
+        for line in told:
+            print(f"  {line}", flush=True)
+        chain = _chain(recipe, runs)
+        adapters = {BASE: "", **{link.name: link.adapter for link in chain if link.answers}}
+        rated = people.rate(voted, adapters) if voted else None
+        found = results.make(taken, chain, judged(answers, where, judge), rated)
         made_of = {measure.file: measure.fingerprint for measure in wanted}
+        made_of |= {people.MADE_OF: people.fingerprint(voted)} if voted else {}
         found = found.model_copy(update={"tasks": [source["task"] for source in asked], "made_of": made_of})
         if missing:
             print("  " + say("{n} s together", n=f"{time.monotonic() - begun:.0f}"), flush=True)

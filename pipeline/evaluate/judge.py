@@ -95,6 +95,19 @@ class Judge:
             raise UserError(f"--judge {place} did not give a verdict: {type(error).__name__}: {error}") from error
 
 
+def question(prompt: str | list[Json]) -> str:
+    """A prompt as the judge is asked about it."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def reject(model: str, unread: list[str], asked: int) -> UserError:
+    """Of a judge most of whose replies are no verdict."""
+    return UserError(
+        f"the judge {model} is rejected: {len(unread)} of its {asked} replies are not A, B or tie, "
+        f"such as {unread[0][:SHOWN]!r}. A reply may have {TOKENS} tokens: use a judge that does not think aloud."
+    )
+
+
 def verdict(reply: str) -> str | None:
     """A, B or tie; None where the reply says none of them."""
     found = VERDICT.match(reply) or re.fullmatch(r"\W*(?P<side>[ab])\W*", reply)
@@ -136,10 +149,7 @@ def arena(judge: Judge, questions: list[str], answers: dict[str, list[str]]) -> 
     asked = sum(row["reply"] is not None for row in kept)
     unread = [row["reply"] for row in kept if row["verdict"] is None]
     if 2 * len(unread) > asked:
-        raise UserError(
-            f"the judge {judge.model} is rejected: {len(unread)} of its {asked} replies are not A, B or tie, "
-            f"such as {unread[0][:SHOWN]!r}. A reply may have {TOKENS} tokens: use a judge that does not think aloud."
-        )
+        raise reject(judge.model, unread, asked)
     return Played(names, points_PKK), kept
 
 

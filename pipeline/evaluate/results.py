@@ -10,7 +10,7 @@ from pipeline.disk.atomic import Json
 from pipeline.evaluate import arena, benchmarks, best_of_n, forgetting, reward_check, verdicts
 from pipeline.evaluate.measure import Measure
 from pipeline.evaluate.measures import OF_A_POLICY, Answers, BestOfN, FewShot, Pairs, Questions, proxy_of
-from pipeline.evaluate.stored import Arena, Curve, Link, Results, Said, Sample
+from pipeline.evaluate.stored import Arena, Curve, Link, People, Results, Said, Sample
 from pipeline.language.say import in_english
 from pipeline.measure import intervals
 from pipeline.measure.metric import Estimate
@@ -20,9 +20,14 @@ ARENA_BEST_OF = 16
 NS = [1, 2, 4, 8, 16, 32, 64]
 
 
-def make(taken: list[tuple[Measure, Json]], chain: list[Link], judged: Arena | None = None) -> Results:
-    """What results.json holds. `taken`: every measure with its file; `judged`: the arena
-    of an external judge."""
+def make(
+    taken: list[tuple[Measure, Json]],
+    chain: list[Link],
+    judged: Arena | None = None,
+    people: tuple[People, Arena | None] | None = None,
+) -> Results:
+    """What results.json holds. `taken`: every measure with its file; `judged`: the arena of an external judge;
+    `people`: those who voted, and their arena."""
 
     def of(kind: type[Measure]) -> dict[str, Json]:
         """What was taken, by policy or reward model."""
@@ -48,6 +53,7 @@ def make(taken: list[tuple[Measure, Json]], chain: list[Link], judged: Arena | N
     many = of(BestOfN)
     curve = _curve(many, proxy)
     arenas = _arenas(answers, many if curve else {}, proxy)
+    voters, voted = people or (None, None)
     won = arenas[proxy].wins if proxy in arenas else {}
     results = Results(
         chain=chain,
@@ -57,7 +63,8 @@ def make(taken: list[tuple[Measure, Json]], chain: list[Link], judged: Arena | N
         few_shot=next(map(FewShot.numbers, of(FewShot).values()), None),
         changes=changed,
         reward_models={name: reward_check.check(value) for name, value in of(Pairs).items()},
-        arenas=arenas | ({"judge": judged} if judged else {}),
+        arenas=({verdicts.PEOPLE: voted} if voted else {}) | arenas | ({"judge": judged} if judged else {}),
+        people=voters,
         best_of_n=curve,
         steps=steps,
         lengths={policy: [n for row in value["length"] for n in row] for policy, value in answers.items()},

@@ -14,7 +14,7 @@ from pipeline.measure.calibration import Bin
 from pipeline.measure.metric import Estimate, Metric
 from pipeline.recipe.recipe import Recipe
 
-RESULTS = 8
+RESULTS = 9
 """Counts up when results.json says something else or in another way."""
 Numbers = dict[str, Estimate]
 """By the name of a metric."""
@@ -99,10 +99,23 @@ class Arena(Written):
     names: list[str]
     elo: Numbers
     wins: dict[str, Numbers]
-    """wins[a][b]: the share that a wins against b."""
+    """wins[a][b]: the share that a wins against b, where the two have met."""
     model: str = ""
     """Of an external judge, with how many of its replies were no verdict."""
     unread: int = 0
+
+
+class People(Written):
+    """Who compared the stages in the arena, and how often."""
+
+    votes: dict[str, int]
+    """Of every stage, the votes in which it stood."""
+    prompts: int
+    people: int
+    earlier: int
+    """Votes on answers of an adapter that is not there any more: they do not count."""
+    agreement: Estimate | None
+    """Krippendorff's alpha over the pairs that several people saw."""
 
 
 class Point(Written):
@@ -182,7 +195,7 @@ class Results(Written):
     """Of every stage, from the policy it goes on from."""
     reward_models: dict[str, RewardModel]
     arenas: dict[str, Arena]
-    """By judge."""
+    """By judge; that of people is named "people"."""
     best_of_n: Curve | None
     steps: dict[str, dict[str, Numbers]]
     """Of a policy on its way, by step."""
@@ -194,6 +207,8 @@ class Results(Written):
     over_optimised: dict[str, bool]
     forgetting: dict[str, dict[str, dict[str, Kept]]]
     """Of a policy, against every stage that it comes from: each number of what that stage had learnt."""
+    people: People | None = None
+    """Of the arena of people, where there is one."""
     verdicts: dict[str, Verdict] = {}
     tasks: list[str] = []
     """Of lm-eval, as they were asked for."""

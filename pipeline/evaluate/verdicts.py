@@ -29,6 +29,8 @@ BETTER, WORSE, UNCLEAR, WARNING = "better", "worse", "unclear", "warning"
 UNSHOWN = "unshown"
 """It rose in what it was trained on, and in nothing else."""
 
+PEOPLE = "people"
+"""The judge of the arena in which people vote."""
 FEW = 20
 """Held-out rows below which a change is told and nothing is claimed of it: so few are often alike."""
 
@@ -227,7 +229,7 @@ def _preference_trained(results: Results, name: str) -> Verdict:
         else:
             (learnt if own and word == BETTER else told[word]).append(said)
 
-    for judge in sorted(arenas, key=lambda judge: {"judge": 0, "truth": 1}.get(judge, 2)):
+    for judge in sorted(arenas, key=lambda judge: {PEOPLE: 0, "judge": 1, "truth": 2}.get(judge, 3)):
         rate = arenas[judge].wins.get(name, {}).get(parent)
         if rate:
             why = stage.own_judges.get(judge, "")
@@ -236,7 +238,8 @@ def _preference_trained(results: Results, name: str) -> Verdict:
             low, high = rate.low or 0.0, 1.0 if rate.high is None else rate.high
             tell(BETTER if low > 0.5 else WORSE if high < 0.5 else UNCLEAR, said, bool(why), rate)
     asked = {QUESTION_ACCURACY: QUESTION_ACCURACY.said}
-    if not arenas:
+    others = arenas.keys() - {PEOPLE}
+    if not others:
         asked[PREFERENCE_ACCURACY] = say("the better answer is likelier")
     for metric, label in asked.items():
         if metric.name in changes:
@@ -258,7 +261,7 @@ def _preference_trained(results: Results, name: str) -> Verdict:
     if "kl" in numbers:
         kl = KL.number(numbers["kl"].value)
         after.append(say("It is {kl} nats an answer away from {parent}.", kl=kl, parent=parent))
-    higher = say("Higher reward") if arenas else say("Trained for")
+    higher = say("Higher reward") if others else say("Trained for")
     for_it, against, rose = (_several(said) for said in (told[BETTER], told[WORSE], learnt))
     if told[WORSE] and (told[BETTER] or flagged):
         what = say("Over-optimised") if flagged else say("Better and worse than {parent}", parent=parent)
@@ -328,6 +331,8 @@ def _too_few(found: Estimate) -> bool:
 
 
 def judged_by(judge: str) -> str:
+    if judge == PEOPLE:
+        return say("by people")
     if judge == "truth":
         return say("by the checked truth")
     return say("by the external judge") if judge == "judge" else say("by {judge}'s score", judge=judge)

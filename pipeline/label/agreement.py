@@ -8,72 +8,24 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any
 
-import numpy
-
-from pipeline.data.votes import SKIP, Vote
+from pipeline.data import judged
+from pipeline.data.votes import BOTH_BAD, SKIP, TIE, Vote
 from pipeline.disk.atomic import Json, digest
 from pipeline.language.say import say
 from pipeline.measure import intervals
-from pipeline.measure.metric import Estimate
-
-Level = Literal["nominal", "ordinal"]
-OVER_PAIRS = "bootstrap over pairs"
-
-
-def krippendorff(units: Iterable[Sequence[Any]], level: Level) -> Estimate | None:
-    """Krippendorff's alpha with its bootstrap interval over units: 1 is full agreement, 0 is that of chance.
-
-    units: for each, the values that several people gave it; where fewer than two did, it does not count. None where
-    fewer than two units are left, or all values are equal, so that nothing tells agreement from chance.
-
-    Source: Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability".
-    """
-    kept = [list(values) for values in units if len(values) > 1]
-    names = sorted({value for values in kept for value in values})
-    if len(kept) < 2 or len(names) < 2:
-        return None
-    places = {name: place for place, name in enumerate(names)}
-    counts_UV = numpy.zeros((len(kept), len(names)))
-    for unit, values in enumerate(kept):
-        for value in values:
-            counts_UV[unit, places[value]] += 1
-    rng = numpy.random.default_rng(intervals.SEED)
-    drawn_BU = rng.multinomial(len(kept), numpy.full(len(kept), 1 / len(kept)), intervals.RESAMPLES)
-    observed_B, expected_B, largest_B = _disagreement(counts_UV, numpy.vstack([numpy.ones(len(kept)), drawn_BU]), level)
-    # A draw whose values are all equal tells nothing.
-    alpha_B = 1 - observed_B / numpy.where(expected_B > 0, expected_B, numpy.nan)
-    low, high = numpy.nanpercentile(alpha_B[1:], [2.5, 97.5])
-    if observed_B[0] == 0:  # a bootstrap would be certain; there may be as many unequal pairs as so few can miss
-        missed = 1 - (intervals.share([1.0] * len(kept)).low or 0.0)
-        low = 1 - missed * largest_B[0] / expected_B[0]
-    return Estimate(float(alpha_B[0]), float(low), float(high), len(kept), OVER_PAIRS)
-
-
-def _disagreement(counts_UV: Any, weights_BU: Any, level: Level) -> tuple[Any, Any, Any]:
-    """For each weighting of the units (B,): observed, expected by chance, and the largest that two values can have."""
-    others_U = counts_UV.sum(1) - 1
-    alike_UVV = numpy.eye(counts_UV.shape[1]) * counts_UV[:, :, None]  # a value is not paired with itself
-    pairs_UVV = (counts_UV[:, :, None] * counts_UV[:, None, :] - alike_UVV) / others_U[:, None, None]
-    coincidences_BVV = numpy.einsum("bu,uvw->bvw", weights_BU, pairs_UVV)
-    totals_BV = coincidences_BVV.sum(2)
-    n_B = totals_BV.sum(1)
-    if level == "nominal":
-        distance_BVV = numpy.broadcast_to(1 - numpy.eye(counts_UV.shape[1]), coincidences_BVV.shape)
-    else:
-        middle_BV = totals_BV.cumsum(1) - totals_BV / 2  # between two values lie all others, and half of both
-        distance_BVV = (middle_BV[:, :, None] - middle_BV[:, None, :]) ** 2
-    observed_B = (coincidences_BVV * distance_BVV).sum((1, 2)) / n_B
-    expected_B = (totals_BV[:, :, None] * totals_BV[:, None, :] * distance_BVV).sum((1, 2)) / (n_B * (n_B - 1))
-    return observed_B, expected_B, distance_BVV.max((1, 2))
+from pipeline.measure.krippendorff import krippendorff
 
 
 def weigh(votes: Sequence[Vote]) -> Json:
-    """The figures of some votes that stand. Of several votes of one person on one pair the last counts.
+    """The figures of some votes that stand. Of several votes of one person on one pair the last counts. Those of judges
+    count in `judges` alone: how often they agree with people.
 
     An estimate is {value, low, high, n, how}, or None where there is too little to tell.
     """
+    judges = _weigh_judges(votes)
+    votes = [vote for vote in votes if not vote.judge]
     last = list({(vote.annotator, vote.pair): vote for vote in votes}.values())
     trained = [vote for vote in last if vote.gold is None]
     known = [vote for vote in last if vote.gold is not None and vote.choice != SKIP]
@@ -102,7 +54,25 @@ def weigh(votes: Sequence[Vote]) -> Json:
         "longer": asdict(intervals.share([statistics.mean(each) for each in longer.values()])) if longer else None,
         "triads": _triads(decided),
         "per_hour": {name: _pace([v for v in votes if v.annotator == name]) for name in people},
+        "judges": judges,
     }
+
+
+def _weigh_judges(votes: Sequence[Vote]) -> Json:
+    """By judge: its votes; the share of pairs decided by both on which it agrees with people; and alpha of it and of
+    what most people said, in which a tie and both bad are one answer of three."""
+    people, found = judged.by_people(votes), {}
+    for name, same in judged.checked(votes).items():
+        own = [vote for vote in votes if vote.judge and vote.annotator == name]
+        units = [
+            [TIE if said == BOTH_BAD else said for said in (_choice(vote), people[vote.pair])]
+            for vote in own
+            if vote.pair in people
+        ]
+        alpha = krippendorff(units, "nominal")
+        share = asdict(intervals.proportion(same)) if same else None
+        found[name] = {"votes": len(own), "share": share, "alpha": asdict(alpha) if alpha else None}
+    return found
 
 
 def _units(votes: Iterable[Vote], value: Any) -> list[list[Hashable]]:
@@ -115,19 +85,12 @@ def _units(votes: Iterable[Vote], value: Any) -> list[list[Hashable]]:
 
 
 def _choice(vote: Vote) -> str:
-    return _text(vote, vote.choice)
+    return vote.named(vote.choice)
 
 
 def _by(vote: Vote, guideline: str) -> str | None:
     given = (vote.guidelines or {}).get(guideline)
-    return None if given is None else _text(vote, given)
-
-
-def _text(vote: Vote, given: int | str) -> str:
-    """The same for everybody, though their lines may name the answers in another order: the place of the text that was
-    chosen among the texts in the order of the alphabet."""
-    texts = [candidate.text for candidate in vote.candidates]
-    return given if isinstance(given, str) else str(sorted(texts).index(texts[given]))
+    return None if given is None else vote.named(given)
 
 
 def _triads(votes: Iterable[Vote]) -> Json:
@@ -158,17 +121,30 @@ def _pace(votes: Sequence[Vote]) -> float | None:
 def tell(found: Json) -> list[tuple[str, str]]:
     """The figures as lines for a person: a heading and a sentence."""
     people = say(", ").join(f"{name} {count}" for name, count in found["people"].items())
-    lines = [(say("votes"), say("{n} by {people}", n=found["votes"], people=people))]
+    lines = [(say("votes"), say("{n} by {people}", n=found["votes"], people=people))] if people else []
     told = say(
         "{n} of {pairs} pairs were seen by several people (alpha is 1 for full agreement, 0 for chance)",
         n=found["pairs_of_several"], pairs=found["pairs"],
     )  # fmt: skip
-    lines.append((say("agreement"), told))
+    if people:
+        lines.append((say("agreement"), told))
     for name, alpha in found["alpha"].items():
         what = say("choice") if name == "choice" else say("strength") if name == "strength" else name
         if alpha:
             told = say("alpha {value}, 95 % {low} to {high}, {n} pairs", **_written(alpha, "{:.2f}"), n=alpha["n"])
             lines.append((say("agreement on {what}", what=what), told))
+    for name, judge in found["judges"].items():
+        told = say("{n} votes", n=judge["votes"])
+        if share := judge["share"]:
+            agrees = say(
+                "agrees with people on {value} of {n} pairs that both decided, 95 % {low} to {high}",
+                **_written(share, "{:.0%}"), n=share["n"],
+            )  # fmt: skip
+            told = say(", ").join([told, agrees])
+        if alpha := judge["alpha"]:
+            value = say("alpha {value}, 95 % {low} to {high}, {n} pairs", **_written(alpha, "{:.2f}"), n=alpha["n"])
+            told = say(", ").join([told, value])
+        lines.append((say("judge"), say("{name}: {told}", name=name, told=told)))
     for name, right in found["gold"].items():
         told = say(
             "{name} chose the known better answer in {value} of {n}, 95 % {low} to {high}",

@@ -7,6 +7,7 @@ import os
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +21,8 @@ from pipeline.data.votes import SKIP, Vote, check_annotator, standing
 from pipeline.disk.atomic import digest, read_json
 from pipeline.errors import UserError
 from pipeline.label.drawing import AHEAD, Drawer, Pair
-from pipeline.language.say import say
+from pipeline.language.say import say, say_again
+from pipeline.recipe.waiting import Progress
 
 GONE = 900.0
 """Seconds with one pair after which a person is taken to have gone, and others are shown it."""
@@ -41,10 +43,18 @@ class Desk:
     gold: list[Pair] = field(default_factory=list)
     share: float = 0.0
     """The part of the pairs that two people see."""
+    anew: bool = False
+    """A prompt comes again to a person once other answers to it are drawn, as in an arena after a stage was trained
+    again: a test holds out few prompts."""
     told: list[str] = field(default_factory=list)
+    count: Callable[[], Progress] | None = None
+    """How far people are with the round that these votes are of; None where there are no rounds."""
+    earlier: list[Path] = field(default_factory=list)
+    """The folders of the rounds before."""
 
     def __post_init__(self) -> None:
         self._lines: dict[str, list[Vote]] = {}
+        self._long_ago = [vote for folder in self.earlier for vote in files.read_votes(folder)[0]]
         self._screens = self.folder / ".screens"
         """By person, the pair before them and since when: kept, so that after a crash nobody is shown what another is
         reading."""
@@ -54,6 +64,16 @@ class Desk:
         self._before: dict[str, tuple[str, float]] = read_json(self._screens) or {}
         for file in files.files_in(self.folder):
             self._open(file)
+        self.round = self.count() if self.count else None
+        machines = [vote for lines in self._lines.values() for vote in standing(lines) if vote.judge]
+        self._judged = {vote.pair for vote in machines}
+        self._checks = list({vote.pair: Pair(vote.prompt, vote.candidates) for vote in machines if vote.share}.values())
+        """Pairs on which a judge has voted and that people are to check: they come first."""
+
+    @property
+    def full(self) -> bool:
+        """The round has all its votes."""
+        return self.round is not None and self.round.full
 
     def _open(self, file: Path) -> None:
         lines, cut = files.read_lines(file)
@@ -67,11 +87,14 @@ class Desk:
             os.truncate(file, file.stat().st_size - len(file.read_bytes().rpartition(b"\n")[2]))
             self.told.append(say("{file}: its last line was cut short; it is now in {aside}", file=file, aside=aside))
         self._lines[file.stem] = lines
-        self._asks |= {line.id: digest(prompt_key({"prompt": line.prompt})) for line in lines}
+        self._asks |= {line.id: _asked(line) for line in lines}
 
     def asked(self, annotator: str) -> set[str]:
-        """What this person has been asked: no prompt comes to one person twice."""
-        return {self._asks[vote.id] for vote in self.votes(annotator)}
+        """What this person has been asked, in this round or an earlier one: no prompt comes to one person twice."""
+        shown = {pair.name for pair in self._pairs()} if self.anew else None
+        before = {_asked(vote) for vote in self._long_ago if vote.annotator == annotator}
+        mine = (vote for vote in self.votes(annotator) if shown is None or vote.pair in shown)
+        return before | {self._asks[vote.id] for vote in mine}
 
     def votes(self, annotator: str) -> list[Vote]:
         return standing(self._lines.get(annotator, []))
@@ -80,8 +103,10 @@ class Desk:
         """The pair that this person is to see now; None where there is none, or none yet. `again`: the name of one
         whose vote was taken back, which comes first."""
         mine, asked = self.votes(annotator), self.asked(annotator)
-        for pair in (pair for pair in [*self.drawer.pairs, *self.gold] if pair.name == again):
+        for pair in (pair for pair in self._pairs() if pair.name == again):
             return self._show(annotator, pair)
+        if self.full:
+            return self._show(annotator, None)
         known = [pair for pair in self.gold if pair.asks not in asked]
         rated = sum(vote.gold is None for vote in mine)
         if known and rated >= (GOLD_EVERY - 1) * (len(mine) - rated + 1):
@@ -89,6 +114,9 @@ class Desk:
         free = self._free(annotator)
         self.drawer.need(len(self.drawer.pairs) - len(free) + AHEAD)
         return self._show(annotator, free[0] if free else None)
+
+    def _pairs(self) -> list[Pair]:
+        return [*self._checks, *self.drawer.pairs, *self.gold]
 
     def _free(self, annotator: str) -> list[Pair]:
         """The pairs that are left for this person: neither seen by them nor labelled or being read by enough others."""
@@ -98,14 +126,14 @@ class Desk:
             for other in self._lines
             if other != annotator
             for vote in self.votes(other)
-            if vote.choice != SKIP
+            if vote.choice != SKIP and not vote.judge
         )
         for other, (name, since) in self._before.items():
             if other != annotator and now - since < GONE:
                 taken[name] += 1
         return [
             pair
-            for pair in self.drawer.pairs
+            for pair in [*self._checks, *(pair for pair in self.drawer.pairs if pair.name not in self._judged)]
             if pair.asks not in asked and taken[pair.name] < (2 if self.shared(pair) else 1)
         ]
 
@@ -137,7 +165,7 @@ class Desk:
         for line in self._lines.get(annotator, []):
             if line.id == given.get("id"):
                 return line
-        pair = next((one for one in [*self.drawer.pairs, *self.gold] if one.name == given.get("pair")), None)
+        pair = next((one for one in self._pairs() if one.name == given.get("pair")), None)
         if pair is None:
             raise NotNow(say("This pair is not shown any more: the stage has been trained again. Here is another."))
         if pair.asks in self.asked(annotator):
@@ -202,7 +230,8 @@ class Desk:
     def _save(self, annotator: str, vote: Vote) -> Vote:
         files.append(self.folder / f"{check_annotator(annotator)}.jsonl", vote)
         self._lines.setdefault(annotator, []).append(vote)
-        self._asks[vote.id] = digest(prompt_key({"prompt": vote.prompt}))
+        self._asks[vote.id] = _asked(vote)
+        self.round = self.count() if self.count else None
         return vote
 
     def favourite(self, vote: Vote) -> str:
@@ -219,4 +248,9 @@ class Desk:
         """How far this person is: votes, seconds for each, and what is left as far as that is known."""
         mine, left = self.votes(annotator), len(self._free(annotator))
         seconds = sum(vote.seconds for vote in mine) / len(mine) if mine else 0.0
-        return {"done": len(mine), "seconds": seconds, "left": left, "more": not self.drawer.finished}
+        of_all = {"done": len(mine), "seconds": seconds, "left": left, "more": not self.drawer.finished}
+        return {**of_all, "round": say_again(self.round.told) if self.round else ""}
+
+
+def _asked(vote: Vote) -> str:
+    return digest(prompt_key({"prompt": vote.prompt}))

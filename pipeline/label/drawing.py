@@ -73,7 +73,7 @@ class Drawer:
 
     file: Path
     policies: list[Policy]
-    """One for each answer beside the others."""
+    """One for each answer beside the others; in an arena those of whom two answer each prompt."""
     prompts: Sequence[Row]
     seed: int
     new_tokens: int
@@ -82,7 +82,8 @@ class Drawer:
     reward: str = ""
     """The reward stage that scores the answers; empty where the run has none."""
     judge: str = ""
-    """The sha256 of its adapter, where it decides what is shown."""
+    """The sha256 of its adapter, where it decides what is shown, or votes."""
+    arena: bool = False
     pairs: list[Pair] = field(default_factory=list)
     """In the order in which people see them. Only ever added to."""
     told: list[str] = field(default_factory=list)
@@ -128,13 +129,17 @@ class Drawer:
                     self._wanted.wait()
                     self._wanted.clear()
                     continue
-                if self.bench is None:
-                    self.bench = self.load()
-                self.keep(self._block_of_pairs(self.bench))
+                self.draw_block()
         except Exception as error:  # the page tells it: a thread that dies in silence leaves people waiting
             self.failed = str(error) or type(error).__name__
             if not isinstance(error, UserError):
                 raise
+
+    def draw_block(self) -> None:
+        """Draw the pairs of the next prompts, which wait for it."""
+        if self.bench is None:
+            self.bench = self.load()
+        self.keep(self._block_of_pairs(self.bench))
 
     def _block_of_pairs(self, bench: Bench) -> list[Pair | None]:
         """The next block: for each prompt its pair, or None where the answers drawn were all alike."""
@@ -157,31 +162,36 @@ class Drawer:
         from pipeline.data.tokens import Unrenderable, stop_ids, without_marks
         from pipeline.models import dialogue, sampling
 
-        asked: list[tuple[Row, list[int]]] = []
-        for row in rows:
+        asked: list[tuple[Row, list[int], list[Policy]]] = []
+        for number, row in enumerate(rows, first):
             try:
-                asked.append((row, render.prompt(bench.tokenizer, row)))
+                asked.append((row, render.prompt(bench.tokenizer, row), self._who_answers(number)))
             except Unrenderable as error:
                 self.told.append(f"{row.get('_place', '')}: {error}")
         answers: list[list[Candidate]] = [[] for _ in asked]
         for place, policy in enumerate(dict.fromkeys(self.policies)):
             seed = (self.seed + 7919 * first + place) % 2**32
             wanted = self.policies.count(policy)
+            # In an arena each gives the first answer that it draws: to draw on until the two differ would have the
+            # second one give answers that it rarely gives.
+            copies = wanted * policy.best_of + SPARE if policy.temperature and not self.arena else 1
+            mine = [number for number, (_, _, who) in enumerate(asked) if policy in who]
+            if not mine:
+                continue
             with bench.sampling_as(policy.stage):
                 episodes = sampling.sample(
                     bench.actors,
-                    [ids for _, ids in asked],
+                    [asked[number][1] for number in mine],
                     new_tokens=self.new_tokens,
                     temperature=policy.temperature,
                     stops=stop_ids(bench.tokenizer),
                     generator=torch.Generator(bench.actors.device).manual_seed(seed),
-                    copies=wanted * policy.best_of + SPARE if policy.temperature else 1,
+                    copies=copies,
                 )
-            copies = len(episodes) // max(1, len(asked))
             texts = [without_marks(bench.tokenizer, dialogue.decode(bench.tokenizer, one)).strip() for one in episodes]
             scores = [0.0] * len(texts)
             if policy.best_of > 1:
-                said = ((asked[i // copies][0]["prompt"], text) for i, text in enumerate(texts))
+                said = ((asked[mine[i // copies]][0]["prompt"], text) for i, text in enumerate(texts))
                 scores = [fmean(heads_K) for heads_K in self._by_head(bench, said)]
             how: dict[str, Any] = {
                 "stage": policy.stage,
@@ -190,15 +200,24 @@ class Drawer:
                 "temperature": policy.temperature,
                 "best_of": policy.best_of,
             }
-            for number, so_far in enumerate(answers):
-                its, shown = slice(number * copies, (number + 1) * copies), [candidate.text for candidate in so_far]
-                best = _best(texts[its], scores[its], policy.best_of, shown)
+            for at, number in enumerate(mine):
+                its, so_far = slice(at * copies, (at + 1) * copies), answers[number]
+                shown = [candidate.text for candidate in so_far]
+                if self.arena:  # where to say nothing is an answer too
+                    best = [text for text in texts[its] if text not in shown]
+                else:
+                    best = _best(texts[its], scores[its], policy.best_of, shown)
                 so_far += [Candidate(text=text, **how) for text in best[:wanted]]
         whole = [
-            Pair(row["prompt"], drawn) if len(drawn) == len(self.policies) else None
-            for (row, _), drawn in zip(asked, answers, strict=True)
+            Pair(row["prompt"], drawn) if len(drawn) == len(who) else None
+            for (row, _, who), drawn in zip(asked, answers, strict=True)
         ]
         return [*whole, *[None] * (len(rows) - len(asked))]
+
+    def _who_answers(self, number: int) -> list[Policy]:
+        """A prompt, by its place. In an arena every two policies meet equally often: prompts lie in random order."""
+        pairs = list(combinations(self.policies, 2))
+        return list(pairs[number % len(pairs)]) if self.arena else self.policies
 
     def _score(self, bench: Bench, pairs: list[Pair]) -> list[Pair]:
         """The pairs with the reward model's scores, those first that are worth a person's time most."""

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.data.contracts import PREFERENCE, PROMPT_ONLY, Row
-from pipeline.data.load import DataSpec, read_source, read_split
-from pipeline.data.prompts import find_prompts, prompt_key
-from pipeline.data.votes import Candidate, Choose
+from pipeline.data.contracts import PREFERENCE
+from pipeline.data.load import DataSpec, read_source
+from pipeline.data.votes import Candidate, Choose, of_round
 from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.errors import UserError
+from pipeline.evaluate.people import arena_of
 from pipeline.label.desk import Desk
 from pipeline.label.drawing import Drawer, Pair, Policy
-from pipeline.language.say import say
+from pipeline.label.prompts import held_out_prompts, training_prompts
+from pipeline.language.say import say_again
 from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.rounds import LABELS
+from pipeline.recipe.waiting import current, folders, policy, progress
 from pipeline.runs.dtype import settle
-from pipeline.runs.rows import load_rows
+from pipeline.runs.states import states
 from pipeline.stages.stage import BASE
 
 if TYPE_CHECKING:
@@ -39,6 +41,10 @@ class Wishes:
     prompts: str
     gold: str
     best_of: int = 1
+    arena: bool = False
+    """Stages against each other on what tests hold out, to be rated."""
+    judge: str = ""
+    """The reward stage that votes before people do."""
 
 
 def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
@@ -47,11 +53,21 @@ def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
     Raises UserError for a stage that gives no answers or is not finished, for prompts or votes that cannot be read,
     and where pairs are to be chosen by a reward model that the run does not have.
     """
-    stages = wishes.stages or _answering(recipe, runs)[-1:] or [BASE]
+    recipe = _trusting(recipe)
+    if wishes.arena:
+        _check_arena(wishes)
+    now = None if wishes.arena else current(recipe)
+    stages = wishes.stages or ([_policy(recipe, now.number, runs)] if now else _answering(recipe, runs)[-1:]) or [BASE]
     adapters = {stage: _adapter(recipe, stage, runs) for stage in stages}
     rankers = {name: recipe.artifact(name, runs).manifest() for name in recipe.order() if recipe.kind(name).ranks}
     finished = {name: manifest for name, manifest in rankers.items() if manifest}
-    reward = next(reversed(finished), "")
+    if wishes.judge and wishes.judge not in finished:
+        raise UserError(
+            f"--judge {wishes.judge} is neither a finished reward stage of {runs / recipe.name} nor an address such as "
+            "http://127.0.0.1:8080/v1"
+        )
+    # In an arena nobody is told what the reward model prefers: it is rated against people.
+    reward = wishes.judge or ("" if wishes.arena else next(reversed(finished), ""))
     asked = f"--choose {wishes.choose}" if wishes.choose != "random" else ""
     asked = f"--best-of {wishes.best_of}" if wishes.best_of > 1 else asked
     if asked and not reward:
@@ -64,7 +80,7 @@ def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
     if wishes.choose == "disagree" and not finished[reward].head_means:
         raise UserError(
             f"--choose disagree compares the heads of a reward model, and '{reward}' has one: write `heads: 4` into "
-            f"stages.{reward} and run it again, or use --choose uncertain"
+            f"stages.{recipe.written.get(reward, reward)} and run it again, or use --choose uncertain"
         )
     width = max(wishes.answers, len(stages), len(wishes.temperatures))
     if len(stages) == 1 and wishes.temperatures == [0.0]:
@@ -74,8 +90,12 @@ def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
         for place in range(width)
         for stage in [stages[place % len(stages)]]
     ]
-    prompts, told = _prompts(recipe, stages[-1], wishes.prompts)
-    folder = labels_of(recipe)
+    folder = folder_of(recipe, wishes)
+    earlier = [before for n in range(1, now.number) if (before := of_round(folder.parent, n)).is_dir()] if now else []
+    if wishes.arena:
+        prompts, told = held_out_prompts(recipe, wishes.prompts)
+    else:
+        prompts, told = training_prompts(recipe, stages[-1], wishes.prompts, earlier)
     drawer = Drawer(
         folder / ".drawn",
         policies,
@@ -85,14 +105,69 @@ def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
         wishes.choose,
         partial(_load, recipe, stages, reward, runs),
         reward,
-        recipe.artifact(reward, runs).verify().files[WEIGHTS] if asked else "",
+        recipe.artifact(reward, runs).verify().files[WEIGHTS] if asked or wishes.judge else "",
+        wishes.arena,
     )
-    return Desk(folder, drawer, _gold(wishes.gold), wishes.share, [*told, *drawer.told])
+    told = [*([say_again(now.told)] if now else []), *told, *drawer.told]
+    count = partial(progress, recipe, now.number) if now else None
+    return Desk(folder, drawer, _gold(wishes.gold), wishes.share, wishes.arena, told, count, earlier)
+
+
+def folder_of(recipe: Recipe, wishes: Wishes) -> Path:
+    return arena_of(recipe) if wishes.arena else labels_of(recipe)
 
 
 def labels_of(recipe: Recipe) -> Path:
-    """Where the votes on a recipe's answers lie: beside it."""
-    return Path(recipe.file).parent / "labels"
+    """Where the votes on a recipe's answers lie: beside it; those of a round where its stages read them.
+
+    Raises UserError where every round has its votes."""
+    if recipe.spec.rounds is None:
+        return Path(recipe.file).parent / LABELS
+    now = current(recipe)
+    if now is None:
+        raise UserError(
+            f"every round of {recipe.file} has its labels. Go on with `onebase run {recipe.file}`, or ask for more "
+            "rounds: raise rounds in the recipe"
+        )
+    return of_round(folders(recipe)[0], now.number)
+
+
+def _policy(recipe: Recipe, number: int, runs: Path) -> str:
+    """The stage that a round's answers are drawn from. Raises UserError if it is not up to date."""
+    name = policy(recipe, number)
+    state = next((state for state in states(recipe, runs) if state.name == name), None)
+    if state and not state.fresh:
+        raise UserError(
+            f"the answers of round {number} are those of '{name}', which is {state.word} ({state.why}). First type: "
+            f"onebase run {recipe.file}"
+        )
+    return name
+
+
+def _trusting(recipe: Recipe) -> Recipe:
+    """The recipe with every judge's votes taken: people who check a judge have to get at its pairs."""
+    taken = {"judge_agreement": 0.0}
+    stages = {
+        name: section.model_copy(update={"data": section.data.model_copy(update=taken)})
+        for name, section in recipe.stages.items()
+    }
+    return replace(recipe, spec=recipe.spec.model_copy(update={"stages": stages}))
+
+
+def _check_arena(wishes: Wishes) -> None:
+    if len(set(wishes.stages)) < max(2, len(wishes.stages)):
+        raise UserError("--arena compares stages: name two or more, each once, for example: sft dpo ppo")
+    asked = {
+        "--answers": wishes.answers != 2,
+        "--choose": wishes.choose != "random",
+        "--best-of": wishes.best_of > 1,
+        "--temperature twice": len(wishes.temperatures) > 1,
+    }
+    for option in (option for option, given in asked.items() if given):
+        raise UserError(
+            f"{option} does not go with --arena: two stages answer each prompt, once each and alike, so that the "
+            "ratings are of the stages. Leave it out"
+        )
 
 
 def _answering(recipe: Recipe, runs: Path) -> list[str]:
@@ -119,48 +194,6 @@ def _adapter(recipe: Recipe, stage: str, runs: Path) -> str:
     if stage not in recipe.stages or recipe.artifact(stage, runs).manifest() is None:
         raise UserError(f"no finished stage '{stage}' in {runs / recipe.name} (there is: {there})")
     return recipe.artifact(stage, runs).verify().files[WEIGHTS]
-
-
-def _prompts(recipe: Recipe, stage: str, file: str) -> tuple[list[Row], list[str]]:
-    """Prompts to answer, each once, in an order made by the seed: those of a file; or those that a stage of the recipe
-    samples from; or else the ones that `stage` has learnt from. What a test holds out is left out."""
-    if file:
-        rows: Iterable[Row] = read_source(file, PROMPT_ONLY, DataSpec(path=file)).rows
-    else:
-        sampling = [
-            name
-            for name in recipe.order()
-            if recipe.kind(name).contract is PROMPT_ONLY and not recipe.stages[name].asked_with()
-        ]
-        name = (sampling or [stage if stage in recipe.stages else recipe.order()[-1]])[0]
-        rows = read_split(recipe.stages[name].data, PROMPT_ONLY, recipe.spec.seed).train
-    by_key = {prompt_key(row): row for row in rows}
-    held_out = set(_held_out(recipe))
-    seen = [row for key, row in by_key.items() if key not in held_out]
-    kept = [row for row in seen if not row.get("tools")]
-    if not kept:
-        raise UserError(
-            f"{file or 'the recipe'} gives no prompt to label that no test holds out and that names no tools; name "
-            "others with --prompts"
-        )
-    told = []
-    if len(seen) < len(by_key):
-        told.append(say("{n} prompts are not shown: a test holds them out", n=len(by_key) - len(seen)))
-    if len(kept) < len(seen):
-        told.append(say("{n} prompts are not shown: they name tools", n=len(seen) - len(kept)))
-    import random
-
-    random.Random(recipe.spec.seed).shuffle(kept)
-    return kept, told
-
-
-def _held_out(recipe: Recipe) -> Iterator[str]:
-    """What the stages are measured on, as far as it asks something."""
-    for name in recipe.order():
-        if not recipe.kind(name).every_token:
-            rows, _ = load_rows(recipe, name)
-            for row in [*(rows.test or ()), *rows.questions]:
-                yield from find_prompts(row)
 
 
 def _gold(file: str) -> list[Pair]:

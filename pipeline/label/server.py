@@ -120,11 +120,12 @@ class Page:
             answers = [pair.candidates[place].text for place in self.desk.order(annotator, pair)]
             shown = {"name": pair.name, "prompt": turns, "answers": answers}
         drawer = self.desk.drawer
-        waiting = pair is None and not drawer.finished
+        waiting = pair is None and not drawer.finished and not self.desk.full
         return {
             "pair": shown,
             "waiting": waiting,
             "failed": drawer.failed if waiting else "",
+            "full": say("This round has its labels. Thank you.") if pair is None and self.desk.full else "",
             "progress": self.desk.progress(annotator),
         }
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipeline.data.files import hash_content, is_hub_id, no_such_file
-from pipeline.data.load import DataSpec
+from pipeline.data.load import DataSpec, Part
+from pipeline.data.votes import hash_rounds
 from pipeline.disk.artifact import WEIGHTS, Artifact
 from pipeline.disk.atomic import Json, digest, sha256_of_file
 from pipeline.errors import UserError, complaint
 from pipeline.models import published
 from pipeline.models.spec import base_hash, pinned
-from pipeline.recipe import sections, yaml
+from pipeline.recipe import rounds, sections, yaml
 from pipeline.recipe.sections import RecipeSpec, nearest
 from pipeline.stages import STAGES
 from pipeline.stages.arguments import RUNTIME_WORDS
@@ -40,6 +41,8 @@ class Recipe:
     file: str = "recipe"
     lines: Json = field(default_factory=dict, compare=False)
     """Of each dotted key in that file, for messages."""
+    written: dict[str, str] = field(default_factory=dict, compare=False)
+    """Of each stage that `rounds:` has spelt out, the name under which that file has it."""
 
     @property
     def name(self) -> str:
@@ -77,8 +80,12 @@ class Recipe:
         found = (nearest(self.stages, stage, kind) for kind in self.stages[stage].learns_again())
         return [*(name for name in found if name), *self.stages[stage].replayed()]
 
+    def round_of(self, stage: str) -> int:
+        """The last round of people's votes that a stage depends on; 0 for a stage that depends on none."""
+        return max([rounds.read_by(self.stages[stage]), *map(self.round_of, self.parents(stage).values())])
+
     def order(self) -> list[str]:
-        """The stages, each after its parents; as written where that leaves a choice."""
+        """The stages, each after its parents; as written where that leaves a choice, round by round."""
         graph = graphlib.TopologicalSorter({name: set(self.parents(name).values()) for name in self.stages})
         graph.prepare()
         order, written = [], list(self.stages)
@@ -86,7 +93,7 @@ class Recipe:
             for name in sorted(graph.get_ready(), key=written.index):
                 order.append(name)
                 graph.done(name)
-        return order
+        return sorted(order, key=self.round_of)
 
     def artifact(self, stage: str, runs: Path = RUNS) -> Artifact:
         return Artifact(runs / self.name / stage)
@@ -110,7 +117,7 @@ class Recipe:
             data, from_ = section.data, section.from_ or ""
             train = {key: value for key, value in section.train.items() if key not in RUNTIME_WORDS}
             roles = [f"mix[{number}]" for number in range(len(data.mix))] if data.mix else ["path"]
-            hashes = {role: hash_content(part.path) for role, part in zip(roles, data.parts(), strict=True)}
+            hashes = {role: _hash(part) for role, part in zip(roles, data.parts(), strict=True)}
             terms = section.reward_terms()
             for file in sorted({term.file for term in terms if term.file}):
                 for read, path in read_by(Path(file)).items():
@@ -145,14 +152,15 @@ class Recipe:
         """Raises UserError with the recipe's line and key for a file of rows that is not there."""
         section = self.stages[stage]
         named: list[tuple[str, object]] = [
-            ("data.mix" if section.data.mix else "data.path", part.path) for part in section.data.parts()
+            ("data.mix" if section.data.mix else "data.path", part.path)
+            for part in section.data.parts()
+            if not part.rounds  # which are waited for
         ]
         named += [("data.test", section.data.test), ("questions", section.question_file())]
         for key, file in named:
             if isinstance(file, str) and not os.path.exists(file) and not is_hub_id(file):
-                raise UserError(
-                    f"{self._place(f'stages.{stage}.{key}')}: {beside(self.file, file)}{no_such_file(file)}"
-                )
+                key = f"stages.{self.written.get(stage, stage)}.{key}"
+                raise UserError(f"{self._place(key)}: {beside(self.file, file)}{no_such_file(file)}")
 
     def _place(self, key: str) -> str:
         return f"{self.file}:{self.lines[key]}: {key}" if key in self.lines else f"{self.file}: {key}"
@@ -209,8 +217,13 @@ def build(
     """A recipe from plain data. `lines` maps dotted keys to line numbers, for messages."""
     for text in overrides:
         tree = yaml.override(tree, text)
+    written: dict[str, str] = {}
     try:
-        recipe = Recipe(sections.check(tree), tree, path, lines or {})
+        spec = sections.check(tree)
+        if spec.rounds:
+            tree, written = rounds.expand(tree, spec.stages, spec.rounds, path)
+            spec = sections.check(tree)
+        recipe = Recipe(spec, tree, path, lines or {}, written)
         try:
             recipe.order()
         except graphlib.CycleError as error:
@@ -227,8 +240,17 @@ def beside(recipe: str, file: str) -> str:
     return f"a file of that name is beside the recipe: {there}. " if os.path.exists(there) else ""
 
 
+def _hash(part: Part) -> str:
+    return hash_rounds(part.path, part.rounds) if part.rounds else hash_content(part.path)
+
+
 def _settings(data: DataSpec) -> Json:
     """How the rows are read, without where they lie: a file moved is still the same file. A share to hold out is taken
-    from the rows that are trained on; a file of held-out rows takes nothing from them."""
-    shown = data.model_dump(exclude={"path": True, "mix": {"__all__": {"path"}}})
+    from the rows that are trained on; a file of held-out rows takes nothing from them. How far a judge is trusted stops
+    a stage or changes nothing of it."""
+    shown = data.model_dump(exclude={"path": True, "judge_agreement": True, "mix": {"__all__": {"path"}}})
+    for section in (shown, *(shown["mix"] or ())):
+        for word in ("rounds", "apart"):
+            if section.get(word) is None:
+                section.pop(word, None)
     return {key: value for key, value in shown.items() if key != "test" or isinstance(value, int | float)}

@@ -20,6 +20,7 @@ from pipeline.models.spec import ModelSpec
 from pipeline.plan.sizes import AUTO, AUTO_ARGUMENTS
 from pipeline.ppo.rejection_settings import RejectionSettings
 from pipeline.recipe.gates import COMPARISON
+from pipeline.recipe.rounds import Rounds
 from pipeline.recipe.sections import RecipeSpec
 from pipeline.stages import STAGES
 from pipeline.stages.arguments import NUMBERS, WHY_NOT, ConfigClass, defaults, explanations, words
@@ -34,7 +35,7 @@ def make_schema() -> Json:
     """As plain data, for json.dumps."""
     whole = RecipeSpec.model_json_schema(ref_template=PLACE)
     definitions = whole.pop("$defs")
-    models: list[type[BaseModel]] = [ModelSpec, DataSpec, Part, RewardTerm, RejectionSettings]
+    models: list[type[BaseModel]] = [ModelSpec, DataSpec, Part, RewardTerm, RejectionSettings, Rounds]
     models += [stage.section for stage in STAGES.values()]
     for model in models:
         if model.__name__ in definitions:

@@ -22,6 +22,7 @@ from pipeline.measure.metric import QUESTION_ACCURACY
 from pipeline.models import published
 from pipeline.models.spec import ModelSpec
 from pipeline.recipe import gates
+from pipeline.recipe.rounds import RoundsOrCount, read_by
 from pipeline.stages import STAGES
 from pipeline.stages.arguments import check_report_to, check_words, one_of_both, words
 from pipeline.stages.stage import Stage, StageSpec
@@ -44,6 +45,9 @@ class RecipeSpec(BaseModel):
     train: dict[str, Any] = {}
     """What every stage's `train:` starts from; each stage takes the words its trainer knows."""
     stages: dict[str, Section]
+    rounds: RoundsOrCount | None = None
+    """How many [rounds](rounds.md) of labelling and training there are: the stages that read `labels/` are repeated for
+    each. A number, or {count, votes}: `votes` is how many votes of people a round waits for, 100 unless it is said."""
     guidelines: str | None = None
     """A Markdown file that people read beside the answers they compare (`onebase label`); each second heading (`##`) is
     a row of its own. Helpful, truthful and harmless, unless one is named."""
@@ -101,6 +105,8 @@ def check(tree: Json) -> RecipeSpec:
     for name, section in spec.stages.items():
         _check_from(section.from_, kinds, "stages", name, "from")
         section.check_among(kinds, "stages", name)
+        if read_by(section) and spec.rounds is None:
+            raise complaint("goes with rounds: at the top level of the recipe", "stages", name, "data")
         for earlier in section.replayed():
             if earlier not in ancestors(spec.stages, name) or kinds[earlier].held_out_loss is None:
                 problem = (

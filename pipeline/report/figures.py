@@ -13,8 +13,10 @@ from matplotlib.figure import Figure
 
 from pipeline.disk.atomic import Json
 from pipeline.evaluate.stored import Arena, Curve, Numbers
+from pipeline.label.rounds import Round
 from pipeline.language.say import say
 from pipeline.measure.calibration import Bin
+from pipeline.measure.metric import Metric
 
 ADAPTS = {
     "#1d232b": "var(--ink, #1d232b)",
@@ -251,6 +253,24 @@ def elo(arena: Arena, title: str, colours: dict[str, str]) -> str:
     axes.set_ylim(-0.6, len(order) - 0.4)
     axes.set_xlabel(say("Elo (mean 1000), 95 % interval"))
     axes.set_title(title)
+    return _svg(figure)
+
+
+def rounds(found: list[Round], metric: Metric) -> str | None:
+    """A measure of the rounds against the labels spent so far; None where fewer than two rounds have it."""
+    points = [(one.so_far, one.numbers[metric.name]) for one in found if metric.name in one.numbers]
+    if len(points) < 2:
+        return None
+    figure = _figure(height=1.9)
+    axes = figure.add_subplot()
+    scale = 100 if metric.unit == "%" else 1
+    axes.plot([at for at, _ in points], [scale * number.value for _, number in points], color=BEST, linewidth=1)
+    for at, number in points:
+        known = number.scaled(scale)
+        axes.errorbar([at], [known.value], yerr=known.arms, fmt="o", capsize=3, color=BEST)
+    axes.set_xticks([one.so_far for one in found])
+    axes.set_xlabel(say("labels so far"))
+    axes.set_title(f"{metric.said}, %" if metric.unit == "%" else metric.heading)
     return _svg(figure)
 
 

@@ -16,10 +16,11 @@ from pipeline.disk import metrics
 from pipeline.disk.atomic import Json, write_text
 from pipeline.disk.manifest import Manifest
 from pipeline.errors import UserError
-from pipeline.evaluate import verdicts
+from pipeline.evaluate import people, verdicts
 from pipeline.evaluate.plan import plan
 from pipeline.evaluate.stored import Link, Results, Sample, folder, read_fresh, read_results
 from pipeline.label import agreement
+from pipeline.label.rounds import measured, rounds
 from pipeline.language.say import say, say_again, spoken, translated
 from pipeline.measure.metric import BY_NAME, ELO, METRICS, SHARE
 from pipeline.recipe import yaml
@@ -63,6 +64,10 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
     colours = {name: recipe.kind(name).colour for name in finished}
     examined = _examined(recipe, runs, finished)
     pictures = _pictures(recipe, runs, results, colours)
+    found_rounds = rounds(recipe, results)
+    for metric in measured(found_rounds):
+        if picture := figures.rounds(found_rounds, metric):
+            pictures[f"rounds-{metric.name}"] = picture
     if examined:
         pictures["row-lengths"] = figures.row_lengths(examined, colours)
     costs = [own.cost(name, manifest, recipe, runs) for name, manifest in finished.items()]
@@ -97,6 +102,8 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
         "share": SHARE,
         "elo": ELO,
         "pictures": opened | pictures,
+        "ratings": people.ratings(results) if results and results.people and results.people.votes else None,
+        "of_people": people.tell(results) if results else [],
         "training": [name for name in pictures if name.startswith(("training-", "path-"))],
         "before_after": own.before_after(recipe, finished),
         "of_itself": own.of_itself(recipe, finished),
@@ -118,6 +125,8 @@ def contents(recipe: Recipe, typed: str, runs: Path) -> Json:
         "samples": _samples(results),
         "shown_at_once": SHOWN_AT_ONCE,
         "typed": typed,
+        "rounds": found_rounds,
+        "of_rounds": measured(found_rounds),
     }
 
 
@@ -146,6 +155,11 @@ def _evaluated(recipe: Recipe, typed: str, runs: Path) -> Results | None:
             f"{old[0]}). "
             f"Evaluate again first: onebase eval {typed}"
         )
+    if results.made_of.get(people.MADE_OF, "") != people.fingerprint(people.read_arena(people.arena_of(recipe))[0]):
+        raise UserError(
+            f"{people.arena_of(recipe)} holds other votes than the evaluation has counted. Evaluate again first: "
+            f"onebase eval {typed}"
+        )
     return results
 
 
@@ -157,7 +171,7 @@ def _pictures(recipe: Recipe, runs: Path, results: Results | None, colours: dict
         for name, model in results.reward_models.items():
             found[f"calibration-{name}"] = figures.reliability(model.reliability, model.ece, colours[name])
             found[f"scores-{name}"] = figures.scores(**model.scores)
-        for judge, arena in results.arenas.items():
+        for judge, arena in ((judge, arena) for judge, arena in results.arenas.items() if arena.elo):
             found[f"elo-{judge}"] = figures.elo(arena, say("By {judge}", judge=sentences.judge_name(judge)), colours)
         if curve := results.best_of_n:
             steps = results.steps
@@ -225,5 +239,5 @@ def _templates() -> jinja2.Environment:
     found.globals |= {"say": _say, "say_again": say_again}
     found.globals |= {"judge_name": sentences.judge_name, "word_shown": opening.word_shown}
     found.globals |= {"of_the_picture": sentences.of_the_picture}
-    found.globals |= {"of_the_judge": sentences.of_the_judge}
+    found.globals |= {"of_the_judge": sentences.of_the_judge, "of_the_rounds": sentences.of_the_rounds}
     return found

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.disk.atomic import Json
 from pipeline.evaluate.stored import Arena, Curve, Results
+from pipeline.evaluate.verdicts import PEOPLE
 from pipeline.language.say import say, say_again
 from pipeline.measure.metric import QUESTION_ACCURACY, SHARE, TRUTH
 from pipeline.recipe.recipe import Recipe
@@ -15,6 +16,8 @@ from pipeline.stages import STAGES
 
 
 def judge_name(judge: str) -> str:
+    if judge == PEOPLE:
+        return say("people")
     if judge == "truth":
         return say("the checked truth")
     return say("the external judge") if judge == "judge" else say("the score of '{judge}'", judge=judge)
@@ -47,6 +50,20 @@ def of_the_judge(arena: Arena, file: object) -> str:
         "Each verdict, with what the judge was shown and what it replied, is in {file} of the run's folder.", file=file
     )
     return say(" ").join(filter(None, [asked, unread, kept]))
+
+
+def of_the_rounds(results: Results | None) -> str:
+    """What the table of rounds shows. Without an evaluation it has the votes alone."""
+    told = [
+        say("Round 0 is the stage whose answers the first round shows. Agreement is that of the round's own votes.")
+    ]
+    if results is None:
+        return say(" ").join([*told, say("This run has not been evaluated: the stages' numbers are missing.")])
+    if results.proxy:
+        told.append(say("Every round's reward is by one judge: {judge}.", judge=judge_name(results.proxy)))
+    return say(" ").join(
+        [*told, say("Ranked right: each round's reward model on all pairs that are held out by then.")]
+    )
 
 
 def of_over_optimisation(flagged: Mapping[str, bool]) -> str:
@@ -94,6 +111,7 @@ def of_the_picture(name: str) -> str:
         "calibration": say("calibration of {of}", of=of),
         "scores": say("scores of {of}", of=of),
         "lengths": say("lengths of answers"),
+        "rounds": say("rounds of labels: {of}", of=of),
     }
     return known.get(what, name)
 

@@ -12,12 +12,14 @@ from pipeline.disk.atomic import Json, digest, holder
 from pipeline.errors import UserError
 from pipeline.language.say import kept, say, say_again
 from pipeline.recipe.recipe import RUNS, Recipe
+from pipeline.recipe.waiting import waiting
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a stage stands: fresh, unmeasured (trained, but its held-out files are others since), stale, stopped (a
-    checkpoint to go on from), damaged or new, and why; to look at also running (see standing())."""
+    """Where a stage stands: fresh, unmeasured (trained, but its held-out files are others since), waiting (for people's
+    votes), stale, stopped (a checkpoint to go on from), damaged or new, and why; to look at also running (see
+    standing())."""
 
     name: str
     word: str
@@ -35,18 +37,22 @@ class State:
 
     @property
     def due(self) -> bool:
-        return self.word != "fresh"
+        """A run would do something about it."""
+        return self.word not in ("fresh", "waiting")
 
 
 def states(recipe: Recipe, runs: Path = RUNS) -> list[State]:
     """Every stage in order with what the next run would do about it."""
-    parts = recipe.parts()
+    parts, lacking = recipe.parts(), waiting(recipe)
     by_name: dict[str, State] = {}
     for name in recipe.order():
-        waiting = [parent for parent in recipe.parents(name).values() if not by_name[parent].fresh]
+        not_fresh = [parent for parent in recipe.parents(name).values() if not by_name[parent].fresh]
         parents = recipe.parent_artifacts(name, runs)
         out = recipe.artifact(name, runs)
-        by_name[name] = _find_state(out, parts[name], recipe.measured_on(name), parents, waiting)
+        state = _find_state(out, parts[name], recipe.measured_on(name), parents, not_fresh)
+        if name in lacking and not (state.fresh or state.word == "damaged"):
+            state = State(name, kept("waiting"), lacking[name].told)
+        by_name[name] = state
     return list(by_name.values())
 
 

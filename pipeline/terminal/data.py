@@ -14,14 +14,16 @@ from pipeline.data import render
 from pipeline.data.contracts import Row
 from pipeline.data.examine import Section, attempt
 from pipeline.data.examine_rows import Encode
+from pipeline.data.load import Part
 from pipeline.data.tokens import Unrenderable, special_ids, stop_ids
 from pipeline.data.voted import is_of_votes
-from pipeline.data.votes import Vote, read_votes
+from pipeline.data.votes import Vote, files_in, read_votes
 from pipeline.errors import UserError
 from pipeline.label import agreement
 from pipeline.language.say import kept, say, say_again, translated
 from pipeline.plan.sizes import AUTO
 from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.waiting import waiting
 from pipeline.stages.arguments import defaults
 from pipeline.terminal.console import counted, print_rows
 from pipeline.terminal.machine import print_json
@@ -43,14 +45,15 @@ def examine(recipe: Recipe, names: list[str]) -> Json:
     tokenizer = attempt(faults, _load_tokenizer, recipe)
     parts = attempt(unhashed, recipe.parts)
     sections = []
-    for name in recipe.order():
+    lacking = waiting(recipe)
+    for name in (name for name in recipe.order() if name not in lacking):
         measured_on = attempt(unhashed, recipe.measured_on, name)
         files = {**parts[name]["data"], **measured_on} if parts and measured_on is not None else {}
         sections.append(_section(recipe, name, files))
     found = {"recipe": recipe.name, **examination.examine(sections, names, tokenizer)}
     for name, stage in found["stages"].items():
-        paths = [part.path for part in recipe.stages[name].data.parts() if is_of_votes(part.path)]
-        votes = attempt([], _read_votes, paths)  # what is wrong with them stands among the faults already
+        parts_of_votes = [part for part in recipe.stages[name].data.parts() if part.rounds or is_of_votes(part.path)]
+        votes = attempt([], _read_votes, parts_of_votes)  # what is wrong with them stands among the faults already
         if votes:
             stage["votes"] = agreement.weigh(votes)
     found["faults"] = [*faults, *found["faults"]]
@@ -60,8 +63,9 @@ def examine(recipe: Recipe, names: list[str]) -> Json:
     return found
 
 
-def _read_votes(paths: list[str]) -> list[Vote]:
-    return [vote for path in paths for vote in read_votes(Path(path))[0]]
+def _read_votes(parts: list[Part]) -> list[Vote]:
+    files = [file for part in parts for file in files_in(Path(part.path), part.rounds)]
+    return [vote for file in files for vote in read_votes(file)[0]]
 
 
 def _section(recipe: Recipe, name: str, files: dict[str, str]) -> Section:
@@ -263,7 +267,7 @@ def _range(spread: Json) -> str:
 
 _EXTRA = {
     "held_out": kept("held out"),
-    "left_out": kept("not drawn"),
+    "left_out": kept("left out"),
     "drawn": kept("drawn"),
     "file_rows": kept("rows in the file"),
 }

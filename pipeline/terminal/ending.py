@@ -11,8 +11,9 @@ from pathlib import Path
 from rich.cells import set_cell_size
 from rich.console import Console
 
-from pipeline.language.say import say
+from pipeline.language.say import say, say_again
 from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.waiting import waiting
 from pipeline.runs.states import states
 from pipeline.terminal.console import make_console
 from pipeline.terminal.recipes import comes_along
@@ -42,6 +43,15 @@ def tell_stopped(recipe: Recipe, runs: Path, words: str) -> None:
             words=words,
         )
         print(anew, file=sys.stderr)
+
+
+def tell_waiting(recipe: Recipe, path: str) -> bool:
+    """Whether stages wait for people's votes; if so, says what to type."""
+    first = next(iter(waiting(recipe).values()), None)
+    if first is not None:
+        command, far = f"onebase label {path}", say_again(first.told)
+        print(say("Waiting for people, {progress}. To label: {command}", progress=far, command=command))
+    return first is not None
 
 
 def show_next(recipe: Recipe, path: str, runs: Path, console: Console) -> None:

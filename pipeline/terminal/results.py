@@ -14,8 +14,9 @@ from rich.text import Text
 from pipeline.disk.artifact import WEIGHTS
 from pipeline.disk.atomic import Json
 from pipeline.disk.manifest import Manifest
-from pipeline.evaluate import verdicts
+from pipeline.evaluate import people, verdicts
 from pipeline.evaluate.stored import Results
+from pipeline.label.rounds import measured, rounds
 from pipeline.language.say import say
 from pipeline.measure.metric import BY_NAME, METRICS, TRUTH, Estimate, Metric
 from pipeline.recipe.recipe import Recipe
@@ -123,6 +124,24 @@ def show_evaluation(results: Results, console: Console) -> None:
     print_matrix(say("number, 95 % interval"), list(held), rows, console)
 
 
+def show_people(results: Results, console: Console) -> None:
+    """The stages' ratings by people beside those by other judges."""
+    if results.people is None:
+        return
+    console.print()
+    columns, rows = people.ratings(results)
+    title = say("ratings by people, beside those by other judges (Elo, 95 % interval)")
+    table = Table(title=title, box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=True, justify="left" if column == columns[0] else "right")
+    for cells in rows:
+        table.add_row(*cells)
+    if rows:
+        print_rows(table, console)
+    for told in people.tell(results):
+        console.print(Text(told))
+
+
 def show_forgetting(results: Results, console: Console) -> None:
     """What each policy has kept of every stage that it comes from."""
     if not results.forgetting:
@@ -142,6 +161,17 @@ def show_forgetting(results: Results, console: Console) -> None:
                 table.add_row(name, earlier, metric.said, *told, Text(metric.shown(change, sign=True), style=style))
     console.print()
     print_rows(table, console, names=3)
+
+
+def show_rounds(recipe: Recipe, results: Results, console: Console) -> None:
+    """What each round of labels has brought."""
+    if found := rounds(recipe, results):
+        rows = [Row(say("labels"), [str(one.labels) for one in found])]
+        for metric in measured(found):
+            known = [one.numbers.get(metric.name) for one in found]
+            rows.append(Row(metric.heading, [metric.lines(number) if number else "" for number in known]))
+        console.print()
+        print_matrix(say("round"), [one.heading for one in found], rows, console)
 
 
 def results_as_json(results: Results) -> Json:

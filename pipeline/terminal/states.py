@@ -12,6 +12,7 @@ from pipeline.data.shelf import Shelf
 from pipeline.disk.atomic import Json
 from pipeline.language.say import say, say_again
 from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.waiting import progress, waiting
 from pipeline.runs.rows import load_rows
 from pipeline.runs.states import State, standing
 from pipeline.stages.stage import Rows
@@ -22,12 +23,14 @@ from pipeline.terminal.results import metrics_of
 
 def count_rows(recipe: Recipe) -> tuple[dict[str, Json], dict[str, Rows], dict[str, Shelf[Json]]]:
     """Of each stage, how many rows it takes of its files, and what became of the others; the rows; and those refused.
+    Nothing of a stage that waits for people's votes.
 
     Raises UserError naming file and line of rows that are unfit.
     """
     counts: dict[str, Json] = {}
     rows, refused = {}, {}
-    for name in recipe.order():
+    lacking = waiting(recipe)
+    for name in (name for name in recipe.order() if name not in lacking):
         rows[name], sources = load_rows(recipe, name)
         counts[name] = {
             "train": len(rows[name].train),
@@ -60,6 +63,13 @@ def show_rows(recipe: Recipe, counts: dict[str, Json], refused: dict[str, Shelf[
             print("  " + say("a run lists all of them in {file}", file=file))
 
 
+def show_waiting(recipe: Recipe) -> None:
+    """One line for each stage that waits for people's votes."""
+    for name, lacking in waiting(recipe).items():
+        told = say("{state}, {more}", state=say("waiting"), more=say_again(lacking.told))
+        print(say("{stage}: {word}", stage=name, word=told))
+
+
 def show_sound(path: str, stages: list[str], untried: list[str]) -> None:
     for why in untried:
         print("  " + say("not tried: {why}", why=why))
@@ -78,7 +88,11 @@ def states_as_json(recipe: Recipe, runs: Path) -> Json:
             "metrics": describe(metrics_of(recipe, state.name)),
             "manifest": manifest and manifest.as_json(),
         }
-    return {"recipe": recipe.name, "stages": stages}
+    found: Json = {"recipe": recipe.name, "stages": stages}
+    if recipe.spec.rounds:
+        every = [progress(recipe, number) for number in range(1, recipe.spec.rounds.count + 1)]
+        found["rounds"] = [{"labels": one.labels, "votes": one.votes, "full": one.full} for one in every]
+    return found
 
 
 def show_states(found: list[State], console: Console) -> None:
@@ -87,10 +101,11 @@ def show_states(found: list[State], console: Console) -> None:
     for column in (say("stage"), say("state")):
         table.add_column(column, no_wrap=True)
     table.add_column(say("why"))
-    colours = {"fresh": "green", "running": "green", "new": "cyan", "damaged": "red"}
+    colours = {"fresh": "green", "running": "green", "new": "cyan", "waiting": "magenta", "damaged": "red"}
     actions = {
         "fresh": say("skipped"),
         "unmeasured": say("would be measured, not trained"),
+        "waiting": say("passed over"),
         "damaged": say("would stop the run"),
     }
     for state in found:

@@ -52,7 +52,7 @@ GOALS = {
         ("pretrain", "sft", "reward", "dpo", "ppo"), ("dpo",), '{"prompt", "chosen", "rejected"}',
     ),
 }  # fmt: skip
-TRAIN = {
+TRAIN: dict[str, dict[str, Any]] = {
     "pretrain": {"learning_rate": 1e-4, "num_train_epochs": 1},
     "sft": {"learning_rate": 2e-4, "num_train_epochs": 2},
     "classify": {"learning_rate": 2e-4, "num_train_epochs": 2},
@@ -264,7 +264,7 @@ def _write(answers: Answers, data: dict[str, Any], told: dict[str, str], shapes:
         lines.append(f"    data: {_flow(section)}")
         if kind == "classify" and answers.language in ASK:
             lines.append(f"    instruction: {_word(ASK[answers.language])}")
-        train: dict[str, Any] = dict(TRAIN[kind])
+        train = dict(TRAIN[kind])
         if kind == "pretrain":
             train["max_length"] = min(PACKED, shapes.window) if shapes else PACKED
         if kind == "ppo" and shapes:

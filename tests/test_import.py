@@ -269,9 +269,89 @@ def test_trl_yaml_alone_and_with_its_command(tmp_path: Path, capsys: pytest.Capt
     assert recipe.stages["sft"].train["max_length"] == 200 and "command" not in left
 
 
+GRPO = """\
+model_name_or_path: Qwen/Qwen3-0.6B
+dtype: bfloat16
+use_peft: true
+load_in_4bit: true
+lora_r: 32
+dataset_name: someone/problems
+output_dir: outputs/maths-grpo
+reward_model_name_or_path: outputs/judge
+reward_funcs: [accuracy_reward, my_lib.rewards.short, think_format_reward, get_soft_overlong_punishment]
+reward_weights: [0.5, 1.0, 0.25, 1.0, 1.0]
+learning_rate: 1.0e-5
+max_steps: 300
+per_device_train_batch_size: 4
+gradient_accumulation_steps: 8
+num_generations: 16
+max_completion_length: 1024
+max_prompt_length: 512
+beta: 0.001
+epsilon: 0.2
+epsilon_high: 0.28
+loss_type: dr_grpo
+scale_rewards: false
+temperature: 0.9
+top_p: 0.95
+use_vllm: true
+vllm_mode: colocate
+vllm_importance_sampling_mode: token_mask
+log_completions: true
+optim: adamw_torch_fused
+no_such_word: 1
+"""
+
+
+def test_trl_grpo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A YAML as `trl grpo --config` reads it: TRL's own parser takes it, but for the words that it does not know."""
+    from trl import GRPOConfig, ModelConfig, TrlParser
+    from trl.scripts.grpo import GRPOScriptArguments
+
+    known = {**yaml.parse(GRPO, "grpo.yaml")[0]}
+    del known["no_such_word"], known["max_prompt_length"]
+    (tmp_path / "known.yaml").write_text(yaml.dump({**known, "bf16": False, "use_cpu": True}))
+    script, config, model = TrlParser((GRPOScriptArguments, GRPOConfig, ModelConfig)).parse_args_and_config(
+        ["--config", str(tmp_path / "known.yaml")]
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_lib").mkdir()
+    (tmp_path / "my_lib" / "rewards.py").write_text("def short(completions, **_): ...\n")
+    judge = "trl reward --model_name_or_path Qwen/Qwen3-0.6B --dataset_name c/d --use_peft --output_dir outputs/judge"
+    judge += " --load_in_4bit --lora_r 32 --dtype bfloat16"
+    recipe, left = imported(tmp_path, capsys, ("grpo.yaml", GRPO), ("judge.txt", judge))
+    grpo = recipe.stages["grpo"]
+    assert recipe.order() == ["reward", "grpo"] and grpo.data.path == script.dataset_name
+    assert [(term.source, term.weight) for term in grpo.reward_terms()] == [
+        ("reward", 0.5), ("math", 1.0), ("my_lib/rewards.py:short", 0.25)
+    ]  # fmt: skip
+    assert grpo.train.pop("soft_punish_cache") == 256
+    for word, value in grpo.train.items():
+        assert value == getattr(config, word), word
+    assert grpo.train.keys() >= {"generation_batch_size", "num_generations", "epsilon_high", "loss_type", "beta"}
+    assert recipe.spec.model.lora["r"] == model.lora_r
+    assert left.keys() == {
+        "command", "reward_funcs", "top_p", "use_vllm", "vllm_mode", "vllm_importance_sampling_mode", "log_completions",
+        "max_prompt_length", "optim", "no_such_word",
+    }  # fmt: skip
+    assert "max_steps is" not in left["no_such_word"] and "no word of TRL" in left["no_such_word"]
+    assert "does not have" in left["log_completions"]
+
+
+def test_trl_grpo_without_what_a_stage_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "trl grpo --model_name_or_path a/b --dataset_name c/d --use_peft --num_train_epochs 2 --loss_type cispo"
+    text += " --generation_batch_size 64 --reward_weights 1"
+    tree, left = imported(tmp_path, capsys, ("run.txt", text), builds=False)
+    told = {"reward_funcs", "max_steps", "num_train_epochs", "loss_type", "generation_batch_size", "reward_weights"}
+    assert left.keys() == told
+    assert tree["stages"]["grpo"]["train"] == {
+        "max_completion_length": 512, "per_device_train_batch_size": 8, "generation_batch_size": 64
+    }  # fmt: skip
+
+
 def test_a_trainer_that_has_no_stage_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "run.txt").write_text("trl grpo --model_name_or_path a/b", encoding="utf-8")
-    with pytest.raises(UserError, match="trl grpo: OneBase has no stage"):
+    (tmp_path / "run.txt").write_text("trl gkd --model_name_or_path a/b", encoding="utf-8")
+    with pytest.raises(UserError, match="trl gkd: OneBase has no stage"):
         bring([tmp_path / "run.txt"], None)
 
 
@@ -323,7 +403,8 @@ def test_hostile_values_of_known_words_end_in_a_message(seed: int, tmp_path: Pat
     peers = {
         "base_model": [*AXOLOTL, *axolotl.REASONS, *axolotl.RENAMED, "datasets", "test_datasets", "rl", "val_set_size"],
         "stage": [*LF, *llama_factory.REASONS, "dataset", "interleave_probs", "lora_target", "reward_model", "seed"],
-        "model_name_or_path": [*trl.REASONS, "datasets", "dataset_name", "dtype", "lora_target_modules", "output_dir"],
+        "model_name_or_path": [*trl.REASONS, "datasets", "dataset_name", "dtype", "lora_target_modules", "output_dir",
+            "reward_funcs", "reward_weights", "scale_rewards", "loss_type", "steps_per_generation"],
     }  # fmt: skip
     first = pick.choice(list(peers))
     words = [*peers[first], *SHARED_REASONS, "learning_rate", "warmup_ratio"]
@@ -341,7 +422,10 @@ OF_OTHERS = {
         {**AXOLOTL, "rl": rl, "datasets": [{"path": "a.jsonl"}]} for rl in (None, "dpo")
     ],
     "LLaMA-Factory": [{**LF, "stage": stage, "dataset": "a"} for stage in ("sft", "pt", "dpo", "rm", "ppo")],
-    "TRL": [{"model_name_or_path": "a/b", "dataset_name": "c/d", **more} for more in ({}, {"beta": 1})],
+    "TRL": [
+        {"model_name_or_path": "a/b", "dataset_name": "c/d", **more}
+        for more in ({}, {"beta": 1}, {"reward_funcs": ["a.b"]})
+    ],
 }  # fmt: skip
 
 
@@ -355,6 +439,7 @@ def test_no_word_is_dropped_silently(peer: str) -> None:
     }[peer]
     listed = {*AXOLOTL, *axolotl.REASONS, *axolotl.RENAMED, *LF, *llama_factory.REASONS, *trl.REASONS, *trl.RENAMED}
     listed |= {*SHARED_REASONS, *DTYPES, *WHY_NOT, *trainer_words("SFTConfig"), *trainer_words("DPOConfig")}
+    listed |= {*trainer_words("GRPOConfig"), "reward_funcs", "reward_model_name_or_path"}
     listed |= {"rl_beta", "batch_size", "pref_beta", "pref_loss", "max_new_tokens", "ppo_epochs", "eval_dataset"}
     listed |= {
         "lora_target_modules",

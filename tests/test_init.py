@@ -98,6 +98,19 @@ def test_a_rare_class_is_not_held_out_whole(tiny_base: Path, tmp_path: Path) -> 
     assert "none held out" in (tmp_path / "mine.yaml").read_text(encoding="utf-8")
 
 
+def test_answers_with_thumbs_give_kto_on_what_sft_learnt_from_the_good_ones(tiny_base: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}.", "label": n % 3 > 0} for n in range(60)]
+    path = tmp_path / "thumbs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    start(tmp_path / "mine.yaml", Given(str(tiny_base), str(path), "8GB"), asking=False, force=False)
+    recipe = read(tmp_path / "mine.yaml")
+    assert [(name, recipe.stages[name].from_) for name in recipe.order()] == [("sft", None), ("kto", "sft")]
+    for name, count, labels in (("sft", 40, {None}), ("kto", 60, {True, False})):
+        taken, _ = load_rows(recipe, name)
+        assert taken.test and len(taken.train) + len(taken.test) == count
+        assert {row.get("label") for row in taken.train} == labels
+
+
 def test_bad_answers_are_asked_again(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,7 +25,7 @@ def init(
     base: Annotated[str, typer.Option(metavar="BASE", help="A Hub id, a local folder, or a .gguf file.")] = "",
     data: Annotated[str, typer.Option(metavar="PATH", help="A file, a folder, or a data set on the Hub.")] = "",
     card: Annotated[str, typer.Option(metavar="CARD", help="The GPU: rtx3060, 12GB, or none.")] = "",
-    goal: Annotated[str, typer.Option(metavar="GOAL", help="follow, prefer, classify, corpus or chain.")] = "",
+    goal: Annotated[str, typer.Option(metavar="GOAL", help="follow, prefer, thumbs, classify, corpus or chain.")] = "",
     language: Annotated[str, typer.Option(metavar="LANGUAGE", help="The language of the data.")] = "",
     encoding: Annotated[str, typer.Option(metavar="NAME", help="Of the data, if it is not UTF-8: cp1252.")] = "",
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing. Take the defaults.")] = False,

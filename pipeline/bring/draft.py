@@ -42,6 +42,9 @@ class Goal:
 GOALS = {
     "follow": Goal("follow instructions, from good answers", ("sft",), ("sft",), '{"prompt", "completion"}'),
     "prefer": Goal("prefer the better of two answers", ("sft", "dpo"), ("dpo",), '{"prompt", "chosen", "rejected"}'),
+    "thumbs": Goal(
+        "learn from answers with thumbs up or down", ("sft", "kto"), ("kto",), '{"prompt", "completion", "label": true}'
+    ),
     "classify": Goal("classify texts", ("classify",), ("classify",), '{"text", "label"}'),
     "corpus": Goal("continue a corpus of documents", ("pretrain",), ("pretrain",), '{"text"}'),
     "chain": Goal(
@@ -49,20 +52,25 @@ GOALS = {
         ("pretrain", "sft", "reward", "dpo", "ppo"), ("dpo",), '{"prompt", "chosen", "rejected"}',
     ),
 }  # fmt: skip
-TRAIN = {
+TRAIN: dict[str, dict[str, Any]] = {
     "pretrain": {"learning_rate": 1e-4, "num_train_epochs": 1},
     "sft": {"learning_rate": 2e-4, "num_train_epochs": 2},
     "classify": {"learning_rate": 2e-4, "num_train_epochs": 2},
     "reward": {"learning_rate": 1e-4, "num_train_epochs": 1, "center_rewards_coefficient": 0.01},
     "dpo": {"learning_rate": 1e-5, "num_train_epochs": 1, "beta": 0.1},
+    "kto": {  # its KL term is taken over the rows of a batch: a number, the same on every card, and no order by length
+        "learning_rate": 1e-5, "num_train_epochs": 1, "beta": 0.1, "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4, "train_sampling_strategy": "sequential",
+    },
     "ppo": {"steps": 100, "batch_size": 32, "response_length": 128, "learning_rate": 1e-5, "kl_coef": 0.05},
-}
+}  # fmt: skip
 ABOUT = {
     "pretrain": "reads documents",
     "sft": "learns to answer from answers",
     "classify": "puts texts into classes",
     "reward": "learns to tell the better answer",
     "dpo": "learns from the same comparisons directly",
+    "kto": "learns from answers with thumbs up or down",
     "ppo": "tries answers, and is paid by the reward model",
 }
 BETTER_WITHOUT = {"sft": {"dpo"}, "ppo": {"sft", "dpo"}, "pretrain": {"sft"}}
@@ -256,7 +264,7 @@ def _write(answers: Answers, data: dict[str, Any], told: dict[str, str], shapes:
         lines.append(f"    data: {_flow(section)}")
         if kind == "classify" and answers.language in ASK:
             lines.append(f"    instruction: {_word(ASK[answers.language])}")
-        train: dict[str, Any] = dict(TRAIN[kind])
+        train = dict(TRAIN[kind])
         if kind == "pretrain":
             train["max_length"] = min(PACKED, shapes.window) if shapes else PACKED
         if kind == "ppo" and shapes:
@@ -268,7 +276,7 @@ def _write(answers: Answers, data: dict[str, Any], told: dict[str, str], shapes:
 def _parent(kind: str, stages: list[str]) -> str:
     if kind == "sft":
         return "pretrain" if "pretrain" in stages else ""
-    return "sft" if kind in ("reward", "dpo", "ppo") and "sft" in stages else ""
+    return "sft" if kind in ("reward", "dpo", "kto", "ppo") and "sft" in stages else ""
 
 
 def _flow(value: Any) -> str:

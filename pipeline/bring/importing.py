@@ -14,6 +14,7 @@ from pipeline.bring import axolotl, llama_factory, trl
 from pipeline.bring.words import Imported, Left, Words, name_of
 from pipeline.disk.atomic import Json, write_text
 from pipeline.errors import UserError
+from pipeline.ppo.shipped import SHIPPED
 from pipeline.recipe import yaml
 from pipeline.recipe.recipe import build
 
@@ -22,7 +23,7 @@ LONGEST = 1 << 20
 """Bytes of a file; a config is never so long. A list of data sets may be."""
 LONGEST_INFO = 1 << 25
 SECRET = re.compile("hub_token|auth_token|api_key|secret|password", re.IGNORECASE)
-ORDER = ("pretrain", "sft", "reward", "dpo", "kto", "ppo")
+ORDER = ("pretrain", "sft", "reward", "dpo", "kto", "ppo", "grpo")
 
 
 @dataclass
@@ -167,11 +168,20 @@ def combine(imported: list[Imported]) -> tuple[Json, list[Left]]:
             section["from"] = parent
         if each.kind == "ppo":
             section["reward"] = _resolve(each.paid_by, made, left, "a reward model") or "reward"
+        if each.kind == "grpo":
+            section["reward"] = [_term(term, made, left) for term in each.rewards] or "REWARD"
         stages[name] = {**section, "data": each.data, "train": each.train}
     tree: Json = {"name": name_of(first.output)}
     if first.seed is not None:
         tree["seed"] = first.seed
     return {**tree, "model": first.model, "stages": stages}, left
+
+
+def _term(term: Json, made: dict[str, str], left: list[Left]) -> Json:
+    """A term of a reward whose source may be the folder of a reward model."""
+    if term["source"] in SHIPPED or ".py:" in term["source"]:
+        return term
+    return {**term, "source": _resolve(term["source"], made, left, "a reward model") or "reward"}
 
 
 def _names(imported: list[Imported]) -> list[str]:

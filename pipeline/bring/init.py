@@ -95,6 +95,8 @@ def _read_data(text: str, encoding: str) -> tuple[str, list[rows.File]]:
 
 def _goal_of(found: list[rows.File]) -> str:
     """The most that the data can teach, of what they are made for."""
+    if any(file.layouts.startswith("kto") for file in found):
+        return "thumbs"
     fits = frozenset[str]().union(*(file.fits for file in found))
     for goal, kind in (("classify", "classify"), ("prefer", "dpo"), ("follow", "sft"), ("corpus", "pretrain")):
         if kind in fits:

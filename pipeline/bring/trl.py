@@ -19,11 +19,14 @@ from pipeline.bring.words import (
 )
 from pipeline.disk.atomic import Json
 from pipeline.errors import UserError
+from pipeline.ppo.grpo_settings import GRPOSettings
 from pipeline.recipe import yaml
+from pipeline.stages import arguments as trainer
+from pipeline.stages.arguments import WHY_NOT
 
 PEER = "TRL"
-KINDS = {"sft": "sft", "dpo": "dpo", "reward": "reward", "kto": "kto"}
-NOT_HERE = ("grpo", "rloo", "ppo", "orpo", "cpo", "gkd", "online_dpo", "nash_md", "xpo", "prm", "bco")
+KINDS = {"sft": "sft", "dpo": "dpo", "reward": "reward", "kto": "kto", "grpo": "grpo"}
+NOT_HERE = ("rloo", "ppo", "orpo", "cpo", "gkd", "online_dpo", "nash_md", "xpo", "prm", "bco")
 RENAMED = {"max_seq_length": "max_length", "num_train_epoch": "num_train_epochs"}
 TOLD = "is told by the rows: what the assistant says carries loss"
 REASONS = {
@@ -43,6 +46,16 @@ REASONS = {
     "num_processes": "belongs to an accelerate config: --launch-config",
     "accelerate_config": "belongs to an accelerate config: --launch-config",
 }
+GRPO_REASONS = {
+    **dict.fromkeys(
+        ("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs"),
+        "is not offered: answers are drawn from the very distribution whose log-probabilities are learnt from",
+    ),
+    "use_vllm": "is not taken over: `rollout: {engine: vllm}` says so here, see docs/rollouts.md",
+    "num_train_epochs": "is not counted here: max_steps is",
+    "optim": "is not offered: AdamW",
+}
+GRPO_LOSSES = ("grpo", "dr_grpo", "dapo", "gspo", "rloo")
 DATA_REASONS = {
     "name": "is one of several parts of a data set on the Hub: download it and name the files",
     "data_dir": "is a folder of a data set: name its files",
@@ -101,7 +114,7 @@ def take(words: Words, kind: str, launcher: list[str]) -> Imported:
     """`kind`: as the command names it, empty where a YAML does not say."""
     if kind in NOT_HERE or (kind and kind not in KINDS):
         raise UserError(
-            f"trl {kind}: OneBase has no stage that learns in the same way (there is: sft, reward, dpo, kto, ppo)"
+            f"trl {kind}: OneBase has no stage that learns in the same way (there is: sft, reward, dpo, kto, grpo)"
         )
     if launcher:
         words.leave("command", "is the launcher's: --launch-config, or the shell you type in", " ".join(launcher))
@@ -117,13 +130,72 @@ def take(words: Words, kind: str, launcher: list[str]) -> Imported:
             train[ours] = plain_number(value)
     imported = Imported(kind, model, _data(words), train, words.left)
     imported.output, imported.seed = words.text("output_dir"), words.whole("seed")
+    if kind == "grpo":
+        imported.rewards = _grpo(words, train)
     words.leave_all(REASONS)
     take_trainer_words(words, kind, train)
     words.leave_rest(PEER)
     return imported
 
 
+def _grpo(words: Words, train: Json) -> list[Json]:
+    """What it is paid by; its trainer's words go to `train`, with TRL's defaults where ours are others."""
+    if (scale := words.take("scale_rewards")) is not None:
+        train["scale_rewards"] = {True: "group", False: "none"}.get(scale, scale) if isinstance(scale, bool) else scale
+    train["max_completion_length"] = words.whole("max_completion_length", 512)
+    train["per_device_train_batch_size"] = words.whole("per_device_train_batch_size", 8)
+    accumulated = words.whole("gradient_accumulation_steps", 1) or 1
+    turns = words.whole("steps_per_generation") or accumulated
+    at_once = words.whole("generation_batch_size") or train["per_device_train_batch_size"] * turns
+    train["generation_batch_size"] = at_once
+    if at_once != train["per_device_train_batch_size"] * accumulated:
+        why = "is more or less than the answers of an optimizer step there: here each rollout makes one step"
+        words.leave("generation_batch_size", why, at_once)
+    if words.rest.get("max_steps", -1) == -1:
+        words.leave("max_steps", "is missing: 100 is taken", words.take("max_steps"))
+    if (loss := words.rest.get("loss_type", "dapo")) not in GRPO_LOSSES:
+        words.leave(
+            "loss_type", f"is no loss of a grpo stage (there is: {', '.join(GRPO_LOSSES)}): dapo is taken", loss
+        )
+    rewards = _rewards(words, train)
+    words.leave_all(GRPO_REASONS)
+    words.leave_all({word: GRPO_REASONS["use_vllm"] for word in words.rest if word.startswith("vllm_")})
+    theirs = trainer.words("GRPOConfig") - trainer.words(GRPOSettings) - WHY_NOT.keys() - REASONS.keys()
+    words.leave_all(dict.fromkeys(theirs, "is a word of TRL that a grpo stage does not have"))
+    return rewards
+
+
+def _rewards(words: Words, train: Json) -> list[Json]:
+    """The terms of `reward:`. A reward model is named by its folder, and comes first, as in TRL."""
+    model, functions = words.text("reward_model_name_or_path"), words.texts("reward_funcs")
+    weights = words.take("reward_weights")
+    if not isinstance(weights, list) or len(weights) != len(functions) + bool(model):
+        if weights is not None:
+            words.leave("reward_weights", "is no list with a weight for each reward: 1 is taken for each", weights)
+        weights = [1.0] * (len(functions) + bool(model))
+    terms = [{"source": model, "weight": weights[0]}] if model else []
+    for name, weight in zip(functions, weights[bool(model) :], strict=True):
+        module, _, function = name.rpartition(".")
+        if name == "accuracy_reward":
+            terms.append({"source": "math", "weight": weight})
+        elif name == "get_soft_overlong_punishment":
+            train["soft_punish_cache"] = 256
+            words.leave(
+                "reward_funcs", "is soft_punish_cache here, below max_completion_length and not below 1280", name
+            )
+        elif module:
+            terms.append({"source": f"{module.replace('.', '/')}.py:{function}", "weight": weight})
+        else:
+            why = "is a function inside TRL: write it into a file, and name that as path.py:function under reward"
+            words.leave("reward_funcs", why, name)
+    if not terms:
+        words.leave("reward_funcs", "is missing: name what the answers are paid by as reward")
+    return terms
+
+
 def _guess(words: Words) -> str:
+    if {"reward_funcs", "reward_model_name_or_path", "num_generations"} & words.rest.keys():
+        return "grpo"
     if {"desirable_weight", "undesirable_weight"} & words.rest.keys():
         return "kto"
     if {"beta", "loss_type", "precompute_ref_log_probs", "label_smoothing"} & words.rest.keys():

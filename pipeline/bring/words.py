@@ -42,6 +42,8 @@ class Imported:
     """The adapter it begins with."""
     paid_by: str = ""
     """The reward model of PPO."""
+    rewards: list[Json] = field(default_factory=list)
+    """What GRPO's answers are paid by, as terms of `reward:`. A source without a colon is a folder."""
     seed: int | None = None
 
 

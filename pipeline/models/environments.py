@@ -68,7 +68,7 @@ def load(reference: str) -> Environment:
         if inspect.iscoroutinefunction(method):
             raise UserError(f"environment: the tool '{name}' of {reference} is async. Make it a plain method")
         try:
-            tools.append(get_json_schema(method))
+            tools.append(getattr(method, "schema", None) or get_json_schema(method))
         except Exception as error:
             raise UserError(
                 f"environment: the tool '{name}' of {reference} cannot be described to the model: {error} It needs a "
@@ -77,6 +77,16 @@ def load(reference: str) -> Environment:
     if not tools:
         raise UserError(f"environment: {reference} has no tool: a method beside reset, without a leading underscore")
     return Environment(reference, make, tools)
+
+
+def as_method(name: str, description: str, parameters: dict[str, Any], call: Callable[..., Any]) -> Callable[..., Any]:
+    """A method for a tool of another library, whose schema is what that says. Raises UserError for a name that no tool
+    can have here."""
+    if name in (*NO_TOOLS, "write_rows") or name.startswith("_") or not name.isidentifier():
+        raise UserError(f"a tool is named '{name}', which is no name for a tool here. Rename it")
+    function = {"name": name, "description": description, "parameters": parameters}
+    call.schema = {"type": "function", "function": function}  # type: ignore[attr-defined]
+    return call
 
 
 def with_tools(rows: Sequence[Row], reference: str) -> list[Row]:

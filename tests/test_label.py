@@ -276,6 +276,8 @@ def test_who_may_ask(tiny_base: Path, tmp_path: Path) -> None:
     assert status == 400 and "cannot name a file" in told
     assert ask(server.url, "vote", json.dumps({"annotator": "ada", "pair": 7}))[0] == 200  # told, and shown a pair
     assert ask(server.url, "next", "[")[0] == 400
+    assert ask(server.url, "next", "[" * 100_000)[0] == 400
+    assert "bytes; a vote has at most" in ask(server.url, "next", " " * 2_000_000)[1]
     assert not list((tmp_path / "labels").glob("[!.]*"))
     server.end()
 
@@ -284,6 +286,7 @@ def test_who_may_ask(tiny_base: Path, tmp_path: Path) -> None:
     assert ask(server.url, "next", good)[0] == 401
     with urlopen(server.url) as reply:
         assert "is made on isle" not in (page := reply.read().decode()) and "Harmless" not in page
+    assert "bytes; a vote has at most" in ask(server.url, "login", "x" * 2_000_000)[1]
     opener = build_opener(HTTPCookieProcessor())
     assert b'"wrong": true' in opener.open(server.url + "login", b"password=wrong+horse").read()
     assert b'"locked": false' in opener.open(server.url + "login", b"password=correct+horse").read()

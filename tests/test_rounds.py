@@ -127,7 +127,8 @@ def test_what_is_wrong_is_named_as_it_was_written(tree: dict[str, Any], tmp_path
     line = next(n for n, text in enumerate((tmp_path / "my.yaml").read_text().splitlines(), 1) if "none.jsonl" in text)
     assert f"my.yaml:{line}: stages.ppo.data.path" in no_file
     counted = {"path": "labels/", "test": 3}
-    assert "test is a share" in refused(stages={**stages, "reward": {"from": "sft", "data": counted}})
+    of_reward = refused(stages={**stages, "reward": {"from": "sft", "data": counted}})
+    assert "stages.reward.data.test: with rounds, test is a share" in of_reward
     spelt = {"kind": "dpo", "data": {"path": "labels/", "rounds": 1}}
     file = write_recipe({**tree, "stages": {"dpo": spelt}}, tmp_path / "my.yaml")
     written = json.loads(file.read_text())

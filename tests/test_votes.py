@@ -131,6 +131,11 @@ def test_a_line_that_stands_twice_is_named(tmp_path: Path) -> None:
     (tmp_path / "ada.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"ada\.jsonl:3: the same vote stands on .*ada\.jsonl:1"):
         read_votes(tmp_path)
+    for name in ("ada", "ada copy"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines[:2]) + "\n", encoding="utf-8")
+    for reads in (lambda: read_votes(tmp_path), lambda: list(read_voted(str(tmp_path), "preference"))):
+        with pytest.raises(UserError, match=r"ada\.jsonl:1: the same vote stands on .*ada copy\.jsonl:1"):
+            reads()
 
 
 @pytest.mark.parametrize(

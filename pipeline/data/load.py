@@ -24,6 +24,7 @@ from pipeline.disk.manifest import SourceCounts
 from pipeline.errors import UserError
 
 NAMED_AT_MOST = 20
+TEST_OF_ROUNDS = "with rounds, test is a share of the prompts, as 0.2: what is held out stays held out"
 
 
 def _of_text(encoding: str) -> str:
@@ -105,7 +106,7 @@ class DataSpec(BaseModel):
             expected = "a file, a share between 0 and 1, for example 0.1, or a whole number of prompts from 2 up"
             raise ValueError(f"test is {self.test}; it is {expected}")
         if self.by_place and (self.group or (isinstance(self.test, int | float) and self.test > 1)):
-            raise ValueError("with rounds, test is a share of the prompts, as 0.2: what is held out stays held out")
+            raise ValueError(TEST_OF_ROUNDS)
         return self
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.data import judged
 from pipeline.data.contracts import Row, RowKind
-from pipeline.data.votes import BOTH_BAD, SKIP, TIE, Vote, files_in, read_placed, standing
+from pipeline.data.votes import BOTH_BAD, SKIP, TIE, Vote, files_in, read_files, standing
 
 Voted = tuple[str, str, list[Row]]
 """A line's place, what it is, and the rows that it gives."""
@@ -31,13 +31,12 @@ def read_voted(path: str, kind: RowKind, rounds: int | None = None, judge_agreem
     """Every line of the files, or of those of rounds 1 to `rounds`: none is passed over without being counted as
     something.
 
-
     judge_agreement: the share of checked pairs on which a judge has to agree with people; 0 asks nothing. A pair that
     people voted on counts by their votes alone.
 
     Raises UserError naming file and line of one that is no vote, and for a judge that agrees with people too rarely.
     """
-    read = {file: read_placed(file) for file in files_in(Path(path), rounds)}
+    read = read_files(files_in(Path(path), rounds))
     all_standing = [vote for placed, _ in read.values() for vote in standing([vote for _, vote in placed])]
     people = judged.by_people(all_standing)
     if kind in ("preference", "rated"):  # a judge corrects nothing

@@ -182,6 +182,21 @@ def read_placed(file: Path) -> tuple[list[tuple[str, Vote]], str]:
     return placed, cut.decode("utf-8", "replace")
 
 
+def read_files(files: Iterable[Path]) -> dict[Path, tuple[list[tuple[str, Vote]], str]]:
+    """By file, what read_placed() gives. Raises UserError also where a person's vote stands in two of them: a copy that
+    somebody keeps in the folder would count as much as the votes themselves. In another round's folder a judge may have
+    given the same vote anew."""
+    read: dict[Path, tuple[list[tuple[str, Vote]], str]] = {}
+    place_by_vote: dict[tuple[Path, str, str], str] = {}
+    for file in files:
+        read[file] = read_placed(file)
+        for place, vote in read[file][0]:
+            if first := place_by_vote.get(key := (file.parent, vote.annotator, vote.id)):
+                raise UserError(f"{place}: the same vote stands on {first}. Take one of the two out of the folder")
+            place_by_vote[key] = place
+    return read
+
+
 def read_lines(file: Path) -> tuple[list[Vote], str]:
     """The same without places."""
     placed, cut = read_placed(file)
@@ -204,13 +219,12 @@ def parse(line: bytes | str, place: str) -> Vote:
 def read_votes(path: Path) -> tuple[list[Vote], list[str]]:
     """The votes that stand in a file, or in all files of a folder; and what there is to tell of them.
 
-    Raises UserError naming file and line of a row that is no vote.
+    Raises UserError naming file and line of a row that is no vote, or that stands there twice.
     """
     votes: list[Vote] = []
     told = []
-    for file in files_in(path):
-        lines, cut = read_lines(file)
-        votes += standing(lines)
+    for file, (placed, cut) in read_files(files_in(path)).items():
+        votes += standing([vote for _, vote in placed])
         if cut:
             told.append(f"{file}: its last line was cut short and is left out: it was never reported as saved")
     return votes, told

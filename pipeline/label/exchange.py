@@ -13,7 +13,7 @@ from pipeline.data.contracts import PREFERENCE, Row, RowKind
 from pipeline.data.dialogues import Unreadable
 from pipeline.data.labelled import ALONE, LabelledRows
 from pipeline.data.voted import is_of_votes, rows_of
-from pipeline.data.votes import Vote, files_in, read_lines, standing
+from pipeline.data.votes import Vote, files_in, read_files, standing
 from pipeline.disk.atomic import write_text, written_whole
 from pipeline.errors import UserError
 from pipeline.label import argilla, label_studio
@@ -66,8 +66,8 @@ def read(source: str) -> Reading:
     """The votes of a file or folder, whose shape is told by its rows. Raises UserError naming file and row."""
     reading = Reading()
     if is_of_votes(source):
-        for file in files_in(Path(source)):
-            lines, cut = read_lines(file)
+        for file, (placed, cut) in read_files(files_in(Path(source))).items():
+            lines = [vote for _, vote in placed]
             kept = standing(lines)
             reading.left[say("lines that take a vote back or were taken back")] += len(lines) - len(kept)
             reading.left[say("lines that were cut short")] += bool(cut)

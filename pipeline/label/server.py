@@ -70,7 +70,11 @@ class Page:
         return HTMLResponse(page, headers={"Content-Security-Policy": own, "Cache-Control": "no-store"})
 
     async def log_in(self, request: Request) -> Response:
-        given = parse_qs((await request.body()).decode("utf-8", "replace")).get("password", [""])[0]
+        try:
+            body = await _read(request)
+        except UserError as error:
+            return JSONResponse({"told": str(error)}, 400)
+        given = parse_qs(body.decode("utf-8", "replace")).get("password", [""])[0]
         if not secrets.compare_digest(given.encode(), self.password.encode()):
             await asyncio.sleep(1)  # so that nobody tries many
             return RedirectResponse("/?wrong", 303)
@@ -85,18 +89,15 @@ class Page:
         # A form of another site can be sent here without asking, JSON cannot.
         if request.headers.get("content-type") != "application/json":
             return JSONResponse({"told": "application/json"}, 415)
-        body = await request.body()
         try:
-            if len(body) > LONGEST:
-                raise UserError(f"the page sent {len(body)} bytes; a vote has at most {LONGEST}")
-            given = json.loads(body)
+            given = json.loads(await _read(request))
             annotator = check_annotator(str(given["annotator"]))
             reply = self._do(request.url.path, annotator, given)
         except NotNow as error:
             reply = {"told": str(error), **self._shown(annotator, self.desk.next(annotator))}
         except (UserError, OSError) as error:
             return JSONResponse({"told": str(error)}, 400)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return JSONResponse({"told": "400"}, 400)
         return JSONResponse(reply)
 
@@ -128,6 +129,18 @@ class Page:
             "full": say("This round has its labels. Thank you.") if pair is None and self.desk.full else "",
             "progress": self.desk.progress(annotator),
         }
+
+
+async def _read(request: Request) -> bytes:
+    """What was sent. No more is kept of it than a vote has: whoever reaches the page, with the password or without,
+    could fill the memory otherwise. Raises UserError where there was more."""
+    kept, size = bytearray(), 0
+    async for part in request.stream():
+        size += len(part)
+        kept += part[: LONGEST - len(kept)]
+    if size > LONGEST:
+        raise UserError(f"the page sent {size} bytes; a vote has at most {LONGEST}")
+    return bytes(kept)
 
 
 def listen(host: str, port: int) -> socket.socket:

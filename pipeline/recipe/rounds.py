@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from pipeline.data.load import TEST_OF_ROUNDS
 from pipeline.disk.atomic import Json
 from pipeline.errors import complaint
 from pipeline.recipe.gates import MEASURED
@@ -61,6 +62,10 @@ def expand(tree: Json, stages: dict[str, StageSpec], rounds: Rounds, file: str) 
         if any(read_by(section) for section in stages.values()):
             return tree, {}  # spelt out already
         raise complaint(f"no stage learns from votes: give one of them data: {{path: {LABELS}/}}", "rounds")
+    for name in sorted(reads):
+        data = stages[name].data
+        if data.group or (isinstance(data.test, int | float) and data.test > 1):
+            raise complaint(TEST_OF_ROUNDS, "stages", name, "data", "group" if data.group else "test")
     repeated = _with_heirs(reads, stages)
     held_out = [test for name in reads if isinstance(test := stages[name].data.test, int | float)]
     spelt = {name: section for name, section in tree["stages"].items() if name not in repeated}

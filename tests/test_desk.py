@@ -118,6 +118,10 @@ def test_a_reply_that_got_lost_is_not_a_second_vote(recipe: Recipe, tmp_path: Pa
         again.vote("ada", given(pair, 1))
     assert again.undo("ada", "u1") == first and again.undo("ada", "u1") == first and again.undo("ada", "u2") is None
     assert len((tmp_path / "labels" / "ada.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+    other = again.next("bob")
+    assert other
+    with pytest.raises(UserError, match="its id is that of another"):
+        again.vote("bob", given(other, 0, id=first.id))
 
 
 def test_a_cut_last_line_is_put_aside_and_the_next_vote_is_whole(recipe: Recipe, tmp_path: Path) -> None:

@@ -58,6 +58,14 @@ def test_what_goes_to_a_tool_and_comes_back_is_the_same_votes(tmp_path: Path, sh
     assert weigh(read_votes(tmp_path / "back")[0])["pairs_of_several"] == 1
 
 
+def test_the_folder_of_rounds_stands_for_the_votes_of_all(tmp_path: Path) -> None:
+    for n in (1, 2):
+        (tmp_path / "labels" / f"round-{n}").mkdir(parents=True)
+        write(tmp_path / "labels", f"round-{n}/ada.jsonl", [vote(n)])
+    exchange(str(tmp_path / "labels"), tmp_path / "out", "votes")
+    assert len(read_votes(tmp_path / "out")[0]) == 2
+
+
 @pytest.mark.parametrize(("shape", "kind"), [("trl", "preference"), ("kto", "rated")])
 def test_rows_for_trl_are_what_a_stage_reads_and_come_back_as_that(tmp_path: Path, shape: Shape, kind: Any) -> None:
     def rows(path: str) -> list[str]:

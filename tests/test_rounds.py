@@ -150,6 +150,11 @@ def test_a_run_waits_for_people_and_goes_on(tree: dict[str, Any], tmp_path: Path
     assert first.why == "round 1 of 3: 2 of 4 labels"  # neither ties, skips, known answers nor what was taken back
     for command in ("check", "data", "plan", "status"):
         assert "round 1 of 3: 2 of 4 labels" in typed(command, "my.yaml")
+    old = Path("labels/old.jsonl")
+    old.write_bytes(Path("labels/round-1/bob.jsonl").read_bytes())  # of before there were rounds
+    assert "The votes in labels are of no round" in typed("status", "my.yaml")
+    old.unlink()
+    assert "of no round" not in typed("status", "my.yaml")
     assert json.loads(typed("status", "my.yaml", "--json"))["rounds"][0] == {"labels": 2, "votes": 4, "full": False}
     for n in (6, 7):
         say_of(n, 1)

@@ -58,6 +58,7 @@ def test_a_cut_last_line_is_told_and_costs_no_other(tmp_path: Path) -> None:
         ({"time": "yesterday"}, "time"),
         ({"prompt": "What else?"}, "pair is not that of this prompt"),
         ({"note": "mine"}, "note"),
+        ({"annotator": "\x1b[31mada"}, "annotator is"),
         ({"ranking": [0, 1]}, "ranking begins with 0"),
     ],
 )

@@ -86,6 +86,8 @@ class Vote(BaseModel):
 
     @model_validator(mode="after")
     def _names_its_candidates(self) -> Vote:
+        if not self.annotator.isprintable():  # a name is printed in the terminal
+            raise ValueError(f"annotator is {self.annotator!r:.60}, which holds signs that cannot be shown")
         count = len(self.candidates)
         for name, order in (("shown", self.shown), ("ranking", self.ranking)):
             if order and sorted(order) != list(range(count)):

@@ -179,6 +179,8 @@ class Desk:
             return order[place] if isinstance(place, int) and 0 <= place < len(order) else place
 
         ranking, edit, guidelines = given.get("ranking"), given.get("edit"), given.get("guidelines")
+        if given.get("id") in self._asks:  # else one vote could be taken for the other
+            raise UserError("what the page sent is no vote: its id is that of another person's vote")
         try:
             vote = Vote(
                 id=given["id"],

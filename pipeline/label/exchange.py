@@ -65,8 +65,9 @@ def exchange(source: str, to: Path, shape: Shape) -> list[str]:
 def read(source: str) -> Reading:
     """The votes of a file or folder, whose shape is told by its rows. Raises UserError naming file and row."""
     reading = Reading()
-    if is_of_votes(source):
-        for file, (placed, cut) in read_files(files_in(Path(source))).items():
+    folders = [Path(source), *sorted(Path(source).glob("round-*"))]  # with rounds, each has a folder of its own
+    if any(is_of_votes(str(folder)) for folder in folders):
+        for file, (placed, cut) in read_files(file for folder in folders for file in files_in(folder)).items():
             lines = [vote for _, vote in placed]
             kept = standing(lines)
             reading.left[say("lines that take a vote back or were taken back")] += len(lines) - len(kept)

@@ -11,9 +11,10 @@ from pathlib import Path
 from rich.cells import set_cell_size
 from rich.console import Console
 
+from pipeline.data.votes import files_in, of_round
 from pipeline.language.say import say, say_again
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.waiting import waiting
+from pipeline.recipe.waiting import folders, waiting
 from pipeline.runs.states import states
 from pipeline.terminal.console import make_console
 from pipeline.terminal.recipes import comes_along
@@ -51,6 +52,12 @@ def tell_waiting(recipe: Recipe, path: str) -> bool:
     if first is not None:
         command, far = f"onebase label {path}", say_again(first.told)
         print(say("Waiting for people, {progress}. To label: {command}", progress=far, command=command))
+        for folder in (folder for folder in folders(recipe) if folder.is_dir() and files_in(folder)):
+            told = say(
+                "The votes in {folder} are of no round. To count them in the first, move them to {to}",
+                folder=folder, to=of_round(folder, 1),
+            )  # fmt: skip
+            print(told)
     return first is not None
 
 

@@ -66,7 +66,14 @@ def cp(
 @command(app, "check", "onebase check my.yaml")
 def check(recipe: RecipePath, override: Overrides = [], as_json: AsJson = False, lang: Lang = "en") -> None:
     """Check a recipe, its data and its settings. Trains nothing."""
-    from pipeline.stages.check import check_arguments, check_base, check_engines, check_rendering, check_trackers
+    from pipeline.stages.check import (
+        check_arguments,
+        check_base,
+        check_engines,
+        check_liger,
+        check_rendering,
+        check_trackers,
+    )
     from pipeline.terminal.states import count_rows, show_rows, show_sound, show_waiting
 
     with stdout_kept(as_json):
@@ -78,6 +85,7 @@ def check(recipe: RecipePath, override: Overrides = [], as_json: AsJson = False,
         check_base(chain.spec.model, chain.stages)
         check_trackers(chain.stages)
         check_engines(chain.spec.model, chain.stages)
+        check_liger(chain.spec.model, chain.stages)
         check_arguments(chain.spec.model, chain.stages, chain.spec.seed)
         untried = check_rendering(chain.spec.model, {name: chain.stages[name] for name in rows}, rows)
         show_sound(recipe, chain.order(), untried)

@@ -7,7 +7,8 @@ Weights are random and quantised layer by layer, so nothing is downloaded and th
 Both sides train on the same rows, with the same LoRA, batch and checkpointing, one after the other in this process;
 the first steps are left out of the times. "plain" is TRL's trainer as its documentation has it (its fused LM head, its
 bfloat16 adapter); ours is the trainer of pipeline/stages. TRL has no PPO any more, so ours stands alone there,
-with the cache that grows and with cache_implementation: static. Measured
+with the cache that grows and with cache_implementation: static. Where Liger is
+installed, ours is measured with its RMSNorm and SwiGLU as well. Measured
 memory is torch.cuda.max_memory_allocated, to which the planned figure without the CUDA context is compared; what the
 allocator had reserved is beside it. A stage that fails, or does not fit, is a row that says so; the JSON is written
 anew after every row. Ours halves a batch that does not fit: a note says to how many rows, and the plan is of the whole.
@@ -23,6 +24,7 @@ import time
 import traceback
 import warnings
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,7 @@ TINY = {
 }  # fmt: skip
 WARM_UP = 2
 STATIC = "ours, static cache"
+LIGER = "ours, Liger"
 TRAINERS = {
     "pretrain": (SFTTrainer, SFTConfig),
     "sft": (SFTTrainer, SFTConfig),
@@ -157,7 +160,8 @@ def trainer_of(stage: str, side: str, given: argparse.Namespace, config: dict[st
     args.checkpointed_layers = layers
     rows = rows_of(stage, given.rows * (WARM_UP + given.steps), given.length, config["vocab_size"])
     options = {"args": args, "train_dataset": rows, "processing_class": tokenizer}
-    if side == "ours":
+    args.by_liger = side == LIGER
+    if side != "plain":
         return shared.build(trainer_class, adapters._ready(model), **options)
     return trainer_class(model=model, **options)
 
@@ -305,7 +309,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         make_tiny_base(Path(scratch) / "tiny")
         for stage in given.stages:
-            for side in ("ours", STATIC) if stage == "ppo" else ("plain", "ours"):
+            liger = (LIGER,) if given.device == "cuda" and find_spec("liger_kernel") else ()
+            for side in ("ours", STATIC) if stage == "ppo" else ("plain", "ours", *liger):
                 print(f"{stage}, {side} ...", flush=True)
                 _reset(device)
                 found.append(measured(stage, side, given, config, Path(scratch)))

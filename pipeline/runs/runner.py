@@ -22,7 +22,7 @@ from pipeline.runs.recipe_file import refuse_foreign, write_recipe
 from pipeline.runs.rows import load_rows
 from pipeline.runs.states import State, states
 from pipeline.runs.told import Told
-from pipeline.stages.check import check_base, check_engines, check_trackers
+from pipeline.stages.check import check_base, check_engines, check_liger, check_trackers
 from pipeline.stages.stage import Rows
 
 LAUNCHER = "accelerate.commands.launch"
@@ -113,6 +113,7 @@ def _check_before(recipe: Recipe, state: State, by_name: dict[str, State], chose
     check_base(recipe.spec.model, {state.name: recipe.stages[state.name]})
     check_trackers({state.name: recipe.stages[state.name]})
     check_engines(recipe.spec.model, {state.name: recipe.stages[state.name]})
+    check_liger(recipe.spec.model, {state.name: recipe.stages[state.name]})
     return rows
 
 

@@ -36,6 +36,9 @@ OUR_WORDS = {  # the trainers' words that something else here decides; passed on
     "is not needed: held-out numbers are taken before and after every stage (data.test, questions)": (
         "eval_strategy", "eval_steps", "do_eval", "load_best_model_at_end", "metric_for_best_model",
     ),
+    "is not needed: use_liger_kernel takes Liger's RMSNorm and SwiGLU, and leaves positions and losses as they are": (
+        "liger_kernel_config",
+    ),
     "is decided by the encoder: loss on the assistant's tokens and its end-of-turn token, rows cut at the end": (
         "assistant_only_loss", "completion_only_loss", "dataset_text_field", "dataset_kwargs", "truncation_mode",
     ),

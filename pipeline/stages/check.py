@@ -95,6 +95,15 @@ def check_engines(model: ModelSpec, stages: dict[str, StageSpec]) -> None:
                 )
 
 
+def check_liger(model: ModelSpec, stages: dict[str, StageSpec]) -> None:
+    """Raises UserError for a stage that asks for Liger's kernels where they cannot be had."""
+    asking = [name for name, spec in stages.items() if spec.train.get("use_liger_kernel")]
+    if asking:
+        from pipeline.models import liger
+
+        liger.check(None if model.base.endswith(".gguf") else read_config(model)[0].get("model_type"), asking[0])
+
+
 def check_base(model: ModelSpec, stages: dict[str, StageSpec]) -> None:
     """Raises UserError for a base that cannot do what the stages ask of it, by its config.json. Reads no weights."""
     from pipeline.stages import STAGES

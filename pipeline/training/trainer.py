@@ -21,7 +21,7 @@ from pipeline.disk import metrics
 from pipeline.disk.atomic import written_whole
 from pipeline.errors import BrokenInvariant, Interrupted, UserError
 from pipeline.language.say import kept
-from pipeline.models import adapters
+from pipeline.models import adapters, liger
 from pipeline.models.forward import plain_on_cpu
 from pipeline.models.out_of_memory import is_out_of_memory
 from pipeline.plan.sizes import BATCH, TOKENS
@@ -42,7 +42,8 @@ def arguments(config_class: Any, spec: StageSpec, ctx: Context, **stage_defaults
     """The trainer's config: our defaults and the stage's, then the recipe's arguments, then what only we may say.
 
     Added to it are `checkpointed_layers`: in how many layers activations are checkpointed, None if in all or none; and
-    the budget of a batch in tokens, None if its rows are counted; and `layers_compiled`, what torch.compile is told.
+    the budget of a batch in tokens, None if its rows are counted; `layers_compiled`, what torch.compile is told; and
+    `by_liger`, whether RMSNorm and SwiGLU are Liger's.
     Raises UserError naming the stage if the config refuses a value.
     """
     given = dict(spec.train)
@@ -53,6 +54,7 @@ def arguments(config_class: Any, spec: StageSpec, ctx: Context, **stage_defaults
         given["activation_checkpointing"] = layers > 0
     # Here it means the decoder layers one by one: all are alike, so one is compiled, and not the model around them.
     compiling = {name: given.pop(name) for name in COMPILING if name in given}
+    by_liger = given.pop("use_liger_kernel", False)  # TRL's own use of it takes more than the layers' kernels
     defaults = {
         "bf16": ctx.model.dtype == "bfloat16",
         "fp16": ctx.model.dtype == "float16",
@@ -78,6 +80,7 @@ def arguments(config_class: Any, spec: StageSpec, ctx: Context, **stage_defaults
     args.checkpointed_layers = layers if counted and layers else None
     args.base_on_hub = ctx.model.public_id
     args.layers_compiled = compiling if compiling.get("torch_compile", bool(compiling)) else None
+    args.by_liger = by_liger
     setattr(args, TOKENS, budget)
     return args
 
@@ -147,6 +150,8 @@ def build(trainer_class: type, model: PeftModel, **options: Any) -> Any:
     if args.push_to_hub and args.base_on_hub:  # what TRL pushes names its base, and nobody else has this folder
         model.peft_config["default"].base_model_name_or_path = args.base_on_hub
         model.get_base_model().config._name_or_path = args.base_on_hub  # type: ignore[union-attr]
+    if getattr(args, "by_liger", False):
+        liger.apply(whole, Path(args.output_dir).parent.name)
     masters = {name: weight.detach().clone() for name, weight in adapters.trainable(model).items()}
     bases = (SplitsWhenFull, ResumableOrder, trainer_class)
     trainer: Any = type(trainer_class.__name__, bases, {})(model=model, **options)

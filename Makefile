@@ -4,7 +4,7 @@
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --quiet
+PIP    := $(BIN)/python -m pip install --quiet --no-compile
 MODEL  := models/SmolLM2-135M-Instruct
 
 .PHONY: quickstart test lint docs model clean
@@ -32,6 +32,7 @@ $(BIN)/.installed: pyproject.toml scripts/constraints.txt
 	@$(PIP) --upgrade pip >$(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
 	@$(PIP) --constraint scripts/constraints.txt --editable '.[dev]' >>$(VENV)/install.log 2>&1 || \
 	  { cat $(VENV)/install.log; exit 1; }
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib >>$(VENV)/install.log 2>&1 || true  # on all cores; pip takes one
 	@touch $@
 
 $(MODEL)/config.json: | $(BIN)/.installed

@@ -178,7 +178,7 @@ def test_an_untrusted_judge_stops_a_run_and_not_the_page(tiny_base: Path, tmp_pa
     assert "people have checked 5 pairs on which judge.m chose an answer" in shown
     assert "judge.m: 30 votes, agrees with people on 100% of 5 pairs that both decided" in shown
     told = CliRunner().invoke(app, [*command, "-o", "stages.reward.data.judge_agreement=0"])
-    assert not told.exception and "vote of a judge 25" in told.output
+    assert not told.exception and "voteofajudge25" in "".join(told.output.split())
     # How far a judge is trusted changes nothing of what is learnt.
     trusting = read(str(tmp_path / "tiny.yaml"), "stages.reward.data.judge_agreement=0")
     assert trusting.parts() == recipe.parts()

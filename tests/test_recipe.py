@@ -105,18 +105,11 @@ def test_cycle_double_key_and_broken_yaml(good: Path) -> None:
         ("distributed_type: [", "is not an accelerate config"),
     ],
 )
-def test_a_base_in_shards_is_refused_before_any_work(
-    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, names: str
-) -> None:
-    """Whether a file asks for it, or the one that accelerate itself has written, which its launcher reads unasked."""
-    file = tmp_path / "accelerate" / "default_config.yaml"
-    file.parent.mkdir()
+def test_a_base_in_shards_is_refused_before_any_work(good: Path, tmp_path: Path, text: str, names: str) -> None:
+    file = tmp_path / "accelerate.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=rf"{file}: {names}"):
         run(read(good), runs=tmp_path / "runs", launch_config=file)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    with pytest.raises(UserError, match=rf"{file}: {names}"):
-        run(read(good), runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 

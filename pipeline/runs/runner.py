@@ -26,6 +26,8 @@ from pipeline.stages.check import check_base, check_engines, check_liger, check_
 from pipeline.stages.stage import Rows
 
 LAUNCHER = "accelerate.commands.launch"
+ALONE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no", "ACCELERATE_USE_CPU": "false"}
+"""What the launcher would tell one process: it is not asked, since it imports torch for it, at every stage."""
 
 
 def run(
@@ -143,21 +145,17 @@ def _launch(
 ) -> None:
     out = recipe.artifact(stage, runs)
     out.folder.mkdir(parents=True, exist_ok=True)
-    if config:
-        arguments = ["--config_file", str(config)]
-    else:
-        arguments = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        arguments += ["--num_cpu_threads_per_process", _cores()]
     worker = ["-m", "pipeline.runs.worker", str(resolved), stage, "--runs", str(runs)]
     if after_training is not None:
         worker += ["--after-training", f"{after_training:.0f}"]
-    command = [sys.executable, "-m", LAUNCHER, *arguments, *worker]
+    command = [sys.executable, *(["-m", LAUNCHER, "--config_file", str(config)] if config else []), *worker]
     variables = {**make_environment(), WATCH: "1", "PYTHONUNBUFFERED": "1"}
     if variables["TRANSFORMERS_VERBOSITY"] == QUIET["TRANSFORMERS_VERBOSITY"]:
         variables["TRANSFORMERS_VERBOSITY"] = "warning"  # nobody reads it on the terminal, and the log is to keep it
     if config is None:
         # TRL's trainers refuse a process that sees several GPUs; one is what a run without a config is about.
         variables.setdefault("CUDA_VISIBLE_DEVICES", "0")
+        variables |= {**ALONE, "OMP_NUM_THREADS": _cores()}
     with out.log.open("ab") as log:
         begun = log.tell()
         # A session of its own: Ctrl-C comes to the runner alone, which asks the worker to stop and waits for it.

@@ -146,6 +146,10 @@ def test_stages_meet_on_what_tests_hold_out_and_training_never_reads_it(tiny_bas
     assert reads.parts() == before and people.arena_of(reads) == desk.folder
     rows = read_source(str(labels), PREFERENCE, DataSpec(path=str(labels))).rows
     assert {row["prompt"] for row in rows} == {"What is 0?"}
+    for path in (desk.folder, desk.folder / "bo.jsonl"):
+        tree["stages"] = {"reward": {"data": {"path": str(path)}}}
+        with pytest.raises(UserError, match=r"stages.reward.data.path: .* holds votes on held-out prompts"):
+            read(write_recipe(tree, tmp_path / "tiny.yaml")).parts()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import torch
 from test_packing import batch, loss_and_gradients, models
 from test_ppo import length, trainer
 
+from pipeline.data import render
+from pipeline.measure import scoring
 from pipeline.models.computed import take_computed
 
 
@@ -52,3 +54,19 @@ def test_a_step_of_ppo_counts_all_its_passes_but_sampling(tiny_base: Path) -> No
     assert counted["computed"] < counted["real"] < counted["padded"]
     for name in ("computed", "padded"):
         assert numbers[f"{name}_per_token"] == pytest.approx(counted[name] / counted["real"])
+
+
+def test_held_out_pairs_compute_their_prompt_once(tiny_base: Path) -> None:
+    """Though a long answer stands beside a short one, which a batch of like lengths would part."""
+    ppo = trainer(tiny_base, length)
+    prompts = [f"{letter}{letter} " * 40 for letter in "abcdefgh"]
+    rows = [render.document(ppo.tokenizer, prompt + "q" * size) for prompt in prompts for size in (10, 300)]
+    assert len(list(scoring.batches([len(row.ids) for row in rows]))) > 2
+    take_computed(ppo.actors.model)
+    apart = scoring.log_likelihoods(ppo.actors.model, ppo.tokenizer, rows)
+    assert take_computed(ppo.actors.model)["computed_per_token"] == 1.0
+    together = scoring.log_likelihoods(ppo.actors.model, ppo.tokenizer, rows, together=2)
+    assert together == pytest.approx(apart, abs=1e-3)
+    real = sum(len(row.ids) for row in rows)
+    shared = sum(len(render.document(ppo.tokenizer, prompt).ids) - 3 for prompt in prompts)
+    assert take_computed(ppo.actors.model)["computed_per_token"] <= (real - shared) / real

@@ -48,6 +48,16 @@ def test_a_cut_last_line_is_told_and_costs_no_other(tmp_path: Path) -> None:
     assert "ada.jsonl: its last line was cut short" in told[0]
 
 
+def test_a_last_line_without_its_end_is_whole_and_the_next_vote_stands_below_it(tmp_path: Path) -> None:
+    """Editors leave a file so."""
+    file = tmp_path / "ada.jsonl"
+    file.write_text(json.dumps(vote(0)) + "\n" + json.dumps(vote(1)), encoding="utf-8")
+    (tmp_path / "old.jsonl").mkdir()
+    assert [one.id for one in read_votes(tmp_path)[0]] == ["v0", "v1"]
+    append(file, parse(json.dumps(vote(2)), "here"))
+    assert read_votes(tmp_path) == ([parse(json.dumps(vote(number)), "here") for number in range(3)], [])
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -6,6 +6,7 @@ stood on; `shown` is the order on the screen. A vote is taken back by a further 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import unicodedata
@@ -128,9 +129,11 @@ def append(file: Path, vote: Vote) -> None:
     """Add a line. When this returns, it is on the disk. Raises UserError or OSError where it could not be put there."""
     line = (vote.model_dump_json() + "\n").encode()
     new = not file.exists()
-    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         before = os.fstat(descriptor).st_size
+        if before and os.pread(descriptor, 1, before - 1) != b"\n":  # an editor took the last one away
+            line = b"\n" + line
         if os.write(descriptor, line) < len(line):
             os.ftruncate(descriptor, before)  # else the next line would go on from a part of this one
             raise UserError(f"{file}: the disk took only a part of a vote; make room on it")
@@ -149,7 +152,7 @@ def files_in(path: Path, rounds: int | None = None) -> list[Path]:
     """The files of votes in a folder; or the one that is named. `rounds`: those of its rounds 1 to this one."""
     if rounds:
         return [file for n in range(1, rounds + 1) for file in files_in(of_round(path, n)) if file.is_file()]
-    files = path.glob("*.jsonl") if path.is_dir() else [path]
+    files = [file for file in path.glob("*.jsonl") if file.is_file()] if path.is_dir() else [path]
     return sorted(file for file in files if not file.name.startswith("."))
 
 
@@ -171,6 +174,8 @@ def read_placed(file: Path) -> tuple[list[tuple[str, Vote]], str]:
     Raises UserError naming file and line of one that is no vote, or that stands there twice.
     """
     whole, _, cut = file.read_bytes().rpartition(b"\n")
+    if cut and _is_whole(cut):
+        whole, cut = whole + b"\n" + cut, b""
     placed: list[tuple[str, Vote]] = []
     place_by_id: dict[str, str] = {}
     for number, line in enumerate(whole.split(b"\n"), 1):
@@ -210,12 +215,24 @@ def parse(line: bytes | str, place: str) -> Vote:
     try:
         return Vote.model_validate_json(line)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(step) for step in first["loc"])
-        problem = f"{key}: {first['msg']}".removeprefix(": ").replace("Value error, ", "")
+        problem = first_problem(error)
     raise UserError(
         f"{place}: is no vote as `onebase label` wrote it: {problem}. Restore the line, or take it out of the file"
     )
+
+
+def first_problem(error: ValidationError) -> str:
+    """The key that is wrong in a vote, and what is."""
+    first = error.errors()[0]
+    key = ".".join(str(step) for step in first["loc"])
+    return f"{key}: {first['msg']}".removeprefix(": ").replace("Value error, ", "")
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def read_votes(path: Path) -> tuple[list[Vote], list[str]]:

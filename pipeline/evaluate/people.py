@@ -19,6 +19,7 @@ from pipeline.language.say import say
 from pipeline.measure.krippendorff import krippendorff
 from pipeline.measure.metric import ELO, Estimate
 from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.rounds import ARENA
 
 MADE_OF = "arena"
 """The name under which results.json notes which votes it counts."""
@@ -26,7 +27,7 @@ MADE_OF = "arena"
 
 def arena_of(recipe: Recipe) -> Path:
     """Where the votes on stages lie: beside the recipe, and not below `labels/`, which stages are trained on."""
-    return Path(recipe.file).parent / "arena"
+    return Path(recipe.file).parent / ARENA
 
 
 def read_arena(folder: Path) -> tuple[list[Vote], list[str]]:

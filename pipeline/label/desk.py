@@ -201,7 +201,9 @@ class Desk:
                 choose=self.drawer.choose,
                 share=pair.gold is None and self.shared(pair),
             )
-        except (ValidationError, KeyError, TypeError, AttributeError) as error:
+        except ValidationError as error:
+            raise UserError(f"what the page sent is no vote: {files.first_problem(error)}") from error
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"what the page sent is no vote: {error}") from error
         self._check_edit(vote)
         return vote

@@ -51,7 +51,7 @@ def token_means(
 ) -> tuple[list[float], list[float]]:
     """The mean log-likelihood of a token, in nats, of every chosen answer and of every rejected one."""
     answers = [answer for pair in pairs for answer in pair]
-    totals = log_likelihoods(model, tokenizer, [answer.sequence() for answer in answers])
+    totals = log_likelihoods(model, tokenizer, [answer.sequence() for answer in answers], together=2)
     means = [total / answer.supervised for total, answer in zip(totals, answers, strict=True)]
     return means[0::2], means[1::2]
 
@@ -69,7 +69,7 @@ def reward_model(
     out of distribution."""
     if not pairs:
         return {}
-    heads_NK = head_scores(model, tokenizer, [ids for pair in pairs for ids in pair])
+    heads_NK = head_scores(model, tokenizer, [ids for pair in pairs for ids in pair], together=2)
     values: list[float] = heads_NK.mean(1).tolist()
     found = ranking(values[0::2], values[1::2], "accuracy", "margin")
     margins = [better - worse for better, worse in zip(values[0::2], values[1::2], strict=True)]
@@ -108,8 +108,11 @@ def ranking(chosen: list[float], rejected: list[float], accuracy: str, margin: s
 
 
 @torch.no_grad()
-def log_likelihoods(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]) -> list[float]:
-    """For each sequence, the sum of log p(token | before) over its supervised tokens, in nats."""
+def log_likelihoods(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], together: int = 1
+) -> list[float]:
+    """For each sequence, the sum of log p(token | before) over its supervised tokens, in nats. `together`: so many rows
+    after each other begin alike."""
     model.eval()
     language_model = LanguageModel(model, tokenizer.pad_token_id)
 
@@ -126,7 +129,7 @@ def log_likelihoods(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: 
         logp_N = token_log_likelihoods(language_model, states_NH, labels_BT[row_N, state_N + 1].to(model.device)).cpu()
         return [logp_N[row_N == place].sum().item() for place in range(len(batch))]
 
-    return _by_batches(of, [len(row.ids) for row in rows])
+    return _by_batches(of, [len(row.ids) for row in rows], together)
 
 
 def token_log_likelihoods(language_model: LanguageModel, states_NH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
@@ -141,17 +144,19 @@ def token_log_likelihoods(language_model: LanguageModel, states_NH: torch.Tensor
 
 
 def head_scores(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[list[int]]
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[list[int]], together: int = 1
 ) -> numpy.ndarray[Any, Any]:
     """The same as `scores`, (N, K) of a model with K heads."""
-    heads_NK = numpy.array(scores(model, tokenizer, sequences), dtype=float)
+    heads_NK = numpy.array(scores(model, tokenizer, sequences, together), dtype=float)
     return heads_NK.reshape(len(sequences), -1) if len(sequences) else numpy.empty((0, 1))
 
 
 @torch.no_grad()
-def scores(model: PeftModel, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[list[int]]) -> list[Any]:
+def scores(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[list[int]], together: int = 1
+) -> list[Any]:
     """The score of each sequence, read at its last token, its head in float32; a list of them where the model has
-    several outputs."""
+    several outputs. `together`: so many sequences after each other begin alike."""
     model.eval()
 
     def of(batch: Sequence[int]) -> list[float]:
@@ -160,26 +165,29 @@ def scores(model: PeftModel, tokenizer: PreTrainedTokenizerBase, sequences: Sequ
             scores_B1 = model(input_ids=ids_BT.to(model.device), attention_mask=mask_BT.to(model.device)).logits
         return scores_B1.squeeze(1).tolist()  # type: ignore[no-any-return]
 
-    return _by_batches(of, [len(ids) for ids in sequences])
+    return _by_batches(of, [len(ids) for ids in sequences], together)
 
 
-def _by_batches(of: Callable[[Sequence[int]], list[Any]], lengths: list[int]) -> list[Any]:
+def _by_batches(of: Callable[[Sequence[int]], list[Any]], lengths: list[int], together: int) -> list[Any]:
     """One value for each row, computed batch by batch; several processes share the batches."""
     values: dict[int, Any] = {}
-    for batch in processes.share(list(batches(lengths))):
+    for batch in processes.share(list(batches(lengths, together=together))):
         parts = run_in_parts(of, batch, lengths.__getitem__)
         values |= zip(batch, itertools.chain.from_iterable(parts), strict=True)
     found = {index: value for part in processes.gather(values) for index, value in part.items()}
     return [found[index] for index in range(len(lengths))]
 
 
-def batches(lengths: list[int], tokens: int = EVALUATION_TOKENS) -> Iterator[list[int]]:
-    """Indices in batches of like length, each of at most `tokens` once padded (or of one row)."""
+def batches(lengths: list[int], tokens: int = EVALUATION_TOKENS, together: int = 1) -> Iterator[list[int]]:
+    """Indices in batches of like length, each of at most `tokens` once padded (or of one group). `together` rows after
+    each other are a group and stay in one batch, where what they begin with is computed once."""
+    groups = [range(first, first + together) for first in range(0, len(lengths), together)]
+    longest = [max(lengths[index] for index in group) for group in groups]
     batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batch and (len(batch) + 1) * lengths[index] > tokens:
+    for length, group in sorted(zip(longest, groups, strict=True), key=lambda pair: pair[0]):
+        if batch and (len(batch) + together) * length > tokens:
             yield batch
             batch = []
-        batch.append(index)
+        batch += group
     if batch:
         yield batch

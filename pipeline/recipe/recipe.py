@@ -149,7 +149,7 @@ class Recipe:
         return {f"environment {environment}: {name}": sha256_of_file(path) for name, path in read.items()}
 
     def check_files(self, stage: str) -> None:
-        """Raises UserError with the recipe's line and key for a file of rows that is not there."""
+        """Raises UserError with the recipe's line and key for rows that are not there or must not be learnt."""
         section = self.stages[stage]
         named: list[tuple[str, object]] = [
             ("data.mix" if section.data.mix else "data.path", part.path)
@@ -157,10 +157,16 @@ class Recipe:
             if not part.rounds  # which are waited for
         ]
         named += [("data.test", section.data.test), ("questions", section.question_file())]
+        arena = os.path.realpath(os.path.join(os.path.dirname(self.file), rounds.ARENA))
         for key, file in named:
+            place = self._place(f"stages.{self.written.get(stage, stage)}.{key}")
             if isinstance(file, str) and not os.path.exists(file) and not is_hub_id(file):
-                key = f"stages.{self.written.get(stage, stage)}.{key}"
-                raise UserError(f"{self._place(key)}: {beside(self.file, file)}{no_such_file(file)}")
+                raise UserError(f"{place}: {beside(self.file, file)}{no_such_file(file)}")
+            if isinstance(file, str) and arena in (folder := os.path.realpath(file), os.path.dirname(folder)):
+                raise UserError(
+                    f"{place}: {file} holds votes on held-out prompts, and a test that a stage has learnt measures "
+                    "nothing. `onebase label` without --arena gives votes to learn from"
+                )
 
     def _place(self, key: str) -> str:
         return f"{self.file}:{self.lines[key]}: {key}" if key in self.lines else f"{self.file}: {key}"

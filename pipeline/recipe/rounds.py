@@ -22,6 +22,8 @@ from pipeline.stages.stage import StageSpec
 
 LABELS = "labels"
 """The folder of votes, beside the recipe or where the command is typed."""
+ARENA = "arena"
+"""The folder of votes on held-out prompts, beside the recipe."""
 
 
 Count = Annotated[int, Field(ge=1, le=99, strict=True)]

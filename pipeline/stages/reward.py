@@ -90,7 +90,7 @@ def run(spec: RewardSpec, ctx: Context) -> Result:
 
     # what later stages need to know of the score's scale, of training pairs: held-out ones may change without training
     some = [train_set[place] for place in range(0, len(train_set), -(-len(train_set) // SCALED))]
-    scores_NK = scoring.head_scores(model, tokenizer, [ids for pair in some for ids in pair])
+    scores_NK = scoring.head_scores(model, tokenizer, [ids for pair in some for ids in pair], together=2)
     margins_P = (scores_NK[0::2] - scores_NK[1::2]).mean(1)
     result.head_means = scores_NK.mean(0).tolist() if spec.heads > 1 else []
     result.length_slope = heads.length_slope(margins_P, [len(better) - len(worse) for better, worse in some])

@@ -27,15 +27,15 @@ from pipeline.evaluate.stored import RESULTS, Arena, Link, Results, folder, read
 from pipeline.language.say import say
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.dtype import begun_in, settle
-from pipeline.runs.environment import ERROR_MARK, make_environment
+from pipeline.runs.environment import ERROR_MARK, make_environment, spin_if_idle
 from pipeline.runs.recipe_file import write_recipe
 from pipeline.runs.states import states
 from pipeline.stages.stage import BASE
 
 JUDGED = "judge.jsonl"
 """An external judge's verdicts one by one: what it was shown, on which side, and what it replied."""
-BUSY = 10
-"""Percent of the processor in use by others, above which this is not the only thing that runs."""
+SPINS = 8000
+"""An evaluation is many small products, and short: more than this gains nothing."""
 
 
 def launch(recipe: Recipe, runs: Path, judge: tuple[str, str] | None = None, tasks: Sequence[str] = ()) -> Results:
@@ -56,7 +56,7 @@ def launch(recipe: Recipe, runs: Path, judge: tuple[str, str] | None = None, tas
     if tasks:
         command += ["--lm-eval", *tasks]
     with log.open("wb") as errors:
-        variables = {**_spinning(), **make_environment()}
+        variables = {**spin_if_idle(SPINS), **make_environment()}
         status = subprocess.run(command, stderr=errors, env=variables, check=False).returncode
     if status:
         said = log.read_text(encoding="utf-8", errors="replace")
@@ -65,15 +65,6 @@ def launch(recipe: Recipe, runs: Path, judge: tuple[str, str] | None = None, tas
         tail = "\n  ".join(said.strip().splitlines()[-8:])
         raise UserError(f"the evaluation ended with status {status}:\n  {tail}\nIts log is {log}.")
     return results_of(recipe, runs)
-
-
-def _spinning() -> dict[str, str]:
-    """An evaluation is many small products, between which threads that sleep take long to wake: spinning for a few
-    milliseconds takes a third off its time on two cores. Beside other work it multiplies it, so they sleep then. It
-    counts for more than OMP_WAIT_POLICY, which by now says passive whoever set it."""
-    import psutil
-
-    return {"GOMP_SPINCOUNT": "50000"} if psutil.cpu_percent(interval=0.5) < BUSY else {}
 
 
 def results_of(recipe: Recipe, runs: Path) -> Results:

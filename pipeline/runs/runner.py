@@ -16,7 +16,7 @@ from pipeline.language.say import say, say_again
 from pipeline.recipe import gates
 from pipeline.recipe.recipe import RUNS, Recipe
 from pipeline.runs import sharding
-from pipeline.runs.environment import ERROR_MARK, QUIET, WATCH, ended_in_order, make_environment
+from pipeline.runs.environment import ERROR_MARK, QUIET, WATCH, ended_in_order, make_environment, spin_if_idle
 from pipeline.runs.estimate import Clock, estimate, spoken
 from pipeline.runs.recipe_file import refuse_foreign, write_recipe
 from pipeline.runs.rows import load_rows
@@ -25,6 +25,8 @@ from pipeline.runs.told import Told
 from pipeline.stages.check import check_base, check_engines, check_liger, check_trackers
 from pipeline.stages.stage import Rows
 
+SPINS = 3000
+"""A stage is long: what begins beside it later should not wait for its threads."""
 LAUNCHER = "accelerate.commands.launch"
 ALONE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no", "ACCELERATE_USE_CPU": "false"}
 """What the launcher would tell one process: it is not asked, since it imports torch for it, at every stage."""
@@ -149,7 +151,7 @@ def _launch(
     if after_training is not None:
         worker += ["--after-training", f"{after_training:.0f}"]
     command = [sys.executable, *(["-m", LAUNCHER, "--config_file", str(config)] if config else []), *worker]
-    variables = {**make_environment(), WATCH: "1", "PYTHONUNBUFFERED": "1"}
+    variables = {**spin_if_idle(SPINS), **make_environment(), WATCH: "1", "PYTHONUNBUFFERED": "1"}
     if variables["TRANSFORMERS_VERBOSITY"] == QUIET["TRANSFORMERS_VERBOSITY"]:
         variables["TRANSFORMERS_VERBOSITY"] = "warning"  # nobody reads it on the terminal, and the log is to keep it
     if config is None:

@@ -26,13 +26,13 @@ BATCH, MICRO, EPOCHS, RATE, TEMPERATURE = 32, 8, 2, 1e-5, 1.0
 
 
 def run_as_a_stage() -> None:
-    """Start anew in the environment that `onebase run` gives a stage beside which nothing runs; glibc reads its settings
-    at the start alone."""
+    """Start anew in the environment of a stage on an idle machine; glibc reads its settings at the start alone."""
     sys.path.append(".")
     from pipeline.runs.environment import make_environment
     from pipeline.runs.runner import SPINS
 
-    wanted = {"GOMP_SPINCOUNT": str(SPINS), **make_environment(), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    wanted = {"GOMP_SPINCOUNT": str(SPINS), **make_environment()}
+    wanted |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], wanted)
 

@@ -135,7 +135,7 @@ def test_the_story_shows_a_question_that_only_the_trained_model_answers(tiny_bas
     assert 'After sft: 59 of 72 held-out questions answered right. Asked the same: "It is purple."' in words
 
 
-TIMED = {"pretrain": 44.4, "sft": 166.3, "reward": 133.5, "dpo": 93.0, "ppo": 356.0}
+TIMED = {"pretrain": 42.0, "sft": 151.0, "reward": 117.0, "dpo": 75.0, "ppo": 309.0}
 """Seconds of the stages of the quickstart on the machine that the planner's CPU figures are of, idle, where a product
 reached 0.37 teraflops."""
 SMOLLM2 = {

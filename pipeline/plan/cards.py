@@ -108,7 +108,7 @@ def half_of_ram() -> Card:
 def this_cpu(operations: float) -> Card:
     """This machine's CPU, of which was measured how many operations a second a matrix product reaches. The other
     figures are of one machine (2 cores of an AMD EPYC), on which the stages of recipes/quickstart.yaml were timed."""
-    return replace(half_of_ram(), teraflops=operations / 1e12, bandwidth=15.0, reached=0.7, layer=0.006)
+    return replace(half_of_ram(), teraflops=operations / 1e12, bandwidth=15.0, reached=0.8, layer=0.003)
 
 
 def describe_card(name: str, memory: int, used: int = 0, usable: float = 0.975) -> Card:

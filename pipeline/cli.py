@@ -323,9 +323,9 @@ def compare(
 def main() -> None:
     """Run the command line; a UserError becomes one message and status 2."""
     from pipeline.models.quiet import quiet_from_the_start
-    from pipeline.runs.environment import QUIET, complete_own
+    from pipeline.runs.environment import NUMPY, QUIET, complete_own
 
-    complete_own(QUIET)
+    complete_own({**QUIET, **NUMPY})
     quiet_from_the_start()
     try:
         app(prog_name="onebase")

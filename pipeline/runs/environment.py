@@ -30,8 +30,13 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "WANDB_ERROR_REPORTING": "false",
 }
+NUMPY = {
+    # Its matrices are small here, and OpenBLAS's threads spin for each other: bootstraps took five times as long.
+    "OPENBLAS_NUM_THREADS": "1",
+}
 EVERYWHERE = {
     **QUIET,
+    **NUMPY,
     # Threads that wait do not spin: two cores would spin for each other.
     "OMP_WAIT_POLICY": "passive",
     # Seconds that torch's launcher of several processes waits for them after Ctrl-C. Left to itself it kills them after

@@ -150,6 +150,8 @@ def test_stages_meet_on_what_tests_hold_out_and_training_never_reads_it(tiny_bas
         tree["stages"] = {"reward": {"data": {"path": str(path)}}}
         with pytest.raises(UserError, match=r"stages.reward.data.path: .* holds votes on held-out prompts"):
             read(write_recipe(tree, tmp_path / "tiny.yaml")).parts()
+    tree["stages"] = {"reward": {"data": {"path": str(labels), "test": str(desk.folder)}}}
+    read(write_recipe(tree, tmp_path / "tiny.yaml")).parts()  # to be measured on is what they are for
 
 
 @pytest.mark.parametrize(

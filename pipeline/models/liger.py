@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
 
@@ -56,10 +56,10 @@ def apply(base: PreTrainedModel, stage: str) -> None:
 def _patcher(model_type: str, stage: str) -> Callable[..., None]:
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    found: Any = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)
+    found: Callable[..., None] | None = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)
     if found is None or "rms_norm" not in inspect.signature(found).parameters:
         raise _unknown(model_type, stage)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _unknown(kind: str, stage: str) -> UserError:

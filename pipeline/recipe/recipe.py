@@ -162,7 +162,10 @@ class Recipe:
             place = self._place(f"stages.{self.written.get(stage, stage)}.{key}")
             if isinstance(file, str) and not os.path.exists(file) and not is_hub_id(file):
                 raise UserError(f"{place}: {beside(self.file, file)}{no_such_file(file)}")
-            if isinstance(file, str) and arena in (folder := os.path.realpath(file), os.path.dirname(folder)):
+            if key in ("data.path", "data.mix") and arena in (
+                folder := os.path.realpath(str(file)),
+                os.path.dirname(folder),
+            ):
                 raise UserError(
                     f"{place}: {file} holds votes on held-out prompts, and a test that a stage has learnt measures "
                     "nothing. `onebase label` without --arena gives votes to learn from"

@@ -70,8 +70,7 @@ def make_environment() -> dict[str, str]:
 def spin_if_idle(count: int) -> dict[str, str]:
     """Threads that sleep between two products take long to wake. Where nothing else runs they look so often for work
     before they sleep; beside other work they would take the cores from it. It counts for more than OMP_WAIT_POLICY,
-    which by now says passive whoever set it. On 2 cores of an AMD EPYC a pass of 60 tokens takes 0.6 of its time at
-    3000, and beside another such pass 1.6 times it; at 10000 it takes 0.55 and 4."""
+    which by now says passive whoever set it."""
     import psutil
 
     return {"GOMP_SPINCOUNT": str(count)} if psutil.cpu_percent(interval=0.5) < BUSY else {}

@@ -151,7 +151,7 @@ def _launch(
     if after_training is not None:
         worker += ["--after-training", f"{after_training:.0f}"]
     command = [sys.executable, *(["-m", LAUNCHER, "--config_file", str(config)] if config else []), *worker]
-    variables = {**spin_if_idle(SPINS), **make_environment(), WATCH: "1", "PYTHONUNBUFFERED": "1"}
+    variables = {**({} if config else spin_if_idle(SPINS)), **make_environment(), WATCH: "1", "PYTHONUNBUFFERED": "1"}
     if variables["TRANSFORMERS_VERBOSITY"] == QUIET["TRANSFORMERS_VERBOSITY"]:
         variables["TRANSFORMERS_VERBOSITY"] = "warning"  # nobody reads it on the terminal, and the log is to keep it
     if config is None:

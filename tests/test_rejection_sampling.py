@@ -152,9 +152,9 @@ def test_a_stopped_stage_samples_nothing_anew_and_ends_with_the_same_bytes(
     draws, learnt = list[str](), list[dict[str, Any]]()
     answer, log, make = Answering.answer, Context.log, shared.build
 
-    def draw(self: Answering, rows: Any, name: str, *rest: Any) -> Any:
+    def draw(self: Answering, rows: Any, name: str, *rest: Any, **more: Any) -> Any:
         draws.append(name)
-        return answer(self, rows, name, *rest)
+        return answer(self, rows, name, *rest, **more)
 
     def stop(self: Context, step: int, values: dict[str, Any]) -> None:
         log(self, step, values)

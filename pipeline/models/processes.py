@@ -18,6 +18,12 @@ def share(items: Sequence[Item]) -> Sequence[Item]:
     return items[state.process_index :: state.num_processes]
 
 
+def range_of(count: int) -> range:
+    """The places, of so many, that this process works on: those of all processes follow each other."""
+    state = PartialState()
+    return range(*(rank * count // state.num_processes for rank in (state.process_index, state.process_index + 1)))
+
+
 def gather(value: Any) -> list[Any]:
     """The value of every process, in the order of their ranks."""
     return list(gather_object([value]))

@@ -33,22 +33,19 @@ ended            whether it ended by itself
 
 def ask(trainer: Answering, prompts: Sequence[Row]) -> Answers:
     """The policy as it stands, sampled at the training temperature; the same random draws each time it is called.
-    Several processes share the prompts."""
+    Several processes share the prompts and draw what one would."""
     with plain_on_cpu(trainer.actors.model):
-        parts = processes.gather(_ask(trainer, processes.share(prompts)))
-    answers: Answers = {name: numpy.empty((len(prompts), ANSWERS)) for name in parts[0]}
-    for rank, part in enumerate(parts):
-        for name, values in part.items():
-            answers[name][rank :: len(parts)] = values
-    return answers
+        parts = [part for part in processes.gather(_ask(trainer, prompts)) if part]
+    return {name: numpy.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else {})}
 
 
 def _ask(trainer: Answering, prompts: Sequence[Row]) -> Answers:
-    if not prompts:
+    """This process's share."""
+    mine, actors = processes.range_of(len(prompts)), trainer.actors
+    if not mine:
         return {}
-    actors = trainer.actors
-    rows = [row for row in prompts for _ in range(ANSWERS)]
-    rollout = trainer.answer(rows, "held-out" + (f"/{trainer.rank}" if trainer.rank else ""))
+    rows = [prompts[place] for place in mine for _ in range(ANSWERS)]
+    rollout = trainer.answer(rows, "held-out", among=(ANSWERS * mine.start, ANSWERS * len(prompts)))
     episodes, by_source = rollout.episodes, trainer.ask_sources(rollout)
     kl = [0.0] * len(rows)
     if trainer.step:  # before the first step the policy is its reference

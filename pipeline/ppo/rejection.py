@@ -96,10 +96,10 @@ def sample_all(answering: Answering, rows: Sequence[Row], settings: RejectionSet
 
 def _answer(answering: Answering, rows: Sequence[Row], number: int, copies: int) -> list[Group]:
     """This process's share of a round."""
-    first, stop = (rank * len(rows) // answering.processes for rank in (answering.rank, answering.rank + 1))
-    if first == stop:
+    mine = processes.range_of(len(rows))
+    if not mine:
         return []
-    rollout = answering.answer(rows[first:stop], f"round {number}", copies, (first, len(rows)))
+    rollout = answering.answer([rows[place] for place in mine], f"round {number}", copies, (mine.start, len(rows)))
     by_source = answering.ask_sources(rollout)
     columns = rewards.columns(answering.sources, by_source)
     answers = []

@@ -14,7 +14,7 @@ from pipeline.data.votes import SKIP, Vote, read_votes
 from pipeline.disk.atomic import digest
 from pipeline.errors import UserError
 from pipeline.evaluate.stored import Arena, People, Results
-from pipeline.evaluate.verdicts import FEW, PEOPLE, judged_by
+from pipeline.evaluate.wording import FEW, PEOPLE, judged_by
 from pipeline.language.say import say
 from pipeline.measure.krippendorff import krippendorff
 from pipeline.measure.metric import ELO, Estimate

@@ -11,6 +11,7 @@ from pipeline.evaluate import arena, benchmarks, best_of_n, forgetting, reward_c
 from pipeline.evaluate.measure import Measure
 from pipeline.evaluate.measures import OF_A_POLICY, Answers, BestOfN, FewShot, Pairs, Questions, proxy_of
 from pipeline.evaluate.stored import Arena, Curve, Link, People, Results, Said, Sample
+from pipeline.evaluate.wording import PEOPLE
 from pipeline.language.say import in_english
 from pipeline.measure import intervals
 from pipeline.measure.metric import Estimate
@@ -63,7 +64,7 @@ def make(
         few_shot=next(map(FewShot.numbers, of(FewShot).values()), None),
         changes=changed,
         reward_models={name: reward_check.check(value) for name, value in of(Pairs).items()},
-        arenas=({verdicts.PEOPLE: voted} if voted else {}) | arenas | ({"judge": judged} if judged else {}),
+        arenas=({PEOPLE: voted} if voted else {}) | arenas | ({"judge": judged} if judged else {}),
         people=voters,
         best_of_n=curve,
         steps=steps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.disk.artifact import WEIGHTS
 from pipeline.disk.manifest import Manifest
-from pipeline.evaluate import verdicts
+from pipeline.evaluate import preferred, verdicts
 from pipeline.measure import intervals
 from pipeline.measure.metric import QUESTION_ACCURACY, Estimate, Metric
 from pipeline.publish.sealed import Sealed
@@ -36,7 +36,7 @@ def _shown(sealed: Sealed) -> list[str]:
             continue
         found = evaluated.get((entry.stage, entry.files[WEIGHTS]))
         section = STAGES[entry.kind].section.model_validate(entry.section)
-        told = found.text if found else verdicts.of_itself(section, entry.before, entry.after)
+        told = found.text if found else preferred.of_itself(section, entry.before, entry.after)
         if told:
             lines += ["", f"**{entry.stage}**: {told}"]
     return lines

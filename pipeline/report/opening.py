@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pipeline.disk.manifest import Manifest
 from pipeline.evaluate.stored import Link, Results, Verdict
-from pipeline.evaluate.verdicts import BETTER, UNCLEAR, UNSHOWN, judged_by
+from pipeline.evaluate.wording import BETTER, UNCLEAR, UNSHOWN, judged_by
 from pipeline.language.say import say
 from pipeline.measure.metric import CORPUS_LOSS, DIALOGUE_LOSS, QUESTION_ACCURACY, SHARE, TRUTH, Estimate, Metric
 from pipeline.recipe.recipe import Recipe

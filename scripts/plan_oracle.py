@@ -41,7 +41,7 @@ from pipeline.models.out_of_memory import gradients_aside
 from pipeline.plan.memory import Model, Work, memory, scored
 from pipeline.plan.shapes import Adapter, shapes_of
 from pipeline.plan.stage import attention
-from pipeline.ppo.actors import REFERENCE, VALUE, Actors
+from pipeline.ppo.actors import POLICY, REFERENCE, VALUE, Actors
 from pipeline.ppo.ppo import PPOTrainer
 from pipeline.ppo.settings import PPOSettings
 
@@ -98,7 +98,9 @@ Bytes = dict[str, int]
 MIB = 2**20
 MISMATCHED = 1
 """How many times as long as the longest row a prompt with another row's answer can be (kto)."""
-STAGES = ("pretrain", "sft", "reward", "dpo", "kto", "ppo", "evaluation")
+SHORTER = 8
+"""How many times as short as the rows that it learns again a pair is (replay)."""
+STAGES = ("pretrain", "sft", "reward", "dpo", "replay", "kto", "ppo", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,9 @@ class Counter(LiveBytes):
 
 
 def step(config: dict[str, Any], stage: str, rows: int, length: int, checkpointed: int, variant: Variant) -> Bytes:
-    """A step of pretrain (rows packed into one), sft, dpo (rows: both answers of each pair), kto or reward."""
+    """A step of pretrain (rows packed into one), sft, dpo (rows: both answers of each pair), kto or reward; or of a dpo
+    stage with short pairs that learns as many rows of an earlier stage again (replay)."""
+    again, stage = (rows, "dpo") if stage == "replay" else (0, stage)
     live, found = Counter(), {}
     with as_on_cuda(), live:
         base = fake_base(hf_config(config, variant), stage == "reward", getattr(torch, variant.dtype))
@@ -184,11 +188,15 @@ def step(config: dict[str, Any], stage: str, rows: int, length: int, checkpointe
         before = live.now
         states = [torch.zeros_like(weight) for weight in trained for _ in ("exp_avg", "exp_avg_sq")]
         found["optimizer"] = live.now - before
-        _loss(model, stage, rows, length).backward()
+        own = length // SHORTER if again else length
+        _loss(model, stage, rows, own).backward()
         found["gradients"] = sum(weight.grad.nbytes for weight in trained)
         live.mark()
+        if again:
+            with gradients_aside(list(trained)):
+                _loss_again(Actors(model, 0, 1.0, None, {}), again, length).backward()
         with gradients_aside(list(trained)):  # as the trainer does from one micro-batch to the next
-            _loss(model, stage, rows, length).backward()
+            _loss(model, stage, rows, own).backward()
         found["activations"] = live.above()
         del states
     return found
@@ -225,6 +233,17 @@ def _loss(model: Any, stage: str, rows: int, length: int) -> torch.Tensor:
                 layer.gradient_checkpointing = flag
             log_probs = log_probs - reference
     return log_probs.sum()  # type: ignore[no-any-return]
+
+
+def _loss_again(actors: Actors, rows: int, length: int) -> torch.Tensor:
+    """Actors.texts() of texts whose every token carries loss: which ones do cannot be read off tensors without data."""
+    actors.act_as(POLICY)
+    ids_BT = torch.zeros(rows, length, dtype=torch.long)
+    row_N, state_N = torch.arange(rows).repeat_interleave(length - 1), torch.arange(length - 1).repeat(rows)
+    with computing(actors.model):
+        states_NH = actors.hidden(ids_BT, torch.ones_like(ids_BT))[row_N, state_N]
+        logp_N, _ = actors._log_probs(states_NH, ids_BT[row_N, state_N + 1], temperature=1.0)
+    return -logp_N.sum()
 
 
 def evaluation(config: dict[str, Any], rows: int, length: int, variant: Variant) -> int:
@@ -314,10 +333,12 @@ def against_plan(
         work = Work(rows, length, checkpointed, **how)
     else:
         counted = step(config, kind, rows, length, checkpointed, variant)
-        packed, reference = kind == "pretrain", kind in ("dpo", "kto")
+        packed, reference = kind == "pretrain", kind in ("dpo", "kto", "replay")
         how |= {"score_head": kind == "reward", "reference": reference, "frozen": int(reference)}
         how |= {"mismatched": MISMATCHED * length if kind == "kto" else 0}
-        work = Work(rows, length, checkpointed, packed, **how)
+        replay = kind == "replay"
+        how |= {"again": (length,), "rows_again": rows} if replay else {}
+        work = Work(rows, length // SHORTER if replay else length, checkpointed, packed, **how)
     needs = memory(model, work)
     planned = {
         "weights": needs.quantised + needs.unquantised, "adapters": needs.adapters, "gradients": needs.gradients,
@@ -371,7 +392,7 @@ def cases(name: str, layers: int) -> Iterator[tuple[str, int, int, int, Variant]
     for checkpointed in (0, 1, layers):
         for rows, length in ((2, 512), (1, 4096)):
             yield "sft", rows, length, checkpointed, USUAL
-    for kind in ("pretrain", "dpo", "kto", "reward", "ppo"):
+    for kind in ("pretrain", "dpo", "replay", "kto", "reward", "ppo"):
         if kind == "reward" and MODELS[name]["model_type"] == "granite":  # transformers gives it no score head
             continue
         for checkpointed in (0, layers):

@@ -21,9 +21,10 @@ from pipeline.errors import UserError
 from pipeline.models.spec import ModelSpec
 from pipeline.plan import auto
 from pipeline.plan.cards import Card, find_card
+from pipeline.plan.lengths import lengths_of
 from pipeline.plan.memory import memory
 from pipeline.plan.shapes import shapes_of
-from pipeline.plan.stage import lengths_of, plan_stage, planned_model, work_of
+from pipeline.plan.stage import plan_stage, planned_model, work_of
 from pipeline.recipe.recipe import build, read
 from pipeline.runs import choose
 from pipeline.runs.recipe_file import describe_choices

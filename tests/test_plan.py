@@ -44,6 +44,7 @@ CASES = [
     ("SmolLM2-1.7B", "sft", 1, 2048, 2, Variant(r=128)),  # gradients of earlier micro-batches decide
     *(("Llama-3.1-8B", stage, 2, 512, checkpointed) for stage in ("dpo", "kto", "reward") for checkpointed in (0, 2)),
     ("Gemma-3-1B", "kto", 2, 512, 2),
+    *((name, "replay", 2, 1024, checkpointed) for checkpointed in (0, 2) for name in ("Llama-3.1-8B", "Qwen2.5-1.5B")),
     *(("Qwen2.5-1.5B", "ppo", 2, 64, checkpointed) for checkpointed in (0, 2)),
     ("Llama-3.1-8B", "evaluation", 2, 512, 0),
     *((name, "sft", 2, 512, checkpointed, SEGMENTS) for checkpointed in (0, 2) for name in
@@ -251,7 +252,8 @@ def test_the_text_is_counted_in_bytes_and_the_reference_always(tmp_path: Path) -
     """A Chinese character is most of a token, not a quarter; and TRL keeps a reference adapter for any dpo."""
     from pipeline.data.load import DataSpec
     from pipeline.models.spec import ModelSpec
-    from pipeline.plan.stage import lengths_of, planned_model, work_of
+    from pipeline.plan.lengths import lengths_of
+    from pipeline.plan.stage import planned_model, work_of
     from pipeline.stages import STAGES
 
     rows = tmp_path / "rows.jsonl"
@@ -268,7 +270,8 @@ def test_segments_are_planned_without_mask_or_padding_and_sampled_with_them() ->
     """And what TRL moves to RAM is not guessed."""
     from pipeline.data.load import DataSpec
     from pipeline.models.spec import ModelSpec
-    from pipeline.plan.stage import Lengths, plan_stage, planned_model, work_of
+    from pipeline.plan.lengths import Lengths
+    from pipeline.plan.stage import plan_stage, planned_model, work_of
     from pipeline.stages import STAGES
 
     kind, card, found = STAGES["sft"], CARDS["rtx4090"], {}
@@ -285,6 +288,37 @@ def test_segments_are_planned_without_mask_or_padding_and_sampled_with_them() ->
     offloading = kind.section(data=DataSpec(path="x"), train={"activation_offloading": True})
     with pytest.raises(UserError, match="activation_offloading keeps activations in RAM, which is not planned"):
         work_of(kind, offloading, model, spec, None)
+
+
+def test_rows_that_dpo_learns_again_take_their_memory_and_their_time() -> None:
+    """As many texts as pairs, each by itself: twice the products of their tokens, half of whose logits are needed."""
+    from pipeline.data.load import DataSpec
+    from pipeline.models.spec import ModelSpec
+    from pipeline.plan.lengths import Lengths
+    from pipeline.plan.stage import plan_stage, planned_model
+    from pipeline.stages import STAGES
+
+    kind, card, found = STAGES["dpo"], CARDS["rtx4090"], []
+    train = {
+        "per_device_train_batch_size": 4,
+        "max_length": 1024,
+        "num_train_epochs": 1,
+        "gradient_checkpointing": False,
+    }
+    spec = ModelSpec(base="x", quantize="none")
+    model = planned_model(spec, shapes("Qwen2.5-1.5B"))
+    for replay, again in (({}, []), ({"sft": 1.0}, [[900] * 7])):
+        section = kind.section(data=DataSpec(path="x"), train=train, replay=replay)
+        found.append(plan_stage(kind, section, model, spec, Lengths([60] * 100, again), card))
+    without, replayed = found
+    assert (replayed.work.rows_again, replayed.work.again) == (4, (1024,))  # as long as dpo's rows at most
+    assert replayed.memory.training > 3 * without.memory.training
+    s, adapter = model.shapes, model.adapter.parameters(model.shapes)
+    a_token = 4 * s.linear_parameters + 6 * adapter + 4 * s.embedding_parameters / 2 + 7 * s.layers * s.q * 932
+    a_token += 2 * s.embedding_parameters / 2  # the logits are made again for the way back
+    seconds = 100 * 932 * a_token / (card.teraflops * 1e12 * card.reached)
+    assert replayed.minutes and without.minutes
+    assert 60 * (replayed.minutes - without.minutes) == pytest.approx(seconds, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +436,8 @@ def test_an_unknown_architecture_still_tells_fresh_from_stale(tmp_path: Path, ti
 def test_lengths_of_the_rows_count_not_only_the_limit(tmp_path: Path, tiny_base: Path) -> None:
     """A limit of 4096 on dialogues of a few dozen tokens must not be planned as 4096."""
     from pipeline.models.spec import ModelSpec
-    from pipeline.plan.stage import lengths_of, plan_stage, planned_model
+    from pipeline.plan.lengths import lengths_of
+    from pipeline.plan.stage import plan_stage, planned_model
 
     recipe = build(tiny_tree(tiny_base, tmp_path))
     shape = shapes("Llama-3.1-8B")

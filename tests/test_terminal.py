@@ -29,8 +29,9 @@ from pipeline.cli import app, main
 from pipeline.disk import metrics
 from pipeline.disk.atomic import digest, locked
 from pipeline.plan import cards
+from pipeline.plan.lengths import lengths_of
 from pipeline.plan.shapes import read_shapes
-from pipeline.plan.stage import lengths_of, plan_stage, planned_model
+from pipeline.plan.stage import plan_stage, planned_model
 from pipeline.recipe.recipe import build, read
 from pipeline.runs.told import shorten
 from pipeline.terminal.console import print_rows

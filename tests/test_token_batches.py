@@ -24,9 +24,10 @@ from pipeline.data.render import Encoded
 from pipeline.errors import UserError
 from pipeline.models import adapters
 from pipeline.models.spec import ModelSpec
+from pipeline.plan.lengths import Lengths
 from pipeline.plan.shapes import Adapter, shapes_of
 from pipeline.plan.sizes import TOKENS
-from pipeline.plan.stage import Lengths, Model, _batches, _passes, work_of
+from pipeline.plan.stage import Model, _batches, _passes, work_of
 from pipeline.recipe.recipe import build
 from pipeline.runs.stage import run_stage
 from pipeline.stages import STAGES

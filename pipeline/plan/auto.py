@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.plan.cards import CARDS, GIB, Card
+from pipeline.plan.lengths import Lengths
 from pipeline.plan.memory import CONTEXT, Model, Work, memory
 from pipeline.plan.sizes import AUTO, AUTO_ARGUMENTS, BATCH, CHECKPOINTING, LENGTH
-from pipeline.plan.stage import Lengths, work_of
+from pipeline.plan.stage import work_of
 from pipeline.plan.time import step_seconds
 
 if TYPE_CHECKING:

@@ -58,7 +58,10 @@ class Work:
     """Of a stage that samples (ppo): most tokens of an answer, and answers sampled at once."""
     dequantized_rollout: bool = False
     again: tuple[int, ...] = ()
-    """Tokens of the longest row of each earlier stage that its updates learn again, as many rows as episodes."""
+    """Tokens of the longest row of each earlier stage that its updates learn again: of a stage that samples, as many
+    rows as episodes."""
+    rows_again: int = 0
+    """Rows of such a pass, where they are fewer than its own."""
     sampled: Work | None = None
     """Of a stage that samples all its answers before it trains: what it puts through the model then."""
     held_out: int = 0
@@ -259,7 +262,9 @@ def memory(model: Model, work: Work) -> Memory:
         rollout, cache = before.rollout, before.cache
     training = max(activations, held + logits)
     if work.again:  # their own passes, whose every token may go through the head
-        along = memory(model, replace(work, length=max(work.again), answer=max(work.again), again=()))
+        rows, longest, sampled = work.rows_again or work.rows, max(work.again), max(1, work.episodes)
+        text = replace(work, rows=rows, length=longest, answer=longest, episodes=sampled, reference=False, again=())
+        along = memory(model, text)
         activations, logits = max(activations, along.activations), max(logits, along.logits)
         training = max(training, along.training)
     return Memory(

@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data.load import read_split
 from pipeline.errors import UserError
-from pipeline.models.environments import with_tools
 from pipeline.models.spec import SEGMENTS
 from pipeline.plan.batches import take
 from pipeline.plan.cards import Card
-from pipeline.plan.memory import ANSWER_ROW, Memory, Model, Work, memory
+from pipeline.plan.lengths import ENDED, TEMPLATE, Lengths, learnt_lengths, question_tokens
+from pipeline.plan.memory import Memory, Model, Work, memory
 from pipeline.plan.shapes import Adapter, Shapes
-from pipeline.plan.sizes import ANSWER_TOKENS, TOKENS
-from pipeline.plan.time import ppo_seconds, step_seconds
+from pipeline.plan.sizes import TOKENS
+from pipeline.plan.time import ppo_seconds, seconds_again, step_seconds
 
 if TYPE_CHECKING:
-    from pipeline.data.contracts import Contract, Row
     from pipeline.models.spec import ModelSpec
     from pipeline.stages.stage import Stage, StageSpec
 
-READ_AT_MOST = 50 << 20
-"""Bytes of a data file that is read to estimate the lengths of its rows."""
-TOKEN_BYTES = 4.0
-"""Of UTF-8 in a token, on average over English text and, at three bytes a character, over Chinese; the longest row is
-taken to have only LONGEST_TOKEN_BYTES in each."""
-LONGEST_TOKEN_BYTES = 3.0
-TEMPLATE = 32
-"""Tokens that a chat template adds to a row."""
-TOOLS_BYTES = 400
-"""Of what a template says of tools besides their descriptions: how to call them."""
-ENDED = 0.4
-"""Of the longest answer that is allowed, what an answer takes on average, as it ends by itself."""
 ANSWER_SHARE = 0.5
 """Of a dialogue's tokens, those that carry loss and so go through the LM head."""
 OPTIMIZER_BYTES = {
@@ -51,19 +34,6 @@ NOT_KNOWN_OF_LORA = (
     "use_dora", "rank_pattern", "layers_to_transform", "layer_replication", "target_parameters", "exclude_modules",
     "trainable_token_indices", "lora_bias", "bias",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of a stage's rows, estimated from their bytes."""
-
-    rows: list[int]
-    again: list[list[int]] = field(default_factory=list)
-    """Of each earlier stage whose rows it learns again, as that stage cut them."""
-
-    @property
-    def longest(self) -> int:
-        return round(max(self.rows) * TOKEN_BYTES / LONGEST_TOKEN_BYTES) + TEMPLATE
 
 
 @dataclass(frozen=True)
@@ -122,60 +92,6 @@ def attention(name: str) -> dict[str, Any]:
     return {"masked": "flash" not in name and not segments, "eager": name == "eager", "segments": segments}
 
 
-def lengths_of(
-    section: StageSpec, contract: Contract, seed: int, again: Iterable[tuple[Stage, StageSpec]] = ()
-) -> Lengths | None:
-    """None where the rows are not on this disk, or are too many to be read for an estimate. `again`: the earlier stages
-    whose rows are learnt again."""
-    own, earlier = _read_lengths(section, contract, seed), list[list[int]]()
-    for kind, of in again:
-        if (tokens := _read_lengths(of, kind.contract, seed)) is None:
-            return None
-        earlier.append(cut_again(kind, of, tokens))
-    return None if own is None else Lengths(mixed(section, own, earlier), earlier)
-
-
-def mixed(section: StageSpec, own: list[int], earlier: list[list[int]]) -> list[int]:
-    """Tokens of a stage's rows, with those of earlier stages that it mixes in: the first ones, for want of the draw."""
-    shares, found = section.mixed_in().values(), list(own)
-    for share, tokens in zip(shares, earlier, strict=False):
-        count = max(1, round(len(own) * share / (1 - sum(shares))))
-        found += (tokens * (count // len(tokens) + 1))[:count]
-    return found
-
-
-def cut_again(kind: Stage, section: StageSpec, tokens: list[int]) -> list[int]:
-    """Tokens of rows that an earlier stage was trained on, no longer than it takes them."""
-    limit = kind.arguments(section).get("max_length")
-    return [min(length, limit) if isinstance(limit, int) else length for length in tokens]
-
-
-def _read_lengths(section: StageSpec, contract: Contract, seed: int) -> list[int] | None:
-    paths = [Path(part.path) for part in section.data.parts()]
-    if not all(os.path.isfile(path) and path.stat().st_size <= READ_AT_MOST for path in paths):
-        return None
-    rows = read_split(section.data, contract, seed).train
-    if environment := section.asked_with():
-        rows = with_tools(rows, environment)
-    return tokens_of(rows)
-
-
-def tokens_of(rows: Iterable[Row]) -> list[int]:
-    """Of each row, estimated."""
-    return [max(1, round(_text_bytes(row) / TOKEN_BYTES)) for row in rows]
-
-
-def _question_tokens(section: StageSpec, longest: int) -> int:
-    """Tokens of the questions that a stage answers at once; without a file of them, of three held-out prompts."""
-    file = section.question_file()
-    if file is None:
-        return min(ANSWER_TOKENS, 3 * (longest + ANSWER_ROW))
-    if not os.path.isfile(file):
-        return ANSWER_TOKENS
-    text = Path(file).read_bytes()
-    return min(ANSWER_TOKENS, round(len(text) / TOKEN_BYTES) + ANSWER_ROW * text.count(b"\n"))
-
-
 def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, lengths: Lengths | None) -> Work:
     """The most that a stage puts through the model at a time."""
     arguments = kind.arguments(section)
@@ -195,9 +111,10 @@ def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, leng
         rows = max(1, math.ceil(heaviest / longest))
     common: dict[str, Any] = {
         **attention(spec.attn_implementation),
-        "answering": _question_tokens(section, longest),
+        "answering": question_tokens(section, longest),
     }
     frozen, sampled = int(kind.reference), None
+    again = tuple(Lengths(rows).longest for rows in lengths.again) if lengths else ()
     if sampling := section.sampling():
         answer, rollouts = sampling.response_length, section.rollouts()
         prompt = lengths.longest if lengths else (arguments.get("max_length") or 2 * answer) - answer
@@ -208,16 +125,19 @@ def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, leng
             frozen=frozen, accumulates=mini > rows, answer=answer,
             episodes=sampling.rollout_batch_size or sampling.batch_size,
             dequantized_rollout=sampling.dequantize_rollout,
-            again=tuple(Lengths(rows).longest for rows in lengths.again) if lengths else (), **common,
+            again=again, **common,
         )  # fmt: skip
         if rollouts:
             return sampled
+    again = () if section.mixed_in() else again  # those are among its own rows
     return Work(
         rows * kind.sequences,
         limit if packed else longest,
         checkpointed,
         packed=packed,
-        accumulates=int(arguments.get("gradient_accumulation_steps", 1)) > 1,
+        accumulates=int(arguments.get("gradient_accumulation_steps", 1)) > 1 or bool(again),
+        again=tuple(min(limit, length) for length in again),
+        rows_again=rows if again else 0,
         optimizer_bytes=optimizer_bytes(arguments.get("optim")),
         frozen=frozen,
         sampled=sampled,
@@ -248,19 +168,11 @@ def plan_stage(
         passes = _passes(arguments, work, kind.sequences, learnt_lengths(section, lengths))
         if work.sampled and (before := _sampled_seconds(section, work.sampled, model, lengths, card)) is None:
             passes = None
+        if lengths and work.again and card:
+            before = seconds_again(model, _of_mean_length(work, lengths), card, _rows_learnt(arguments, lengths))
     speed = tokens / seconds if seconds else None
     minutes = ((before or 0.0) + passes * seconds) / 60 if seconds and passes is not None else None
     return Planned(work, memory(model, work), card, speed, minutes, disk)
-
-
-def learnt_lengths(section: StageSpec, lengths: Lengths | None) -> Lengths | None:
-    """Of the rows that it trains on: of prompts whose answers are sampled first, with as many answers as may be kept,
-    each as long as answers are on average."""
-    first = section.samples_first()
-    if lengths is None or first is None:
-        return lengths
-    answer, kept = round(ENDED * first.response_length), 1 if first.keep == "best" else first.num_generations
-    return Lengths([tokens + answer for tokens in lengths.rows for _ in range(kept)])
 
 
 def _sampled_seconds(
@@ -307,17 +219,15 @@ def _passes(arguments: dict[str, Any], work: Work, sequences: int, lengths: Leng
     return longest_batches / batches * passes
 
 
-def _text_bytes(value: Any) -> int:
-    """Of a row's longest reading: prompt and answer, or of two answers the longer."""
-    if isinstance(value, str):
-        return len(value.encode())
-    if isinstance(value, list):
-        return sum(_text_bytes(item) for item in value)
-    if not isinstance(value, dict):
-        return 0
-    if "content" in value:
-        calls = json.dumps(value["tool_calls"]) if value.get("tool_calls") else ""
-        return _text_bytes(value["content"]) + len(str(value.get("role", ""))) + len(calls)
-    either = max(_text_bytes(value.get("chosen")), _text_bytes(value.get("rejected")))
-    tools = TOOLS_BYTES + len(json.dumps(value["tools"])) if value.get("tools") else 0
-    return tools + either + sum(_text_bytes(value.get(key)) for key in ("prompt", "completion", "messages", "text"))
+def _of_mean_length(work: Work, lengths: Lengths) -> Work:
+    """With the mean in place of the longest of the rows that it learns again."""
+    return replace(work, again=tuple(round(sum(rows) / len(rows)) + TEMPLATE for rows in lengths.again))
+
+
+def _rows_learnt(arguments: Mapping[str, Any], lengths: Lengths) -> float:
+    """Of its own, in all steps."""
+    steps = int(arguments.get("max_steps") or -1)
+    if steps <= 0:
+        return float(arguments.get("num_train_epochs", 1)) * len(lengths.rows)
+    per_device = int(arguments.get("per_device_train_batch_size", 1))
+    return steps * per_device * int(arguments.get("gradient_accumulation_steps", 1))

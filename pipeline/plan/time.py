@@ -60,6 +60,21 @@ def step_seconds(model: Model, work: Work, card: Card, head_share: float = 1.0) 
     return _seconds(card, operations, _dequantised(model, passes)) + passes * model.shapes.layers * card.layer
 
 
+def seconds_again(model: Model, work: Work, card: Card, rows: float) -> float | None:
+    """So many rows of each earlier stage, learnt again beside the own ones of a trainer of TRL's."""
+    if card.teraflops is None or card.bandwidth is None:
+        return None
+    layers = model.shapes.layers
+    passes = len(work.again) * rows / max(1, work.rows_again) * (2 + work.checkpointed / layers)
+    operations = rows * _operations_again(model, work)
+    return _seconds(card, operations, _dequantised(model, passes)) + passes * layers * card.layer
+
+
+def _operations_again(model: Model, work: Work) -> float:
+    """Of one row of each earlier stage."""
+    return sum(length * training_operations(model, replace(work, length=length), ANSWERED) for length in work.again)
+
+
 def forward_seconds(model: Model, card: Card, tokens: float, length: float, passes: float, head_share: float) -> float:
     """So many tokens, in sequences of `length`, through so many forward passes."""
     operations = tokens * forward_operations(model, round(length), head_share)
@@ -86,9 +101,7 @@ def ppo_seconds(model: Model, work: Work, card: Card, epochs: int) -> float | No
     scored = work.trained + work.frozen
     scoring = tokens * scored * forward_operations(model, work.length, share)
     update = (epochs * tokens) * work.trained * training_operations(model, work, share)
-    for length in work.again:
-        along = replace(work, length=length)
-        update += epochs * work.episodes * length * training_operations(model, along, ANSWERED)
+    update += epochs * work.episodes * _operations_again(model, work)
     passes = packs * (scored + epochs * work.trained * (2 + work.checkpointed / s.layers))
     beside = passes * s.layers * card.layer
     return decoding + _seconds(card, scoring + update, _dequantised(model, passes)) + beside

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from pipeline.plan.cards import Card
+from pipeline.plan.lengths import ENDED, Lengths
 from pipeline.plan.memory import Model
 from pipeline.plan.sizes import ANSWER_TOKENS, EVALUATION_TOKENS, HELD_OUT_ANSWERS, NEW_TOKENS
-from pipeline.plan.stage import ANSWER_SHARE, ENDED, Lengths, plan_stage, work_of
+from pipeline.plan.stage import ANSWER_SHARE, plan_stage, work_of
 from pipeline.plan.time import forward_seconds, ppo_seconds
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ from pipeline.language.say import say
 from pipeline.models.spec import ModelSpec
 from pipeline.plan import auto, cards
 from pipeline.plan.cards import Card
+from pipeline.plan.lengths import lengths_of
 from pipeline.plan.memory import CONTEXT
 from pipeline.plan.shapes import read_shapes
-from pipeline.plan.stage import lengths_of, planned_model
+from pipeline.plan.stage import planned_model
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.recipe_file import write_recipe
 from pipeline.stages.stage import StageSpec

@@ -13,9 +13,10 @@ from pipeline.language.say import say
 from pipeline.models.dtype import known_for_cpu, known_speed
 from pipeline.plan import auto, cards
 from pipeline.plan.cards import Card
+from pipeline.plan.lengths import Lengths, cut_again, mixed, tokens_of
 from pipeline.plan.shapes import Shapes, read_shapes
 from pipeline.plan.sizes import AUTO
-from pipeline.plan.stage import Lengths, cut_again, mixed, planned_model, tokens_of
+from pipeline.plan.stage import planned_model
 from pipeline.plan.whole import Duration, RowTokens, stage_duration
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.dtype import begun_in

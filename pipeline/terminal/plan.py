@@ -17,10 +17,11 @@ from pipeline.models.dtype import known_for_cpu
 from pipeline.models.spec import ModelSpec, hub_commit
 from pipeline.plan import auto, cards
 from pipeline.plan.cards import Card
+from pipeline.plan.lengths import lengths_of
 from pipeline.plan.memory import CONTEXT
 from pipeline.plan.shapes import Shapes, read_shapes
 from pipeline.plan.sizes import AUTO
-from pipeline.plan.stage import Planned, lengths_of, plan_stage, planned_model
+from pipeline.plan.stage import Planned, plan_stage, planned_model
 from pipeline.recipe.recipe import Recipe
 from pipeline.runs.dtype import begun_in
 from pipeline.runs.states import State, standing

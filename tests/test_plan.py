@@ -290,6 +290,41 @@ def test_segments_are_planned_without_mask_or_padding_and_sampled_with_them() ->
         work_of(kind, offloading, model, spec, None)
 
 
+def test_vllm_is_planned_by_its_share_of_the_card() -> None:
+    """8B in bfloat16 are 15 GiB, which a third of a 24 GB card does not hold; 1.5B fit, and sampling then takes what
+    vLLM was given beside all that stays."""
+    from pipeline.data.load import DataSpec
+    from pipeline.models.spec import ModelSpec
+    from pipeline.plan.lengths import Lengths
+    from pipeline.plan.stage import plan_stage, planned_model
+    from pipeline.stages import STAGES
+
+    kind, card, spec = STAGES["grpo"], CARDS["rtx4090"], ModelSpec(base="x")
+    train = {"num_generations": 8, "generation_batch_size": 64, "max_completion_length": 256}
+
+    def planned(name: str, card: Any = card, **rollout: Any) -> Any:
+        engine = {"rollout": {"engine": "vllm", **rollout}} if rollout else {}
+        given = {"data": DataSpec(path="x"), "reward": "exact", "from": "sft", "train": train, **engine}
+        section = kind.section.model_validate(given)
+        return plan_stage(kind, section, planned_model(spec, shapes(name)), spec, Lengths([100] * 8), card)
+
+    with pytest.raises(
+        UserError, match=r"0\.3 of rtx4090 is 7\.2 GiB, and vLLM takes at least 15\..* Say 0\.66 or more"
+    ):
+        planned("Llama-3.1-8B", gpu_memory_utilization=0.3)
+    with pytest.raises(UserError, match="Leave rollout out"):
+        planned("Llama-3.1-8B", CARDS["rtx4070"], gpu_memory_utilization=1.0)
+    without, given = planned("Qwen2.5-1.5B"), planned("Qwen2.5-1.5B", gpu_memory_utilization=0.3)
+    assert given.memory.cache == 0 < without.memory.cache
+    assert given.memory.training == without.memory.training
+    assert given.memory.total == without.memory.stays + round(0.3 * card.memory) + CONTEXT
+    alone = planned("Qwen2.5-1.5B", None, gpu_memory_utilization=0.3)  # no GPU: it never sleeps
+    assert alone.memory.engine > 2 * shapes("Qwen2.5-1.5B").parameters
+    assert alone.memory.total == without.memory.total - without.memory.rollout + alone.memory.engine + max(
+        without.memory.training, without.memory.evaluation
+    )
+
+
 def test_rows_that_dpo_learns_again_take_their_memory_and_their_time() -> None:
     """As many texts as pairs, each by itself: twice the products of their tokens, half of whose logits are needed."""
     from pipeline.data.load import DataSpec

@@ -65,7 +65,7 @@ def choose(
     chosen: dict[str, Any] = {}
 
     def work_with(numbers: dict[str, Any]) -> Work:
-        return work_of(kind, fill_in(section, {**least, **numbers}), model, spec, lengths)
+        return work_of(kind, fill_in(section, {**least, **numbers}), model, spec, lengths, card)
 
     def refusal(work: Work) -> UserError:
         needs = memory(model, work)

@@ -57,6 +57,10 @@ class Work:
     episodes: int = 0
     """Of a stage that samples (ppo): most tokens of an answer, and answers sampled at once."""
     dequantized_rollout: bool = False
+    engine: int = 0
+    """Bytes that a program which samples in its place takes while it does."""
+    engine_asleep: int = 0
+    """Bytes that it keeps while the stage trains."""
     again: tuple[int, ...] = ()
     """Tokens of the longest row of each earlier stage that its updates learn again: of a stage that samples, as many
     rows as episodes."""
@@ -104,13 +108,15 @@ class Memory:
     """Peak of a training step."""
     rollout: int
     evaluation: int
+    engine: int
+    """What a program that samples keeps while the stage trains."""
     merging: int
     """Of writing merged weights, in a process of its own: the base, one layer's sum in float32, and in RAM one shard
     (publish/merged.py). Reading them back to compare takes all of them once more, in the compute dtype."""
 
     @property
     def stays(self) -> int:
-        return self.quantised + self.unquantised + self.adapters + self.gradients + self.optimizer
+        return self.quantised + self.unquantised + self.adapters + self.gradients + self.optimizer + self.engine
 
     @property
     def total(self) -> int:
@@ -244,7 +250,7 @@ def memory(model: Model, work: Work) -> Memory:
     if work.episodes:
         # of a part the logits, and in float32: less their greatest, the softmax, their product; + 2 as counted
         logits = final + (b + 14) * min(work.rows * work.answer, PPO_LOGITS // s.vocab) * s.vocab
-        cache = work.episodes * work.length * model.cached
+        cache = 0 if work.engine else work.episodes * work.length * model.cached
         rollout = _rollout(model, work, cache)
     elif work.score_head:
         logits = work.tokens * 4 * s.hidden
@@ -279,6 +285,7 @@ def memory(model: Model, work: Work) -> Memory:
         training=training,
         rollout=rollout,
         evaluation=evaluation(model, work) if work.evaluates else 0,
+        engine=(work.sampled or work).engine_asleep,
         merging=quantised + unquantised + min(SHARD_BYTES, s.parameters * b) + (b + 12) * s.largest_linear,
     )
 
@@ -290,6 +297,8 @@ def _rollout(model: Model, work: Work, cache: int) -> int:
     scores = work.episodes * prompt * prompt if work.eager else 0
     prefill = model.transient(work.episodes * prompt, scores) + cache * prompt // work.length
     sampling = max(prefill, _decoding(model, work, cache, work.episodes))
+    if work.engine:
+        sampling = work.engine - work.engine_asleep
     if work.dequantized_rollout:  # the copies are made in float32, one after the other
         sampling = b * s.linear_parameters + max(sampling, 12 * s.largest_linear)
     at_once = min(work.rows * work.answer, max(1, PPO_LOGITS // s.vocab))

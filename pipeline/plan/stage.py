@@ -12,13 +12,14 @@ from pipeline.models.spec import SEGMENTS
 from pipeline.plan.batches import take
 from pipeline.plan.cards import Card
 from pipeline.plan.lengths import ENDED, TEMPLATE, Lengths, learnt_lengths, question_tokens
-from pipeline.plan.memory import Memory, Model, Work, memory
+from pipeline.plan.memory import CONTEXT, Memory, Model, Work, memory
 from pipeline.plan.shapes import Adapter, Shapes
 from pipeline.plan.sizes import TOKENS
 from pipeline.plan.time import ppo_seconds, seconds_again, step_seconds
 
 if TYPE_CHECKING:
     from pipeline.models.spec import ModelSpec
+    from pipeline.ppo.engine_settings import EngineSettings
     from pipeline.stages.stage import Stage, StageSpec
 
 ANSWER_SHARE = 0.5
@@ -92,8 +93,10 @@ def attention(name: str) -> dict[str, Any]:
     return {"masked": "flash" not in name and not segments, "eager": name == "eager", "segments": segments}
 
 
-def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, lengths: Lengths | None) -> Work:
-    """The most that a stage puts through the model at a time."""
+def work_of(
+    kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, lengths: Lengths | None, card: Card | None = None
+) -> Work:
+    """The most that a stage puts through the model at a time. `card`: of which an engine takes its share."""
     arguments = kind.arguments(section)
     if arguments.get("label_smoothing_factor") and not kind.score_head:
         raise UserError(f"{section.kind}: label_smoothing_factor makes all logits at once, which is not planned")
@@ -127,6 +130,8 @@ def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, leng
             dequantized_rollout=sampling.dequantize_rollout,
             again=again, **common,
         )  # fmt: skip
+        if engine := section.engine():
+            sampled = with_engine(engine, sampled, model, card)
         if rollouts:
             return sampled
     again = () if section.mixed_in() else again  # those are among its own rows
@@ -149,10 +154,31 @@ def work_of(kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, leng
     )
 
 
+def with_engine(engine: EngineSettings, work: Work, model: Model, card: Card | None) -> Work:
+    """What vLLM takes: on a GPU its share of the card, and while it sleeps its CUDA context; on a CPU, or of no card,
+    the dequantised base and the keys and values of all answers, for as long as the stage runs.
+
+    Raises UserError where the share does not hold the base and one answer.
+    """
+    base, cached = model.shapes.parameters * model.bytes, work.length * model.cached
+    if card is None or card.layer:
+        taken = base + (work.episodes + 1) * cached
+        return replace(work, engine=taken, engine_asleep=taken)
+    share, least = round(engine.gpu_memory_utilization * card.memory), base + cached + CONTEXT
+    if share < least:
+        enough = math.ceil(100 * least / card.memory) / 100
+        raise UserError(
+            f"rollout.gpu_memory_utilization: {engine.gpu_memory_utilization:g} of {card.name} is {share / 2**30:.1f} "
+            f"GiB, and vLLM takes at least {least / 2**30:.1f} GiB for the dequantised base, one answer and its CUDA "
+            f"context. {f'Say {enough:g} or more, or leave' if enough <= 1 else 'Leave'} rollout out"
+        )
+    return replace(work, engine=share, engine_asleep=CONTEXT)
+
+
 def plan_stage(
     kind: Stage, section: StageSpec, model: Model, spec: ModelSpec, lengths: Lengths | None, card: Card | None
 ) -> Planned:
-    work = work_of(kind, section, model, spec, lengths)
+    work = work_of(kind, section, model, spec, lengths, card)
     arguments = kind.arguments(section)
     adapter = 4 * model.adapter.parameters(model.shapes)
     kept = arguments.get("save_total_limit") or kind.checkpoints

@@ -80,7 +80,7 @@ def _training(
     if rollouts is None:
         minutes = plan_stage(kind, section, model, spec, lengths, card).minutes
         return None if minutes is None else minutes * 60
-    work = work_of(kind, section, model, spec, lengths)
+    work = work_of(kind, section, model, spec, lengths, card)
     work = replace(
         work,
         length=round(_mean(lengths.rows) + ENDED * work.answer),
@@ -108,7 +108,7 @@ def _held_out(
         tokens, share = len(held_out) * kind.sequences * mean, 1.0 if kind.every_token else ANSWER_SHARE
         share = 0.0 if kind.score_head else share
         return forward_seconds(model, card, tokens, mean, max(1.0, tokens / EVALUATION_TOKENS), share)
-    work = work_of(kind, section, model, spec, lengths)
+    work = work_of(kind, section, model, spec, lengths, card)
     work = work.sampled or work
     answer = round(ENDED * work.answer)
     at_once = min(work.episodes, HELD_OUT_ANSWERS * len(held_out))

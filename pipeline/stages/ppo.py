@@ -94,6 +94,9 @@ class PaidSpec(PolicySpec):
             if term.shipped:
                 term.shipped.check(term.source, [*train, *(test or [])])
 
+    def engine(self) -> EngineSettings | None:
+        return self.rollout
+
     def _check_rollout(self, *place: str) -> None:
         sampling = self.sampling()
         mine = [word for word in ("dequantize_rollout", "cache_implementation") if getattr(sampling, word, None)]

@@ -20,6 +20,7 @@ from pipeline.errors import complaint
 from pipeline.language.say import say
 from pipeline.measure.metric import Metric
 from pipeline.models.spec import ModelSpec
+from pipeline.ppo.engine_settings import EngineSettings
 from pipeline.ppo.rejection_settings import RejectionSettings
 from pipeline.ppo.settings import RolloutSettings, Sampling
 from pipeline.ppo.shipped import SHIPPED, Shipped
@@ -137,6 +138,10 @@ class StageSpec(BaseModel):
     def sampling(self) -> Sampling | None:
         """How it samples the answers that it learns from, one way or the other."""
         return self.rollouts() or self.samples_first()
+
+    def engine(self) -> EngineSettings | None:
+        """The program that samples them in its place."""
+        return None
 
     def reward_terms(self) -> list[RewardTerm]:
         """What it is paid by."""

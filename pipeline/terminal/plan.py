@@ -29,12 +29,14 @@ from pipeline.terminal.console import Row, print_matrix
 from pipeline.terminal.states import show_states
 
 GIB = 2**30
+ENGINE = kept("vLLM between rollouts")
 ROWS: list[tuple[str, Callable[[Planned], int]]] = [
     (kept("weights in 4 bits"), lambda stage: stage.memory.quantised),
     (kept("weights in bf16"), lambda stage: stage.memory.unquantised),
     (kept("adapters"), lambda stage: stage.memory.adapters),
     (kept("gradients"), lambda stage: stage.memory.gradients),
     (kept("optimizer"), lambda stage: stage.memory.optimizer),
+    (ENGINE, lambda stage: stage.memory.engine),
     (kept("activations"), lambda stage: stage.memory.activations),
     (kept("logits and loss"), lambda stage: stage.memory.logits),
     (kept("= peak of a training step"), lambda stage: stage.memory.training),
@@ -225,6 +227,7 @@ def _show_table(needs: Needs, console: Console) -> None:
             styles.get(label[0], ""),
         )
         for label, read in ROWS
+        if label != ENGINE or any(stage.memory.engine for stage in stages)
     ]
     if card:
         rows.append(Row(say("fits"), [_fits(stage, card) for stage in stages]))

@@ -45,9 +45,10 @@ from pipeline.models import adapters, packing
 from pipeline.models.base import keep_gradients_on_cpu
 from pipeline.models.out_of_memory import is_out_of_memory
 from pipeline.plan import cards
-from pipeline.plan.memory import CONTEXT, Model, Work, memory
+from pipeline.plan.memory import CONTEXT, Model, memory
 from pipeline.plan.shapes import Adapter, shapes_of
 from pipeline.plan.time import ppo_seconds, step_seconds
+from pipeline.plan.work import Work
 from pipeline.ppo.actors import REFERENCE, Actors
 from pipeline.ppo.ppo import PPOTrainer
 from pipeline.ppo.rewards import Source

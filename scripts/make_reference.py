@@ -31,7 +31,8 @@ from pipeline.recipe.sections import RecipeSpec
 from pipeline.stages import STAGES
 from pipeline.stages.arguments import NUMBERS, OUR_WORDS
 from pipeline.stages.ppo import PaidSpec
-from pipeline.stages.stage import PolicySpec, RewardTerm, StageSpec
+from pipeline.stages.reward_term import RewardTerm
+from pipeline.stages.stage import PolicySpec, StageSpec
 
 PAGE, TRAIN = ROOT / "docs" / "recipe.md", ROOT / "docs" / "recipe-train.md"
 PLAIN = {  # of words whose sections say nothing, as their names say it all

@@ -249,8 +249,9 @@ def plan(case: Case) -> str:
     """What sft of the published size needs, and by how much that is off a count of live bytes of two such layers."""
     from plan_oracle import MODELS, USUAL, against_plan
 
-    from pipeline.plan.memory import Model, Work, memory
+    from pipeline.plan.memory import Model, memory
     from pipeline.plan.shapes import Adapter, shapes_of, shipped
+    from pipeline.plan.work import Work
 
     shapes = shipped(case.family.like or case.family.published)
     if shapes is None:

@@ -38,9 +38,10 @@ from pipeline.models import adapters
 from pipeline.models.base import computing
 from pipeline.models.forward import LanguageModel
 from pipeline.models.out_of_memory import gradients_aside
-from pipeline.plan.memory import Model, Work, memory, scored
+from pipeline.plan.memory import Model, memory, scored
 from pipeline.plan.shapes import Adapter, shapes_of
 from pipeline.plan.stage import attention
+from pipeline.plan.work import Work
 from pipeline.ppo.actors import POLICY, REFERENCE, VALUE, Actors
 from pipeline.ppo.ppo import PPOTrainer
 from pipeline.ppo.settings import PPOSettings

@@ -22,9 +22,10 @@ from plan_oracle import MODELS, SEGMENTS, Variant, against_plan
 
 from pipeline.errors import UserError
 from pipeline.plan.cards import CARDS, find_card
-from pipeline.plan.memory import CONTEXT, Model, Work, memory
+from pipeline.plan.memory import CONTEXT, Model, memory
 from pipeline.plan.shapes import KNOWN, Adapter, Shapes, shapes_of, shipped
 from pipeline.plan.time import step_seconds, training_operations
+from pipeline.plan.work import Work
 from pipeline.recipe import yaml
 from pipeline.recipe.recipe import build
 from pipeline.stages.arguments import defaults

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import UserError
 from pipeline.plan.cards import CARDS, GIB, Card
 from pipeline.plan.lengths import Lengths
-from pipeline.plan.memory import CONTEXT, Model, Work, memory
+from pipeline.plan.memory import CONTEXT, Model, memory
 from pipeline.plan.sizes import AUTO, AUTO_ARGUMENTS, BATCH, CHECKPOINTING, LENGTH
 from pipeline.plan.stage import work_of
 from pipeline.plan.time import step_seconds
+from pipeline.plan.work import Work
 
 if TYPE_CHECKING:
     from pipeline.models.spec import ModelSpec

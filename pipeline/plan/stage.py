@@ -12,10 +12,11 @@ from pipeline.models.spec import SEGMENTS
 from pipeline.plan.batches import take
 from pipeline.plan.cards import Card
 from pipeline.plan.lengths import ENDED, TEMPLATE, Lengths, learnt_lengths, question_tokens
-from pipeline.plan.memory import CONTEXT, Memory, Model, Work, memory
+from pipeline.plan.memory import CONTEXT, Memory, Model, memory
 from pipeline.plan.shapes import Adapter, Shapes
 from pipeline.plan.sizes import TOKENS
 from pipeline.plan.time import ppo_seconds, seconds_again, step_seconds
+from pipeline.plan.work import Work
 
 if TYPE_CHECKING:
     from pipeline.models.spec import ModelSpec

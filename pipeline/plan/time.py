@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.plan.cards import Card
-from pipeline.plan.memory import Model, Work
+from pipeline.plan.memory import Model
+from pipeline.plan.work import Work
 
 STREAMED = 0.85
 """Share of the bandwidth that reading and writing whole matrices reaches."""

@@ -24,7 +24,8 @@ from pipeline.recipe.rounds import Rounds
 from pipeline.recipe.sections import RecipeSpec
 from pipeline.stages import STAGES
 from pipeline.stages.arguments import NUMBERS, WHY_NOT, ConfigClass, defaults, explanations, words
-from pipeline.stages.stage import RewardTerm, StageSpec
+from pipeline.stages.reward_term import RewardTerm
+from pipeline.stages.stage import StageSpec
 
 DRAFT = "http://json-schema.org/draft-07/schema#"
 TITLE = "A OneBase recipe"

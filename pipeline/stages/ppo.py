@@ -18,7 +18,8 @@ from pipeline.ppo.engine_settings import EngineSettings
 from pipeline.ppo.settings import CHECKPOINTS_KEPT, PPOSettings, RolloutSettings
 from pipeline.ppo.shipped import SHIPPED
 from pipeline.stages.arguments import defines, without_auto
-from pipeline.stages.stage import Context, PolicySpec, Result, RewardTerm, Stage
+from pipeline.stages.reward_term import RewardTerm
+from pipeline.stages.stage import Context, PolicySpec, Result, Stage
 
 if TYPE_CHECKING:
     from pipeline.ppo.rewards import Source

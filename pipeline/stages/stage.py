@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -23,50 +23,12 @@ from pipeline.models.spec import ModelSpec
 from pipeline.ppo.engine_settings import EngineSettings
 from pipeline.ppo.rejection_settings import RejectionSettings
 from pipeline.ppo.settings import RolloutSettings, Sampling
-from pipeline.ppo.shipped import SHIPPED, Shipped
 from pipeline.stages.arguments import ConfigClass, check_train, defaults, defines
+from pipeline.stages.reward_term import RewardTerm
 from pipeline.training.trackers import Trackers
 
 BASE = "base"
 """The policy that has no adapter."""
-
-
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class RewardTerm(BaseModel):
-    """One source of a reward and how much it counts."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    source: str
-    """A reward stage of the recipe, `path.py:function`, or a [function that comes with OneBase](rewards.md): `math`,
-    `exact`, `fuzzy`, `json_schema`, `unit_tests`."""
-    weight: float = Field(default=1.0, allow_inf_nan=False)
-    truth: bool = Field(default=False, strict=True)
-    """Whether this function is the checked truth: it gives 1 for a right answer and 0 for a wrong one, nothing else.
-    It may be paid or, with weight 0, only measured."""
-    lower_bound: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """How many deviations of a reward model's heads are taken from its score: what is paid is the lower bound of what
-    the heads think an answer is worth. For a reward stage with `heads` above 1."""
-    length_penalty: Literal["fitted"] | Finite = 0.0
-    """What is taken from a reward model's score for each token of the answer. `fitted`: by how much its score grows
-    with a token, told from the pairs it was trained on (a line through their margins against their lengths)."""
-
-    @property
-    def file(self) -> str | None:
-        """The Python file of a function of the user's; None for another source."""
-        return self.source.rpartition(":")[0] if ".py:" in self.source else None
-
-    @property
-    def shipped(self) -> Shipped | None:
-        """The function of this name that comes with OneBase; None for another source."""
-        return SHIPPED.get(self.source)
-
-    @property
-    def is_stage(self) -> bool:
-        """Whether it is a reward model."""
-        return self.file is None and self.shipped is None
 
 
 class StageSpec(BaseModel):

@@ -22,10 +22,11 @@ from pipeline.errors import UserError
 from pipeline.models.forward import checkpoint_first
 from pipeline.models.out_of_memory import CHECKPOINT, WhenSplit, does_not_fit, gradients_aside, halve, is_out_of_memory
 from pipeline.plan.auto import STEP, find_longest
-from pipeline.plan.memory import Model, Work
+from pipeline.plan.memory import Model
 from pipeline.plan.shapes import Adapter, shapes_of
 from pipeline.plan.sizes import BATCH, TOKENS
 from pipeline.plan.stage import attention, checkpointed_layers, optimizer_bytes
+from pipeline.plan.work import Work
 
 Batch = dict[str, Any]
 Trainer: Any = object

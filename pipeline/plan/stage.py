@@ -20,7 +20,6 @@ from pipeline.plan.work import Work
 
 if TYPE_CHECKING:
     from pipeline.models.spec import ModelSpec
-    from pipeline.ppo.engine_settings import EngineSettings
     from pipeline.stages.stage import Stage, StageSpec
 
 ANSWER_SHARE = 0.5
@@ -131,8 +130,7 @@ def work_of(
             dequantized_rollout=sampling.dequantize_rollout,
             again=again, **common,
         )  # fmt: skip
-        if engine := section.engine():
-            sampled = with_engine(engine, sampled, model, card)
+        sampled = with_engine(section, sampled, model, card)
         if rollouts:
             return sampled
     again = () if section.mixed_in() else again  # those are among its own rows
@@ -155,12 +153,15 @@ def work_of(
     )
 
 
-def with_engine(engine: EngineSettings, work: Work, model: Model, card: Card | None) -> Work:
-    """What vLLM takes: on a GPU its share of the card, and while it sleeps its CUDA context; on a CPU, or of no card,
+def with_engine(section: StageSpec, work: Work, model: Model, card: Card | None) -> Work:
+    """What vLLM takes, where it samples: on a GPU its share of the card, and while it sleeps its CUDA context; on a CPU, or of no card,
     the dequantised base and the keys and values of all answers, for as long as the stage runs.
 
     Raises UserError where the share does not hold the base and one answer.
     """
+    engine = section.engine()
+    if engine is None:
+        return work
     base, cached = model.shapes.parameters * model.bytes, work.length * model.cached
     if card is None or card.layer:
         taken = base + (work.episodes + 1) * cached
@@ -169,7 +170,7 @@ def with_engine(engine: EngineSettings, work: Work, model: Model, card: Card | N
     if share < least:
         enough = math.ceil(100 * least / card.memory) / 100
         raise UserError(
-            f"rollout.gpu_memory_utilization: {engine.gpu_memory_utilization:g} of {card.name} is {share / 2**30:.1f} "
+            f"{section.kind}: rollout.gpu_memory_utilization: {engine.gpu_memory_utilization:g} of {card.name} is {share / 2**30:.1f} "
             f"GiB, and vLLM takes at least {least / 2**30:.1f} GiB for the dequantised base, one answer and its CUDA "
             f"context. {f'Say {enough:g} or more, or leave' if enough <= 1 else 'Leave'} rollout out"
         )

@@ -154,8 +154,8 @@ def work_of(
 
 
 def with_engine(section: StageSpec, work: Work, model: Model, card: Card | None) -> Work:
-    """What vLLM takes, where it samples: on a GPU its share of the card, and while it sleeps its CUDA context; on a CPU, or of no card,
-    the dequantised base and the keys and values of all answers, for as long as the stage runs.
+    """What vLLM takes, where it samples: on a GPU its share of the card, and its CUDA context while it sleeps; on a CPU
+    (or of no card) the dequantised base and the keys and values of all answers, for as long as the stage runs.
 
     Raises UserError where the share does not hold the base and one answer.
     """
@@ -169,10 +169,11 @@ def with_engine(section: StageSpec, work: Work, model: Model, card: Card | None)
     share, least = round(engine.gpu_memory_utilization * card.memory), base + cached + CONTEXT
     if share < least:
         enough = math.ceil(100 * least / card.memory) / 100
+        fix = f"Say {enough:g} or more, or leave rollout out" if enough <= 1 else "Leave rollout out"
         raise UserError(
-            f"{section.kind}: rollout.gpu_memory_utilization: {engine.gpu_memory_utilization:g} of {card.name} is {share / 2**30:.1f} "
-            f"GiB, and vLLM takes at least {least / 2**30:.1f} GiB for the dequantised base, one answer and its CUDA "
-            f"context. {f'Say {enough:g} or more, or leave' if enough <= 1 else 'Leave'} rollout out"
+            f"{section.kind}: rollout.gpu_memory_utilization: {engine.gpu_memory_utilization:g} of {card.name} is "
+            f"{share / 2**30:.1f} GiB, and vLLM takes at least {least / 2**30:.1f} GiB for the dequantised base, one "
+            f"answer and its CUDA context. {fix}"
         )
     return replace(work, engine=share, engine_asleep=CONTEXT)
 

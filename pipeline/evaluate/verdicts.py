@@ -10,13 +10,7 @@ from pipeline.evaluate.preferred import of_preference
 from pipeline.evaluate.stored import Link, Results, RewardModel, Verdict, read_results
 from pipeline.evaluate.wording import BETTER, UNCLEAR, WARNING, WORSE, capital, compare, nothing_held_out, too_few
 from pipeline.language.say import say, say_again
-from pipeline.measure.metric import (
-    QUESTION_ACCURACY,
-    SHARE,
-    Estimate,
-    Metric,
-    perplexity,
-)
+from pipeline.measure.metric import QUESTION_ACCURACY, SHARE, Estimate, Metric, perplexity
 from pipeline.stages import STAGES
 from pipeline.stages.stage import Stage
 

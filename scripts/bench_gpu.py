@@ -237,7 +237,7 @@ def ppo(side: str, given: argparse.Namespace, config: dict[str, Any], folder: Pa
     length = tokens[0] // settings.batch_size
     work = Work(
         given.rows, length, checkpointed(given, config), masked=False, frozen=2, answer=settings.response_length,
-        episodes=settings.batch_size, evaluates=False,
+        episodes=settings.batch_size, scored=2, evaluates=False,
     )  # fmt: skip
     planned = Model(shapes_of(config), Adapter())
     expected = ppo_seconds(planned, work, _card(device), 1) if device.type == "cuda" else None

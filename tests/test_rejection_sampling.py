@@ -78,7 +78,7 @@ def test_kept_are_the_best_by_a_plain_loop(tiny_base: Path, said: dict[str, Any]
             for text, episode in answers[place * copies : (place + 1) * copies]:
                 score = vowels([text])[0]
                 cut += not episode.ended
-                if not episode.ended or not text or score < said.get("threshold", 0.0):
+                if not episode.ended or not text.strip() or score < said.get("threshold", 0.0):
                     continue
                 if settings.keep == "passed":
                     one = (row["prompt"], text, score)
@@ -96,11 +96,26 @@ def test_kept_are_the_best_by_a_plain_loop(tiny_base: Path, said: dict[str, Any]
     assert counts["kept_share"] == sum(row["prompt"] in {one[0] for one in wanted} for row in TWICE) / 5
 
 
+def test_a_text_and_its_kept_answer_are_the_tokens_that_were_sampled(tiny_base: Path) -> None:
+    """A space before the answer's first word belongs to it, or another text would be learnt."""
+    answering = sampler(tiny_base)
+    kept = rejection.choose(rejection.sample_all(answering, TWICE, answering.settings), answering.settings)  # type: ignore[arg-type]
+    sampled = set()
+    for number in (0, 1, 2):
+        few = TWICE[2 * number : 2 * number + 2]
+        for one in answering.answer(few, f"round {number}", 6, (0, len(few))).episodes:
+            ids = one.prompt_ids + one.answer_ids[:-1]
+            sampled.add(answering.tokenizer.decode(ids, skip_special_tokens=True))
+    assert all(row["prompt"] + row["completion"] in sampled for row in kept)
+    assert any(row["completion"] != row["completion"].strip() for row in kept)
+
+
 def test_what_was_kept_is_found_again_unless_it_was_changed(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answering, out = sampler(tiny_base), Artifact(tmp_path / "rejection")
-    rest: Any = (TWICE, answering.settings, out)
+    rows = [{**row, "prompt": row["prompt"] + "\u2028"} for row in TWICE]  # which ends a line of a text, not of JSON
+    rest: Any = (rows, answering.settings, out)
     first = rejection.sample_or_find(answering, *rest, "a")
     written = out.kept.read_bytes()
     answering.answer = None  # type: ignore[assignment,method-assign]

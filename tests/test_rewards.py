@@ -42,6 +42,11 @@ def test_math_pays_what_math_verify_and_trl_document(monkeypatch: pytest.MonkeyP
         ("x^2+1", r"\boxed{1+x^2}", 1),
         ("7", "<think>7</think> 8", 0),
     ]
+    # A formula is no text in which a number is to be found; a text is.
+    rows += [(r"2\sqrt{3}", "$2$", 0), (r"2\sqrt{3}", r"\boxed{2\sqrt{3}}", 1), ("3x+2", "3", 0), ("3x+2", "$2+3x$", 1)]
+    rows += [("10^{5}", "10", 0), ("10^{5}", "100000", 1), ("2.5e3", "2.5", 0), ("2.5e3", "2500", 1)]
+    rows += [(r"(-\infty, 3]", "3", 0), ("1{,}000", "1000", 1), ("1,234", "1234", 1), ("1/2", "0.5", 1)]
+    rows += [("He has 3 dogs, so it is 7", "7", 1), ("3*2=6.\n#### 6", "6", 1), ("7 cm", "7", 1), ("x=5", "5", 1)]
     assert pay("math", [said for _, said, _ in rows], answer=[gold for gold, _, _ in rows]) == [n for *_, n in rows]
     # Where a row has no `answer`, its `solution` counts.
     assert pay("math", ["7", "7"], answer=[None, "8"], solution=["7", "7"]) == [1, 0]
@@ -107,6 +112,8 @@ def test_code_passes_the_tests_of_known_data_sets_and_forms() -> None:
         ("def f(x): return x", CASES + "unittest.main(exit=False)", 0),
         (DOUBLE, "def test_f():\n    assert f(2) == 4", 1), (DOUBLE, "def test_f():\n    assert f(2) == 5", 0),
         ("def f(x): x.sort()", "a = [2, 1]\nf(a)\nassert a == [1, 2]", 1),
+        ("def f(x): x.sort()", "a = [2, 1]\nf(x=a)\nassert a == [1, 2]", 1),
+        ("def sum(x): return 4", "from solution import sum\nassert sum([2]) == 4", 1),
         ("from collections import Counter as f", "assert f('aab') == {'a': 2, 'b': 1}", 1),
         (STACK, "s = Stack()\ns.push(3)\nassert list(s.twice()) == [3, 3]\nassert s[0] == 3", 1),
     ]  # fmt: skip
@@ -144,6 +151,10 @@ def test_no_code_cheats_its_tests_or_harms_the_machine(tmp_path: Path) -> None:
     hard = ["assert all([f(2) == 4])"]
     programs = [tries.format(attempt) for attempt in attempts] + cheats
     assert unit_tests.pass_tests(programs, [hard] * len(programs)) == [0] * len(programs)
+    # Nor does the code say what a built-in one or a module means to the tests.
+    named = [("def abs(x): return 0\ndef f(x): return 9.0", "from solution import *\nassert abs(f(2) - 4) < 1e-6")]
+    named += [("class math: isclose = max\ndef f(x): return 9.0", "assert math.isclose(f(2), 4.0)")]
+    assert unit_tests.pass_tests(*map(list, zip(*named, strict=True))) == [0, 0]
     # The same programs pass without the attempt, so it is the attempt that fails.
     assert unit_tests.pass_tests([tries.format("pass")], [hard]) == [1]
     assert kept.read_text() == "here" and not os.path.exists("/tmp/made-by-an-answer")
@@ -157,6 +168,7 @@ def test_no_code_cheats_its_tests_or_harms_the_machine(tmp_path: Path) -> None:
         ("exact", {}, "the reward exact needs the column answer"),
         ("math", {"other": "1"}, "needs the column answer or solution"),
         ("math", {"answer": "\\text{}"}, "holds no mathematics"),
+        ("math", {"answer": "two"}, "is a word"),
         ("exact", {"answer": "."}, "'answer' is empty"),
         ("exact", {"answer": ["a"]}, "neither a text nor a number"),
         ("json_schema", {"schema": {"type": "nothing"}}, "is not a JSON schema: 'nothing' is not valid"),
@@ -165,6 +177,13 @@ def test_no_code_cheats_its_tests_or_harms_the_machine(tmp_path: Path) -> None:
         ("unit_tests", {"tests": "assert f("}, "is not Python code"),
         ("unit_tests", {"tests": HUMAN_EVAL.rpartition("\n")[0]}, "runs nothing"),
         ("unit_tests", {"tests": "f(2)"}, "asserts nothing"),
+        ("unit_tests", {"tests": "def check(f):\n    assert f(2) == 4\nprint(f(2))"}, "asserts nothing that is run"),
+        (
+            "unit_tests",
+            {"tests": "class TestF:\n    def test(self): assert f(2) == 4\nf(2)"},
+            "class TestF, which nothing",
+        ),
+        ("unit_tests", {"tests": "async def test_f():\n    assert f(2) == 4"}, "async test_f(), which nothing awaits"),
         ("unit_tests", {"tests": "import numpy\nassert f(2) == 4"}, "imports numpy"),
         ("unit_tests", {"tests": "def test_f(f):\n    assert f(2) == 4"}, "test_f() with arguments"),
     ],

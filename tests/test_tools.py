@@ -289,6 +289,25 @@ def test_ppo_sees_the_first_token_after_a_reply_as_the_next_action(tool_base: Pa
                 )
 
 
+def test_a_call_or_a_reply_that_cannot_be_written_down_is_told_to_the_model(tmp_path: Path) -> None:
+    (tmp_path / "large.py").write_text(
+        "class Large:\n    def reset(self, **row): pass\n    def count(self, n: int) -> int:\n"
+        '        """Count.\n\n        Args:\n            n: how far\n        """\n        return 10**n\n'
+    )
+    row = {"environment": f"{tmp_path}/large.py:Large", "_place": "p.jsonl:1"}
+    world, _ = environments.begin(row, 1.0)
+    for brackets in (70, 400, 100_000):
+        nested = "[" * brackets + "]" * brackets
+        (call,) = environments.parse_calls(
+            f'<tool_call>{{"name": "count", "arguments": {{"n": {nested}}}}}</tool_call>'
+        )
+        reply, failed = environments.call_tool(world, call, row, 1.0)
+        assert failed and ("nested more than" in reply or "not JSON" in reply)
+    assert environments.call_tool(world, environments.Call("count", {"n": 2}), row, 1.0) == ("100", False)
+    reply, failed = environments.call_tool(world, environments.Call("count", {"n": 5000}), row, 1.0)
+    assert failed and "4300 digits" in reply
+
+
 def test_limits_of_turns_and_of_length_leave_an_answer_that_has_not_ended(tool_base: Path, counter: str) -> None:
     grpo = trainer(tool_base, counter, lambda **_: [])
     for options in ({"new_tokens": 160, "iterations": 0}, {"new_tokens": 70}):

@@ -38,6 +38,12 @@ def read_json(path: Path) -> Json | None:
     return value
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file of JSON lines. Texts may hold what str.splitlines() takes for the end of a line, such as
+    U+2028; JSON writes the line feed alone as \\n."""
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def write_json(path: Path, value: Json) -> None:
     """Write JSON so that a reader sees the old file or the new one, never a part (temporary name, sync, rename)."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")

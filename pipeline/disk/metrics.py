@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.disk.atomic import write_text
+from pipeline.disk.atomic import read_lines, write_text
 
 
 def append(path: Path, step: int, values: dict[str, Any]) -> None:
@@ -20,7 +20,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """All lines written whole, in order; a last line cut short by a kill is left out."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in read_lines(path):
             try:
                 rows.append(json.loads(line))
             except ValueError:

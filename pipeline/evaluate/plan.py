@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.data.contracts import DEMONSTRATION, LANGUAGE_MODELING, PREFERENCE, RATED, Row
 from pipeline.disk.artifact import WEIGHTS, Artifact
-from pipeline.disk.atomic import Json, digest, sha256_of_file
+from pipeline.disk.atomic import Json, digest, read_lines, sha256_of_file
 from pipeline.errors import UserError
 from pipeline.evaluate.benchmarks import Benchmark
 from pipeline.evaluate.measure import Finished, Measure
@@ -182,7 +182,7 @@ def _rendered(rows: Rows, artifact: Artifact) -> Rows:
     """A stage's rows without those that it left out itself (on_bad_row: skip): a template cannot write them."""
     if not artifact.refused.is_file():
         return rows
-    left_out = {json.loads(line)["place"] for line in artifact.refused.read_text(encoding="utf-8").splitlines()}
+    left_out = {json.loads(line)["place"] for line in read_lines(artifact.refused)}
 
     def chosen(some: Sequence[Row]) -> list[Row]:
         return [row for row in some if row["_place"] not in left_out]

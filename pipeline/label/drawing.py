@@ -188,10 +188,12 @@ class Drawer:
                     generator=torch.Generator(bench.actors.device).manual_seed(seed),
                     copies=copies,
                 )
-            texts = [without_marks(bench.tokenizer, dialogue.decode(bench.tokenizer, one)).strip() for one in episodes]
+            answered = [asked[number][0] for number in mine for _ in range(copies)]
+            told = zip(episodes, answered, strict=True)
+            texts = [without_marks(bench.tokenizer, dialogue.decode(bench.tokenizer, one, row)) for one, row in told]
             scores = [0.0] * len(texts)
             if policy.best_of > 1:
-                said = ((asked[mine[i // copies]][0]["prompt"], text) for i, text in enumerate(texts))
+                said = ((row["prompt"], text) for row, text in zip(answered, texts, strict=True))
                 scores = [fmean(heads_K) for heads_K in self._by_head(bench, said)]
             how: dict[str, Any] = {
                 "stage": policy.stage,

@@ -14,6 +14,7 @@ import torch
 from pipeline.data import render
 from pipeline.data.contracts import Row
 from pipeline.data.tokens import Unrenderable, stop_ids
+from pipeline.disk.atomic import read_lines
 from pipeline.measure.matching import correct
 from pipeline.measure.scoring import batches
 from pipeline.models import dialogue, processes
@@ -79,7 +80,7 @@ def _parents_answers(ctx: Context, shown: list[Row]) -> tuple[dict[str, float], 
     if manifest.data.measured_on.get("questions") != ctx.questions_hash:
         return None
     try:
-        samples = [json.loads(line) for line in parent.samples.read_text(encoding="utf-8").splitlines()]
+        samples = [json.loads(line) for line in read_lines(parent.samples)]
         told = [sample["prompt"] for sample in samples if {"base", "after", "answer"} <= sample.keys()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -132,7 +133,7 @@ def generate(
 
 def _note(samples: list[dict[str, Any]], key: str, answers: list[Answer]) -> None:
     for sample, answer in zip(samples, answers, strict=True):
-        sample[key] = answer.text
+        sample[key] = answer.text.strip()
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]) -> Iterator[Row]:

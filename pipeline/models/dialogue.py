@@ -151,15 +151,17 @@ def common_start(prompts: list[list[int]]) -> int:
     return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
 
 
-def decode(tokenizer: Tokenizer, episode: Episode) -> str:
-    """The answer as text, without its end-of-turn token."""
+def decode(tokenizer: Tokenizer, episode: Episode, row: Row) -> str:
+    """The answer as text, without its end-of-turn token. White space around it belongs to it where the prompt is a text
+    that it goes on from; a chat template drops it."""
     ids = episode.answer_ids[:-1] if episode.ended else episode.answer_ids
-    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    return text if isinstance(row["prompt"], str) else text.strip()
 
 
 def _take_turn(tokenizer: Tokenizer, one: Told, turn: Episode) -> None:
     """Note what the model said in its last turn."""
-    one.text = decode(tokenizer, turn)
+    one.text = decode(tokenizer, turn, one.row)
     if one.world is not None:
         one.turns.append(environments.as_message(one.text))
 

@@ -31,6 +31,8 @@ NO_TOOLS = ("reset", "get_reward")
 TOOL_SECONDS = 10.0
 """That a tool may take, unless a stage says otherwise."""
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
+DEEPEST = 64
+"""Levels of lists and objects in a call. Copying and writing down what is deeper runs out of Python's stack."""
 _CALL = re.compile(f"{OPENING}(.*?)(?:{CLOSING}|$)", re.DOTALL)
 
 
@@ -143,6 +145,7 @@ def call_tool(world: Any, call: Call, row: Row, seconds: float) -> tuple[str, bo
     try:
         with time_limit(seconds):
             result = getattr(world, call.name)(**copy.deepcopy(call.arguments))
+            said = str(result)
     except _TooLong:
         raise UserError(
             f"{where} took more than {seconds:g} s. If it needs longer, raise tool_timeout and run again: the stage "
@@ -152,7 +155,7 @@ def call_tool(world: Any, call: Call, row: Row, seconds: float) -> tuple[str, bo
         return str({"error": str(error) or type(error).__name__}), True
     if not isinstance(result, str | int | float | dict):
         raise UserError(f"{where} returned a {type(result).__name__}: expected a text, a number or an object")
-    return str(result), False
+    return said, False
 
 
 def parse_calls(text: str) -> list[Call]:
@@ -163,14 +166,22 @@ def parse_calls(text: str) -> list[Call]:
 def _parse(text: str) -> Call:
     try:
         said = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return Call("", {}, "The tool call is not JSON")
+    if _is_deeper(said, DEEPEST):
+        return Call("", {}, f"The tool call is nested more than {DEEPEST} deep")
     if not isinstance(said, dict) or not isinstance(said.get("name"), str):
         return Call("", {}, 'The tool call is not of the form {"name": ..., "arguments": {...}}')
     arguments = said.get("arguments", {})
     if not isinstance(arguments, dict):
         return Call(said["name"], {}, "The arguments of the tool call are not an object")
     return Call(said["name"], arguments)
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects stand in each other more than so many levels deep."""
+    below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return below is not None and (levels == 0 or any(_is_deeper(one, levels - 1) for one in below))
 
 
 def as_message(text: str) -> dict[str, Any]:

@@ -122,11 +122,14 @@ def work_of(
         answer, rollouts = sampling.response_length, section.rollouts()
         prompt = lengths.longest if lengths else (arguments.get("max_length") or 2 * answer) - answer
         longest, mini = min(limit, prompt + answer), rollouts.mini if rollouts else rows
-        frozen = 1 + sum(term.is_stage for term in section.reward_terms())
+        models = sum(term.is_stage for term in section.reward_terms())
+        frozen = 1 + models
         sampled = Work(
             min(rows, mini), longest, checkpointed, trained=1 + (sampling.critic == "adapter"),
             frozen=frozen, accumulates=mini > rows, answer=answer,
             episodes=sampling.rollout_batch_size or sampling.batch_size,
+            copies=sampling.num_generations, shares=bool(card and card.layer) or spec.attn_implementation == SEGMENTS,
+            scored=sampling.scoring_passes + models + bool(section.engine()),
             dequantized_rollout=sampling.dequantize_rollout,
             again=again, **common,
         )  # fmt: skip

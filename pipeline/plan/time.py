@@ -89,21 +89,20 @@ def ppo_seconds(model: Model, work: Work, card: Card, epochs: int) -> float | No
     s = model.shapes
     share = work.answer / work.length
     packs = max(1, work.episodes // work.rows)
-    tokens = work.episodes * work.length
+    read = work.episodes * (work.answer + (work.length - work.answer) / work.copies)
+    tokens = read if work.shares else work.episodes * work.length
     # sampling: each step reads all weights and the cache so far
-    read = model.weights(reward=False)[0] + s.embedding_parameters * model.bytes
+    weights = model.weights(reward=False)[0] + s.embedding_parameters * model.bytes
     if work.dequantized_rollout or not model.quantised:
-        read += s.linear_parameters * model.bytes
+        weights += s.linear_parameters * model.bytes
     cache = work.episodes * (work.length - work.answer / 2) * model.cached
-    decoding = work.answer * max((read + cache) / (card.bandwidth * 1e9 * STREAMED), LAUNCHES * s.layers / 32)
+    decoding = work.answer * max((weights + cache) / (card.bandwidth * 1e9 * STREAMED), LAUNCHES * s.layers / 32)
     if card.layer:  # a CPU has no arithmetic to spare while it reads
-        decoding += forward_seconds(model, card, tokens, work.length, 0, share) + work.answer * s.layers * card.layer
-    # scoring: the trained adapters (policy, perhaps a critic) and the frozen ones (reference, reward models)
-    scored = work.trained + work.frozen
-    scoring = tokens * scored * forward_operations(model, work.length, share)
+        decoding += forward_seconds(model, card, read, work.length, 0, share) + work.answer * s.layers * card.layer
+    scoring = tokens * work.scored * forward_operations(model, work.length, share)
     update = (epochs * tokens) * work.trained * training_operations(model, work, share)
     update += epochs * work.episodes * _operations_again(model, work)
-    passes = packs * (scored + epochs * work.trained * (2 + work.checkpointed / s.layers))
+    passes = packs * (work.scored + epochs * work.trained * (2 + work.checkpointed / s.layers))
     beside = passes * s.layers * card.layer
     return decoding + _seconds(card, scoring + update, _dequantised(model, passes)) + beside
 

@@ -41,6 +41,12 @@ class Work:
     answer: int = 0
     episodes: int = 0
     """Of a stage that samples (ppo): most tokens of an answer, and answers sampled at once."""
+    copies: int = 1
+    """Answers to one prompt, which is read once for all of them when they are sampled."""
+    shares: bool = False
+    """It is read once for all of them in the other passes too, as batches are packed."""
+    scored: int = 0
+    """Passes over an answer that score it, before it is learnt from."""
     dequantized_rollout: bool = False
     engine: int = 0
     """Bytes that a program which samples in its place takes while it does."""

@@ -112,8 +112,8 @@ class Answering:
                 episodes[row].values = values_G[:count]
         engine.compare(self.step, episodes)
         asked = [row for row in rows for _ in range(copies)]
-        texts = [dialogue.decode(self.tokenizer, episode) for episode in episodes]
-        return Rollout([dialogue.Told(*one) for one in zip(asked, episodes, texts, strict=True)])
+        pairs = zip(asked, episodes, strict=True)
+        return Rollout([dialogue.Told(row, one, dialogue.decode(self.tokenizer, one, row)) for row, one in pairs])
 
     def _read(self, pack: Pack) -> list[list[list[float]]]:
         def forward(part: Pack) -> list[torch.Tensor]:

@@ -126,6 +126,11 @@ class GRPOSettings(RolloutSettings):
         return self.max_completion_length
 
     @property
+    def scoring_passes(self) -> int:
+        """Over an answer, besides those of reward models: by the reference, where there is one."""
+        return int(self.beta > 0)
+
+    @property
     def kl_coef(self) -> float:
         return self.beta
 

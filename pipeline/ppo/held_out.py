@@ -44,10 +44,10 @@ def _ask(trainer: Answering, prompts: Sequence[Row]) -> Answers:
     mine, actors = processes.range_of(len(prompts)), trainer.actors
     if not mine:
         return {}
-    rows = [prompts[place] for place in mine for _ in range(ANSWERS)]
-    rollout = trainer.answer(rows, "held-out", among=(ANSWERS * mine.start, ANSWERS * len(prompts)))
+    rows = [prompts[place] for place in mine]
+    rollout = trainer.answer(rows, "held-out", ANSWERS, (mine.start, len(prompts)))
     episodes, by_source = rollout.episodes, trainer.ask_sources(rollout)
-    kl = [0.0] * len(rows)
+    kl = [0.0] * len(episodes)
     if trainer.step:  # before the first step the policy is its reference
         for pack in pack_episodes(episodes, trainer.forward_size, actors.pad_id, actors.device):
             (difference_BG,) = run_forward(lambda part: [_difference(actors, part)], pack)

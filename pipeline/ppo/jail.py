@@ -193,7 +193,8 @@ def answer(code: Any, file: io.FileIO) -> None:
                 reply = getattr(kept[at], rest[0])
             else:
                 reply = kept[at](*rest[0], **rest[1])
-            channel.send(("value", _plain(reply), rest[0] if what == "call" else ()))
+            given = [*rest[0], *rest[1].values()] if what == "call" else ()
+            channel.send(("value", _plain(reply), given))
         except Exception as error:
             channel.send(("error", type(error).__name__, str(error)))
 
@@ -229,19 +230,23 @@ def judge(code: Any, file: io.FileIO) -> bool:
             kind: Any = getattr(builtins, str(value), None)
             raise (kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError)(more)
         if what == "call":
-            for ours, theirs in zip(rest[1], more, strict=True):
+            for ours, theirs in zip([*rest[1], *rest[2].values()], more, strict=True):
                 _change(ours, theirs)
         return value
 
     channel = Channel(file, lambda value: value._number if type(value) is Remote else None, lambda at: Remote(ask, at))
     solution, tests = types.ModuleType("solution"), types.ModuleType("__main__")
     sys.modules |= {"solution": solution, "__main__": tests}
+    shown = []
     for name in map(str, ask("names", 0)):
         if name.isidentifier() and not name.startswith("_"):
             value = ask("get", 0, name)
             setattr(solution, name, value)
-            if not hasattr(builtins, name):  # or the code would say what `all` and `isinstance` mean to the tests
+            # or the code would say what `all` and `math.isclose` mean to the tests
+            if not hasattr(builtins, name) and name not in MODULES:
                 setattr(tests, name, value)
+                shown.append(name)
+    solution.__all__ = shown
     try:
         exec(code, tests.__dict__)
     except SystemExit as end:  # unittest.main() ends so

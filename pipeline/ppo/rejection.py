@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.data.contracts import Row
 from pipeline.data.tokens import without_marks
 from pipeline.disk.artifact import Artifact
-from pipeline.disk.atomic import Json, digest, read_json, sha256_of_file, write_json, write_text
+from pipeline.disk.atomic import Json, digest, read_json, read_lines, sha256_of_file, write_json, write_text
 from pipeline.errors import UserError
 from pipeline.measure.metric import SHARE
 from pipeline.models import processes
@@ -74,7 +74,7 @@ def _find(out: Artifact, fingerprint: str) -> tuple[list[Row], Json] | None:
         print(f"  warning: {out.kept} has been changed since it was written; the answers are sampled anew", flush=True)
         return None
     print(f"  the answers kept before are in {out.kept}; none is sampled anew", flush=True)
-    return [json.loads(line) for line in out.kept.read_text(encoding="utf-8").splitlines()], noted["counts"]
+    return [json.loads(line) for line in read_lines(out.kept)], noted["counts"]
 
 
 def sample_all(answering: Answering, rows: Sequence[Row], settings: RejectionSettings) -> list[Group]:

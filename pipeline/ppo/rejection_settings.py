@@ -54,6 +54,11 @@ class RejectionSettings(BaseModel):
         return self
 
     @property
+    def scoring_passes(self) -> int:
+        """Over an answer, besides those of reward models."""
+        return 0
+
+    @property
     def batch_size(self) -> int:
         return self.generation_batch_size
 

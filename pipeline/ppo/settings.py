@@ -39,6 +39,10 @@ class Sampling(Protocol):
     @property
     def cache_implementation(self) -> Literal["static"] | None: ...
     @property
+    def num_generations(self) -> int: ...
+    @property
+    def scoring_passes(self) -> int: ...
+    @property
     def critic(self) -> Literal["adapter", "trunk"] | None: ...
     @property
     def max_tool_calling_iterations(self) -> int | None: ...
@@ -75,6 +79,10 @@ class RolloutSettings(BaseModel):
         def normalize_reward(self) -> Literal["start", "running", "none"]: ...
         @property
         def early_stop_kl(self) -> float | None: ...
+        @property
+        def num_generations(self) -> int: ...
+        @property
+        def scoring_passes(self) -> int: ...
         @property
         def critic(self) -> Literal["adapter", "trunk"] | None: ...
         @property
@@ -281,6 +289,17 @@ class PPOSettings(RolloutSettings):
         return self.num_ppo_epochs
 
     @property
+    def num_generations(self) -> int:
+        """One answer to each prompt."""
+        return 1
+
+    @property
     def one_minibatch(self) -> bool:
         """Whether a batch is learnt from in one optimizer step an epoch."""
         return self.mini == self.batch_size
+
+    @property
+    def scoring_passes(self) -> int:
+        """Passes over an answer before it is learnt from, besides those of reward models: by the reference, and by the
+        policy and the critic where the sampler has not noted what they say."""
+        return 1 + (not self.one_minibatch) + (self.critic == "adapter")

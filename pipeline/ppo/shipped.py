@@ -114,6 +114,8 @@ def _mathematics(answers: list[str], given: list[Any]) -> list[float]:
 def _is_mathematics(given: Any) -> str | None:
     if reason := _is_written(given):
         return reason
+    if re.fullmatch(r"[^\W\d_]{3,}", str(given).strip()):
+        return "is a word, of which math-verify makes a product of its letters. Use exact, or write it as LaTeX ($...$)"
     # Where there is a digit math-verify finds a number at least; asking it of every row would take minutes.
     if re.search(r"\d", str(given)) or _comparer("math_verify").ask("read_mathematics", str(given)):
         return None
@@ -159,9 +161,9 @@ def _unit_tests(answers: list[str], given: list[Any]) -> list[float]:
 
 
 SHIPPED = {
-    "math": Shipped(("answer", "solution"), _mathematics, _is_mathematics, "math-verify"),
+    "math": Shipped(("answer", "solution"), _mathematics, _is_mathematics, "math-verify", arithmetic=2),
     "exact": Shipped(("answer",), _exact, _is_written),
     "fuzzy": Shipped(("answer",), _fuzzy, _is_written, "rapidfuzz", right_or_wrong=False),
     "json_schema": Shipped(("schema",), _json_schema, _is_schema, "jsonschema"),
-    "unit_tests": Shipped(("tests",), _unit_tests, unit_tests.refuses),
+    "unit_tests": Shipped(("tests",), _unit_tests, unit_tests.refuses, arithmetic=2),
 }

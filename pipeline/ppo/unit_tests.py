@@ -17,6 +17,7 @@ from pipeline.ppo import jail
 
 FENCED = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 AT_ONCE = 8
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def pass_tests(programs: list[str], tests: list[Any]) -> list[float]:
@@ -53,17 +54,30 @@ def refuses(tests: Any) -> str | None:
     for name in jail.imported(tree):
         if name not in jail.MODULES and name != "solution":
             return f"imports {name}, which tests cannot: they have {', '.join(sorted(jail.MODULES))}"
-    runs = False
+    helpers: dict[str, ast.stmt] = {}
+    run, cases = list[ast.stmt](), {"TestCase"}
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
-            if node.args.args:
-                return f"has {node.name}() with arguments, which nothing gives it"
-            runs = True
-        runs = runs or not isinstance(node, ast.FunctionDef | ast.Import | ast.ImportFrom | ast.Assign)
-    if not runs:
+        is_test = isinstance(node, FUNCTIONS) and node.name.startswith("test")
+        if is_test and isinstance(node, ast.AsyncFunctionDef):
+            return f"has async {node.name}(), which nothing awaits: write it without async"
+        if is_test and node.args.args:
+            return f"has {node.name}() with arguments, which nothing gives it"
+        if isinstance(node, ast.ClassDef):
+            if cases & {ast.unparse(base).rpartition(".")[2] for base in node.bases}:
+                cases.add(node.name)
+            elif node.name.startswith("Test"):
+                return f"has the class {node.name}, which nothing runs: derive it from unittest.TestCase"
+        if isinstance(node, FUNCTIONS) and not is_test or isinstance(node, ast.ClassDef) and node.name not in cases:
+            helpers[node.name] = node
+        elif not isinstance(node, ast.Import | ast.ImportFrom):
+            run.append(node)
+    if all(isinstance(node, ast.Assign) for node in run):
         return "runs nothing: it only defines functions. Call them, or name them test_..."
-    asserts = any("assert" in ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Assert | ast.Call))
-    return None if asserts else "asserts nothing, so it would pass whatever the code does"
+    for node in run:  # and, as they are found, the helpers that it names
+        run += [helpers.pop(one.id) for one in ast.walk(node) if isinstance(one, ast.Name) and one.id in helpers]
+    found = (one for node in run for one in ast.walk(node) if isinstance(one, ast.Assert | ast.Call))
+    asserts = any("assert" in ast.unparse(one) for one in found)
+    return None if asserts else "asserts nothing that is run, so it would pass whatever the code does"
 
 
 @cache

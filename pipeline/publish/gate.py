@@ -32,7 +32,7 @@ import numpy
 from safetensors.numpy import load_file
 from scipy.special import log_softmax
 
-from pipeline.disk.atomic import Json, write_json
+from pipeline.disk.atomic import Json, read_lines, write_json
 from pipeline.errors import UserError
 from pipeline.publish.sealed import Sealed
 from pipeline.runs.environment import EVERYWHERE, QUIET
@@ -260,7 +260,7 @@ def _prompts(sealed: Sealed) -> list[Json]:
     template = (sealed.artifact.adapter / "chat_template.jinja").is_file()
     prompts: list[Any] = list(TURNS) if template else list(TEXTS)
     if sealed.artifact.samples.is_file():
-        lines = sealed.artifact.samples.read_text(encoding="utf-8").splitlines()[:OWN_PROMPTS]
+        lines = read_lines(sealed.artifact.samples)[:OWN_PROMPTS]
         prompts += [json.loads(line)["prompt"] for line in lines]
     if not sealed.num_labels:
         return [{"prompt": prompt} for prompt in prompts]

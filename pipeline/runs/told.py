@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.cells import cell_len, chop_cells
 
 from pipeline.disk.artifact import Artifact
-from pipeline.disk.atomic import Json
+from pipeline.disk.atomic import Json, read_lines
 from pipeline.language.say import say, say_again
 from pipeline.recipe.recipe import Recipe
 
@@ -54,7 +54,7 @@ def read_samples(out: Artifact) -> list[Json]:
     """The answers that a stage has kept; none where there are none to read."""
     samples = []
     try:
-        lines = out.samples.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(out.samples)
     except OSError:
         return []
     for line in lines:

@@ -14,7 +14,7 @@ GAP = "\0"  # what is filled in when the message is said
 RAISED = {
     "UserError", "BrokenInvariant", "Interrupted", "complaint", "Broken", "Unreadable", "Unrenderable", "ValueError",
     "ModuleNotFoundError", "ComposerError", "ConstructorError", "refusal", "_unreachable", "_fail", "exit",
-    "EngineError", "_failed",
+    "EngineError", "_failed", "OwnCodeError",
 }  # fmt: skip
 # Functions that return (or gather, or yield) the reason why something is refused, and others raise it.
 REASONS = (
@@ -65,7 +65,7 @@ def _said(tree: ast.Module, reasons: bool) -> Iterator[tuple[int, ast.expr, list
         if isinstance(node, ast.Call):
             name = _name(node.func)
             if name in RAISED and node.args:
-                args = node.args[:1] if name == "complaint" else node.args
+                args = node.args[:1] if name == "complaint" else node.args[name == "OwnCodeError" :]
                 yield node.lineno, _joined(args), scope
             elif name == "locked" and len(node.args) > 1:
                 yield node.lineno, node.args[1], scope

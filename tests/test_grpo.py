@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -177,6 +178,7 @@ def test_groups_that_are_all_alike_make_way_for_others(tiny_base: Path) -> None:
     assert [len(prompts) for prompts in asked] == [8, 4, 4]
     assert list(asked[2]) == [row["prompt"] for row in rollout.rows[:4]]
     assert rollout.texts[4:] == first.texts[4:]
+    assert len({str(prompts[0]) for prompts in asked} | {str(asked[0][4])}) == 4, "prompts that the step has not asked"
     assert numbers["frac_reward_zero_std"] == 0.0
     asked.clear()
     assert collect(trainer(tiny_base, reward))[2]["frac_reward_zero_std"] == 0.5
@@ -219,6 +221,41 @@ def test_a_reward_that_is_alike_in_all_groups_stops_the_run() -> None:
     told = [health.verdict(step)[0] for _ in range(WINDOW)]
     assert told[:-1] == [None] * (WINDOW - 1)
     assert "all answers of every group were paid alike" in str(told[-1])
+
+
+def replaced(base: Path) -> list[str]:
+    """This process's answers once groups that are alike have made way for others."""
+    grpo = trainer(base, parity, num_generations=2, max_num_gen_batches=3)
+    rollout = grpo.rollout(0)
+    return grpo.choose(rollout, grpo.ask_sources(rollout))[0].texts
+
+
+def parity(completions: list[Any], **_: Any) -> list[float]:
+    return [float(len(str(said)) % 2) for said in completions]
+
+
+REPLACED = """
+import json, sys
+from accelerate import PartialState
+sys.path[:0] = ["tests", "scripts"]
+state = PartialState(cpu=True)
+from test_grpo import replaced
+json.dump(replaced(sys.argv[1]), open(f"{sys.argv[2]}/{state.process_index}.json", "w"))
+state.destroy_process_group()
+"""
+
+
+def test_two_processes_replace_the_groups_that_one_does(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "replaced.py").write_text(REPLACED)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(tmp_path / "replaced.py"), str(tiny_base), str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    first = trainer(tiny_base, parity, num_generations=2).rollout(0).texts
+    assert [*ranks[0], *ranks[1]] == replaced(tiny_base) != first
 
 
 def test_two_processes_learn_what_one_does(tiny_base: Path, parents: Path) -> None:  # noqa: F811

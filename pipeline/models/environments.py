@@ -19,18 +19,21 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 from pipeline.data.contracts import Row
 from pipeline.data.tokens import Messages
 from pipeline.errors import UserError
-from pipeline.models.own_code import load_named
+from pipeline.models.own_code import OwnCodeError, load_named, refusal
 
 NO_TOOLS = ("reset", "get_reward")
 """Methods that are none, by TRL's convention."""
 TOOL_SECONDS = 10.0
 """That a tool may take, unless a stage says otherwise."""
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
+KEY: Final = "environment"
+SET_APART = {"_place", "environment", "tools"}
+"""What a row holds that reset is not given."""
 DEEPEST = 64
 """Levels of lists and objects in a call. Copying and writing down what is deeper runs out of Python's stack."""
 _CALL = re.compile(f"{OPENING}(.*?)(?:{CLOSING}|$)", re.DOTALL)
@@ -59,25 +62,28 @@ def load(reference: str) -> Environment:
     """The environment named by `path.py:Class`. Raises UserError for what is none."""
     from transformers.utils.chat_template_utils import get_json_schema
 
-    make = load_named(reference, "environment")
+    make = load_named(reference, KEY)
     methods = dict(inspect.getmembers(make, predicate=inspect.isfunction))
     if "reset" not in methods:
-        raise UserError(f"environment: {reference} has no method reset(self, **row), with which an answer begins")
+        raise OwnCodeError(KEY, f"{reference} has no method reset(self, **row), with which an answer begins")
+    if why := refusal(make, ()):
+        raise OwnCodeError(KEY, f"{reference} is made without arguments, once for each answer, and refuses that: {why}")
     tools = []
     for name, method in methods.items():
         if name in NO_TOOLS or name.startswith("_"):
             continue
         if inspect.iscoroutinefunction(method):
-            raise UserError(f"environment: the tool '{name}' of {reference} is async. Make it a plain method")
+            raise OwnCodeError(KEY, f"the tool '{name}' of {reference} is async. Make it a plain method")
         try:
             tools.append(getattr(method, "schema", None) or get_json_schema(method))
         except Exception as error:
-            raise UserError(
-                f"environment: the tool '{name}' of {reference} cannot be described to the model: {error} It needs a "
-                "docstring with an `Args:` section, and a type hint for each argument."
+            raise OwnCodeError(
+                KEY,
+                f"the tool '{name}' of {reference} cannot be described to the model: {str(error).rstrip('.!')}. It "
+                "needs a docstring with an `Args:` section that names each argument, and a type hint for each.",
             ) from error
     if not tools:
-        raise UserError(f"environment: {reference} has no tool: a method beside reset, without a leading underscore")
+        raise OwnCodeError(KEY, f"{reference} has no tool: a method beside reset, without a leading underscore")
     return Environment(reference, make, tools)
 
 
@@ -109,10 +115,21 @@ def with_tools(rows: Sequence[Row], reference: str) -> list[Row]:
     return [{**row, "tools": tools, "environment": reference} for row in rows]
 
 
+def check_reset(reference: str, rows: Sequence[Row]) -> None:
+    """Raises OwnCodeError for an environment whose reset cannot be called with the columns of rows."""
+    columns = {key for row in rows for key in row} - SET_APART
+    if rows and (why := refusal(load(reference).make.reset, columns, None)):  # type: ignore[attr-defined]
+        raise OwnCodeError(
+            KEY,
+            f"{reference}: reset(self, **row) is called with the columns {', '.join(sorted(columns))}, and refuses "
+            f"that: {why}",
+        )
+
+
 def begin(row: Row, seconds: float) -> tuple[Any, str | None]:
     """An instance for one answer to a row, and what it puts after the prompt. Raises UserError where it fails."""
     environment = load(row["environment"])
-    columns = {key: value for key, value in row.items() if key not in ("_place", "environment", "tools")}
+    columns = {key: value for key, value in row.items() if key not in SET_APART}
     where = f"the environment {environment.name} for the prompt at {row['_place']}"
     try:
         with time_limit(seconds):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.data.contracts import Row
 from pipeline.errors import UserError
 from pipeline.models import processes
 from pipeline.models.computed import is_packed
@@ -41,20 +42,42 @@ class GRPOTrainer(RolloutTrainer):
     def choose(self, rollout: Rollout, by_source: Scores) -> tuple[Rollout, Scores]:
         """Groups whose answers are all paid alike make way for groups for other prompts, as often as the recipe allows
         (dynamic sampling, arXiv 2503.14476, section 3.2). Groups that stay alike are learnt from last of all: their
-        advantages are 0."""
+        advantages are 0. Several processes ask what one would."""
+        prompts = self.settings.batch_size // self.copies
+        asked = self.take_rows(self.step * prompts, prompts)
         for attempt in range(1, self.settings.max_num_gen_batches):
             alike = self._find_alike(rollout, by_source)
-            if not alike:
+            counts: list[int] = processes.gather(len(alike))
+            if not (whole := sum(counts)):
                 break
-            first = self.step * self.settings.batch_size + self.rank * len(rollout.rows)
-            rows = self.take_rows(first // self.copies, len(alike), f"replacements {attempt}")
-            others = self.answer(rows, f"{self.step}/{self.rank}/replacements {attempt}", self.copies)
+            rows = self._take_others(whole, asked)
+            asked += rows
+            first = sum(counts[: self.rank])
+            if not alike:
+                continue
+            rows, among = rows[first : first + len(alike)], (first, whole)
+            others = self.answer(rows, f"{self.step}/replacements {attempt}", self.copies, among)
             rollout, by_source = self._put_in(rollout, by_source, alike, others, self.ask_sources(others))
         return rollout, by_source
 
+    def _take_others(self, count: int, asked: Sequence[Row]) -> list[Row]:
+        """So many prompts that this step has not asked; where there are not so many, some of those again."""
+        few = self.take_rows(self.step * self.settings.batch_size, count + len(asked), "replacements")
+        places = {row["_place"] for row in asked}
+        return sorted(few, key=lambda row: row["_place"] in places)[:count]
+
     def _find_alike(self, rollout: Rollout, by_source: Scores) -> list[int]:
-        scores_R = torch.tensor(rewards.total(self.sources, by_source), dtype=torch.float64)
-        return groups.alike(scores_R, self.copies).nonzero()[:, 0].tolist()
+        paid_R = self._pay(rollout.episodes, rewards.total(self.sources, by_source))
+        return groups.alike(paid_R, self.copies).nonzero()[:, 0].tolist()
+
+    def _pay(self, episodes: list[Episode], totals: list[float]) -> Tensor:
+        """What the sources say of each answer, less the penalty for overlong ones, (R) in float64."""
+        paid_R = torch.tensor(totals, dtype=torch.float64)
+        if cache := self.settings.soft_punish_cache:
+            limit = self.settings.response_length
+            lost = [groups.overlong_penalty(len(episode.answer_ids), limit, cache) for episode in episodes]
+            paid_R -= torch.tensor(lost, dtype=torch.float64)
+        return paid_R
 
     def _put_in(
         self, rollout: Rollout, by_source: Scores, alike: list[int], others: Rollout, their_scores: Scores
@@ -73,13 +96,10 @@ class GRPOTrainer(RolloutTrainer):
 
     @torch.no_grad()
     def score(self, episodes: list[Episode], totals: list[float]) -> list[Scored]:
-        """What the sources say is what is paid, less the penalty for overlong answers. The first update is made by the
-        policy that wrote the answers, so its log-probabilities here are the sampler's own."""
+        """The first update is made by the policy that wrote the answers, so its log-probabilities here are the
+        sampler's own."""
         settings, actors = self.settings, self.actors
-        scores_R = torch.tensor(totals, dtype=torch.float64)
-        if cache := settings.soft_punish_cache:
-            lost = [groups.overlong_penalty(len(e.answer_ids), settings.response_length, cache) for e in episodes]
-            scores_R -= torch.tensor(lost, dtype=torch.float64)
+        scores_R = self._pay(episodes, totals)
         together = self.copies if is_packed(actors.model) else 1
         scored = []
         for pack in pack_episodes(episodes, self.pack_size, actors.pad_id, actors.device, together):

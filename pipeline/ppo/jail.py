@@ -246,7 +246,7 @@ def judge(code: Any, file: io.FileIO) -> bool:
             if not hasattr(builtins, name) and name not in MODULES:
                 setattr(tests, name, value)
                 shown.append(name)
-    solution.__all__ = shown
+    solution.__dict__["__all__"] = shown
     try:
         exec(code, tests.__dict__)
     except SystemExit as end:  # unittest.main() ends so

@@ -108,14 +108,9 @@ def leave_out_unrenderable(
 
 
 def fill_columns(ctx: Context) -> Context:
-    """Every row with every column, None where it had none, so that a reward function always sees the same ones.
-
-    Raises UserError for a column of a name that a reward function's own arguments have.
-    """
+    """Every row with every column, None where it had none, so that a reward function always sees the same ones."""
     train, test = list(ctx.data.train), ctx.data.test and list(ctx.data.test)
     columns = {key for row in [*train, *(test or [])] for key in row}
-    if "prompts" in columns or "completions" in columns:
-        raise UserError(f"stage '{ctx.out.name}': a column named 'prompts' or 'completions' must get another name")
     empty = dict.fromkeys(sorted(columns))
     filled = replace(ctx.data, train=[empty | row for row in train], test=test and [empty | row for row in test])
     return replace(ctx, data=filled)

@@ -122,6 +122,7 @@ class RolloutTrainer(Answering):
                 "seconds_scoring": scored_at - rolled_out,
                 "seconds_update": time.monotonic() - scored_at,
             }
+            del rollout, scored, batch  # with an answer ends what its environment holds, such as a server's session
             yield numbers
 
     def rollout(self, step: int) -> Rollout:

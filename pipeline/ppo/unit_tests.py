@@ -57,19 +57,20 @@ def refuses(tests: Any) -> str | None:
     helpers: dict[str, ast.stmt] = {}
     run, cases = list[ast.stmt](), {"TestCase"}
     for node in tree.body:
-        is_test = isinstance(node, FUNCTIONS) and node.name.startswith("test")
-        if is_test and isinstance(node, ast.AsyncFunctionDef):
-            return f"has async {node.name}(), which nothing awaits: write it without async"
-        if is_test and node.args.args:
-            return f"has {node.name}() with arguments, which nothing gives it"
-        if isinstance(node, ast.ClassDef):
-            if cases & {ast.unparse(base).rpartition(".")[2] for base in node.bases}:
-                cases.add(node.name)
-            elif node.name.startswith("Test"):
-                return f"has the class {node.name}, which nothing runs: derive it from unittest.TestCase"
-        if isinstance(node, FUNCTIONS) and not is_test or isinstance(node, ast.ClassDef) and node.name not in cases:
+        if isinstance(node, FUNCTIONS) and node.name.startswith("test"):
+            if isinstance(node, ast.AsyncFunctionDef):
+                return f"has async {node.name}(), which nothing awaits: write it without async"
+            if node.args.args:
+                return f"has {node.name}() with arguments, which nothing gives it"
+        elif isinstance(node, FUNCTIONS):
             helpers[node.name] = node
-        elif not isinstance(node, ast.Import | ast.ImportFrom):
+        elif isinstance(node, ast.ClassDef) and cases & {ast.unparse(base).rpartition(".")[2] for base in node.bases}:
+            cases.add(node.name)
+        elif isinstance(node, ast.ClassDef):
+            if node.name.startswith("Test"):
+                return f"has the class {node.name}, which nothing runs: derive it from unittest.TestCase"
+            helpers[node.name] = node
+        if not isinstance(node, ast.Import | ast.ImportFrom) and node not in helpers.values():
             run.append(node)
     if all(isinstance(node, ast.Assign) for node in run):
         return "runs nothing: it only defines functions. Call them, or name them test_..."

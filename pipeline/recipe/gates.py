@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.disk.artifact import Artifact
 from pipeline.errors import UserError, complaint
+from pipeline.measure.metric import QUESTION_ACCURACY
 
 Expect = dict[str, Any]
 """By "stage.number", or nested; `check` names what does not belong there."""
@@ -40,7 +41,11 @@ def check(expect: Expect, numbers: dict[str, list[str]]) -> None:
             example = f"{next(iter(numbers))}.loss (there is: {', '.join(numbers)})"
             raise complaint(f"name a stage and its number, as in {example}", "expect", key)
         if number not in numbers[stage]:
-            raise complaint(f"{stage} does not give this number (there is: {', '.join(numbers[stage])})", "expect", key)
+            problem = f"{stage} does not give this number (there is: {', '.join(numbers[stage])})"
+            if number.startswith(MEASURED):
+                needs = "questions:" if QUESTION_ACCURACY.name in number else "data.test"
+                problem = f"{problem}. For this one the earlier stage needs {needs}"
+            raise complaint(problem, "expect", key)
         if not isinstance(comparison, str) or not COMPARISON.fullmatch(comparison.strip()):
             problem = f'is {comparison!r}, expected a comparison with a number in quotes, as in ">= 0.6"'
             raise complaint(problem, "expect", key)

@@ -159,7 +159,7 @@ class Recipe:
         named += [("data.test", section.data.test), ("questions", section.question_file())]
         arena = os.path.realpath(os.path.join(os.path.dirname(self.file), rounds.ARENA))
         for key, file in named:
-            place = self._place(f"stages.{self.written.get(stage, stage)}.{key}")
+            place = self.place(stage, key)
             if isinstance(file, str) and not os.path.exists(file) and not is_hub_id(file):
                 raise UserError(f"{place}: {beside(self.file, file)}{no_such_file(file)}")
             if key in ("data.path", "data.mix") and arena in (
@@ -171,7 +171,9 @@ class Recipe:
                     "nothing. `onebase label` without --arena gives votes to learn from"
                 )
 
-    def _place(self, key: str) -> str:
+    def place(self, stage: str, key: str) -> str:
+        """File, line and dotted key of a stage's section, as a message names them."""
+        key = f"stages.{self.written.get(stage, stage)}.{key}"
         return f"{self.file}:{self.lines[key]}: {key}" if key in self.lines else f"{self.file}: {key}"
 
     def measured_on(self, stage: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -116,9 +116,10 @@ def check(tree: Json) -> RecipeSpec:
                 raise complaint(problem, "stages", name, "replay", earlier)
         for kind, key in section.learns_again().items():
             if nearest(spec.stages, name, kind) is None:
+                its = f"from: {section.from_}" if section.from_ else "it has no from:"
                 problem = (
                     f"learns rows of a {kind} stage again, and the policy of '{name}' comes from none in this recipe "
-                    f"(from: {section.from_}). Let it come from one, or leave {key} out"
+                    f"({its}). Let it come from one (from:), or leave {key} out"
                 )
                 raise complaint(problem, "stages", name, "train", key)
     _check_truth(spec)
@@ -255,6 +256,8 @@ def locate(error: ValidationError, path: str, lines: Json) -> str:
         problem = _explain_unknown(first["loc"])
     elif first["type"] == "missing":
         problem = "is missing"
+    elif first["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        problem = f"is a section of keys and values, as in {{key: value}} (found {first['input']!r})"
     elif first["type"] != "complaint":
         problem = f"{problem[0].lower()}{problem[1:]} (found {first['input']!r})"
     return f"{path}:{lines[known]}: {key}: {problem}" if known else f"{path}: {key or 'recipe'}: {problem}"
@@ -269,13 +272,19 @@ def _explain_unknown(loc: tuple[int | str, ...]) -> str:
     elif loc[0] == "stages":
         of = STAGES[str(loc[2])]
         section = of.section
-        below = _words(section).get(str(loc[3])) if len(loc) > 4 else None
-        if isinstance(below, type) and issubclass(below, BaseModel):  # data, sampling
-            section = below
+        below = _section_within(_words(section).get(str(loc[3]))) if len(loc) > 4 else None
+        section = below or section
         others = [name for name, other in STAGES.items() if key in _words(other.section)]
         if section is of.section and others:
             return f"a {of.name} stage takes no {key}; only {', '.join(others)} may"
     return f"unknown key{suggest(key, _words(section))}"
+
+
+def _section_within(kind: Any) -> type[BaseModel] | None:
+    """The section that a word's type holds: data, sampling, rollout, an entry of reward."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return kind
+    return next(filter(None, map(_section_within, get_args(kind))), None)
 
 
 def _words(section: type[BaseModel]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from pipeline.data.contracts import QUESTION
 from pipeline.data.load import DataSpec, Source, labels_as_answers, read_source, read_split
+from pipeline.errors import UserError
+from pipeline.models.own_code import OwnCodeError
 from pipeline.recipe.recipe import Recipe
 from pipeline.stages.stage import Earlier, Rows
 
@@ -15,7 +17,6 @@ def load_rows(recipe: Recipe, stage: str) -> tuple[Rows, list[Source]]:
     section = recipe.stages[stage]
     recipe.check_files(stage)
     split = read_split(section.data, recipe.kind(stage).contract, recipe.spec.seed)
-    section.check_rows(split.train, split.test)
     earlier = {name: _read_earlier(recipe, name) for name in recipe.learnt_again(stage)}
     file = section.question_file()
     # A held-out share has no file of its own: its rows are counted with the file they were taken from.
@@ -24,7 +25,16 @@ def load_rows(recipe: Recipe, stage: str) -> tuple[Rows, list[Source]]:
         questions = read_source(file, QUESTION, DataSpec(path=file, encoding=section.data.encoding))
         rows = replace(rows, questions=labels_as_answers(questions.rows))
         sources = [*sources, questions]
-    return _add_tools(rows, section.asked_with()), sources
+    try:
+        section.check_rows(split.train, split.test)
+        if environment := section.asked_with():
+            from pipeline.models.environments import check_reset
+
+            check_reset(environment, rows.questions)
+            check_reset(environment, [*rows.train, *(rows.test or [])] if section.sampling() else [])
+        return _add_tools(rows, section.asked_with()), sources
+    except OwnCodeError as error:
+        raise UserError(f"{recipe.place(stage, error.key)}: {error.problem}") from error
 
 
 def _read_earlier(recipe: Recipe, stage: str) -> Earlier:

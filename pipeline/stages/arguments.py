@@ -221,15 +221,17 @@ def _fields(config: str) -> list[tuple[str, ast.expr | None]]:
     return found
 
 
-def defines(file: Path, name: str) -> bool:
-    """Whether a Python file gives a name at its top level, found without running it."""
+def undefined(file: str, name: str) -> str:
+    """Why a Python file does not give a name at its top level, found without running it; "" where it does."""
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError, OSError):
-        return False
+        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        return f"{file}:{error.lineno} cannot be read as Python: {error.msg}"
+    except (ValueError, OSError) as error:
+        return f"{file} cannot be read as Python: {error}"
     given = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     given |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     given |= {
         alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
-    return name in given
+    return "" if name in given else f"{file} defines no '{name}'{suggest(name, sorted(given))}"

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from pipeline.data import render
 from pipeline.data.contracts import PROMPT_ONLY, Row
 from pipeline.disk.artifact import Artifact
 from pipeline.errors import UserError, complaint, suggest
 from pipeline.measure.metric import QUESTION_ACCURACY, Metric
+from pipeline.models.own_code import OwnCodeError, load_named, refusal
 from pipeline.ppo.engine_settings import EngineSettings
 from pipeline.ppo.settings import CHECKPOINTS_KEPT, PPOSettings, RolloutSettings
 from pipeline.ppo.shipped import SHIPPED
-from pipeline.stages.arguments import defines, without_auto
+from pipeline.stages.arguments import undefined, without_auto
 from pipeline.stages.reward_term import RewardTerm
 from pipeline.stages.stage import Context, PolicySpec, Result, Stage
 
@@ -35,6 +35,15 @@ class PaidSpec(PolicySpec):
     rollout: EngineSettings | None = None
     """Another program that samples the answers, see [rollouts by an engine](rollouts.md). Without it the model that is
     trained samples them itself."""
+
+    @field_validator("reward", "rollout", mode="before")
+    @classmethod
+    def _is_of_its_form(cls, given: Any, info: ValidationInfo) -> Any:
+        if info.field_name == "reward" and isinstance(given, dict):
+            raise complaint("is one section; write it as a list: reward: [{source: ..., weight: ...}]")
+        if info.field_name == "rollout" and isinstance(given, str):
+            raise complaint(f"is a section: write rollout: {{engine: {given}}}")
+        return given
 
     @field_validator("reward")
     @classmethod
@@ -70,8 +79,8 @@ class PaidSpec(PolicySpec):
                 name = term.source.rpartition(":")[2]
                 if not os.path.isfile(term.file):
                     raise complaint(f"no such file: {term.file}", *place, "reward")
-                if not defines(Path(term.file), name):
-                    raise complaint(f"{term.file} defines no '{name}', or is not Python", *place, "reward")
+                if problem := undefined(term.file, name):
+                    raise complaint(problem, *place, "reward")
             elif term.shipped:
                 if term.source in stages:
                     problem = "is the name of a reward function that comes with OneBase: give the stage another name"
@@ -83,17 +92,46 @@ class PaidSpec(PolicySpec):
                     problem = f"{term.source} pays shares from 0 to 1; truth: true is for a function that gives 0 or 1"
                     raise complaint(problem, *place, "reward")
             elif term.source not in stages:
-                meant = suggest(term.source, [*stages, *SHIPPED])
-                raise complaint(f"no stage '{term.source}' in this recipe{meant}; path.py:function", *place, "reward")
+                paying = [stage for stage, kind in stages.items() if kind.ranks]
+                problem = f"no reward stage '{term.source}' in this recipe{suggest(term.source, [*paying, *SHIPPED])}"
+                if term.source.endswith(".py"):
+                    problem = f"{term.source} is a file; name its function too: {term.source}:FUNCTION"
+                raise complaint(problem, *place, "reward")
             elif not stages[term.source].ranks:
                 kind = stages[term.source].name
                 raise complaint(f"'{term.source}' is a {kind} stage, not a reward model", *place, "reward")
 
     def check_rows(self, train: Sequence[Row], test: Sequence[Row] | None) -> None:
-        """Raises UserError for a row that lacks what a reward function of OneBase's needs of it."""
+        """Raises UserError for a row that lacks what a reward function needs of it."""
+        rows = [*train, *(test or [])]
+        columns = {column for row in rows for column in row}
+        if taken := columns & {"prompts", "completions"}:
+            place = next(row["_place"] for row in rows if taken & row.keys())
+            raise UserError(f"{place}: a column named 'prompts' or 'completions' must get another name")
         for term in self.reward_terms():
             if term.shipped:
-                term.shipped.check(term.source, [*train, *(test or [])])
+                term.shipped.check(term.source, rows)
+            elif term.file is not None:
+                self._check_function(term.source, columns)
+
+    def _check_function(self, reference: str, columns: set[str]) -> None:
+        """Raises OwnCodeError for a function that cannot be called as it will be (ppo/rewards.py)."""
+        named = load_named(reference, "reward")
+        if isinstance(named, type):
+            if self.environment is None:
+                problem = f"{reference} is a class, and pays only as the environment of the stage: add environment:"
+                raise OwnCodeError("reward", problem)
+            if not hasattr(named, "get_reward"):
+                raise OwnCodeError("reward", f"{reference} has no method get_reward(self), by which it pays")
+            return
+        names = {"prompts", "completions", *columns} - {"prompt", "_place", "environment"}
+        names |= {"tools", "environments"} if self.environment else set()
+        if why := refusal(named, names):
+            raise OwnCodeError(
+                "reward",
+                f"{reference} is called by keyword with {', '.join(sorted(names))}, and refuses that: {why}. Write "
+                f"def {reference.rpartition(':')[2]}(completions, **columns), and name the columns that it reads",
+            )
 
     def engine(self) -> EngineSettings | None:
         return self.rollout
@@ -120,7 +158,8 @@ class RolloutSpec(PaidSpec):
     def check_among(self, stages: dict[str, Stage], *place: str) -> None:
         super().check_among(stages, *place)
         if self.environment is None and "max_tool_calling_iterations" in self.train:
-            raise complaint("is for a stage with an environment: name one, or remove it", *place, "train")
+            word = "max_tool_calling_iterations"
+            raise complaint("is for a stage with an environment: name one, or remove it", *place, "train", word)
 
     def rollouts(self) -> RolloutSettings:
         return self.config_class(**without_auto(self.train))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from pipeline.errors import complaint
 from pipeline.ppo.shipped import SHIPPED, Shipped
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -29,6 +30,13 @@ class RewardTerm(BaseModel):
     length_penalty: Literal["fitted"] | Finite = 0.0
     """What is taken from a reward model's score for each token of the answer. `fitted`: by how much its score grows
     with a token, told from the pairs it was trained on (a line through their margins against their lengths)."""
+
+    @field_validator("length_penalty", mode="before")
+    @classmethod
+    def _is_a_number_or_fitted(cls, given: Any) -> Any:
+        if isinstance(given, str) and given != "fitted":
+            raise complaint(f"is {given!r}, expected 'fitted' or a number")
+        return given
 
     @property
     def file(self) -> str | None:

@@ -23,7 +23,7 @@ from pipeline.models.spec import ModelSpec
 from pipeline.ppo.engine_settings import EngineSettings
 from pipeline.ppo.rejection_settings import RejectionSettings
 from pipeline.ppo.settings import RolloutSettings, Sampling
-from pipeline.stages.arguments import ConfigClass, check_train, defaults, defines
+from pipeline.stages.arguments import ConfigClass, check_train, defaults, undefined
 from pipeline.stages.reward_term import RewardTerm
 from pipeline.training.trackers import Trackers
 
@@ -147,8 +147,8 @@ class PolicySpec(StageSpec):
         file, _, name = self.environment.rpartition(":")
         if not file.endswith(".py") or not os.path.isfile(file):
             raise complaint(f"no such file: {file or name}; expected path.py:Class", *place, "environment")
-        if not defines(Path(file), name):
-            raise complaint(f"{file} defines no '{name}', or is not Python", *place, "environment")
+        if problem := undefined(file, name):
+            raise complaint(problem, *place, "environment")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import inspect
 import json
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -115,10 +115,10 @@ def with_tools(rows: Sequence[Row], reference: str) -> list[Row]:
     return [{**row, "tools": tools, "environment": reference} for row in rows]
 
 
-def check_reset(reference: str, rows: Sequence[Row]) -> None:
+def check_reset(reference: str, rows: Iterable[Row]) -> None:
     """Raises OwnCodeError for an environment whose reset cannot be called with the columns of rows."""
     columns = {key for row in rows for key in row} - SET_APART
-    if rows and (why := refusal(load(reference).make.reset, columns, None)):  # type: ignore[attr-defined]
+    if columns and (why := refusal(load(reference).make.reset, columns, None)):  # type: ignore[attr-defined]
         raise OwnCodeError(
             KEY,
             f"{reference}: reset(self, **row) is called with the columns {', '.join(sorted(columns))}, and refuses "

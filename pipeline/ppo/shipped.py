@@ -11,7 +11,7 @@ import json
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -62,7 +62,7 @@ class Shipped:
             runs = f"Python {sys.version_info.major}.{sys.version_info.minor}"
         return f"{self.arithmetic} {runs}".strip()
 
-    def check(self, name: str, rows: Sequence[Row]) -> None:
+    def check(self, name: str, rows: Iterable[Row]) -> None:
         """Raises UserError for the first row without what it needs."""
         for row in rows:
             column = next((column for column in self.columns if row.get(column) is not None), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 from pipeline.data.contracts import QUESTION
 from pipeline.data.load import DataSpec, Source, labels_as_answers, read_source, read_split
@@ -31,7 +32,7 @@ def load_rows(recipe: Recipe, stage: str) -> tuple[Rows, list[Source]]:
             from pipeline.models.environments import check_reset
 
             check_reset(environment, rows.questions)
-            check_reset(environment, [*rows.train, *(rows.test or [])] if section.sampling() else [])
+            check_reset(environment, chain(rows.train, rows.test or []) if section.sampling() else [])
         return _add_tools(rows, section.asked_with()), sources
     except OwnCodeError as error:
         raise UserError(f"{recipe.place(stage, error.key)}: {error.problem}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -103,14 +104,14 @@ class PaidSpec(PolicySpec):
 
     def check_rows(self, train: Sequence[Row], test: Sequence[Row] | None) -> None:
         """Raises UserError for a row that lacks what a reward function needs of it."""
-        rows = [*train, *(test or [])]
-        columns = {column for row in rows for column in row}
-        if taken := columns & {"prompts", "completions"}:
-            place = next(row["_place"] for row in rows if taken & row.keys())
-            raise UserError(f"{place}: a column named 'prompts' or 'completions' must get another name")
+        columns = set[str]()
+        for row in chain(train, test or []):
+            columns |= row.keys()
+            if row.keys() & {"prompts", "completions"}:
+                raise UserError(f"{row['_place']}: a column named 'prompts' or 'completions' must get another name")
         for term in self.reward_terms():
             if term.shipped:
-                term.shipped.check(term.source, rows)
+                term.shipped.check(term.source, chain(train, test or []))
             elif term.file is not None:
                 self._check_function(term.source, columns)
 

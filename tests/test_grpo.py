@@ -18,6 +18,7 @@ from conftest import ROOT, write_recipe
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from test_ppo import ROWS, length, parents, ppo_tree, spec  # noqa: F401
+from test_ppo import trainer as ppo_trainer
 from trl import GRPOTrainer as TRLsGRPOTrainer
 from trl import RLOOTrainer
 
@@ -221,6 +222,25 @@ def test_a_reward_that_is_alike_in_all_groups_stops_the_run() -> None:
     told = [health.verdict(step)[0] for _ in range(WINDOW)]
     assert told[:-1] == [None] * (WINDOW - 1)
     assert "all answers of every group were paid alike" in str(told[-1])
+
+
+def test_the_plan_counts_the_passes_that_score_an_answer(tiny_base: Path) -> None:
+    ppo: dict[str, Any] = {"batch_size": 4, "per_device_train_batch_size": 4}
+    minis = {"mini_batch_size": 2, "per_device_train_batch_size": 2}
+    trainers: list[Any] = [
+        ppo_trainer(tiny_base, length, **ppo, critic="trunk"),
+        ppo_trainer(tiny_base, length, **ppo, critic="adapter"),
+        ppo_trainer(tiny_base, length, **{**ppo, **minis}, critic="adapter"),
+        trainer(tiny_base, beta=0.1, per_device_train_batch_size=4),
+        trainer(tiny_base, beta=0.0, per_device_train_batch_size=4),
+    ]
+    for one in trainers:
+        rollout, read = one.rollout(0), list[int]()
+        hook = one.actors.backbone.register_forward_pre_hook(lambda *_: read.append(1))  # noqa: B023
+        one.score(rollout.episodes, [float(place) for place in range(len(rollout.rows))])
+        hook.remove()
+        packs = len(rollout.rows) // one.pack_size
+        assert len(read) == packs * one.settings.scoring_passes
 
 
 def replaced(base: Path) -> list[str]:

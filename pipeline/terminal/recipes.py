@@ -51,7 +51,8 @@ def copy_recipe(name: str, to: Path) -> None:
     source = Path(_find(name))
     if not os.path.isfile(source):
         found = _recipes()
-        raise UserError(f"no recipe '{name}' (there is: {', '.join(found)})") if found else _none()
+        meant = next((f"; did you mean '{one}'?" for one in found if one.rpartition("/")[2] == name), "")
+        raise UserError(f"no recipe '{name}'{meant} (there is: {', '.join(found)})") if found else _none()
     target = to / source.name if to.is_dir() else to
     if target.exists():
         raise UserError(f"{target} is there already; choose another name")

@@ -287,8 +287,9 @@ def test_the_best_of_several_draws_is_shown(bench: Bench, tmp_path: Path) -> Non
                 shown: list[str] = []
                 for number, candidate in enumerate(pairs[asks].candidates if asks in pairs else ()):
                     assert candidate.best_of == 3
+                    row = {"prompt": pairs[asks].prompt}
                     three = drawn[8 * place + 3 * number : 8 * place + 3 * number + 3]
-                    texts = [without_marks(bench.tokenizer, decode(bench.tokenizer, one)).strip() for one in three]
+                    texts = [without_marks(bench.tokenizer, decode(bench.tokenizer, one, row)).strip() for one in three]
                     texts = [text for text in texts if text and text not in shown]
                     scores = score_alone(bench, texts, pairs[asks].prompt).mean(1)
                     assert scores[texts.index(candidate.text)] > scores.max() - 0.04
@@ -329,7 +330,8 @@ def test_of_all_that_was_drawn_the_two_furthest_apart_are_shown(bench: Bench, tm
                 bench.actors, [render.prompt(bench.tokenizer, row) for row in block], new_tokens=8, temperature=1.0,
                 stops=stop_ids(bench.tokenizer), copies=4, generator=torch.Generator().manual_seed(seed),
             )  # fmt: skip
-        all_texts = [without_marks(bench.tokenizer, decode(bench.tokenizer, one)).strip() for one in drawn]
+        told = zip(drawn, [row for row in block for _ in range(4)], strict=True)
+        all_texts = [without_marks(bench.tokenizer, decode(bench.tokenizer, one, row)).strip() for one, row in told]
         for place, asks in enumerate(asked):
             texts = list(dict.fromkeys(filter(None, all_texts[4 * place : 4 * place + 4])))
             assert (asks in pairs) == (len(texts) > 1)

@@ -11,10 +11,12 @@ from pipeline.data.votes import Choose
 
 def best(texts: list[str], scores: list[float], of: int, shown: list[str]) -> list[str]:
     """Of every `of` draws in turn the one that scores highest, of those that say something new."""
-    found: list[str] = []
+    found, said = list[str](), {"", *(text.strip() for text in shown)}
     for start in range(0, len(texts) - of + 1, of):
         highest_first = sorted(range(start, start + of), key=lambda i: -scores[i])
-        found += [texts[i] for i in highest_first if texts[i] and texts[i] not in (*shown, *found)][:1]
+        for text in [texts[i] for i in highest_first if texts[i].strip() not in said][:1]:
+            found.append(text)
+            said.add(text.strip())
     return found
 
 

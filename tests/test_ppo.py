@@ -441,7 +441,7 @@ constant = 3
         ("nan", "expected a number below 1e\\+30"),
         ("words", "returned 'fine' for the prompt at"), ("leaves", "raised SystemExit"),
         ("text", "returned a str: expected a list"), ("huge", "expected a number below 1e\\+30"),
-        ("constant", "defines no 'constant'"),
+        ("constant", "is of the type int, and must be a function"),
     ],
 )  # fmt: skip
 def test_bad_reward_functions_are_named(tiny_base: Path, parents: Path, tmp_path: Path, name: str, said: str) -> None:
@@ -495,7 +495,7 @@ def test_missing_columns_are_filled(tiny_base: Path, parents: Path, tmp_path: Pa
     ("change", "said"),
     [
         ({"reward": "sft"}, "'sft' is a sft stage, not a reward model"),
-        ({"reward": "rewards"}, "no stage 'rewards' in this recipe; did you mean 'reward'"),
+        ({"reward": "rewards"}, "no reward stage 'rewards' in this recipe; did you mean 'reward'"),
         ({"reward": "nowhere.py:f"}, "no such file: nowhere.py"),
         ({"reward": None}, "is missing: name a reward stage"),
         ({"reward": "recipes/rewards/number.py:wrong"}, "defines no 'wrong'"),

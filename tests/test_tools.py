@@ -489,7 +489,7 @@ def test_a_class_that_is_no_environment_is_named(tmp_path: Path, there: str, ins
     [
         ({"environment": "none.py:Counter"}, "environment: no such file: none.py"),
         ({"environment": "recipes/environments/calculator.py:Counter"}, "defines no 'Counter'"),
-        ({"environment": None}, "train: is for a stage with an environment"),
+        ({"environment": None}, "train.max_tool_calling_iterations: is for a stage with an environment"),
         ({"kind": "rejection_sampling", "train": {}}, "environment: rejection sampling keeps answers of one turn only"),
     ],
 )

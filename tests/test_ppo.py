@@ -372,7 +372,7 @@ def test_a_chain_keeps_its_invariants(tiny_base: Path, parents: Path) -> None:
 @pytest.mark.parametrize("held_out", [True, False])
 def test_the_last_update_is_judged_though_no_rollout_follows(tiny_base: Path, parents: Path, held_out: bool) -> None:
     """Also where no prompts are held out: the training prompts are asked once more then."""
-    tree = ppo_tree(tiny_base, parents, steps=1, learning_rate=1.0, kl_stop=0.1)
+    tree = ppo_tree(tiny_base, parents, steps=1, learning_rate=0.1, kl_stop=0.1)
     if not held_out:
         tree["stages"]["ppo"]["data"].pop("test")
     with pytest.raises(UserError, match=r"was stopped at step 2: answers by the finished policy are [\d.]+ nats from"):

@@ -71,7 +71,6 @@ NOT_BY_TOKENS = {  # words that a batch by tokens makes meaningless, each with t
     "packing": (False, None), "dataloader_drop_last": (False, None), "auto_find_batch_size": (False, None),
     "train_sampling_strategy": ("random", "sequential", "group_by_length"),
 }  # fmt: skip
-SAMPLING = "of rejection_sampling it stands in sampling:, beside train:"
 INSTEAD = {
     "num_train_epochs": "this stage counts steps: max_steps (grpo) or steps (ppo)",
     "gradient_accumulation_steps": "all answers of generation_batch_size (grpo) or batch_size (ppo) make one step",
@@ -79,7 +78,10 @@ INSTEAD = {
     "use_vllm": "write rollout: {engine: vllm} in the stage, beside train:",
     **dict.fromkeys(("top_p", "top_k", "min_p"), "answers are drawn from the whole distribution that is learnt from"),
     **dict.fromkeys(("sft_coef", "pretraining_coef"), "sft and dpo have replay:, beside train:"),
-    **dict.fromkeys(("num_generations", "max_completion_length", "generation_batch_size", "threshold"), SAMPLING),
+    **dict.fromkeys(
+        ("num_generations", "max_completion_length", "generation_batch_size", "threshold"),
+        "of rejection_sampling it stands in sampling:, beside train:",
+    ),
 }
 """What to say in place of words that a stage lacks and others, or TRL, have."""
 WHY_NOT = {word: why for why, listed in OUR_WORDS.items() for word in listed}

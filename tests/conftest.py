@@ -123,3 +123,27 @@ def onebase(package: Path, folder: Path, *words: str, status: int = 0) -> str:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+ON_TWO = """
+import importlib, json, sys
+from accelerate import PartialState
+sys.path[:0] = ["tests", "scripts"]
+state = PartialState(cpu=True)
+module, function, base, folder = sys.argv[1:]
+found = getattr(importlib.import_module(module), function)(base)
+json.dump(found, open(f"{folder}/{state.process_index}.json", "w"))
+state.destroy_process_group()
+"""
+
+
+def on_two_processes(module: str, function: str, base: Path, folder: Path) -> list[Any]:
+    """What a test module's function gives in each of two processes that share the work."""
+    (folder / "on_two.py").write_text(ON_TWO)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(folder / "on_two.py"), module, function, str(base), str(folder)],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, write_recipe
+from conftest import ROOT, on_two_processes, write_recipe
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from test_ppo import ROWS, length, parents, ppo_tree, spec  # noqa: F401
@@ -254,26 +253,8 @@ def parity(completions: list[Any], **_: Any) -> list[float]:
     return [float(len(str(said)) % 2) for said in completions]
 
 
-REPLACED = """
-import json, sys
-from accelerate import PartialState
-sys.path[:0] = ["tests", "scripts"]
-state = PartialState(cpu=True)
-from test_grpo import replaced
-json.dump(replaced(sys.argv[1]), open(f"{sys.argv[2]}/{state.process_index}.json", "w"))
-state.destroy_process_group()
-"""
-
-
 def test_two_processes_replace_the_groups_that_one_does(tiny_base: Path, tmp_path: Path) -> None:
-    (tmp_path / "replaced.py").write_text(REPLACED)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(tmp_path / "replaced.py"), str(tiny_base), str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    ranks = on_two_processes("test_grpo", "replaced", tiny_base, tmp_path)
     first = trainer(tiny_base, parity, num_generations=2).rollout(0).texts
     assert [*ranks[0], *ranks[1]] == replaced(tiny_base) != first
 

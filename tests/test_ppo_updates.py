@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import on_two_processes
 from test_ppo import ROWS, length, make_batch, trainer
 
 from pipeline.data import render
@@ -216,29 +212,10 @@ def held_out(base: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-SHARED = """
-import json, sys
-from accelerate import PartialState
-sys.path[:0] = ["tests", "scripts"]
-state = PartialState(cpu=True)
-from test_ppo_updates import held_out
-found = held_out(sys.argv[1])
-json.dump(found, open(f"{sys.argv[2]}/{state.process_index}.json", "w"))
-state.destroy_process_group()
-"""
-
-
 def test_processes_share_what_is_held_out(tiny_base: Path, tmp_path: Path) -> None:
     """Each takes a part, and all end with the same numbers, which are those of one process."""
-    (tmp_path / "shared.py").write_text(SHARED)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(tmp_path / "shared.py"), str(tiny_base), str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ranks = on_two_processes("test_ppo_updates", "held_out", tiny_base, tmp_path)
     alone = held_out(tiny_base)
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     shares = [found.pop("read") for found in ranks]
     assert sum(shares) == alone["read"] == 12 and min(shares) > 0
     assert ranks[0] == ranks[1]

@@ -14,9 +14,10 @@ def best(texts: list[str], scores: list[float], of: int, shown: list[str]) -> li
     found, said = list[str](), {"", *(text.strip() for text in shown)}
     for start in range(0, len(texts) - of + 1, of):
         highest_first = sorted(range(start, start + of), key=lambda i: -scores[i])
-        for text in [texts[i] for i in highest_first if texts[i].strip() not in said][:1]:
-            found.append(text)
-            said.add(text.strip())
+        new = next((texts[i] for i in highest_first if texts[i].strip() not in said), None)
+        if new is not None:
+            found.append(new)
+            said.add(new.strip())
     return found
 
 

@@ -44,7 +44,7 @@ class Environment:
     """`tools`: a JSON schema of each, as chat templates take them."""
 
     name: str
-    make: Callable[[], Any]
+    make: type[Any]
     tools: list[dict[str, Any]]
 
 
@@ -118,7 +118,7 @@ def with_tools(rows: Sequence[Row], reference: str) -> list[Row]:
 def check_reset(reference: str, rows: Iterable[Row]) -> None:
     """Raises OwnCodeError for an environment whose reset cannot be called with the columns of rows."""
     columns = {key for row in rows for key in row} - SET_APART
-    if columns and (why := refusal(load(reference).make.reset, columns, None)):  # type: ignore[attr-defined]
+    if columns and (why := refusal(load(reference).make.reset, columns, None)):
         raise OwnCodeError(
             KEY,
             f"{reference}: reset(self, **row) is called with the columns {', '.join(sorted(columns))}, and refuses "

@@ -235,7 +235,7 @@ def test_the_plan_counts_the_passes_that_score_an_answer(tiny_base: Path) -> Non
     ]
     for one in trainers:
         rollout, read = one.rollout(0), list[int]()
-        hook = one.actors.backbone.register_forward_pre_hook(lambda *_: read.append(1))  # noqa: B023
+        hook = one.actors.backbone.register_forward_pre_hook(lambda *_, read=read: read.append(1))
         one.score(rollout.episodes, [float(place) for place in range(len(rollout.rows))])
         hook.remove()
         packs = len(rollout.rows) // one.pack_size

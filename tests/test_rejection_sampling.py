@@ -99,7 +99,9 @@ def test_kept_are_the_best_by_a_plain_loop(tiny_base: Path, said: dict[str, Any]
 def test_a_text_and_its_kept_answer_are_the_tokens_that_were_sampled(tiny_base: Path) -> None:
     """A space before the answer's first word belongs to it, or another text would be learnt."""
     answering = sampler(tiny_base)
-    kept = rejection.choose(rejection.sample_all(answering, TWICE, answering.settings), answering.settings)  # type: ignore[arg-type]
+    settings = answering.settings
+    assert isinstance(settings, RejectionSettings)
+    kept = rejection.choose(rejection.sample_all(answering, TWICE, settings), settings)
     sampled = set()
     for number in (0, 1, 2):
         few = TWICE[2 * number : 2 * number + 2]

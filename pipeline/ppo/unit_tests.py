@@ -64,13 +64,15 @@ def refuses(tests: Any) -> str | None:
                 return f"has {node.name}() with arguments, which nothing gives it"
         elif isinstance(node, FUNCTIONS):
             helpers[node.name] = node
+            continue
         elif isinstance(node, ast.ClassDef) and cases & {ast.unparse(base).rpartition(".")[2] for base in node.bases}:
             cases.add(node.name)
         elif isinstance(node, ast.ClassDef):
             if node.name.startswith("Test"):
                 return f"has the class {node.name}, which nothing runs: derive it from unittest.TestCase"
             helpers[node.name] = node
-        if not isinstance(node, ast.Import | ast.ImportFrom) and node not in helpers.values():
+            continue
+        if not isinstance(node, ast.Import | ast.ImportFrom):
             run.append(node)
     if all(isinstance(node, ast.Assign) for node in run):
         return "runs nothing: it only defines functions. Call them, or name them test_..."

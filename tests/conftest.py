@@ -137,13 +137,22 @@ state.destroy_process_group()
 """
 
 
+def launch(processes: int, *command: str | Path) -> None:
+    """Run a program as torch starts it on so many processes, each with one thread: one process adds up as two do."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *command],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def launch_stage(processes: int, recipe: Path, stage: str, runs: Path) -> None:
+    launch(processes, "-m", "pipeline.runs.worker", recipe, stage, "--runs", runs)
+
+
 def on_two_processes(module: str, function: str, base: Path, folder: Path) -> list[Any]:
     """What a test module's function gives in each of two processes that share the work."""
     (folder / "on_two.py").write_text(ON_TWO)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(folder / "on_two.py"), module, function, str(base), str(folder)],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    launch(2, folder / "on_two.py", module, function, base, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from accelerate import PartialState
-from conftest import ROOT, tiny_tree, write_recipe
+from conftest import launch, tiny_tree, write_recipe
 from plan_oracle import MODELS
 from safetensors.torch import load_file
 
@@ -204,13 +201,7 @@ def test_the_first_process_chooses_for_all(tiny_base: Path, tmp_path: Path) -> N
     tree["train"] = {}
     (tmp_path / "two.py").write_text(TWO_CARDS)
     path = write_recipe(tree, tmp_path / "two.yaml")
-    said = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(tmp_path / "two.py"), str(path), str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert said.returncode == 0, said.stdout + said.stderr
+    launch(2, tmp_path / "two.py", path, tmp_path)
     (first, asked), (second, asked_too) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second and isinstance(first["per_device_train_batch_size"], int)
     assert first["dtype"] == "float32"

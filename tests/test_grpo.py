@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import statistics
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, on_two_processes, write_recipe
+from conftest import launch_stage, on_two_processes, write_recipe
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from test_ppo import ROWS, length, parents, ppo_tree, spec  # noqa: F401
@@ -269,13 +266,8 @@ def test_two_processes_learn_what_one_does(tiny_base: Path, parents: Path) -> No
     stage = {**tree["stages"].pop("ppo"), "train": train}
     tree["stages"] |= {"one": {"kind": "grpo", **stage}, "two": {"kind": "grpo", **stage}}
     path = write_recipe(tree, parents / "grpo.yaml")
-    for name, count in (("one", "1"), ("two", "2")):
-        said = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count,
-             "-m", "pipeline.runs.worker", str(path), name, "--runs", str(parents / "runs")],
-            cwd=ROOT, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, timeout=120,
-        )  # fmt: skip
-        assert said.returncode == 0, said.stdout + said.stderr
+    for name, count in (("one", 1), ("two", 2)):
+        launch_stage(count, path, name, parents / "runs")
     before, one, two = (
         load_file(parents / "runs/tiny" / name / "adapter/adapter_model.safetensors") for name in ("sft", "one", "two")
     )

@@ -9,17 +9,14 @@ from __future__ import annotations
 import gc
 import inspect
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import trl
-from conftest import ROOT, tiny_tree, write_recipe
+from conftest import launch_stage, tiny_tree, write_recipe
 from safetensors.torch import load_file
 
 from pipeline.data import render
@@ -388,12 +385,7 @@ def test_two_processes_accumulate_to_one_adapter(tiny_base: Path, tmp_path: Path
     tree = tree_of(tiny_base, tmp_path, "sft", per_device_train_batch_size=2, max_steps=2)
     alone, _, _ = trained({**tree, "stages": {"sft": _accumulating(tree, 4)}}, tmp_path / "one", "sft")
     path = write_recipe(tree, tmp_path / "two.yaml")
-    said = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "-m", "pipeline.runs.worker", str(path), "sft", "--runs", str(tmp_path / "two")],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, timeout=180,
-    )  # fmt: skip
-    assert said.returncode == 0, said.stdout + said.stderr
+    launch_stage(2, path, "sft", tmp_path / "two")
     folder = tmp_path / "two" / "tiny" / "sft"
     found = json.loads((folder / "manifest.json").read_text())["invariants"]
     assert found["processes"] == 2 and found["adapters_equal_on_all_processes"]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from conftest import ROOT, head, tiny_tree, write_recipe
+from conftest import ROOT, head, launch_stage, tiny_tree, write_recipe
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 
@@ -576,12 +576,7 @@ def test_health_stops_and_warns_by_its_rules() -> None:
 
 def test_two_processes_end_with_one_adapter(tiny_base: Path, parents: Path) -> None:
     path = write_recipe(ppo_tree(tiny_base, parents, steps=2, learning_rate=2e-3), parents / "two.yaml")
-    said = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "-m", "pipeline.runs.worker", str(path), "ppo", "--runs", str(parents / "runs")],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, timeout=120,
-    )  # fmt: skip
-    assert said.returncode == 0, said.stdout + said.stderr
+    launch_stage(2, path, "ppo", parents / "runs")
     found = json.loads((parents / "runs/tiny/ppo/manifest.json").read_text())["invariants"]
     assert found["processes"] == 2 and found["adapters_equal_on_all_processes"]
 

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, write_recipe
+from conftest import ROOT, launch, write_recipe
 from safetensors.torch import load_file
-from test_ppo import parents, ppo_tree  # noqa: F401
-
-from pipeline.recipe.recipe import read
-from pipeline.runs.stage import run_stage
+from test_ppo import ppo_tree
 
 STEPS, ROWS = 3, 2
 LEARNING = {
@@ -47,32 +42,47 @@ LOSS = "apo_zero_unpaired"
 """Each answer by itself. With loss_type kto a batch is judged by its own answers, of all processes together."""
 
 
-@pytest.mark.parametrize("kind", ["rejection_sampling", "reward", "kto"])
-def test_two_processes_are_one_that_accumulates(tiny_base: Path, parents: Path, kind: str) -> None:  # noqa: F811
-    tree = ppo_tree(tiny_base, parents)
-    section = stage_of(kind, tree, parents)
-    del tree["stages"]["ppo"]
-    alone = {**section, "train": {**section["train"], "gradient_accumulation_steps": 2}}
-    tree["stages"] |= {f"{kind}_one": alone, f"{kind}_two": section}
-    path = write_recipe(tree, parents / f"{kind}.yaml")
-    said = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "-m", "pipeline.runs.worker", str(path), f"{kind}_two", "--runs", str(parents / "runs")],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, timeout=180,
-    )  # fmt: skip
-    assert said.returncode == 0, said.stdout + said.stderr
-    run_stage(read(str(path)), f"{kind}_one", parents / "runs")
+TRAIN = """
+import sys
+from pathlib import Path
+from pipeline.recipe.recipe import read
+from pipeline.runs.stage import run_stage
+for stage in sys.argv[3:]:
+    run_stage(read(sys.argv[1]), stage, Path(sys.argv[2]))
+"""
+KINDS = ("rejection_sampling", "reward", "kto")
 
-    one, two = (parents / "runs/tiny" / f"{kind}_{count}" for count in ("one", "two"))
+
+@pytest.fixture(scope="module")
+def folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each kind trained by one process and by two, in float32: in bfloat16 the rows beside a token may turn it."""
+    folder = tmp_path_factory.mktemp("processes")
+    os.chdir(ROOT)
+    tree = ppo_tree(tiny_base, folder)
+    tree["model"]["dtype"] = "float32"
+    for kind in KINDS:
+        section = stage_of(kind, tree, folder)
+        alone = {**section, "train": {**section["train"], "gradient_accumulation_steps": 2}}
+        tree["stages"] |= {f"{kind}_one": alone, f"{kind}_two": section}
+    del tree["stages"]["ppo"]
+    path = write_recipe(tree, folder / "processes.yaml")
+    script = folder / "train.py"
+    script.write_text(TRAIN)
+    launch(1, script, path, folder / "runs", "sft", "reward", *(f"{kind}_one" for kind in KINDS))
+    launch(2, script, path, folder / "runs", *(f"{kind}_two" for kind in KINDS))
+    return folder / "runs/tiny"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_are_one_that_accumulates(folder: Path, kind: str) -> None:
+    one, two, sft = (folder / name for name in (f"{kind}_one", f"{kind}_two", "sft"))
     if kind == "rejection_sampling":
         assert (one / "kept.jsonl").read_text() == (two / "kept.jsonl").read_text() != ""
-    found = json.loads((two / "manifest.json").read_text())
+    before, found = (json.loads((stage / "manifest.json").read_text()) for stage in (one, two))
     assert found["invariants"]["processes"] == 2 and found["invariants"]["adapters_equal_on_all_processes"]
-    before, ends = json.loads((one / "manifest.json").read_text()), {}
     assert found["before"] == pytest.approx(before["before"], abs=1e-4)
-    for folder in (one, two, parents / "runs/tiny/sft"):
-        ends[folder] = load_file(folder / "adapter/adapter_model.safetensors")
-    shared = [name for name in ends[one] if name in ends[parents / "runs/tiny/sft"]]
-    moved = sum(float((ends[one][name] - ends[parents / "runs/tiny/sft"][name]).abs().sum()) for name in shared)
+    ends = {stage: load_file(stage / "adapter/adapter_model.safetensors") for stage in (one, two, sft)}
+    shared = [name for name in ends[one] if name in ends[sft]]
+    moved = sum(float((ends[one][name] - ends[sft][name]).abs().sum()) for name in shared)
     apart = sum(float((ends[one][name] - ends[two][name]).abs().sum()) for name in ends[one])
     assert moved > 0 and apart < 0.01 * moved

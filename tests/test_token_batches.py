@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import trl
-from conftest import ROOT, tiny_tree, write_recipe
+from conftest import launch_stage, tiny_tree, write_recipe
 from safetensors.torch import load_file
 from test_out_of_memory import a_trainer, trained, tree_of
 from torch.utils.data import RandomSampler
@@ -209,12 +206,7 @@ def test_two_processes_are_one_that_accumulates(tiny_base: Path, tmp_path: Path)
     alone = {**section, "train": {**section["train"], "gradient_accumulation_steps": 2}}
     one, _, _ = trained({**tree, "stages": {"sft": alone}}, tmp_path / "one", "sft")
     path = write_recipe(tree, tmp_path / "two.yaml")
-    said = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "-m", "pipeline.runs.worker", str(path), "sft", "--runs", str(tmp_path / "two")],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, timeout=180,
-    )  # fmt: skip
-    assert said.returncode == 0, said.stdout + said.stderr
+    launch_stage(2, path, "sft", tmp_path / "two")
     two = load_file(tmp_path / "two/tiny/sft/adapter/adapter_model.safetensors")
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
 

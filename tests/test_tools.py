@@ -8,15 +8,13 @@ import os
 import re
 import signal
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, write_recipe
+from conftest import ROOT, launch_stage, write_recipe
 from safetensors.torch import load_file
 from test_ppo import spec
 from test_ppo import trainer as ppo_trainer
@@ -405,12 +403,7 @@ def test_a_stopped_run_and_two_processes_end_as_an_unbroken_one(
     torch.set_num_threads(threads)
     whole, stopped = (recipe.artifact(name, runs) for name in ("whole", "stopped"))
     assert stopped.finished().files == whole.finished().files
-    said = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "-m", "pipeline.runs.worker", str(path), "two", "--runs", str(runs)],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, timeout=300,
-    )  # fmt: skip
-    assert said.returncode == 0, said.stdout + said.stderr
+    launch_stage(2, path, "two", runs)
     assert whole.finished().before["question_accuracy"] == 1.0, "what is said after the tool's reply"
     names = ("tools/call_frequency", "tools/failure_frequency", "answer_length", "reward")
     ours, theirs = (

@@ -51,8 +51,11 @@ def _cards() -> Any:
 
 def _four_bits() -> Any:
     """One product through a frozen 4-bit layer and its gradient's way back, beside the same in full."""
-    import bitsandbytes
     import torch
+
+    # It would load torch's compiler, 4 s of a core, for devices it has no kernels for.
+    vars(torch)["compile"] = lambda function, **_: function
+    import bitsandbytes
 
     modules: Any = bitsandbytes.nn
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,7 +13,7 @@ quickstart: $(BIN)/.installed $(MODEL)/config.json
 	@$(BIN)/onebase run recipes/quickstart.yaml
 
 test: $(BIN)/.installed lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -28,11 +29,22 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from make_tiny_base import make_tiny_base
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.disk.atomic import digest
 from pipeline.disk.manifest import Data, Manifest, Parent, Parts
+from pipeline.errors import UserError
 from pipeline.language.say import speak
 from pipeline.recipe.recipe import Recipe
+
+LONGEST = ["resume", "recipes", "publish", "publish_hub", "toy_stage", "publish_classifier", "out_of_memory", "ppo"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: of two workers none is left with one of them at the end."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -123,6 +135,15 @@ def onebase(package: Path, folder: Path, *words: str, status: int = 0) -> str:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def typed(*words: str | Path, status: int = 0) -> str:
+    """What a command prints that is run in this process, which has loaded its libraries already. Its exit status is
+    demanded."""
+    done = CliRunner(env={"COLUMNS": "160"}).invoke(app, [str(word) for word in words])
+    told = f"error: {done.exception}" if isinstance(done.exception, UserError) else ""
+    assert (2 if told else done.exit_code) == status, f"{done.output}\n{''.join(format_exception(done.exception))}"
+    return done.output + told
 
 
 ON_TWO = """

@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from conftest import ROOT, onebase, tiny_tree, write_recipe
+from conftest import ROOT, onebase, tiny_tree, typed, write_recipe
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 from torch.nn import functional
 
@@ -111,19 +111,20 @@ def test_numbers_equal_scikit_learns(several: bool) -> None:
         assert row == ["abcd"[place], *shown, str(count[place])]
 
 
-def test_from_rows_to_the_report(tiny_base: Path, tmp_path: Path) -> None:
+def test_from_rows_to_the_report(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     recipe = recipe_of(tiny_base, tmp_path, write(tmp_path, rows(60)), class_weights="balanced")
-    assert "sound, 1 stage: classify" in onebase(ROOT, tmp_path, "check", recipe)
-    assert "classify (classify)" in onebase(ROOT, tmp_path, "data", recipe)
-    assert "classify" in onebase(ROOT, tmp_path, "plan", recipe, "--gpu", "rtx3060")
+    assert "sound, 1 stage: classify" in typed("check", recipe)
+    assert "classify (classify)" in typed("data", recipe)
+    assert "classify" in typed("plan", recipe, "--gpu", "rtx3060")
     onebase(ROOT, tmp_path, "run", recipe)
     manifest = json.loads((tmp_path / "runs" / "tiny" / "classify" / "manifest.json").read_text())
     assert manifest["labels"] == ["cold", "warm", "wet"]
     assert manifest["after"]["macro_f1"] > 0.9 and manifest["before"]["macro_f1"] < 0.9
     assert manifest["after"]["bag_of_words"] > 0.9
-    assert "macro F1" in onebase(ROOT, tmp_path, "status", recipe)
+    assert "macro F1" in typed("status", recipe)
     onebase(ROOT, tmp_path, "eval", recipe)
-    onebase(ROOT, tmp_path, "report", recipe)
+    typed("report", recipe)
     page = (tmp_path / "runs" / "tiny" / "report" / "report.md").read_text(encoding="utf-8")
     for shown in ("each class", "which class is taken for which", "is its confidence earned", "Better than before"):
         assert shown in page

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, head, onebase
+from conftest import head, typed
 
 from pipeline.bring.init import Given, start
 from pipeline.errors import UserError
@@ -38,13 +38,16 @@ def data_for(goal: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("goal", STAGES)
-def test_each_goal_gives_a_recipe_that_is_sound_and_fits(goal: str, tiny_base: Path, tmp_path: Path) -> None:
+def test_each_goal_gives_a_recipe_that_is_sound_and_fits(
+    goal: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     data = data_for(goal, tmp_path)
     words = ["--base", str(tiny_base), "--data", data, "--card", "8GB", "--goal", goal, "--yes"]
-    printed = onebase(ROOT, tmp_path, "init", "mine.yaml", *words)
+    printed = typed("init", "mine.yaml", *words)
     assert "mine.yaml is written" in printed
-    assert f"sound, {len(STAGES[goal])} stage" in onebase(ROOT, tmp_path, "check", "mine.yaml")
-    planned = onebase(ROOT, tmp_path, "plan", "mine.yaml", "--gpu", "8GB")
+    assert f"sound, {len(STAGES[goal])} stage" in typed("check", "mine.yaml")
+    planned = typed("plan", "mine.yaml", "--gpu", "8GB")
     assert [line.split()[1:] for line in planned.splitlines() if line.startswith("fits")] == [
         ["yes"] * len(STAGES[goal])
     ]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, typed
 
 from pipeline.recipe.recipe import read
 from pipeline.stages.check import check_arguments
@@ -59,6 +59,9 @@ def test_the_commands_of_the_docs(tiny_base: Path, tmp_path: Path) -> None:
                 shutil.copytree(words[2], words[3])
         elif words[1] != "ls":
             words += small if words[1] == "check" else [*small, "--runs", str(tmp_path / "runs")]
+        if words[1] in ("check", "data", "plan", "report") or words[1] == "status" and "--json" not in words:
+            said[command] = typed(*words[1:])
+            continue
         wide = {**os.environ, "COLUMNS": "160"}
         command_line = [sys.executable, "-m", "pipeline", *words[1:]]
         shown = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, env=wide, input="")

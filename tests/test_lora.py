@@ -108,7 +108,7 @@ def test_less_is_held_for_the_way_back(tiny_base: Path) -> None:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
                 kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # itself it would hold the graph that holds it, and with it the model for ever
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             found = loss(model)  # keeps the graph, so that no storage is used twice

@@ -36,7 +36,16 @@ from pipeline.disk.manifest import Data, Manifest, Parent, Parts
 from pipeline.language.say import speak
 from pipeline.recipe.recipe import Recipe
 
-LONGEST = ["resume", "recipes", "publish", "publish_hub", "toy_stage", "publish_classifier", "out_of_memory", "ppo"]
+LONGEST = [
+    "resume",
+    "recipes",
+    "publish",
+    "publish_hub",
+    "toy_stage",
+    "publish_classifier",
+    "out_of_memory",
+    "ppo_stage",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

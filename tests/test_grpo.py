@@ -13,8 +13,9 @@ import torch
 from conftest import launch_stage, on_two_processes, write_recipe
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from test_ppo import ROWS, length, parents, ppo_tree, spec  # noqa: F401
+from test_ppo import ROWS, length, spec
 from test_ppo import trainer as ppo_trainer
+from test_ppo_stage import parents, ppo_tree  # noqa: F401
 from trl import GRPOTrainer as TRLsGRPOTrainer
 from trl import RLOOTrainer
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, launch, write_recipe
 from safetensors.torch import load_file
-from test_ppo import ppo_tree
+from test_ppo_stage import ppo_tree
 
 STEPS, ROWS = 3, 2
 LEARNING = {

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import head, write_recipe
-from test_ppo import ROWS, parents, ppo_tree, spec  # noqa: F401
+from test_ppo import ROWS, spec
+from test_ppo_stage import parents, ppo_tree  # noqa: F401
 
 from pipeline.disk.artifact import Artifact
 from pipeline.errors import Interrupted, UserError

@@ -1,9 +1,12 @@
 """Our GRPO against TRL's GRPOTrainer with its own generation: episodes a second and peak live bytes, in one run.
 
-    python scripts/bench_grpo.py [--answer 48] [--group 8] [--beta 0.05] [--rounds 2] [--json FILE]
+    python scripts/bench_grpo.py [--answer 48] [--examples 0] [--group 8] [--beta 0.05] [--rounds 2] [--dtype bfloat16]
+                                 [--json FILE]
 
 The demo model answers the demo prompts in groups, with a fresh adapter of the same shape on both sides: the same 4-bit
 base, prompts, answer length, rollout, microbatch, reward function and KL penalty, and one optimizer step a rollout.
+--examples puts so many answered questions before each prompt, other ones before each (few-shot prompting): the longer
+the prompt, the more a group has in common.
 Rounds of the sides take turns. The bitsandbytes guard of models/base.py is on for both, else TRL would lose its
 gradients on CPUs with AVX512-BF16; TRL has eager attention, which is its fastest for rows this short. Both sides run in
 the environment that `onebase run` gives a stage. Live bytes are counted in one more step of each (counting is slow),
@@ -13,6 +16,7 @@ weights included.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -31,6 +35,16 @@ def vowels(completions: list[Any], **_: Any) -> list[float]:
     """The share of vowels: a reward that costs nothing and is never alike within a group."""
     texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
     return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in texts]
+
+
+def few_shot(tokenizer: Any, examples: int) -> list[dict[str, Any]]:
+    """The demo prompts, each after `examples` demonstrations of its own."""
+    lines = Path("data/demonstrations.jsonl").read_text(encoding="utf-8").splitlines()
+    shown = itertools.cycle(json.loads(line)["messages"] for line in lines)
+    rows = prompts(tokenizer)
+    for row in rows:
+        row["prompt"] = [turn for _ in range(examples) for turn in next(shown)] + row["prompt"]
+    return rows
 
 
 class Ours:
@@ -56,7 +70,7 @@ class Ours:
         self.modules = [model]
         self.plain = plain_on_cpu(model)
         self.plain.__enter__()  # as the stage's loop does, for as long as it trains
-        self.steps = GRPOTrainer(actors, tokenizer, prompts(tokenizer), sources, settings, 17).steps()
+        self.steps = GRPOTrainer(actors, tokenizer, few_shot(tokenizer, given.examples), sources, settings, 17).steps()
 
     def step(self) -> dict[str, float]:
         return next(self.steps)
@@ -77,11 +91,12 @@ class Theirs:
         args = GRPOConfig(
             output_dir=tempfile.mkdtemp(), per_device_train_batch_size=MICRO, max_steps=1, seed=17, loss_type="grpo",
             gradient_accumulation_steps=ROLLOUT // MICRO, num_generations=given.group, beta=given.beta,
-            max_completion_length=given.answer, learning_rate=RATE, bf16=True, use_cpu=not torch.cuda.is_available(),
+            max_completion_length=given.answer, learning_rate=RATE, bf16=given.dtype == "bfloat16",
+            use_cpu=not torch.cuda.is_available(),
             gradient_checkpointing=False, save_strategy="no", report_to="none", logging_strategy="no",
             disable_tqdm=True, temperature=1.0, top_k=0, top_p=1.0,
         )  # fmt: skip
-        rows = Dataset.from_list([{"prompt": row["prompt"]} for row in prompts(tokenizer)])
+        rows = Dataset.from_list([{"prompt": row["prompt"]} for row in few_shot(tokenizer, given.examples)])
         self.modules = [policy]
         self.trainer = GRPOTrainer(
             model=policy, reward_funcs=vowels, args=args, train_dataset=rows, processing_class=tokenizer
@@ -95,8 +110,11 @@ class Theirs:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, kind, value in (("answer", int, 48), ("group", int, 8), ("beta", float, 0.05), ("rounds", int, 2)):
+    for name, kind, value in (
+        ("answer", int, 48), ("examples", int, 0), ("group", int, 8), ("beta", float, 0.05), ("rounds", int, 2)
+    ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=value)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     run_as_a_stage()
@@ -109,7 +127,7 @@ def main() -> None:
     from pipeline.models.spec import ModelSpec
 
     spec = ModelSpec(
-        base="models/SmolLM2-135M-Instruct", dtype="bfloat16", chat_template="recipes/templates/chatml.jinja"
+        base="models/SmolLM2-135M-Instruct", dtype=given.dtype, chat_template="recipes/templates/chatml.jinja"
     )
     folder = Path(tempfile.mkdtemp())
     torch.manual_seed(0)
@@ -143,7 +161,7 @@ def main() -> None:
             "peak_live_mib": live.peak / 2**20,
         }
     work = f"{ROLLOUT} episodes in groups of {given.group}, up to {given.answer} tokens, microbatch {MICRO}"
-    print(f"\n{work}, beta {given.beta}")
+    print(f"\n{work}, {given.examples} examples before each prompt, beta {given.beta}, {given.dtype}")
     print(f"ratios are to {theirs}; a second of a core's work takes little from what else the machine does")
     print(f"{'':<30} {'episodes/s':>10} {'ratio':>6} {'a core':>7} {'ratio':>6} {'peak MiB':>9} {'ratio':>6}")
     for name, row in result.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -26,6 +27,7 @@ from pipeline.ppo.actors import REFERENCE, Actors
 from pipeline.ppo.grpo import GRPOTrainer
 from pipeline.ppo.grpo_settings import GRPOSettings
 from pipeline.ppo.health import WINDOW, Health
+from pipeline.ppo.settings import PPOSettings
 
 LENGTHS = [5, 2, 7, 1]
 SCORES = [0.0, 1.0, 1.0, 0.5, 2.0, 2.0, 2.0, 2.0]
@@ -214,11 +216,25 @@ def test_what_makes_no_sense_is_refused(said: dict[str, Any], why: str) -> None:
 
 
 def test_a_reward_that_is_alike_in_all_groups_stops_the_run() -> None:
-    health, step = Health(50.0), dict.fromkeys(("entropy", "answer_length", "reward", "eos_share", "empty_share"), 0.5)
+    health, step = (
+        Health(GRPOSettings()),
+        dict.fromkeys(("entropy", "answer_length", "reward", "eos_share", "empty_share"), 0.5),
+    )
     step |= {"score": 0.5, "score_std": 0.1, "grad_norm": 0.0, "frac_reward_zero_std": 1.0}
     told = [health.verdict(step)[0] for _ in range(WINDOW)]
     assert told[:-1] == [None] * (WINDOW - 1)
     assert "all answers of every group were paid alike" in str(told[-1])
+
+
+@pytest.mark.parametrize("settings", [PPOSettings(kl_stop=1.0), GRPOSettings(kl_stop=1.0)])
+def test_what_goes_wrong_is_told_in_words_that_the_stage_takes(settings: Any) -> None:
+    step = dict.fromkeys(("entropy", "answer_length", "reward", "empty_share", "score", "score_std", "grad_norm"), 0.5)
+    health = Health(settings)
+    _, first = health.verdict({**step, "eos_share": 0.2})
+    why, second = health.verdict({**step, "eos_share": 0.2, "entropy": 0.01, "kl": 2.0})
+    words = {word for text in [*first, *second, str(why)] for word in re.findall(r"\b[a-z]+_[a-z_]+\b|\bbeta\b", text)}
+    assert words >= {"learning_rate", "kl_stop"} and words <= type(settings).model_fields.keys()
+    assert len(words) == 5  # and those for the length, the weight of the KL penalty, and the penalty for cut answers
 
 
 def test_the_plan_counts_the_passes_that_score_an_answer(tiny_base: Path) -> None:

@@ -312,7 +312,7 @@ def numbers(**changed: float) -> dict[str, float]:
 
 def test_health_stops_and_warns_by_its_rules() -> None:
     def told(steps: list[dict[str, float]]) -> tuple[list[str | None], list[str]]:
-        health = Health(kl_stop=10.0)
+        health = Health(PPOSettings(kl_stop=10.0))
         verdicts = [health.verdict(step) for step in steps]
         return [reason for reason, _ in verdicts], [warning for _, warnings in verdicts for warning in warnings]
 

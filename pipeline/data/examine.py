@@ -41,7 +41,7 @@ class Section:
     encode: Encode
     learnt: Learnt
     check_rows: Callable[[Sequence[Row], Sequence[Row] | None], None]
-    warn_rows: Callable[[Sequence[Row]], list[str]]
+    warn_rows: Callable[[Sequence[Row], Sequence[Row] | None], list[str]]
     data: DataSpec
     questions: str | None
     seed: int
@@ -89,7 +89,7 @@ def examine(sections: list[Section], names: list[str], tokenizer: PreTrainedToke
                     section.encode, section.learnt, tokenizer, rows, section.max_length, section.data.too_long
                 )
             faults += render.unaskable(tokenizer, questions)
-        stage["warnings"] = section.warn_rows(split.train)
+        stage["warnings"] = section.warn_rows(split.train, split.test)
         if section.contract.kind == "preference":
             stage["comparisons"] = examine_rows.weigh_comparisons(split.train, section.seed)
     found["overlaps"] = _find_overlaps(asked, names)

@@ -10,13 +10,11 @@ what the chat template is told of its methods.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import json
 import re
-import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -25,6 +23,7 @@ from pipeline.data.contracts import Row
 from pipeline.data.tokens import Messages
 from pipeline.errors import UserError
 from pipeline.models.own_code import OwnCodeError, load_named, refusal
+from pipeline.models.time_limit import TooLong, call_within
 
 NO_TOOLS = ("reset", "get_reward")
 """Methods that are none, by TRL's convention."""
@@ -63,7 +62,7 @@ def load(reference: str) -> Environment:
     from transformers.utils.chat_template_utils import get_json_schema
 
     make = load_named(reference, KEY)
-    methods = dict(inspect.getmembers(make, predicate=inspect.isfunction))
+    methods = dict(inspect.getmembers(make, lambda member: inspect.isfunction(member) or inspect.ismethod(member)))
     if "reset" not in methods:
         raise OwnCodeError(KEY, f"{reference} has no method reset(self, **row), with which an answer begins")
     if why := refusal(make, ()):
@@ -132,10 +131,9 @@ def begin(row: Row, seconds: float) -> tuple[Any, str | None]:
     columns = {key: value for key, value in row.items() if key not in SET_APART}
     where = f"the environment {environment.name} for the prompt at {row['_place']}"
     try:
-        with time_limit(seconds):
-            world = environment.make()
-            observation = world.reset(**copy.deepcopy(columns))
-    except _TooLong:
+        world = call_within(seconds, environment.make)
+        observation = call_within(seconds, world.reset, **copy.deepcopy(columns))
+    except TooLong:
         raise UserError(f"{where} took more than {seconds:g} s to reset. Correct it, or raise tool_timeout") from None
     except (Exception, SystemExit) as error:  # the class is the user's program: it can fail in any way
         called = " It is called as reset(self, **row), with the row's columns." if isinstance(error, TypeError) else ""
@@ -160,10 +158,9 @@ def call_tool(world: Any, call: Call, row: Row, seconds: float) -> tuple[str, bo
         return str({"error": wrong}), True
     where = f"the tool '{call.name}' of {environment.name}, called with {call.arguments} for {row['_place']},"
     try:
-        with time_limit(seconds):
-            result = getattr(world, call.name)(**copy.deepcopy(call.arguments))
-            said = str(result)
-    except _TooLong:
+        result = call_within(seconds, getattr(world, call.name), **copy.deepcopy(call.arguments))
+        said = call_within(seconds, str, result)
+    except TooLong:
         raise UserError(
             f"{where} took more than {seconds:g} s. If it needs longer, raise tool_timeout and run again: the stage "
             "goes on from its last checkpoint."
@@ -215,23 +212,3 @@ def put_after(messages: Messages, text: str | None) -> Messages:
     if text is None:
         return messages
     return [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + text}]
-
-
-class _TooLong(BaseException):
-    """Not an Exception, so that a tool that catches those does not catch it."""
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raises _TooLong inside once so many seconds have passed. In the main thread only, where signals arrive."""
-
-    def stop(*_: Any) -> None:
-        raise _TooLong
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

@@ -18,11 +18,12 @@ WhenSplit = Callable[[int, int], None]
 
 # What to do about a row that does not fit alone; `does_not_fit` begins the message. {half}: half of its tokens.
 HELD_OUT = ", without gradients. Leave rows over {half} tokens out of data.test and questions, lower max_length"
+LENGTH = "response_length (in grpo and rejection_sampling: max_completion_length)"
 ROLLOUT = (
-    ", without gradients. Lower response_length, set dequantize_rollout: false, leave out prompts with answers of over "
-    "{half} tokens"
+    f", without gradients. Lower {LENGTH}, set dequantize_rollout: false, leave out prompts "
+    "with answers of over {half} tokens"
 )
-EPISODE = ". Lower response_length, or max_length to {half}"
+EPISODE = f". Lower {LENGTH}, or max_length to " + "{half}"
 ROW = ". Lower max_length to {half}"
 CHECKPOINT = ", or set activation_checkpointing: true"
 

@@ -17,6 +17,8 @@ from pipeline.ppo.settings import RolloutSettings
 class GRPOSettings(RolloutSettings):
     """What `train:` of a grpo stage may say."""
 
+    word_of_length, word_of_kl_coef, word_of_penalty = "max_completion_length", "beta", "soft_punish_cache"
+
     # Amount of work
     max_steps: int = Field(default=100, ge=1)
     """Optimizer steps: each rollout is learnt from in num_iterations of them."""

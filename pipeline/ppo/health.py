@@ -1,9 +1,11 @@
-"""When PPO goes wrong, said by stated rules: some stop the run, some warn."""
+"""When learning from its own answers goes wrong, said by stated rules: some stop the run, some warn."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+
+from pipeline.ppo.settings import RolloutSettings
 
 WINDOW = 5
 """Steps in a row, or compared with the first ones, before a rule speaks."""
@@ -22,7 +24,7 @@ KEPT = ("kl", "entropy", "answer_length", "reward", "eos_share", "empty_share", 
 class Health:
     """Watches a run. `verdict` takes a step's numbers and gives what is wrong: what must stop the run, and warnings."""
 
-    kl_stop: float
+    settings: RolloutSettings
     history: list[dict[str, float]] = field(default_factory=list)
     warned: list[str] = field(default_factory=list)
 
@@ -36,18 +38,19 @@ class Health:
         broken = [name for name, value in step.items() if not math.isfinite(value)]
         if broken:
             return f"{broken[0]} is {step[broken[0]]}: lower learning_rate or max_grad_norm"
-        if step.get("kl", 0.0) > self.kl_stop:
+        settings = self.settings
+        if step.get("kl", 0.0) > settings.kl_stop:
             return (
-                f"answers are {step['kl']:.1f} nats from the reference (kl_stop {self.kl_stop:g}): the policy has left "
-                "what the reward model knows. Raise kl_coef, set kl_target, or lower learning_rate"
+                f"answers are {step['kl']:.1f} nats from the reference (kl_stop {settings.kl_stop:g}): the policy has "
+                f"left what the reward model knows. Raise {settings.word_of_kl_coef}, or lower learning_rate"
             )
         recent = self.history[-WINDOW:]
         if len(recent) < WINDOW:
             return None
         if all(past["eos_share"] == 0 for past in recent):
             return (
-                f"no answer of the last {WINDOW} steps ended by itself: raise response_length, or see whether the "
-                "policy it starts from stops at all"
+                f"no answer of the last {WINDOW} steps ended by itself: raise {settings.word_of_length}, or see "
+                "whether the policy it starts from stops at all"
             )
         if all(past["empty_share"] == 1 for past in recent):
             return f"all answers of the last {WINDOW} steps were empty: the reward favours empty answers"
@@ -62,15 +65,18 @@ class Health:
         return None
 
     def _warnings(self, step: dict[str, float]) -> list[str]:
-        notes = []
+        notes, settings = [], self.settings
         first, last = self.history[:WINDOW], self.history[-WINDOW:]
         if step["entropy"] < COLLAPSED * self.history[0]["entropy"]:
             notes.append(
-                "the entropy has collapsed: the policy gives almost always the same answer. Raise kl_coef or "
-                "temperature"
+                "the entropy has collapsed: the policy gives almost always the same answer. Raise "
+                f"{settings.word_of_kl_coef} or temperature"
             )
         if step["eos_share"] < 0.5:
-            notes.append("more than half of the answers are cut at response_length: raise it, or missing_eos_penalty")
+            notes.append(
+                f"more than half of the answers are cut at {settings.word_of_length}: raise it, or "
+                f"{settings.word_of_penalty}"
+            )
         if len(last) == WINDOW and all(past["score_std"] <= ALIKE * abs(past["score"]) for past in last):
             notes.append(f"all answers of the last {WINDOW} steps got the same reward: there is nothing to learn from")
         if len(last) == WINDOW and all(past.get("tools/failure_frequency") == 1 for past in last):

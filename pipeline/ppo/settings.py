@@ -9,7 +9,7 @@ Sources: [S] arXiv 1707.06347 (PPO), [Z] arXiv 1909.08593 (Ziegler et al.), [I] 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -55,6 +55,10 @@ class RolloutSettings(BaseModel):
     value makes no sense."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    word_of_length: ClassVar[str]
+    """What a recipe calls response_length here; below, kl_coef, and what makes cut answers lose reward."""
+    word_of_kl_coef: ClassVar[str]
+    word_of_penalty: ClassVar[str]
     if TYPE_CHECKING:  # what each of them says in its own words
 
         @property
@@ -195,6 +199,8 @@ class RolloutSettings(BaseModel):
 
 class PPOSettings(RolloutSettings):
     """What `train:` of a ppo stage may say."""
+
+    word_of_length, word_of_kl_coef, word_of_penalty = "response_length", "kl_coef", "missing_eos_penalty"
 
     # Amount of work
     steps: int = Field(default=100, ge=1)

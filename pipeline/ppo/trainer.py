@@ -80,7 +80,7 @@ class RolloutTrainer(Answering):
         super().__init__(actors, tokenizer, sources, settings, seed, 2 * self.pack_size)
         self.rows, self.kept = rows, kept
         self.kl = maths.KLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
-        self.health = Health(settings.kl_stop)
+        self.health = Health(settings)
         self.scale = maths.LossScale(actors.model.get_input_embeddings().weight.dtype is torch.float16)
         self.score_scale = rewards.ScoreScale(settings.normalize_reward)
         self.step = self.tokens = 0

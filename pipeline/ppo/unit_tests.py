@@ -75,7 +75,7 @@ def refuses(tests: Any) -> str | None:
         if not isinstance(node, ast.Import | ast.ImportFrom):
             run.append(node)
     if all(isinstance(node, ast.Assign) for node in run):
-        return "runs nothing: it only defines functions. Call them, or name them test_..."
+        return "runs nothing: it only defines functions and values. Write an assert, or name functions test_..."
     for node in run:  # and, as they are found, the helpers that it names
         run += [helpers.pop(one.id) for one in ast.walk(node) if isinstance(one, ast.Name) and one.id in helpers]
     found = (one for node in run for one in ast.walk(node) if isinstance(one, ast.Assert | ast.Call))

@@ -13,6 +13,7 @@ from pathlib import Path
 from pipeline.disk.atomic import digest, locked
 from pipeline.errors import UserError
 from pipeline.language.say import say, say_again
+from pipeline.models.time_limit import find_hung
 from pipeline.recipe import gates
 from pipeline.recipe.recipe import RUNS, Recipe
 from pipeline.runs import sharding
@@ -184,6 +185,11 @@ def _launch(
         if whole
         else "No checkpoint had been written: run again, and the stage begins anew."
     )
+    if hung := find_hung(logged):
+        raise UserError(
+            f"stage '{stage}': the environment's {hung} did not return within its time, and nothing could interrupt "
+            f"it. Correct it. {again}"
+        )
     raise UserError(
         f"stage '{stage}' ended without a message (status {status}): it was killed by the system or by another "
         f"program, for example because memory ran out.\n{_last_words(logged)}Its log is {out.log}. {again}"

@@ -78,10 +78,21 @@ INSTEAD = {
     "use_vllm": "write rollout: {engine: vllm} in the stage, beside train:",
     **dict.fromkeys(("top_p", "top_k", "min_p"), "answers are drawn from the whole distribution that is learnt from"),
     **dict.fromkeys(("sft_coef", "pretraining_coef"), "sft and dpo have replay:, beside train:"),
-    **dict.fromkeys(
-        ("num_generations", "max_completion_length", "generation_batch_size", "threshold"),
-        "of rejection_sampling it stands in sampling:, beside train:",
-    ),
+    **{
+        word: f"{other}of rejection_sampling it stands in sampling:, beside train:"
+        for word, other in (
+            ("num_generations", "ppo samples one answer to each prompt; "),
+            ("max_completion_length", "ppo calls it response_length; "),
+            ("generation_batch_size", "ppo calls it batch_size; "),
+            ("threshold", ""),
+        )
+    },
+    "response_length": "it is ppo's; grpo and rejection_sampling (in sampling:) call it max_completion_length",
+    "batch_size": "it is ppo's; grpo and rejection_sampling (in sampling:) call it generation_batch_size",
+    "kl_coef": "it is ppo's; grpo, dpo and kto call it beta",
+    "beta": "ppo calls it kl_coef",
+    "kl_target": "it is ppo's; in other stages the weight of the KL penalty is fixed",
+    "missing_eos_penalty": "it is ppo's; grpo has soft_punish_cache and mask_truncated_completions",
 }
 """What to say in place of words that a stage lacks and others, or TRL, have."""
 WHY_NOT = {word: why for why, listed in OUR_WORDS.items() for word in listed}
@@ -113,15 +124,36 @@ def defaults(config: ConfigClass) -> dict[str, Any]:
 @cache
 def explanations(config: str) -> dict[str, str]:
     """What a library's config class says of its words, where its source says so as plain text."""
-    found: dict[str, str] = {}
+    return {word: str(told["help"]) for word, told in _metadata(config).items() if told.get("help")}
+
+
+@cache
+def choices(config: ConfigClass) -> dict[str, list[str]]:
+    """The values that a library's words may have, of those words whose values its config class lists: as plain data,
+    or quoted in its explanation after "Possible values are"."""
+    if isinstance(config, type):
+        return {}
+    found = {word: told["choices"] for word, told in _metadata(config).items() if "choices" in told}
+    for word, text in explanations(config).items():
+        listed = re.findall(r"`'(\w+)'`", text.partition("Possible values are")[2].partition(". ")[0])
+        if listed:
+            found.setdefault(word, listed)
+    return found
+
+
+@cache
+def _metadata(config: str) -> dict[str, dict[str, Any]]:
+    """What a library's config class notes of its words, as far as its source says so as plain data."""
+    found: dict[str, dict[str, Any]] = {}
     for name, value in _fields(config):
         if name in found or value is None or not _is_field(value):
             continue
-        metadata = next((k.value for k in value.keywords if k.arg == "metadata"), None)
-        told = dict(zip(metadata.keys, metadata.values, strict=True)) if isinstance(metadata, ast.Dict) else {}
-        for key, text in told.items():
-            if isinstance(key, ast.Constant) and key.value == "help" and isinstance(text, ast.Constant):
-                found[name] = str(text.value)
+        noted = next((k.value for k in value.keywords if k.arg == "metadata"), None)
+        found[name] = {}
+        for key, plain in zip(noted.keys, noted.values, strict=True) if isinstance(noted, ast.Dict) else ():
+            if isinstance(key, ast.Constant):
+                with contextlib.suppress(ValueError):
+                    found[name][str(key.value)] = ast.literal_eval(plain)
     return found
 
 
@@ -147,6 +179,11 @@ def check_words(given: dict[str, Any], known: Collection[str], *place: str) -> N
 def check_train(given: dict[str, Any], config: ConfigClass) -> None:
     """Raises a complaint, or what our own config class says, at the first word of `train:` that makes no sense."""
     check_words(given, words(config))
+    for word, listed in choices(config).items():
+        values = given.get(word)
+        for value in values if isinstance(values, list) else [values]:
+            if value not in (None, AUTO, *listed):
+                raise complaint(f"is {value!r}; the trainer takes {', '.join(listed)}", word)
     check_report_to(given)
     if given.get(TOKENS):
         _check_by_tokens(given)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.render import Encoded
+from pipeline.errors import UserError
 from pipeline.plan.sizes import LENGTH
 
 if TYPE_CHECKING:
@@ -58,7 +59,10 @@ def store(
     if kind.every_token:
         fit = partial(_in_pieces, max_length=limit)
     tally = sequences.Tally(name, spec.data.on_bad_row == "skip")
-    stored = sequences.store(earlier.rows, lambda row: kind.encode(tokenizer, row)[0], sequences.TEXTS, tally, fit)
+    try:
+        stored = sequences.store(earlier.rows, lambda row: kind.encode(tokenizer, row)[0], sequences.TEXTS, tally, fit)
+    except UserError as error:
+        raise UserError(f"rows of '{name}', to be learnt again in '{ctx.out.name}': {error}") from error
     return stored, {f"{name}_rows_again": len(stored), f"{name}_tokens_again": tally.counts["tokens"]}
 
 

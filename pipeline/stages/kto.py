@@ -17,7 +17,6 @@ from pipeline.measure.metric import QUESTION_ACCURACY, Metric
 from pipeline.plan.sizes import AUTO, BATCH, TOKENS
 from pipeline.stages.stage import Context, PolicySpec, Result, Stage
 
-LOSSES = ("kto", "apo_zero_unpaired")
 IMBALANCE = 1.33
 """Thumbs up for each thumbs down, both times their weights, are best between 1 and this (the paper's eq. 8, TRL)."""
 
@@ -30,8 +29,8 @@ class KTOSpec(PolicySpec):
     @classmethod
     def _trl_can(cls, train: dict[str, Any]) -> dict[str, Any]:
         loss = train.get("loss_type", "kto")
-        if loss not in LOSSES:
-            raise complaint(f"is {loss!r}; TRL's KTO has {' and '.join(LOSSES)}", "loss_type")
+        if not any(train.get(f"{which}desirable_weight", 1) for which in ("", "un")):
+            raise complaint("and undesirable_weight are 0: nothing would be learnt", "desirable_weight")
         if train.get("sync_ref_model"):
             raise complaint("TRL cannot do it with an adapter: leave it out", "sync_ref_model")
         if train.get(TOKENS):
@@ -59,15 +58,19 @@ class KTOSpec(PolicySpec):
                 f"thumbs {other}, or use sft for good answers alone"
             )
 
-    def warn_rows(self, train: Sequence[Row]) -> list[str]:
-        """Where neither label's weight makes up for how rare it is: the weights that would, as TRL recommends them."""
+    def warn_rows(self, train: Sequence[Row], test: Sequence[Row] | None) -> list[str]:
+        """Where neither label's weight makes up for how rare it is: the weights that would, as TRL recommends them. And
+        where held-out answers of one label cannot show which answers gain more."""
+        alike = test and len({row["label"] for row in test}) < 2
+        warnings = [kept("the held-out answers all have the same label, so the AUC has no value")] if alike else []
         up = sum(row["label"] for row in train)
         down = len(train) - up
         for_up, for_down = (float(self.train.get(f"{which}desirable_weight", 1.0)) for which in ("", "un"))
         if not (up and down) or up == down or 1 <= up * for_up / max(down * for_down, 1e-9) <= IMBALANCE:
-            return []
+            return warnings
         more, less = down * for_down / up, up * for_up / down
         return [
+            *warnings,
             kept(
                 "{up} answers have thumbs up and {down} thumbs down; set either desirable_weight from {more} to {most} "
                 "or undesirable_weight from {least} to {less}, not both",
@@ -77,7 +80,7 @@ class KTOSpec(PolicySpec):
                 most=f"{more * IMBALANCE:.2f}",
                 least=f"{less / IMBALANCE:.2f}",
                 less=f"{less:.2f}",
-            )
+            ),
         ]
 
 
@@ -106,7 +109,7 @@ def run(spec: KTOSpec, ctx: Context) -> Result:
     args = shared.arguments(KTOConfig, spec, ctx)
     tokenizer = bases.load_tokenizer(ctx.model)
     sequences.askable(ctx, tokenizer)
-    for warning in spec.warn_rows(ctx.data.train):
+    for warning in spec.warn_rows(ctx.data.train, ctx.data.test):
         print(f"  {warning}", flush=True)
     shuffled = replace(ctx, data=replace(ctx.data, train=rated.shuffle(ctx.data.train, ctx.seed)))
     batch = args.per_device_train_batch_size if spec.mismatches() else None

@@ -158,9 +158,9 @@ class RolloutSpec(PaidSpec):
 
     def check_among(self, stages: dict[str, Stage], *place: str) -> None:
         super().check_among(stages, *place)
-        if self.environment is None and "max_tool_calling_iterations" in self.train:
-            word = "max_tool_calling_iterations"
-            raise complaint("is for a stage with an environment: name one, or remove it", *place, "train", word)
+        for word in ("max_tool_calling_iterations", "tool_timeout"):
+            if self.environment is None and word in self.train:
+                raise complaint("is for a stage with an environment: name one, or remove it", *place, "train", word)
 
     def rollouts(self) -> RolloutSettings:
         return self.config_class(**without_auto(self.train))

@@ -59,7 +59,7 @@ class StageSpec(BaseModel):
     def check_rows(self, train: Sequence[Row], test: Sequence[Row] | None) -> None:
         """Raises UserError for rows that are fit each by itself and not together."""
 
-    def warn_rows(self, train: Sequence[Row]) -> list[str]:
+    def warn_rows(self, train: Sequence[Row], test: Sequence[Row] | None) -> list[str]:
         """What speaks against its rows and does not stop it."""
         return []
 

@@ -55,7 +55,8 @@ def show_results(recipe: Recipe, runs: Path, console: Console) -> None:
                 table.add_row("", f"  {below}", "", "", "", "", "")
             name, cost = "", ["", ""]
         if not measured:
-            table.add_row(name, say("none: no held-out data"), "", "", "", *cost)
+            why = say("none that these held-out rows show") if manifest.after else say("none: no held-out data")
+            table.add_row(name, why, "", "", "", *cost)
     if not table.row_count:
         return
     console.print()

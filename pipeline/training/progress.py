@@ -4,6 +4,7 @@ for PPO's loop."""
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -56,7 +57,7 @@ class Progress(TrainerCallback):
             told = say("going on from step {step} of {all}", step=state.global_step, all=state.max_steps)
             print(f"  {told}", flush=True)
         self.began, self.first_step = time.monotonic(), state.global_step
-        self.seen = (0.0, time.monotonic())
+        self.seen = (math.nan if self.resumed else 0.0, time.monotonic())  # some trainers go on counting
         if sys.stdout.isatty() and (bar := make_bar(Console())):
             self.bar = bar
             self.bar.start()
@@ -82,7 +83,6 @@ class Progress(TrainerCallback):
         tokens, then = self.seen
         now = time.monotonic()
         fresh = float(logs.get("num_tokens", 0)) - tokens
-        # After a resume the count starts at nothing, so the first figure would be of no known span.
         self.speed = say("{n} tok/s", n=f"{fresh / (now - then):.0f}") if fresh > 0 and now > then else ""
         self.seen = (float(logs.get("num_tokens", 0)), now)
         self.loss = f"{say('loss')} {logs['loss']:.4f}"

@@ -287,6 +287,17 @@ def test_ppo_sees_the_first_token_after_a_reply_as_the_next_action(tool_base: Pa
                 )
 
 
+def test_class_and_static_methods_are_tools_too(tmp_path: Path) -> None:
+    method = '() -> str:\n        """Say it."""\n        return "said"\n'
+    kinds = "    @classmethod\n    def a" + method.replace("(", "(cls", 1) + "    @staticmethod\n    def b" + method
+    (tmp_path / "kinds.py").write_text("class Kinds:\n    def reset(self, **row): pass\n" + kinds)
+    row = {"environment": f"{tmp_path}/kinds.py:Kinds", "_place": "p.jsonl:1"}
+    assert [tool["function"]["name"] for tool in environments.load(row["environment"]).tools] == ["a", "b"]
+    world, _ = environments.begin(row, 1.0)
+    for name in ("a", "b"):
+        assert environments.call_tool(world, environments.Call(name, {}), row, 1.0) == ("said", False)
+
+
 def test_a_call_or_a_reply_that_cannot_be_written_down_is_told_to_the_model(tmp_path: Path) -> None:
     (tmp_path / "large.py").write_text(
         "class Large:\n    def reset(self, **row): pass\n    def count(self, n: int) -> int:\n"

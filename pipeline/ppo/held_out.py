@@ -11,6 +11,7 @@ import torch
 from pipeline.data.contracts import Row
 from pipeline.measure import intervals
 from pipeline.models import processes
+from pipeline.models.computed import is_packed
 from pipeline.models.forward import plain_on_cpu
 from pipeline.plan.sizes import HELD_OUT_ANSWERS
 from pipeline.ppo import rewards
@@ -49,7 +50,8 @@ def _ask(trainer: Answering, prompts: Sequence[Row]) -> Answers:
     episodes, by_source = rollout.episodes, trainer.ask_sources(rollout)
     kl = [0.0] * len(episodes)
     if trainer.step:  # before the first step the policy is its reference
-        for pack in pack_episodes(episodes, trainer.forward_size, actors.pad_id, actors.device):
+        together = ANSWERS if is_packed(actors.model) else 1
+        for pack in pack_episodes(episodes, trainer.forward_size, actors.pad_id, actors.device, together):
             (difference_BG,) = run_forward(lambda part: [_difference(actors, part)], pack)
             for row, nats in zip(pack.rows, difference_BG.sum(1).tolist(), strict=True):
                 kl[row] = nats

@@ -1,16 +1,16 @@
 """Our GRPO against TRL's GRPOTrainer with its own generation: episodes a second and peak live bytes, in one run.
 
     python scripts/bench_grpo.py [--answer 48] [--examples 0] [--group 8] [--beta 0.05] [--rounds 2] [--dtype bfloat16]
-                                 [--json FILE]
+                                 [--attention eager] [--four-bit] [--json FILE]
 
 The demo model answers the demo prompts in groups, with a fresh adapter of the same shape on both sides: the same 4-bit
 base, prompts, answer length, rollout, microbatch, reward function and KL penalty, and one optimizer step a rollout.
 --examples puts so many answered questions before each prompt, other ones before each (few-shot prompting): the longer
-the prompt, the more a group has in common.
-Rounds of the sides take turns. The bitsandbytes guard of models/base.py is on for both, else TRL would lose its
-gradients on CPUs with AVX512-BF16; TRL has eager attention, which is its fastest for rows this short. Both sides run in
-the environment that `onebase run` gives a stage. Live bytes are counted in one more step of each (counting is slow),
-weights included.
+the prompt, the more a group has in common. Rounds of the sides take turns. The bitsandbytes guard of models/base.py is
+on for both, else TRL would lose its gradients on CPUs with AVX512-BF16. TRL has eager attention, its fastest for short
+rows, unless --attention says otherwise. Both sides run in the environment that `onebase run` gives a stage. Live bytes
+are counted in one more step of each (counting is slow), weights included. On a CPU our layers are unpacked once, as in
+a stage; --four-bit leaves them in 4 bits, as a GPU does.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ class Ours:
         actors = Actors(model, tokenizer.pad_token_id, settings.temperature, None, {})
         sources = [rewards.Source("vowels", 1.0, function=vowels)]
         self.modules = [model]
-        self.plain = plain_on_cpu(model)
-        self.plain.__enter__()  # as the stage's loop does, for as long as it trains
+        if not given.four_bit:
+            self.plain = plain_on_cpu(model)
+            self.plain.__enter__()  # as the stage's loop does, for as long as it trains
         self.steps = GRPOTrainer(actors, tokenizer, few_shot(tokenizer, given.examples), sources, settings, 17).steps()
 
     def step(self) -> dict[str, float]:
@@ -115,6 +116,8 @@ def main() -> None:
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=value)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--attention", choices=("eager", "sdpa"), default="eager")
+    parser.add_argument("--four-bit", action="store_true")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     run_as_a_stage()
@@ -136,7 +139,7 @@ def main() -> None:
     sides: dict[str, Any] = {
         "ours": Ours(spec, folder, given, dequantize=False),
         "ours, dequantised rollout": Ours(spec, folder, given, dequantize=True),
-        theirs: Theirs(spec.model_copy(update={"attn_implementation": "eager"}), folder, given),
+        theirs: Theirs(spec.model_copy(update={"attn_implementation": given.attention}), folder, given),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     of_cores: dict[str, list[float]] = {name: [] for name in sides}
@@ -161,7 +164,8 @@ def main() -> None:
             "peak_live_mib": live.peak / 2**20,
         }
     work = f"{ROLLOUT} episodes in groups of {given.group}, up to {given.answer} tokens, microbatch {MICRO}"
-    print(f"\n{work}, {given.examples} examples before each prompt, beta {given.beta}, {given.dtype}")
+    print(f"\n{work}, {given.examples} examples before each prompt")
+    print(f"beta {given.beta}, {given.dtype}, TRL with {given.attention} attention")
     print(f"ratios are to {theirs}; a second of a core's work takes little from what else the machine does")
     print(f"{'':<30} {'episodes/s':>10} {'ratio':>6} {'a core':>7} {'ratio':>6} {'peak MiB':>9} {'ratio':>6}")
     for name, row in result.items():

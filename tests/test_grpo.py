@@ -216,10 +216,8 @@ def test_what_makes_no_sense_is_refused(said: dict[str, Any], why: str) -> None:
 
 
 def test_a_reward_that_is_alike_in_all_groups_stops_the_run() -> None:
-    health, step = (
-        Health(GRPOSettings()),
-        dict.fromkeys(("entropy", "answer_length", "reward", "eos_share", "empty_share"), 0.5),
-    )
+    health = Health(GRPOSettings())
+    step = dict.fromkeys(("entropy", "answer_length", "reward", "eos_share", "empty_share"), 0.5)
     step |= {"score": 0.5, "score_std": 0.1, "grad_norm": 0.0, "frac_reward_zero_std": 1.0}
     told = [health.verdict(step)[0] for _ in range(WINDOW)]
     assert told[:-1] == [None] * (WINDOW - 1)
